@@ -1,0 +1,1 @@
+"""Instruction data to WebDataset shards. Imports neither torch nor the pipeline."""

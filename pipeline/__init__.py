@@ -1,0 +1,1 @@
+"""VLsI: Verbalized Layers-to-Interactions (arXiv 2412.01822) on DeepSpeed."""

@@ -1,0 +1,21 @@
+"""What can go wrong that a user can put right. Programs print these without a traceback and exit with code 2."""
+
+
+class UserError(Exception):
+    """Expected, found, which knob, what to run next: the message is all that the user sees."""
+
+
+class RecipeError(UserError):
+    """The recipe, a DeepSpeed config or a command line contradicts itself or what lies on disk."""
+
+
+class DataError(UserError):
+    """A shard folder is missing, broken, or has more bad samples than the recipe allows."""
+
+
+class CacheError(UserError):
+    """A teacher cache is missing, incomplete, or was made for something else."""
+
+
+class SampleError(Exception):
+    """One bad sample: counted, recorded with its key and reason, and skipped."""

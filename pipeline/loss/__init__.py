@@ -1,0 +1,1 @@
+"""Losses and matching: tensors in, tensors out."""

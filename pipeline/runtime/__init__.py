@@ -1,0 +1,1 @@
+"""How a step runs: engine, batches, checkpoints, ranks, metrics."""

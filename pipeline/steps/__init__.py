@@ -1,0 +1,1 @@
+"""The four steps, in running order. None imports another: they meet on disk."""

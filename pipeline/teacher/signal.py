@@ -1,0 +1,57 @@
+"""What a teacher says about response tokens: the type that a live teacher and a cached one both answer with.
+
+T response tokens, J teacher layers, K kept ids, V common vocabulary, d width of the model that speaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """A language head as plain tensors: logits(h) = softcap(scale * (h W^T + b)), cut to the common vocabulary."""
+
+    weight: Tensor
+    """[rows, d]; rows may exceed the vocabulary by padding."""
+    vocab: int
+    """V, the common vocabulary: ids below it exist in both models."""
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] normed hidden states -> [..., V] logits in float32 (the product itself in the weight's dtype)."""
+        bias = None if self.bias is None else self.bias[: self.vocab]
+        product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight[: self.vocab], bias)
+        logits = product.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """A few ids of each distribution, the rest as one bucket."""
+
+    ids: Tensor
+    """[T, J, K] int64; an entry that pads has probability 0."""
+    probs: Tensor
+    """[T, J, K] float32, absolute: never renormalised over the kept ids."""
+    tail: Tensor
+    """[T, J] float32: probability of all other ids together; 0 where the codec has no such bucket."""
+    neg_entropy: Tensor
+    """[T, J] float32, nat: sum p log p over the entries and the tail, so that KL(p, p) = 0."""
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The exact form: normed verbalizer outputs, and the head that turns them into logits."""
+
+    hidden: Tensor
+    """[T, J, d]."""
+    unembedding: Unembedding
+
+
+Signal = SparseSignal | HiddenSignal
