@@ -1,0 +1,160 @@
+"""What must hold between a recipe's values, its files and the number of ranks: everything wrong is said at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import Model, Recipe, Training
+
+# One owner per number: these belong to the recipe, so a DeepSpeed config says "auto" or nothing there.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size / (micro_batch_size x ranks)",
+    "gradient_clipping": "clip",
+    "optimizer": "learning_rate, weight_decay",
+    "scheduler": "learning_rate, final_learning_rate, warmup_steps",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}
+
+
+def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
+    """Raise RecipeError with every problem that would stop one of the given steps on `world` ranks."""
+    steps = [step for step in steps if step == "cache" or not _left_out(getattr(recipe, step))]
+    needs_teacher = {"verbalize", "cache"} & set(steps)
+    problems = _data_problems(recipe)
+    problems += _model_problems(recipe.student, "student")
+    problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
+    problems += _deepspeed_problems(recipe.deepspeed)
+    for step in steps:
+        if step != "cache":
+            problems += _training_problems(getattr(recipe, step), step, world)
+    if not problems and needs_teacher and not _left_out(recipe.interact):
+        problems += _matching_problems(recipe)
+    if problems:
+        raise RecipeError(f"{len(problems)} problem(s) in the recipe:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def number_of_layers(folder: Path) -> int:
+    """Decoder layers of the language model in a Hugging Face folder, read from its config.json."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int((config.get("text_config") or config)["num_hidden_layers"])
+
+
+def target_layers(model: Model) -> tuple[int, ...]:
+    """Target layers of a model, counted from 1: the recipe's, or every 4th from 2 below the last (paper, section 4)."""
+    if model.layers is not None:
+        return model.layers
+    return tuple(range(2, number_of_layers(model.path), 4))
+
+
+def load_deepspeed_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON config. Raises RecipeError if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"deepspeed: no file {path}; the shipped ones are in ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"deepspeed: {path} is not JSON: {error}") from None
+
+
+def accumulation(training: Training, world: int) -> int:
+    """Micro-steps an update: batch_size / (micro_batch_size x world). The recipe was checked to divide evenly."""
+    return training.batch_size // (training.micro_batch_size * world)
+
+
+def number_of_steps(training: Training, samples: int) -> int:
+    """Updates of a step: as the recipe says, or as many whole global batches as its epochs hold."""
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
+    return max(1, int(training.epochs * samples) // training.batch_size)
+
+
+def _left_out(training: Training) -> bool:
+    return training.steps == 0
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    if (recipe.data.train / "manifest.json").is_file():
+        return []
+    return [
+        f"data.train: no {recipe.data.train}/manifest.json; expected a shard folder: "
+        "python -m data_prep shard --help says how to make one"
+    ]
+
+
+def _model_problems(model: Model, role: str) -> list[str]:
+    if not (model.path / "config.json").is_file():
+        return [f"{role}.path: no {model.path}/config.json; expected a Hugging Face folder"]
+    depth, layers = number_of_layers(model.path), target_layers(model)
+    if not layers:
+        return [
+            f"{role}.layers: no target layers; every 4th from 2 gives none in a model of {depth} layers, so name them"
+        ]
+    if list(layers) != sorted(set(layers)) or layers[-1] >= depth:
+        return [
+            f"{role}.layers: expected increasing layers from 1 to {depth - 1} (layer {depth} is the last: it speaks "
+            f"through the model's own head and needs no verbalizer), found {list(layers)}"
+        ]
+    return []
+
+
+def _matching_problems(recipe: Recipe) -> list[str]:
+    teacher, student = target_layers(recipe.teacher), target_layers(recipe.student)
+    if len(teacher) > len(student):
+        return []
+    depth, wanted = number_of_layers(recipe.teacher.path), len(student) + 1
+    spaced = sorted({max(1, round(i * (depth - 1) / wanted)) for i in range(1, wanted + 1)})
+    advice = (
+        f"for example teacher.layers: {spaced}"
+        if len(spaced) == wanted
+        else f"a teacher of {depth} layers has too few: name fewer student.layers"
+    )
+    return [
+        f"teacher.layers: {len(teacher)} teacher targets for {len(student)} student targets; there must be more, or "
+        f"each search range is a single layer and matching does nothing; {advice}"
+    ]
+
+
+def _training_problems(training: Training, step: str, world: int) -> list[str]:
+    problems = []
+    if (training.steps is None) == (training.epochs is None):
+        found = "neither" if training.steps is None else f"steps: {training.steps} and epochs: {training.epochs}"
+        problems.append(f"{step}: expected one of steps and epochs, found {found}")
+    if training.batch_size % (training.micro_batch_size * world):
+        problems.append(
+            f"{step}.batch_size: {training.batch_size} is no multiple of {step}.micro_batch_size x ranks = "
+            f"{training.micro_batch_size} x {world} = {training.micro_batch_size * world}"
+        )
+    if training.final_learning_rate > training.learning_rate:
+        problems.append(
+            f"{step}.final_learning_rate: {training.final_learning_rate} is above "
+            f"{step}.learning_rate: {training.learning_rate}"
+        )
+    if training.steps and training.warmup_steps >= training.steps:
+        problems.append(f"{step}.warmup_steps: {training.warmup_steps} leave nothing of {training.steps} steps")
+    return problems
+
+
+def _deepspeed_problems(path: Path) -> list[str]:
+    try:
+        config = load_deepspeed_config(path)
+    except RecipeError as error:
+        return [str(error)]
+    problems = []
+    for key, owner in OWNED_BY_RECIPE.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value not in (None, "auto"):
+            problems.append(
+                f"{key} is {value!r} in {path}, but the recipe owns it ({owner}): "
+                f'write "auto" in {path} and set it in the recipe'
+            )
+    return problems

@@ -1,0 +1,183 @@
+"""DeepSpeed, and nothing else: the only file that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from pipeline.checks import accumulation, load_deepspeed_config
+from pipeline.recipe import Recipe, Training
+from pipeline.runtime.ranks import Ranks
+
+
+def start(verbose: bool = False) -> Ranks:
+    """Join the other ranks of this job."""
+    if get_accelerator().device_name() == "cpu":
+        _skip_shared_memory_kernel()
+    if not verbose:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(verbose=verbose)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = get_accelerator().device_name(local) if get_accelerator().device_name() != "cpu" else "cpu"
+    if device != "cpu":
+        get_accelerator().set_device(local)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the job in good order."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """The number format of weights and activations."""
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def sharded_loading(recipe: Recipe) -> Iterator[None]:
+    """Under ZeRO-3, from_pretrained inside this block partitions each weight as it arrives, never whole on one rank."""
+    config = load_deepspeed_config(recipe.deepspeed)
+    if config.get("zero_optimization", {}).get("stage", 0) != 3:
+        yield
+        return
+    filled = _fill(config, recipe, micro=1, gas=1, clip=0.0)
+    keep_alive = HfDeepSpeedConfig(filled)  # transformers holds it by a weak reference
+    try:
+        yield
+    finally:
+        del keep_alive
+
+
+class Engine:
+    """A module under DeepSpeed, with exact global averages and one optimizer."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe, training: Training | None, ranks: Ranks):
+        """training=None makes an engine for forwards alone, with no optimizer state."""
+        self.ranks = ranks
+        self.accumulation = accumulation(training, ranks.world) if training else 1
+        trained = [p for p in module.parameters() if p.requires_grad] if training else []
+        config = _fill(
+            load_deepspeed_config(recipe.deepspeed),
+            recipe,
+            micro=training.micro_batch_size if training else 1,
+            gas=self.accumulation,
+            clip=training.clip if training else 0.0,
+        )
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        if not training and self.stage != 3:
+            config["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what forwards do not have
+        optimizer = None
+        if training:
+            optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, config=config, optimizer=optimizer, model_parameters=trained or None
+        )
+
+    @property
+    def module(self) -> Any:
+        """The module itself."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module lives."""
+        return self._engine.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, its weights gathered as it goes."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, local_sum: Tensor, global_count: int) -> None:
+        """Gradient of (sum of local_sum over ranks and micro-steps) / global_count: never a mean of means.
+
+        DeepSpeed divides by ranks and micro-steps, so both are multiplied in beforehand.
+        """
+        self._engine.backward(local_sum * (self.ranks.world * self.accumulation / max(1, global_count)))
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro-step; at the last of an update the optimizer moves with this learning rate."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient before clipping, as DeepSpeed saw it at the last update."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Checkpoint of what trains and its optimizer; frozen weights are on disk already."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Resume from a checkpoint and return the state saved with it."""
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load {folder}/{tag}")
+        return state
+
+    def gathered(self, names_and_parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+        """Whole parameters as CPU tensors on rank 0, one at a time; an empty dict elsewhere. All ranks must call."""
+        whole: dict[str, Tensor] = {}
+        for name, parameter in names_and_parameters:
+            with _whole(parameter):
+                if self.ranks.first:
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole
+
+    def fingerprints(self) -> dict[str, int]:
+        """For each parameter, the sum of this rank's bits: of its float32 master where it trains, else of itself."""
+        return {name: _bits(self._local(p)) for name, p in self.module.named_parameters()}
+
+    def _local(self, parameter: nn.Parameter) -> Tensor:
+        if parameter.requires_grad:
+            master = (
+                deepspeed.utils.safe_get_local_fp32_param(parameter)
+                if self.stage == 3
+                else deepspeed.utils.safe_get_full_fp32_param(parameter)
+            )
+            if master is not None:
+                return master.detach()
+        return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()
+
+
+def _bits(values: Tensor) -> int:
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.contiguous().view(kind).sum(dtype=torch.int64))
+
+
+def _whole(parameter: nn.Parameter):
+    return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+
+
+def _fill(config: dict[str, Any], recipe: Recipe, micro: int, gas: int, clip: float) -> dict[str, Any]:
+    """Put the recipe's numbers where the JSON says "auto" or nothing."""
+    return {
+        **config,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def _skip_shared_memory_kernel() -> None:
+    """Spare the CPU 45 s of compiling a kernel for collectives at every first start: gloo does them too."""
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(compatible, dict):  # private: without it DeepSpeed merely compiles
+        compatible["deepspeed_shm_comm"] = False

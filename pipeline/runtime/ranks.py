@@ -1,0 +1,56 @@
+"""The ranks of a job and the few things they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which rank this process is. A value, not an environment: any topology can be tested in one process."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over ranks, in the tensor's own dtype; the tensor itself on one rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: int, device: str) -> int:
+    """The largest of the ranks' integers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    number = torch.tensor(value, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+def gather_lists(items: Sequence[Any]) -> list[Any]:
+    """Every rank's items, rank 0's first, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(items)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(items))
+    return [item for part in gathered for item in part]
+
+
+def wait_for_all() -> None:
+    """Barrier."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

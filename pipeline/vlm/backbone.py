@@ -1,0 +1,71 @@
+"""A vision-language model's hidden states at chosen layers and positions, loaded and run without its language head.
+
+T response positions of the batch, d width, L number of layers asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from pipeline.errors import RecipeError
+from pipeline.vlm.families import decoder_layers, family
+
+
+def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
+    """Load a Hugging Face VLM folder; under a live HfDeepSpeedConfig it is sharded while it loads.
+
+    Raises RecipeError if the folder is no VLM, its family is unknown, or its weights do not fit its config.
+    """
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        model, report = loaded
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{folder} could not be loaded as an image-text-to-text model: {error}") from error
+    absent = sorted(report.get("missing_keys") or ())
+    if absent:
+        raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
+    family(model)
+    return model
+
+
+def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[int], positions: Tensor) -> list[Tensor]:
+    """Hidden states [T, d] after each of the given decoder layers (counted from 1), before any final norm.
+
+    Only the given positions are kept, so that nothing [B, S, d] outlives its layer for the sake of the heads.
+    """
+    with _captured(model, layers, positions) as states:
+        model.model(**inputs, use_cache=False)  # type: ignore[operator]  # the model without its head
+    return [states[layer] for layer in layers]
+
+
+@contextmanager
+def _captured(model: nn.Module, layers: Sequence[int], positions: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Collect layer outputs through forward hooks.
+
+    transformers' own hidden_states would keep every layer whole, and its last entry is already normed.
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep(layer: int):
+        def hook(_module, _inputs, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            states[layer] = hidden.flatten(0, 1)[positions]
+
+        return hook
+
+    stack = decoder_layers(model)
+    handles = [stack[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

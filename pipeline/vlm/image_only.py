@@ -1,0 +1,113 @@
+"""Processors for images and text alone, where transformers' own cannot be built because torchvision is absent.
+
+transformers builds a video processor into some processors, and that needs torchvision. The twins below keep the
+image and text halves. ProcessorMixin reads a processor's parts and saved settings off the signature and the code object
+of __init__, so each twin spells its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    LlavaOnevisionProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
+from transformers.processing_utils import ProcessorMixin
+
+
+class _Qwen2VL(Qwen2VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        _qwen_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+
+
+class _Qwen25VL(Qwen2_5_VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        _qwen_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+
+
+class _Qwen3VL(Qwen3VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        _qwen_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+
+
+class _LlavaOnevision(LlavaOnevisionProcessor):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        video_token="<video>",
+        vision_aspect_ratio="anyres_max_9",
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_token, self.video_token = image_token, video_token
+        self.vision_aspect_ratio = vision_aspect_ratio
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([image_token, video_token])
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+
+
+def _qwen_tokens(processor: Any, tokenizer: Any) -> None:
+    names = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    }
+    for name, token in names.items():
+        setattr(processor, name, token)
+        setattr(processor, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+
+
+TWINS: dict[str, type[ProcessorMixin]] = {
+    "Qwen2VLProcessor": _Qwen2VL,
+    "Qwen2_5_VLProcessor": _Qwen25VL,
+    "Qwen3VLProcessor": _Qwen3VL,
+    "LlavaOnevisionProcessor": _LlavaOnevision,
+}
+for _name, _twin in TWINS.items():
+    _twin.__name__ = _twin.__qualname__ = _name  # saved folders carry the public class's name
+
+
+def load_image_only(folder: Path) -> ProcessorMixin | None:
+    """Compose the image-only twin of a folder's processor; None where the folder's processor has no twin."""
+    settings = _saved_settings(folder)
+    twin = TWINS.get(settings.get("processor_class", ""))
+    if twin is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder)
+    template = folder / "chat_template.jinja"
+    own = {key: settings[key] for key in twin.__init__.__code__.co_varnames if key in settings}
+    own.setdefault("chat_template", template.read_text("utf-8") if template.is_file() else tokenizer.chat_template)
+    return twin(image_processor=image_processor, tokenizer=tokenizer, **own)
+
+
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file():
+            found = json.loads(path.read_text("utf-8"))
+            if name == "processor_config.json":
+                settings |= {key: value for key, value in found.items() if not isinstance(value, dict)}
+            elif "processor_class" in found:
+                settings["processor_class"] = found["processor_class"]
+    return settings

@@ -1,0 +1,256 @@
+"""From a chat and its images to model inputs with an exact response mask.
+
+B samples, S tokens of the longest, T response tokens of the batch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor
+
+from pipeline.errors import RecipeError, SampleError
+from pipeline.vlm.image_only import load_image_only
+
+TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One chat as model inputs."""
+
+    key: str
+    inputs: dict[str, Tensor]
+    """What the model's forward takes, with a leading dimension of one sample (or of its images)."""
+    response: Tensor
+    """[S] bool: the tokens that carry loss, the assistant's words and each end-of-turn token."""
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[T] the response tokens."""
+        return self.inputs["input_ids"][0, self.response]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded on the right."""
+
+    inputs: dict[str, Tensor]
+    """Model inputs, [B, S] for tokens; a batch without images carries one more row, see ChatEncoder.filler."""
+    positions: Tensor
+    """[T] indices into the flattened [B * S] hidden states: where each response token is predicted."""
+    labels: Tensor
+    """[T] the response tokens themselves, sample after sample."""
+    keys: tuple[str, ...]
+    """The samples' keys."""
+    counts: tuple[int, ...]
+    """Response tokens of each sample; they sum to T."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """Move to a device, floating point inputs to the model's number format."""
+        moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.inputs.items()}
+        return replace(self, inputs=moved, positions=self.positions.to(device), labels=self.labels.to(device))
+
+
+def load_processor(folder: Path | str) -> Any:
+    """The folder's processor; its image-only twin where transformers cannot build it (no torchvision).
+
+    Raises RecipeError if neither can be built, with transformers' own reason.
+    """
+    folder = Path(folder)
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (ImportError, ValueError, OSError, AttributeError, TypeError) as error:
+        processor = load_image_only(folder)
+        if processor is None:
+            raise RecipeError(f"no processor could be built from {folder}: {error}") from error
+        return processor
+
+
+class ChatEncoder:
+    """Turns chats into model inputs with one processor. Picklable: loader workers hold a copy."""
+
+    def __init__(self, processor: Any, max_length: int):
+        self.processor = processor
+        self.max_length = max_length
+        added = processor.tokenizer.added_tokens_decoder.values()
+        named = set(processor.tokenizer.all_special_tokens) | {str(t) for t in added if t.special}
+        self._special = sorted(named, key=len, reverse=True)
+
+    def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
+        """Encode one chat. Raises SampleError with the reason if it cannot be used."""
+        self._refuse_control_tokens(messages)
+        text = self.render(messages)
+        pictures = [decode_image(data) for data in images]
+        features, spans = self._process(text, pictures)
+        features, spans = self._truncate(text, features, spans, pictures)
+        response = self._mask(text, messages, features, spans)
+        inputs = self._model_inputs(features)
+        if not response.any():
+            raise SampleError(f"no response token within max_length={self.max_length} tokens")
+        return Encoded(key, inputs, response)
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """The chat template's text; with prompt=True, up to where the assistant begins to speak."""
+        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+    def prompt(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
+        """Model inputs that end where the assistant begins to speak, for generation."""
+        features, _ = self._process(self.render(messages, prompt=True), [decode_image(data) for data in images])
+        return self._model_inputs(features)
+
+    def filler(self) -> Encoded:
+        """A row with a small grey picture and no response token.
+
+        A batch without images gets it, so that every rank runs the vision tower in every step (ZeRO-3 matches
+        collectives by order); without a response token it changes no loss and no gradient.
+        """
+        text = self.render([{"role": "user", "content": [{"type": "image"}]}])
+        features, _ = self._process(text, [Image.new("RGB", (32, 32), (128, 128, 128))])
+        inputs = self._model_inputs(features)
+        return Encoded("filler", inputs, torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool))
+
+    def _process(self, text: str, pictures: list[Image.Image]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        features = self.processor(
+            text=[text],
+            images=[pictures] if pictures else None,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_mm_token_type_ids=True,
+        )
+        features = dict(features)
+        replaced = features.pop("text_replacement_offsets", None) or [[]]
+        return features, replaced[0]
+
+    def _model_inputs(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        names = self.processor.model_input_names
+        return {name: value for name, value in features.items() if name in names and isinstance(value, Tensor)}
+
+    def _truncate(self, text: str, features: dict[str, Any], spans: list[dict[str, Any]], pictures: list[Any]):
+        """Cut to max_length tokens, before the first image that does not fit whole."""
+        length = features["input_ids"].shape[1]
+        if length <= self.max_length:
+            return features, spans
+        offsets = features["offset_mapping"][0]
+        end_of_text = int(offsets[self.max_length - 1, 1])
+        kept = [span for span in spans if span["new_span"][1] <= end_of_text]
+        if len(kept) < len(spans):
+            cut = spans[len(kept)]
+            features, spans = self._process(text[: cut["span"][0]], pictures[: len(kept)])
+        for name in (*TOKEN_KEYS, "offset_mapping"):
+            if name in features:
+                features[name] = features[name][:, : self.max_length]
+        return features, spans
+
+    def _mask(self, text: str, messages: Sequence[Message], features: dict[str, Any], spans) -> Tensor:
+        starts, ends = features["offset_mapping"][0].unbind(-1)
+        mask = torch.zeros(len(starts), dtype=torch.bool)
+        for begin, end in self._response_spans(text, messages):
+            grown = sum(
+                (s["new_span"][1] - s["new_span"][0]) - (s["span"][1] - s["span"][0])
+                for s in spans
+                if s["span"][1] <= begin
+            )
+            mask |= (starts < end + grown) & (ends > begin + grown)
+        return mask
+
+    def _response_spans(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """Where in the rendered text each assistant turn's words and end-of-turn token stand."""
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prefix = self.render(messages[:index], prompt=True)
+            words = _text_of(message).strip()
+            begin = len(prefix)
+            while begin < len(text) and text[begin].isspace() and not text.startswith(words, begin):
+                begin += 1
+            if not words:
+                raise SampleError(f"assistant turn {index} is empty")
+            if not text.startswith(prefix) or not text.startswith(words, begin):
+                raise RecipeError(
+                    "this chat template rewrites earlier turns, so that the response cannot be found in the text: "
+                    f"expected turn {index} to begin with {words[:40]!r} after {prefix[-40:]!r}"
+                )
+            spans.append((begin, self._end_of_turn(text, begin + len(words))))
+        return spans
+
+    def _end_of_turn(self, text: str, end: int) -> int:
+        after = end + len(text[end:]) - len(text[end:].lstrip())
+        for token in self._special:
+            if text.startswith(token, after):
+                return after + len(token)
+        raise RecipeError(
+            "this chat template writes no end-of-turn token after the assistant's words, so the student could not "
+            f"learn to stop: found {text[end : end + 20]!r}; expected one of the tokenizer's special tokens"
+        )
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            words = _text_of(message)
+            for token in self._special:
+                if token in words:
+                    raise SampleError(f"the text contains the tokenizer's control token {token}")
+
+
+def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
+    """Pad on the right to the longest sample; add the filler row if no sample has an image."""
+    counts = tuple(int(sample.response.sum()) for sample in samples)
+    rows = list(samples)
+    image_keys = set(filler.inputs) - set(TOKEN_KEYS)
+    if not any(image_keys & set(sample.inputs) for sample in samples):
+        rows.append(filler)
+    width = max(row.inputs["input_ids"].shape[1] for row in rows)
+    inputs = {}
+    for name in sorted(set().union(*(row.inputs for row in rows))):
+        parts = [row.inputs[name] for row in rows if name in row.inputs]
+        if name in TOKEN_KEYS:
+            fill = pad_id if name == "input_ids" else 0
+            inputs[name] = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=fill) for p in parts])
+        else:
+            inputs[name] = torch.cat(_same_shape(parts))
+    flat = [row * width + torch.nonzero(sample.response)[:, 0] - 1 for row, sample in enumerate(samples)]
+    return Batch(
+        inputs=inputs,
+        positions=torch.cat(flat) if flat else torch.zeros(0, dtype=torch.long),
+        labels=torch.cat([s.response_ids for s in samples]) if samples else torch.zeros(0, dtype=torch.long),
+        keys=tuple(sample.key for sample in samples),
+        counts=counts,
+    )
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Bytes to an RGB picture. Raises SampleError if they are no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for broken files
+        raise SampleError(f"image cannot be decoded: {error}") from error
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _same_shape(parts: list[Tensor]) -> list[Tensor]:
+    """Zero-pad all but the first dimension to the largest, as LLaVA's image tiles need."""
+    if parts[0].dim() < 2 or len({p.shape[1:] for p in parts}) == 1:
+        return parts
+    largest = [max(p.shape[d] for p in parts) for d in range(1, parts[0].dim())]
+    padded = []
+    for part in parts:
+        widths = [w for d in reversed(range(1, part.dim())) for w in (0, largest[d - 1] - part.shape[d])]
+        padded.append(torch.nn.functional.pad(part, widths))
+    return padded

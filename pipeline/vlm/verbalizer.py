@@ -1,0 +1,88 @@
+"""The verbalizer: verb-FFN, the model's own final norm, the model's own language head (paper, sections 3 and 4.1).
+
+T response tokens, d width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.vlm.families import final_norm, lm_head, unembedding
+
+
+class VerbFFN(nn.Module):
+    """h + W_down(SiLU(W_gate n(h)) * (W_up n(h))) with n an RMSNorm and W_down = 0 at first: the logit lens.
+
+    With form="paper", the literal W_down(SiLU(W_gate h) * (W_up h)) of section 4.1, nothing at zero.
+    """
+
+    def __init__(self, width: int, form: str = "residual", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.form = form
+        self.gate = nn.Linear(width, width, bias=False, dtype=dtype)
+        self.up = nn.Linear(width, width, bias=False, dtype=dtype)
+        self.down = nn.Linear(width, width, bias=False, dtype=dtype)
+        if form == "residual":
+            self.norm = nn.RMSNorm(width, eps=1e-6, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, d] -> [T, d]."""
+        normed = self.norm(hidden) if self.form == "residual" else hidden
+        change = self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return hidden + change if self.form == "residual" else change
+
+
+def initial_verb_ffns(layers: Sequence[int], width: int, form: str, dtype: torch.dtype, seed: int) -> nn.ModuleDict:
+    """Verb-FFNs for the given layers, keyed by layer number, the same for a seed whatever the number of ranks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = nn.ModuleDict({str(layer): VerbFFN(width, form, dtype) for layer in layers})
+    if form == "residual":
+        for block in blocks.values():
+            nn.init.zeros_(block.down.weight)  # type: ignore[union-attr,arg-type]
+    return blocks
+
+
+class LanguageHead(nn.Module):
+    """The model's own head as one module, so that ZeRO-3 gathers it once for all that a step asks of it.
+
+    It shares the head's parameters; it does not copy them.
+    """
+
+    def __init__(self, model: nn.Module, vocab: int):
+        super().__init__()
+        head = lm_head(model)
+        self.weight = head.weight
+        self.bias = head.bias
+        self._describe = lambda weight, bias: unembedding(model, weight, bias, vocab)
+
+    def forward(self, use: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        """Call `use(unembedding, *tensors, **options)` while the head is gathered; tensors carry the gradient."""
+        return use(self._describe(self.weight, self.bias), *tensors, **options)
+
+
+class VerbalizedVLM(nn.Module):
+    """A backbone with verbalizers on its target layers and one head for them and for the last layer."""
+
+    def __init__(self, backbone: nn.Module, layers: Sequence[int], verb_ffns: nn.ModuleDict, vocab: int):
+        super().__init__()
+        self.backbone = backbone
+        self.layers = tuple(layers)
+        self.depth = int(backbone.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
+        self.verb_ffns = verb_ffns
+        self.head = LanguageHead(backbone, vocab)
+
+    def speak(self, hidden: Mapping[int, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Hidden states of the target layers and of the last, each [T, d], to normed head inputs [L + 1, T, d]."""
+        *targets, last = hidden.values() if isinstance(hidden, Mapping) else hidden
+        spoken = [self.verb_ffns[str(layer)](state) for layer, state in zip(self.layers, targets, strict=True)]
+        return final_norm(self.backbone)(torch.stack([*spoken, last]))
+
+    def all_layers(self) -> tuple[int, ...]:
+        """The target layers and the last one."""
+        return (*self.layers, self.depth)
