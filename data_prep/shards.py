@@ -1,0 +1,285 @@
+"""Tar shards: written whole or not at all, the same bytes for the same samples, read in any order.
+
+A *shard folder* holds 000000.tar, 000001.tar, ... and manifest.json. Data shards and the teacher cache share this form;
+the manifest's "format" says which it is. The files are plain POSIX tar, so that WebDataset reads them too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.schema import SCHEMA_VERSION, DataError
+
+MANIFEST = "manifest.json"
+FORMAT = "vlsi-shards"
+OPEN_FILES = 32
+"""Shards that one reader keeps open."""
+
+_MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
+
+ShardEntry = dict[str, Any]
+"""A shard in manifest.json: name, samples, bytes, sha256, keys, offsets (of each sample's first header), end."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard of a folder."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    first: int
+    """Index, in the folder, of the shard's first sample."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it lies in the shard."""
+
+    key: str
+    record: dict[str, Any]
+    """The JSON: see data_prep.schema."""
+    images: list[bytes]
+    """Image files, undecoded, in the order of the chat's image parts."""
+
+
+def shard_name(number: int) -> str:
+    """000007.tar"""
+    return f"{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
+    """Write (key, {"json": bytes, "0.png": bytes, ...}) samples, members in the given order; returns the entry.
+
+    Raises ValueError for a name that is not safe in a tar, or a key that comes twice. On any error, also of `samples`
+    itself, nothing stands under the final name.
+    """
+    with _aside(path) as file:
+        keys, offsets, end = _write_tar(file, samples)
+        size = file.tell()
+        file.seek(0)
+        digest = _sha256(file)
+    return _entry(path.name, size, digest, keys, offsets, end)
+
+
+def describe_shard(path: Path) -> ShardEntry:
+    """Make the manifest entry of a shard on disk, by reading it. Raises DataError where it is no whole tar."""
+    keys: list[str] = []
+    offsets: list[int] = []
+    end = 0
+    try:
+        with open(path, "rb") as file:
+            digest, size = _sha256(file), file.tell()
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    key = member.name.partition(".")[0]
+                    if not keys or keys[-1] != key:
+                        keys.append(key)
+                        offsets.append(member.offset)
+                    end = member.offset_data + _padded(member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path} is not a whole tar file: {error}") from None
+    if end > size or size % tarfile.RECORDSIZE:
+        raise DataError(f"{path} is cut off: {size} bytes")
+    return _entry(path.name, size, digest, keys, offsets, end)
+
+
+def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dict[str, Any]:
+    """Write folder/manifest.json, whole or not at all, one line a shard; `fields` stand first; returns the manifest."""
+    manifest = {
+        **fields,
+        "samples": sum(shard["samples"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+    }
+    head = json.dumps(manifest, indent=1, ensure_ascii=False)[:-2]
+    lines = ",\n".join("  " + json.dumps(shard, ensure_ascii=False) for shard in shards)
+    write_file(folder / MANIFEST, f'{head},\n "shards": [\n{lines}\n ]\n}}\n'.encode())
+    return {**manifest, "shards": shards}
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: aside, fsynced, renamed."""
+    with _aside(path) as file:
+        file.write(content)
+
+
+def read_manifest(folder: Path, format: str = FORMAT) -> dict[str, Any]:
+    """Read and check folder/manifest.json. Raises DataError: none there, damaged, of another format or newer."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found, version = manifest["format"], manifest["version"]
+        totals = sum(len(shard["keys"]) == len(shard["offsets"]) == shard["samples"] for shard in manifest["shards"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_no_manifest(folder, format)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); remove it and run again what made the folder") from None
+    if found != format:
+        raise DataError(f"{path} has format {found!r}; expected {format!r}: this is another kind of shard folder")
+    if version > SCHEMA_VERSION:
+        raise DataError(f"{path} has version {version}; this program reads up to {SCHEMA_VERSION}: update it")
+    if totals != len(manifest["shards"]):
+        raise DataError(f"{path} is damaged: a shard's keys and offsets do not match its samples")
+    return manifest
+
+
+class ShardFolder:
+    """A shard folder, read by sample index, from any number of processes: picklable, and files open when needed.
+
+    Raises DataError where there is no manifest, or it is of another format, or a shard is damaged or gone.
+    """
+
+    def __init__(self, path: str | Path, format: str = FORMAT):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path, format)
+        self.shards: list[ShardInfo] = []
+        self.keys: list[str] = []
+        for entry in self.manifest["shards"]:
+            size = {name: entry[name] for name in ("name", "samples", "bytes", "sha256")}
+            self.shards.append(ShardInfo(**size, first=len(self.keys)))
+            self.keys += entry["keys"]
+        self._firsts = [shard.first for shard in self.shards]
+        self._open: dict[str, BinaryIO] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # an open file is of one process only
+
+    def read(self, index: int) -> RawSample:
+        """Read a sample; index counts through the shards, from 0. Raises IndexError, DataError."""
+        members = self.read_members(index)
+        try:
+            record = json.loads(members.pop("json"))
+            numbered = sorted(members, key=lambda name: int(name.partition(".")[0]))
+        except (KeyError, ValueError) as error:
+            raise self._damaged(index, f"not a json and numbered images: {error!r}") from None
+        return RawSample(self.keys[index], record, [members[name] for name in numbered])
+
+    def read_members(self, index: int) -> dict[str, bytes]:
+        """Read a sample's members, {"json": b"...", "0.png": b"..."}, in their order. Raises IndexError, DataError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.path}")
+        shard = bisect_right(self._firsts, index) - 1
+        entry, place = self.manifest["shards"][shard], index - self._firsts[shard]
+        bounds = [*entry["offsets"], entry["end"]]
+        try:
+            content = self._read(entry["name"], bounds[place], bounds[place + 1] - bounds[place])
+            members = dict(_members(content, self.keys[index]))
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise self._damaged(index, str(error)) from None
+        return members
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        if name not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115  # stays open
+        # pread: a forked worker shares this file's position with its parent
+        content = os.pread(self._open[name].fileno(), size, offset)
+        if len(content) < size:
+            raise ValueError(f"the file ends {size - len(content)} bytes early")
+        return content
+
+    def _damaged(self, index: int, why: str) -> DataError:
+        shard = self.shards[bisect_right(self._firsts, index) - 1]
+        return DataError(
+            f"{self.path / shard.name}: cannot read sample {self.keys[index]!r}: {why}. The shard is not what the "
+            f"manifest says: python -m data_prep lint {self.path} lists what is bad; then remove it and make it again"
+        )
+
+
+def _members(content: bytes, key: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            found, _, suffix = member.name.partition(".")
+            file = tar.extractfile(member) if member.isreg() else None  # a link may point anywhere
+            if found != key or file is None:
+                raise ValueError(f"found {member.name!r} in its place")
+            yield suffix, file.read()
+
+
+def _write_tar(file: BinaryIO, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[list[str], list[int], int]:
+    # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its own
+    # and does not say where a sample starts. USTAR has no room for anything but what is set here: no times, no owner.
+    keys: dict[str, int] = {}
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            if key in keys:
+                raise ValueError(f"key {key!r} comes twice in one shard")
+            keys[key] = tar.offset
+            for suffix, content in members.items():
+                tar.addfile(_header(f"{key}.{suffix}", len(content)), io.BytesIO(content))
+        end = tar.offset
+    return list(keys), list(keys.values()), end
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
+    if len(name) > 100 or not _MEMBER.fullmatch(name):
+        raise ValueError(f"{name!r} is not safe as a member of a shard: letters, digits, - and _, at most 100")
+    header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, names of owner and group empty
+    header.size, header.mode = size, 0o644
+    return header
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[BinaryIO]:
+    """A file under a name of this process's own, which takes the final name when it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with open(aside, "xb+") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _entry(name: str, size: int, digest: str, keys: list[str], offsets: list[int], end: int) -> ShardEntry:
+    entry = {"name": name, "samples": len(keys), "bytes": size, "sha256": digest}
+    return {**entry, "keys": keys, "offsets": offsets, "end": end}
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _no_manifest(folder: Path, format: str) -> str:
+    inside = [name for name in ("train", "held_out") if (folder / name / MANIFEST).is_file()]
+    if inside:
+        hint = "did you mean " + " or ".join(str(folder / name) for name in inside) + "?"
+    elif format == FORMAT:
+        hint = f"make it with: python -m data_prep shard --source NAME ... --output {folder.parent}"
+    else:
+        hint = "what makes this folder has not ended yet"
+    return f"no {folder / MANIFEST}; expected a shard folder ({format}); {hint}"
