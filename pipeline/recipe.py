@@ -128,11 +128,11 @@ class Recipe(Section):
     train_vision: bool = False
     """Whether stage 2 trains the student's vision tower as well; everything else trains."""
     data: Data
-    """The instruction data."""
+    """The instruction data that every step trains on."""
     teacher: Model
-    """The large model."""
+    """The large model, which is listened to and never trained."""
     student: Model
-    """The small model."""
+    """The small model, which is to become better."""
     verbalizer: Verbalizer = Verbalizer()
     """The form of the verb-FFN, the same in both models."""
     verbalize: Training
@@ -140,9 +140,9 @@ class Recipe(Section):
     cache: Cache = Cache()
     """Stage 1b: the teacher's words on disk."""
     interact: Interact
-    """Stage 2a: interaction."""
+    """Stage 2a: the student follows what the cache says."""
     reinforce: Training
-    """Stage 2b: finetuning on the responses."""
+    """Stage 2b: the student is finetuned on the responses."""
 
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")

@@ -68,6 +68,7 @@ class Engine:
     def __init__(self, module: nn.Module, recipe: Recipe, training: Training | None, ranks: Ranks):
         """training=None makes an engine for forwards alone, with no optimizer state."""
         self.ranks = ranks
+        self.dtype = dtype_of(recipe)
         self.accumulation = accumulation(training, ranks.world) if training else 1
         trained = [p for p in module.parameters() if p.requires_grad] if training else []
         config = _fill(
@@ -130,13 +131,16 @@ class Engine:
             raise RuntimeError(f"DeepSpeed could not load {folder}/{tag}")
         return state
 
-    def gathered(self, names_and_parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-        """Whole parameters as CPU tensors on rank 0, one at a time; an empty dict elsewhere. All ranks must call."""
+    def gathered(self, part: nn.Module) -> dict[str, Tensor]:
+        """A part's state as whole CPU tensors on rank 0, gathered one at a time; empty elsewhere. All ranks must call."""
         whole: dict[str, Tensor] = {}
-        for name, parameter in names_and_parameters:
+        for name, parameter in part.named_parameters():
             with _whole(parameter):
                 if self.ranks.first:
                     whole[name] = parameter.detach().cpu().clone()
+        if self.ranks.first:
+            kept = part.state_dict().keys()
+            whole |= {name: b.detach().cpu() for name, b in part.named_buffers() if name in kept}
         return whole
 
     def fingerprints(self) -> dict[str, int]:

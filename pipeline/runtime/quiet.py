@@ -1,4 +1,4 @@
-"""Keep libraries' chatter from the user; what they warn of stays. Call before deepspeed or transformers is imported."""
+"""Keep libraries' chatter from the user; real warnings stay. Call before deepspeed or transformers is imported."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ import logging
 import os
 import warnings
 
-# Libraries that log progress and set-up at INFO, or the same set-up remark once a rank at WARNING.
-_TALKATIVE = ("DeepSpeed", "torch.distributed", "transformers", "datasets", "filelock", "accelerate")
+# Set-up remarks that libraries make at WARNING, once a rank, about what is meant to be so.
+_SETUP_REMARKS = (
+    "Setting accelerator to CPU",
+    "Setting ds_accelerator to",
+    "requires torchvision",
+    "falling back to",
+    "unknown inputs or outputs type",
+    "zero_to_fp32",
+)
+_TALKATIVE = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "accelerate")
 
 
 def hush(verbose: bool = False) -> None:
-    """Silence set-up chatter and FutureWarnings of third-party code; with verbose=True leave everything as it is."""
+    """Silence set-up chatter and third-party FutureWarnings; with verbose=True leave everything as it is."""
     if verbose:
         return
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        # A filter, not a level: libraries set their own loggers' levels when they are imported.
+        logging.getLogger(name).addFilter(_is_real)
+
+
+def _is_real(record: logging.LogRecord) -> bool:
+    if record.levelno < logging.WARNING:
+        return False
+    return record.levelno >= logging.ERROR or not any(r in record.getMessage() for r in _SETUP_REMARKS)

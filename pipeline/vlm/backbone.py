@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
-from pipeline.vlm.families import decoder_layers, family
+from pipeline.vlm.families import decoder_layers, family, set_trainable
 
 
 def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
@@ -34,6 +34,15 @@ def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
     if absent:
         raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
     family(model)
+    return model
+
+
+def load_student(folder: Path | str, dtype: torch.dtype, train_vision: bool, gradient_checkpointing: bool) -> nn.Module:
+    """Load the model that stage 2 trains, with its trainable parts marked."""
+    model: Any = load_vlm(folder, dtype)
+    set_trainable(model, train_vision)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

@@ -140,12 +140,12 @@ class ChatEncoder:
         length = features["input_ids"].shape[1]
         if length <= self.max_length:
             return features, spans
-        offsets = features["offset_mapping"][0]
-        end_of_text = int(offsets[self.max_length - 1, 1])
+        end_of_text = int(features["offset_mapping"][0, self.max_length - 1, 1])
         kept = [span for span in spans if span["new_span"][1] <= end_of_text]
         if len(kept) < len(spans):
-            cut = spans[len(kept)]
-            features, spans = self._process(text[: cut["span"][0]], pictures[: len(kept)])
+            # Anew, and not a slice: LLaVA-OneVision gives the images that stay another number of tokens.
+            text, pictures = text[: spans[len(kept)]["span"][0]], pictures[: len(kept)]
+            return self._truncate(text, *self._process(text, pictures), pictures)
         for name in (*TOKEN_KEYS, "offset_mapping"):
             if name in features:
                 features[name] = features[name][:, : self.max_length]

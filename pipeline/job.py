@@ -1,0 +1,93 @@
+"""One invocation of launch/train.py or launch/cache.py: check everything, join the other ranks, run the steps."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.checks import check_recipe
+from pipeline.errors import UserError
+from pipeline.resolve import Resolved, load_recipe, refuse_changes
+
+USER_ERROR, FAILURE = 2, 1
+
+
+def run_steps(
+    recipe: Path,
+    overrides: Iterable[str],
+    steps: Sequence[str],
+    stop_after: int | None = None,
+    shards: tuple[int, int] | None = None,
+    only_missing: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Run steps in order on this rank; returns the exit code: 0, 2 for what the user can put right, 1 for the rest."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        resolved = prepare(recipe, overrides, steps, world)
+        _run(resolved, steps, stop_after, shards, only_missing, verbose)
+        return 0
+    except UserError as error:
+        _tell(rank, f"error: {error}")
+        return USER_ERROR
+    except Exception as error:
+        _tell(rank, f"rank {rank} failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+        # The other ranks wait in a collective for this one: leave without waiting for them.
+        sys.stdout.flush()
+        os._exit(FAILURE)
+
+
+def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world: int) -> Resolved:
+    """Read and check the recipe, before any model is loaded. Raises RecipeError with every problem."""
+    from pipeline.runtime.folder import begun_steps
+
+    resolved = load_recipe(recipe, overrides)
+    check_recipe(resolved.recipe, steps, world)
+    refuse_changes(resolved, begun_steps(resolved.recipe.run))
+    return resolved
+
+
+def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
+    from pipeline.runtime import engine
+    from pipeline.runtime.loop import Job, Stopped
+    from pipeline.steps import cache, interact, reinforce, verbalize
+
+    ranks = engine.start(verbose)
+    job = Job(resolved.recipe, ranks, stop_after)
+    if ranks.first:
+        _record(resolved)
+    for line in resolved.inherited():
+        job.say(line)
+    hosted = None
+    try:
+        for step in steps:
+            if step == "verbalize":
+                hosted = verbalize.run(job)
+            elif step == "cache":
+                cache.run(job, hosted, shards, only_missing)
+            else:
+                {"interact": interact, "reinforce": reinforce}[step].run(job)
+    except Stopped as stopped:
+        job.say(str(stopped))
+    engine.stop()
+
+
+def _record(resolved: Resolved) -> None:
+    run = resolved.recipe.run
+    run.mkdir(parents=True, exist_ok=True)
+    aside = run / "recipe.yaml.partial"
+    aside.write_text(resolved.to_yaml(), encoding="utf-8")
+    aside.replace(run / "recipe.yaml")
+
+
+def _tell(rank: int, text: str) -> None:
+    """Rank 0 speaks at once; another only if the launcher has not ended it by then, so that one error is read once."""
+    if rank:
+        time.sleep(3)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)

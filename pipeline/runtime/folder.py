@@ -1,0 +1,33 @@
+"""What a run's folder says of its steps: begun, or done. Imports no torch: recipes are checked against it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import STEPS
+
+
+def mark_done(folder: Path, summary: dict[str, Any]) -> None:
+    """Write done.json, aside and renamed: a step is complete once it exists."""
+    write_json(folder / "done.json", summary)
+
+
+def done(folder: Path) -> dict[str, Any] | None:
+    """The summary of a complete step, or None."""
+    path = folder / "done.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def begun_steps(run: Path) -> list[str]:
+    """The steps that have left something in the run folder."""
+    return [step for step in STEPS if (run / step).is_dir() and any((run / step).iterdir())]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)

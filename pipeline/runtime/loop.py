@@ -1,0 +1,182 @@
+"""The training loop that the trained steps share: exact global averages, metrics, checkpoints, clean stops."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.recipe import Recipe, Training
+from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Loaded, derived_seed, load, micro_batches
+from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.metrics import Metrics
+from pipeline.runtime.progress import StepProgress, say
+from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
+from pipeline.runtime.schedule import learning_rate
+from pipeline.runtime.watch import CHECK_AFTER, Watch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One invocation: the recipe, this process's rank, and how far to go."""
+
+    recipe: Recipe
+    ranks: Ranks
+    stop_after: int | None = None
+    """Checkpoint and stop cleanly after this many updates of this invocation."""
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        say(text, self.ranks.first)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a step a forward happens; what is drawn at random is drawn from it."""
+
+    update: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward gives back."""
+
+    loss: Tensor
+    """Scalar with gradient: the loss summed over this rank's response tokens."""
+    sums: Mapping[str, Tensor]
+    """Scalars, each summed over this rank's response tokens; logged as averages over the global batch."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Logged as they are; the same on all ranks."""
+
+
+class Stopped(Exception):
+    """--stop-after was reached; the step goes on from its checkpoint when the command is run again."""
+
+
+def train(
+    job: Job,
+    name: str,
+    training: Training,
+    total: int,
+    engine: Engine,
+    chats: Chats,
+    forward: Callable[[Loaded, Moment], Outcome],
+    may_rest: tuple[str, ...] = (),
+) -> dict[str, float]:
+    """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
+
+    Raises Stopped at --stop-after, DataError when too many samples are bad.
+    """
+    loop = _Loop(job, name, training, total, engine, forward)
+    watch = Watch(engine, may_rest)
+    loaded = loop.resume_and_load(chats)
+    try:
+        for update in range(loop.first, total):
+            loop.run_update(update, loaded)
+            if update + 1 == loop.first + CHECK_AFTER:
+                watch.check()
+            loop.checkpoint(update + 1)
+    finally:
+        loop.close()
+    return loop.averages
+
+
+class _Loop:
+    """The state of a running step."""
+
+    def __init__(self, job: Job, name: str, training: Training, total: int, engine: Engine, forward: Callable):
+        self.job, self.name, self.training, self.total = job, name, training, total
+        self.engine, self.forward = engine, forward
+        self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints)
+        self.first = self.checkpoints.newest() or 0
+        self.bad = BadSamples(job.recipe.data.max_bad_share)
+        self.averages: dict[str, float] = {}
+        self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
+        self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
+
+    def resume_and_load(self, chats: Chats) -> Iterator[Loaded]:
+        if self.first:
+            state = self.checkpoints.load(self.engine, self.first)
+            self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
+            self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
+        order = DataOrder(len(chats), derived_seed(self.job.recipe.seed, self.name))
+        indices = list(micro_batches(order, self.training, self.first, self.total, self.job.ranks))
+        return load(chats, indices, self.job.recipe.data.workers, self.job.ranks.device)
+
+    def run_update(self, update: int, loaded: Iterator[Loaded]) -> None:
+        begun = time.monotonic()
+        micros = [next(loaded) for _ in range(self.engine.accumulation)]
+        waited = time.monotonic() - begun
+        tokens = self._count(micros)
+        # Anything that draws at random (dropout) draws the same after a resume.
+        torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
+        rate = learning_rate(self.training, update, self.total)
+        sums: dict[str, Tensor] = {}
+        values: Mapping[str, Any] = {}
+        for micro, one in enumerate(micros):
+            outcome = self.forward(one, Moment(update, micro))
+            self.engine.backward(outcome.loss, tokens)
+            self.engine.step(rate)
+            sums = {key: sums.get(key, 0) + value.detach().double() for key, value in outcome.sums.items()}
+            values = outcome.values
+        self.averages = _averages(sums, tokens)
+        took = time.monotonic() - begun
+        self._report(update + 1, {"learning_rate": rate, "tokens": tokens, **values}, took, waited)
+
+    def checkpoint(self, done: int) -> None:
+        """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
+        stop_after = self.job.stop_after
+        stopping = stop_after is not None and done - self.first >= stop_after and done < self.total
+        if stopping or (done % self.training.checkpoint_every == 0 and done < self.total):
+            state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
+            self.checkpoints.save(self.engine, done, state)
+        if stopping:
+            raise Stopped(
+                f"{self.name}: stopped after update {done} of {self.total}; the same command goes on from here"
+            )
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _count(self, micros: list[Loaded]) -> int:
+        """Response tokens of the global batch. Every rank counts every rank's bad samples, so that all stop alike."""
+        counts = torch.tensor([sum(m.tokens() for m in micros), sum(len(m.rejected) for m in micros)])
+        tokens, rejected = sum_over_ranks(counts.to(self.engine.device)).tolist()
+        newest = gather_lists([r for m in micros for r in m.rejected]) if rejected else []
+        if newest and self.job.ranks.first:
+            record_rejected(self.job.recipe.run, newest)
+        self.bad.count(self.training.batch_size, newest)
+        return tokens
+
+    def _report(self, done: int, values: Mapping[str, Any], took: float, waited: float) -> None:
+        speed = values["tokens"] / took
+        if self.metrics is not None:
+            rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(waited / took, 4)}
+            self.metrics.write(done, {**self.averages, **values, "gradient_norm": self.engine.gradient_norm(), **rates})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
+        self.progress.advance(f"{shown}  {speed:,.0f} tokens/s")
+
+
+def _averages(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:
+    """Averages over the response tokens of the global batch: one sum over ranks, one division."""
+    if not sums:
+        return {}
+    total = sum_over_ranks(torch.stack(list(sums.values())))
+    return dict(zip(sums, (total / max(1, tokens)).tolist(), strict=True))
+
+
+def record_rejected(run: Path, rejected: list[Any]) -> None:
+    """Append to RUN/rejects.jsonl: key, shard, reason."""
+    with (run / "rejects.jsonl").open("a", encoding="utf-8") as lines:
+        for one in rejected:
+            lines.write(json.dumps({"key": one.key, "shard": one.shard, "reason": one.reason}) + "\n")

@@ -1,0 +1,69 @@
+"""metrics.jsonl, one line an update, and the same numbers as TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard/STEP; a resumed step goes on after its checkpoint."""
+
+    def __init__(self, run: Path, step: str, first_update: int):
+        """Lines of this step after first_update are dropped: a stopped job wrote them, this one makes them again."""
+        run.mkdir(parents=True, exist_ok=True)
+        self.step = step
+        _drop_after(run / "metrics.jsonl", step, first_update)
+        self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard" / step), purge_step=first_update or None)
+
+    def write(self, update: int, values: Mapping[str, Any]) -> None:
+        """One line: the step, the update (from 1), the time in s since the epoch, and the values."""
+        line = {"step": self.step, "update": update, "time": round(time.time(), 3), **values}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in _scalars(values):
+            self._board.add_scalar(name, value, update)
+
+    def close(self) -> None:
+        """Flush both."""
+        self._lines.close()
+        self._board.close()
+
+
+def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, of one step or all; a last line cut short by a crash is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if step is None or line["step"] == step:
+            lines.append(line)
+    return lines
+
+
+def _drop_after(path: Path, step: str, first_update: int) -> None:
+    if not path.is_file():
+        return
+    kept = [line for line in read_metrics(path.parent) if line["step"] != step or line["update"] <= first_update]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = ""):
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value

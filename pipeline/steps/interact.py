@@ -1,0 +1,154 @@
+"""Stage 2a: each student target layer follows the teacher layer it is matched to, from the cache, no teacher in memory.
+
+S student target layers, J teacher target layers, T response tokens of the micro-batch, d width of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.shards import ShardFolder
+from pipeline.checks import number_of_steps
+from pipeline.loss.linear_ce import linear_cross_entropy
+from pipeline.loss.matching import STRATEGIES, Matching
+from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
+from pipeline.recipe import Interact
+from pipeline.runtime.batches import Chats, Loaded, derived_seed
+from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
+from pipeline.runtime.finish import finish
+from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.loop import Job, Moment, Outcome, train
+from pipeline.runtime.ranks import sum_over_ranks, wait_for_all
+from pipeline.teacher.signal import Signal, Unembedding
+from pipeline.vlm.assemble import encoders, load_verb_ffns, student_with_verbalizers
+from pipeline.vlm.backbone import run_backbone
+from pipeline.vlm.families import family
+from pipeline.vlm.processing import Batch
+from pipeline.vlm.verbalizer import VerbalizedVLM
+
+NAME = "interact"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one micro-batch's match is found: alike on every rank."""
+
+    matching: Matching
+    generator: torch.Generator
+    cross_entropy_weight: float
+
+
+class Interaction(nn.Module):
+    """The student with its verbalizers, and what it takes to hear a teacher that is not there."""
+
+    def __init__(self, student: VerbalizedVLM, teacher_head: nn.Module | None):
+        """teacher_head: the cached head that a `hidden` cache needs; None for sparse codecs."""
+        super().__init__()
+        self.student = student
+        self.teacher_head = teacher_head
+
+    def forward(self, batch: Batch, signal_of: Callable[[Unembedding | None], Signal], draw: Draw) -> dict[str, Tensor]:
+        """Losses summed over this rank's tokens ("matched" [S], "last" [], "cross_entropy" []), "kl" [S, J] and "match" [S].
+
+        kl is the global micro-batch's mean in nat; match counts teacher targets from 0, -1 where there is none.
+        """
+        hidden = run_backbone(self.student.backbone, batch.inputs, self.student.all_layers(), batch.positions)
+        spoken = self.student.speak(hidden)
+        if self.teacher_head is None:
+            return self.student.head(interaction_losses, spoken, signal_of(None), batch.labels, draw)
+        # The hidden codec computes the teacher's logits anew, so both heads are gathered at once.
+        return self.teacher_head(_with_teacher_head, self.student.head, spoken, signal_of, batch.labels, draw)
+
+
+def interaction_losses(
+    unembedding: Unembedding, spoken: Tensor, signal: Signal, labels: Tensor, draw: Draw
+) -> dict[str, Tensor]:
+    """Algorithm 1 on one global micro-batch (paper, section 3), then the last layers' KL; spoken is [S + 1, T, d].
+
+    The signal's last column is the teacher's last layer. Verbalizers are as stage 1 left them, so the head takes no gradient
+    from the matched layers, only from the last.
+    """
+    targets, last = spoken[:-1], spoken[-1]
+    students, teachers = len(targets), _columns(signal) - 1
+    window = draw.matching.window(students, teachers)
+    matrix = kl_matrix(targets, unembedding, signal, window)
+    mean = _mean_over_ranks(matrix.values[:, :teachers], len(labels))
+    match = draw.matching.match(mean, draw.generator)
+    losses = {
+        "matched": matched_kl(targets, unembedding, signal, match, matrix),
+        "last": column_kl(last, unembedding, signal, teachers),
+        "kl": mean,
+        "match": torch.tensor([-1 if m is None else m for m in match]),
+    }
+    if draw.cross_entropy_weight:
+        losses["cross_entropy"] = linear_cross_entropy(last[None], unembedding, labels)[0]
+    return losses
+
+
+def run(job: Job) -> None:
+    """Train against the cache, then leave the student in interact/student for the next step."""
+    recipe, folder = job.recipe, job.recipe.run / NAME
+    if done(folder):
+        job.say(f"{NAME}: already done, in {folder}")
+        return
+    if recipe.interact.steps == 0:
+        if job.ranks.first:
+            mark_done(folder, {"updates": 0})
+        wait_for_all()
+        return
+    made = encoders(recipe, ["student"])
+    cache = open_cache(recipe, made["student"])
+    with sharded_loading(recipe):
+        student = student_with_verbalizers(recipe, cache.vocab, dtype_of(recipe))
+    load_verb_ffns(student, recipe.run / "verbalize" / "student.safetensors")
+    student.verb_ffns.requires_grad_(recipe.interact.train_verbalizers)
+    engine = Engine(Interaction(student, cache.head_module(dtype_of(recipe))), recipe, recipe.interact, job.ranks)
+    chats = Chats(ShardFolder(recipe.data.train), made, attach=cache.attach)
+    total = number_of_steps(recipe.interact, len(chats))
+    forward = _forward(engine, recipe.interact, recipe.seed, cache, student.layers)
+    rest = family(student.backbone).seldom_used
+    averages = train(job, NAME, recipe.interact, total, engine, chats, forward, may_rest=rest)
+    finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
+
+
+def _forward(engine: Engine, interact: Interact, seed: int, cache: Any, layers: tuple[int, ...]):
+    def forward(loaded: Loaded, moment: Moment) -> Outcome:
+        generator = torch.Generator().manual_seed(derived_seed(seed, "match", moment.update, moment.micro))
+        draw = Draw(STRATEGIES[interact.matching], generator, interact.cross_entropy_weight)
+        batch = loaded.batches["student"].to(engine.device, engine.dtype)
+        signal_of = partial(cache.signal, loaded.attached, engine.device)
+        losses = engine(batch, signal_of, draw)
+        matched, last = losses["matched"], losses["last"]
+        loss = matched.sum() + last
+        sums = {f"layer/{layer}": value for layer, value in zip(layers, matched, strict=True)} | {"last": last}
+        if interact.cross_entropy_weight:
+            loss = loss + interact.cross_entropy_weight * losses["cross_entropy"]
+            sums["cross_entropy"] = losses["cross_entropy"]
+        return Outcome(loss, sums, {"match": _teacher_layers(losses["match"], cache.layers)})
+
+    return forward
+
+
+def _teacher_layers(match: Tensor, layers: tuple[int, ...]) -> list[int | None]:
+    return [None if column < 0 else layers[column] for column in match.tolist()]
+
+
+def _columns(signal: Signal) -> int:
+    return (signal.hidden if hasattr(signal, "hidden") else signal.ids).shape[1]
+
+
+def _mean_over_ranks(sums: Tensor, tokens: int) -> Tensor:
+    """KL summed over this rank's tokens [S, J] to its mean over the global micro-batch: one all-reduce."""
+    count = torch.full_like(sums[:1, :1], float(tokens)).reshape(1)
+    packed = sum_over_ranks(torch.cat([sums.flatten(), count]))
+    return (packed[:-1] / packed[-1].clamp(min=1)).view_as(sums)
+
+
+def _with_teacher_head(teacher: Unembedding, head: nn.Module, spoken, signal_of, labels, draw) -> dict[str, Tensor]:
+    return head(interaction_losses, spoken, signal_of(teacher), labels, draw)

@@ -1,0 +1,70 @@
+"""Stage 2b: the student is finetuned on the responses themselves; verbalizers are gone (paper, section 3)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from data_prep.shards import ShardFolder
+from pipeline.checks import number_of_steps
+from pipeline.loss.linear_ce import linear_cross_entropy
+from pipeline.runtime.batches import Chats, Loaded
+from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
+from pipeline.runtime.finish import finish
+from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.loop import Job, Moment, Outcome, train
+from pipeline.runtime.ranks import wait_for_all
+from pipeline.vlm.assemble import encoders, vocabulary_rows
+from pipeline.vlm.backbone import load_student, run_backbone
+from pipeline.vlm.export import copy_student
+from pipeline.vlm.families import family, final_norm
+from pipeline.vlm.processing import Batch
+from pipeline.vlm.verbalizer import LanguageHead
+
+NAME = "reinforce"
+
+
+class Finetuned(nn.Module):
+    """The student and its own head, all of it training but the vision tower."""
+
+    def __init__(self, backbone: nn.Module, vocab: int):
+        super().__init__()
+        self.backbone = backbone
+        self.depth = int(backbone.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
+        self.head = LanguageHead(backbone, vocab)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy in nat, summed over the batch's response tokens: [1]."""
+        (last,) = run_backbone(self.backbone, batch.inputs, [self.depth], batch.positions)
+        return self.head(linear_cross_entropy, final_norm(self.backbone)(last)[None], labels=batch.labels)
+
+
+def run(job: Job) -> None:
+    """Finetune from what interaction left (or from the untouched student, where it has zero updates), then export."""
+    recipe, folder = job.recipe, job.recipe.run / NAME
+    if done(folder):
+        job.say(f"{NAME}: already done; the student is in {recipe.run / 'student'}")
+        return
+    begun_from = recipe.student.path if recipe.interact.steps == 0 else recipe.run / "interact" / "student"
+    if recipe.reinforce.steps == 0:
+        if job.ranks.first:
+            copy_student(begun_from, recipe.run / "student")
+            mark_done(folder, {"updates": 0})
+        wait_for_all()
+        return
+    made = encoders(recipe, ["student"])
+    with sharded_loading(recipe):
+        backbone = load_student(begun_from, dtype_of(recipe), recipe.train_vision, recipe.gradient_checkpointing)
+    engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from)), recipe, recipe.reinforce, job.ranks)
+    chats = Chats(ShardFolder(recipe.data.train), made)
+    total = number_of_steps(recipe.reinforce, len(chats))
+    rest = family(backbone).seldom_used
+    averages = train(job, NAME, recipe.reinforce, total, engine, chats, _forward(engine), may_rest=rest)
+    finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
+
+
+def _forward(engine: Engine):
+    def forward(loaded: Loaded, _moment: Moment) -> Outcome:
+        loss = engine(loaded.batches["student"].to(engine.device, engine.dtype))[0]
+        return Outcome(loss, {"cross_entropy": loss})
+
+    return forward

@@ -1,0 +1,77 @@
+"""Stage 1a: teacher and student, both frozen, sit in one engine; each target layer of each learns a verbalizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_prep.shards import ShardFolder
+from pipeline.checks import number_of_steps
+from pipeline.runtime.batches import Chats, Loaded, derived_seed
+from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
+from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.loop import Job, Moment, Outcome, train
+from pipeline.runtime.ranks import wait_for_all
+from pipeline.vlm.assemble import encoders, shared_vocabulary, verbalized
+from pipeline.vlm.cohost import CoHost
+from pipeline.vlm.verbalizer import VerbalizedVLM
+
+NAME = "verbalize"
+ROLES = ("teacher", "student")
+
+
+def run(job: Job) -> Engine | None:
+    """Train both models' verbalizers; returns the engine that holds them, or None if the step was already done."""
+    recipe, folder = job.recipe, job.recipe.run / NAME
+    if done(folder):
+        job.say(f"{NAME}: already done, in {folder}")
+        return None
+    made = encoders(recipe, ROLES)
+    vocab = shared_vocabulary(recipe, made)
+    with sharded_loading(recipe):
+        sides = {
+            role: verbalized(getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role))
+            for role in ROLES
+        }
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
+    chats = Chats(ShardFolder(recipe.data.train), made)
+    total = number_of_steps(recipe.verbalize, len(chats))
+    forward = _forward(engine)
+    averages = train(job, NAME, recipe.verbalize, total, engine, chats, forward)
+    _save(engine, folder)
+    if job.ranks.first:
+        mark_done(folder, {"updates": total, "vocab": vocab, "losses": averages, **_describe(sides)})
+        Checkpoints(folder, 1).drop()
+    wait_for_all()
+    return engine
+
+
+def _forward(engine: Engine):
+    def forward(loaded: Loaded, _moment: Moment) -> Outcome:
+        batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}
+        losses = engine(batches)
+        sums: dict[str, Tensor] = {}
+        for role in ROLES:
+            layers = engine.module.sides[role].all_layers()
+            sums |= {f"{role}/{layer}": value for layer, value in zip(layers, losses[role], strict=True)}
+        # Without the last entry: that is the model's own loss, for comparison, and nothing of it trains.
+        return Outcome(sum(losses[role][:-1].sum() for role in ROLES), sums)
+
+    return forward
+
+
+def _save(engine: Engine, folder: Path) -> None:
+    for role in ROLES:
+        weights = engine.gathered(engine.module.sides[role].verb_ffns)
+        if engine.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = folder / f"{role}.safetensors.partial"
+            save_file(weights, aside)
+            aside.replace(folder / f"{role}.safetensors")
+
+
+def _describe(sides: dict[str, VerbalizedVLM]) -> dict[str, object]:
+    return {role: {"layers": list(side.layers), "depth": side.depth} for role, side in sides.items()}

@@ -1,0 +1,74 @@
+"""From a recipe to encoders and models with verbalizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checks import target_layers
+from pipeline.errors import RecipeError
+from pipeline.recipe import Model, Recipe
+from pipeline.vlm.backbone import load_vlm
+from pipeline.vlm.families import lm_head, text_config
+from pipeline.vlm.processing import ChatEncoder, load_processor
+from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
+from pipeline.vlm.vocabulary import common_vocabulary
+
+
+def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
+    """A chat encoder for each of "teacher" and "student"; one and the same where their processors are."""
+    made: dict[str, ChatEncoder] = {}
+    for role in roles:
+        encoder = ChatEncoder(load_processor(getattr(recipe, role).path), recipe.data.max_length)
+        twin = next((other for other in made.values() if _describe(other) == _describe(encoder)), None)
+        made[role] = twin or encoder
+    return made
+
+
+def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
+    """Size of the common vocabulary of both models. Raises RecipeError where their tokenizers differ."""
+    rows = [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)]
+    return common_vocabulary(made["teacher"].processor.tokenizer, made["student"].processor.tokenizer, *rows)
+
+
+def verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int) -> VerbalizedVLM:
+    """A backbone with untrained verbalizers on its target layers. Under ZeRO-3, call inside sharded_loading."""
+    backbone = load_vlm(model.path, dtype)
+    layers = target_layers(model)
+    width = int(text_config(backbone).hidden_size)
+    ffns = initial_verb_ffns(layers, width, recipe.verbalizer.form, dtype, seed)
+    return VerbalizedVLM(backbone, layers, ffns, vocab)
+
+
+def load_verb_ffns(side: VerbalizedVLM, path: Path) -> None:
+    """Fill verb-FFNs from a file of stage 1. Raises RecipeError if they are for other layers or another form."""
+    try:
+        side.verb_ffns.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise RecipeError(f"no verbalizers at {path}; run: deepspeed launch/train.py --stage 1 --recipe R") from None
+    except RuntimeError as error:
+        raise RecipeError(
+            f"{path} holds verbalizers for other layers, another width or another form than the recipe asks for "
+            f"(layers {list(side.layers)}): {error}"
+        ) from error
+
+
+def head_shape(side: VerbalizedVLM) -> tuple[int, int]:
+    """(rows, width) of the language head, also where ZeRO-3 has sharded it."""
+    weight = lm_head(side.backbone).weight
+    shape = getattr(weight, "ds_shape", weight.shape)
+    return int(shape[0]), int(shape[1])
+
+
+def vocabulary_rows(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+
+
+def _describe(encoder: ChatEncoder) -> tuple[str, str, str]:
+    processor = encoder.processor
+    return (str(processor.to_dict()), str(processor.chat_template), processor.tokenizer.backend_tokenizer.to_str())

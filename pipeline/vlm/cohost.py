@@ -1,0 +1,70 @@
+"""Teacher and student with their verbalizers, as one module in one engine (or the teacher alone, for cache jobs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.loss.linear_ce import linear_cross_entropy
+from pipeline.teacher.signal import Unembedding
+from pipeline.vlm.backbone import run_backbone
+from pipeline.vlm.processing import Batch
+from pipeline.vlm.verbalizer import VerbalizedVLM
+
+Encode = Callable[[Tensor, Unembedding], dict[str, Tensor]]
+"""(normed hidden states [T, L + 1, d], the teacher's head) -> coded arrays."""
+
+
+class CoHost(nn.Module):
+    """Frozen backbones in eval mode; only verb-FFNs train.
+
+    Every rank calls the same parts in the same order in every step, as ZeRO-3 needs.
+    """
+
+    def __init__(self, sides: Mapping[str, VerbalizedVLM]):
+        """sides: {"teacher": ..., "student": ...}, or one of them."""
+        super().__init__()
+        self.sides = nn.ModuleDict(sides)
+        for side in sides.values():
+            side.requires_grad_(False)
+            side.verb_ffns.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> CoHost:
+        """Backbones stay in eval whatever the mode: they are what is listened to."""
+        super().train(mode)
+        for side in self.sides.values():
+            side.backbone.eval()  # type: ignore[union-attr,operator]
+        return self
+
+    def forward(self, batches: Mapping[str, Batch], encode: Encode | None = None) -> dict[str, Tensor]:
+        """Verbalization losses: for each side [L + 1], cross-entropy in nat summed over this batch's response tokens.
+
+        The last entry is the backbone's own, through its last layer; nothing of it trains. With `encode`, instead:
+        what the teacher says about the batch, coded for the cache.
+        """
+        if encode is not None:
+            return _record(self.sides["teacher"], batches["teacher"], encode)  # type: ignore[arg-type]
+        losses = {}
+        for role, side in self.sides.items():
+            spoken = self._speak(side, batches[role])  # type: ignore[arg-type]
+            losses[role] = side.head(linear_cross_entropy, spoken, labels=batches[role].labels)  # type: ignore
+        return losses
+
+    def _speak(self, side: VerbalizedVLM, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            hidden = run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
+        return side.speak(hidden)
+
+
+@torch.no_grad()
+def _record(teacher: VerbalizedVLM, batch: Batch, encode: Encode) -> dict[str, Tensor]:
+    """What every target layer and the last say about the batch's response tokens, coded."""
+    hidden = run_backbone(teacher.backbone, batch.inputs, teacher.all_layers(), batch.positions)
+    spoken = teacher.speak(hidden).transpose(0, 1)
+    return teacher.head(_encode_with, spoken, encode)
+
+
+def _encode_with(unembedding: Unembedding, spoken: Tensor, encode: Encode) -> dict[str, Tensor]:
+    return encode(spoken, unembedding)

@@ -1,0 +1,46 @@
+"""A trained model as an ordinary Hugging Face folder, with the student's own config, names and processor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+# save_pretrained writes its own; a model card speaks of the model that training began with.
+_NOT_COPIED = {"config.json", "generation_config.json", "README.md"}
+
+
+def save_student(model: Any, weights: dict[str, Tensor], original: Path, folder: Path) -> None:
+    """Write weights (whole, on the CPU) as safetensors beside the original's tokenizer, processor and chat template.
+
+    The folder is whole or absent.
+    """
+
+    def fill(aside: Path) -> None:
+        model.save_pretrained(aside, state_dict=weights)
+        for path in sorted(original.iterdir()):
+            if path.is_file() and path.name not in _NOT_COPIED and not _is_weights(path):
+                shutil.copy2(path, aside / path.name)
+
+    _aside(folder, fill)
+
+
+def copy_student(original: Path, folder: Path) -> None:
+    """The model as it was: what a run with zero updates hands back."""
+    _aside(folder, lambda aside: shutil.copytree(original, aside, dirs_exist_ok=True))
+
+
+def _is_weights(path: Path) -> bool:
+    return ".safetensors" in path.name or path.suffix in (".bin", ".pt", ".pth", ".gguf")
+
+
+def _aside(folder: Path, fill: Callable[[Path], object]) -> None:
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    fill(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -1,0 +1,27 @@
+"""Fixtures that many tests share: tiny models, made once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """{(kind, "teacher" | "student"): folder}: a teacher of 6 layers x 32 and a student of 3 x 32, of two families."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("models")
+    return {
+        (kind, role): tiny.write_vlm(root / kind / role, kind, layers, 32, seed=layers)
+        for kind in tiny.KINDS
+        for role, layers in (("teacher", 6), ("student", 3))
+    }

@@ -1,0 +1,163 @@
+"""Recipes: what is refused, what is said, and where each value came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.checks import check_recipe, number_of_steps, target_layers
+from pipeline.errors import RecipeError
+from pipeline.recipe import Model, Recipe, Section, Training, leaves
+from pipeline.resolve import load_recipe, refuse_changes
+
+STEPS = ("verbalize", "cache", "interact", "reinforce")
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict:
+    for role, depth in (("teacher", 8), ("student", 4)):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": depth}}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    (tmp_path / "zero.json").write_text('{"gradient_clipping": "auto"}')
+    training = {"steps": 10, "batch_size": 8, "micro_batch_size": 2}
+    return {
+        "run": str(tmp_path / "run"),
+        "deepspeed": str(tmp_path / "zero.json"),
+        "data": {"train": str(tmp_path / "data")},
+        "teacher": {"path": str(tmp_path / "teacher"), "layers": [1, 2, 3, 4, 5, 6, 7]},
+        "student": {"path": str(tmp_path / "student"), "layers": [1, 2, 3]},
+        "verbalize": dict(training),
+        "interact": dict(training),
+        "reinforce": dict(training),
+    }
+
+
+def write(tmp_path: Path, values: dict) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_every_field_has_a_sentence_of_meaning():
+    def walk(section: type[Section]):
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                yield from walk(field.annotation)
+            assert field.description, f"{section.__name__}.{name} says nothing"
+            assert len(field.description.split()) >= 4
+            yield name
+
+    assert len(list(walk(Recipe))) > 40
+
+
+def test_unknown_keys_are_errors_with_a_hint_and_all_are_reported(tmp_path, values):
+    values["techer"] = values.pop("teacher")
+    values["interact"]["stesp"] = 3
+    values["reinforce"]["learning_rate"] = -1
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, values))
+    message = str(error.value)
+    assert "unknown key 'techer'; did you mean 'teacher'?" in message
+    assert "unknown key 'interact.stesp'; did you mean 'steps'?" in message
+    assert "teacher: missing" in message
+    assert "reinforce.learning_rate: Input should be greater than 0, found -1" in message
+
+
+def test_overrides_and_origins(tmp_path, values):
+    resolved = load_recipe(write(tmp_path, values), ["interact.steps=3", "seed=7"])
+    assert resolved.recipe.interact.steps == 3 and resolved.recipe.seed == 7
+    assert resolved.origins["interact.steps"] == "command line"
+    assert resolved.origins["interact.batch_size"] == "recipe"
+    assert resolved.origins["precision"] == "default"
+    with pytest.raises(RecipeError, match="expected KEY=VALUE"):
+        load_recipe(write(tmp_path, values), ["interact.steps"])
+    with pytest.raises(RecipeError, match=r"unknown key 'interact\.step'; did you mean 'steps'"):
+        load_recipe(write(tmp_path, values), ["interact.step=3"])
+
+
+def test_the_resolved_recipe_loads_again_to_the_same(tmp_path, values):
+    resolved = load_recipe(write(tmp_path, values), ["seed=3"])
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved.to_yaml())
+    assert leaves(load_recipe(again).recipe) == leaves(resolved.recipe)
+    assert "seed: 3  # command line" in resolved.to_yaml()
+
+
+def test_stage_2_inherits_aloud_and_refuses_what_changed(tmp_path, values):
+    path = write(tmp_path, values)
+    first = load_recipe(path, ["seed=3", "verbalize.steps=5"])
+    first.recipe.run.mkdir()
+    (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
+    second = load_recipe(path)
+    assert second.recipe.seed == 3
+    assert second.inherited() == ["seed = 3 (from stage 1)"]
+    # verbalize.steps is 10 in the file and 5 in the run: the file speaks, and the run refuses it.
+    with pytest.raises(RecipeError, match="verbalize.steps: the run has 5, now 10") as error:
+        refuse_changes(second, ["verbalize"])
+    assert "--recipe" in str(error.value) and "seed" not in str(error.value)
+    refuse_changes(second, [])
+    free = load_recipe(path, ["verbalize.steps=5", "verbalize.micro_batch_size=1", "interact.steps=2"])
+    refuse_changes(free, ["verbalize"])  # interact has not begun, and a micro-batch changes no number
+    with pytest.raises(RecipeError, match="interact.steps: the run has 10, now 2"):
+        refuse_changes(free, ["verbalize", "interact"])
+
+
+def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
+    values["data"]["train"] = str(tmp_path / "nowhere")
+    values["student"]["path"] = str(tmp_path / "nobody")
+    values["verbalize"] |= {"batch_size": 9, "epochs": 2}
+    values["interact"] |= {"final_learning_rate": 1.0}
+    values["reinforce"].pop("steps")
+    (tmp_path / "zero.json").write_text('{"gradient_clipping": 0.5, "bf16": {"enabled": true}}')
+    with pytest.raises(RecipeError) as error:
+        check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS, world=2)
+    message = str(error.value)
+    assert message.startswith("8 problem(s)")
+    assert "data.train: no" in message and "python -m data_prep shard" in message
+    assert "student.path: no" in message
+    assert "verbalize.batch_size: 9 is no multiple of verbalize.micro_batch_size x ranks = 2 x 2 = 4" in message
+    assert "verbalize: expected one of steps and epochs, found steps: 10 and epochs: 2.0" in message
+    assert "reinforce: expected one of steps and epochs, found neither" in message
+    assert "interact.final_learning_rate: 1.0 is above interact.learning_rate" in message
+    assert "gradient_clipping is 0.5 in" in message and "bf16.enabled is True in" in message
+    assert "the recipe owns it" in message
+
+
+def test_teacher_targets_must_outnumber_student_targets(tmp_path, values):
+    values["teacher"]["layers"] = [2, 4, 6]
+    with pytest.raises(RecipeError, match="3 teacher targets for 3 student targets") as error:
+        check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
+    assert "for example teacher.layers: [2, 4, 5, 7]" in str(error.value)
+
+
+def test_target_layers_lie_below_the_last(tmp_path, values):
+    values["student"]["layers"] = [2, 4]
+    with pytest.raises(RecipeError, match=r"expected increasing layers from 1 to 3 .*found \[2, 4\]"):
+        check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
+    assert target_layers(Model(path=tmp_path / "teacher")) == (2, 6)
+
+
+def test_stage_2_needs_no_teacher_folder(tmp_path, values):
+    values["teacher"]["path"] = str(tmp_path / "gone")
+    recipe = load_recipe(write(tmp_path, values)).recipe
+    check_recipe(recipe, ("interact", "reinforce"))
+    with pytest.raises(RecipeError, match="teacher.path"):
+        check_recipe(recipe, ("verbalize", "cache"))
+
+
+def test_steps_from_epochs():
+    assert number_of_steps(Training(epochs=2, batch_size=32), samples=1000) == 62
+    assert number_of_steps(Training(steps=5, batch_size=32), samples=1000) == 5
+
+
+def test_no_recipe_and_broken_yaml(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe at .*; the shipped ones are in recipes/"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(tmp_path / "broken.yaml")

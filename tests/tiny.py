@@ -1,0 +1,153 @@
+"""Tiny vision-language models from config: random weights, a byte-level tokenizer, real classes, no download."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as tf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pipeline.vlm.image_only import TWINS
+
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<image>", "<video>",
+]  # fmt: skip
+CHAT = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% for c in m['content'] %}{% if c['type']=='image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+QWEN_CHAT = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+LLAVA_CHAT = CHAT.replace("IMAGE", "<image>\n")
+KINDS = ("qwen2_vl", "llava_onevision")
+
+
+def byte_tokenizer() -> tf.PreTrainedTokenizerFast:
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+        model_max_length=4096,
+    )
+
+
+def write_vlm(
+    folder: Path, kind: str, layers: int, width: int, seed: int = 0, tie: bool = False, rows: int = 0
+) -> Path:
+    """A random tiny VLM as a Hugging Face folder; rows > 0 pads the vocabulary to that many rows."""
+    tokenizer = byte_tokenizer()
+    config, processor = {"qwen2_vl": _qwen2_vl, "llava_onevision": _llava_onevision}[kind](
+        tokenizer, layers, width, tie, max(rows, len(tokenizer))
+    )
+    torch.manual_seed(seed)
+    model = tf.AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _text(tokenizer, layers: int, width: int, tie: bool, rows: int) -> dict:
+    return {
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": tie,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    }
+
+
+def _qwen2_vl(tokenizer, layers: int, width: int, tie: bool, rows: int):
+    half = width // 4 // 2
+    sections = [half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    token = tokenizer.convert_tokens_to_ids
+    config = tf.Qwen2VLConfig(
+        text_config={**_text(tokenizer, layers, width, tie, rows), "rope_parameters": rope},
+        vision_config={
+            "depth": 1, "embed_dim": 16, "hidden_size": width, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14,
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    images = tf.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    return config, TWINS["Qwen2VLProcessor"](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
+
+
+def _llava_onevision(tokenizer, layers: int, width: int, tie: bool, rows: int):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    token = tokenizer.convert_tokens_to_ids
+    grid = [[28, 28], [56, 56]]
+    config = tf.LlavaOnevisionConfig(
+        text_config={**_text(tokenizer, layers, width, tie, rows), "model_type": "qwen2", "rope_parameters": rope},
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
+        },
+        image_token_index=token("<image>"),
+        video_token_index=token("<video>"),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        image_grid_pinpoints=grid,
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    images = tf.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=grid)
+    return config, TWINS["LlavaOnevisionProcessor"](
+        image_processor=images,
+        tokenizer=tokenizer,
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=LLAVA_CHAT,
+    )
+
+
+def png(
+    color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (56, 56), seed: int | None = None
+) -> bytes:
+    """A small picture as PNG bytes: one colour, or noise."""
+    pixels = np.broadcast_to(np.array(color, np.uint8), (size[1], size[0], 3))
+    if seed is not None:
+        pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(out, "PNG")
+    return out.getvalue()
+
+
+def turn(role: str, *parts: str) -> dict:
+    """A chat message; the part "<image>" stands for an image."""
+    content = [{"type": "image"} if part == "<image>" else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": content}
+
+
+def chats(count: int, seed: int = 0) -> list[tuple[str, dict, list[bytes]]]:
+    """(key, record, images) of small chats with responses of unequal length; every fifth is text alone."""
+    random = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        answer = "ab" * int(random.integers(1, 9))
+        question = [f"what is {index % 7}?"] if index % 5 == 4 else ["<image>", f"what is {index % 7}?"]
+        images = [] if index % 5 == 4 else [png(seed=index)]
+        record = {
+            "id": f"sample {index}",
+            "messages": [turn("user", *question), turn("assistant", answer)],
+            "provenance": {"source": "tests", "index": index},
+        }
+        made.append((f"s{index:05d}", record, images))
+    return made

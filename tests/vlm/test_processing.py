@@ -1,0 +1,120 @@
+"""The response mask is the assistant's words and the end-of-turn token, nothing else; truncation keeps images whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import KINDS, chats, png, turn
+
+from pipeline.errors import RecipeError, SampleError
+from pipeline.vlm.backbone import load_vlm
+from pipeline.vlm.processing import ChatEncoder, collate, load_processor
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request, tiny_models) -> ChatEncoder:
+    return ChatEncoder(load_processor(tiny_models[request.param, "student"]), max_length=512)
+
+
+def spoken(encoder: ChatEncoder, encoded) -> str:
+    return encoder.processor.tokenizer.decode(encoded.response_ids)
+
+
+def image_ids(encoder: ChatEncoder, encoded) -> torch.Tensor:
+    return encoded.inputs["input_ids"][0] == encoder.processor.image_token_id
+
+
+def test_one_turn(encoder):
+    encoded = encoder("k", [turn("user", "<image>", "what?"), turn("assistant", "a red star")], [png()])
+    assert spoken(encoder, encoded) == "a red star<|im_end|>"
+    assert encoded.inputs["input_ids"].shape[1] == len(encoded.response)
+
+
+def test_many_turns_and_images_and_a_system_prompt(encoder):
+    messages = [
+        turn("system", "be brief"),
+        turn("user", "<image>", "and", "<image>", "differ how?"),
+        turn("assistant", "in colour"),
+        turn("user", "sure? in colour", "<image>"),
+        turn("assistant", "yes, in colour. ünïcödé ✓"),
+    ]
+    encoded = encoder("k", messages, [png(seed=1), png(size=(84, 56), seed=2), png(seed=3)])
+    assert spoken(encoder, encoded) == "in colour<|im_end|>yes, in colour. ünïcödé ✓<|im_end|>"
+    assert not (encoded.response & image_ids(encoder, encoded)).any()
+
+
+def test_the_mask_is_the_templates_own_difference(encoder):
+    """Independently: tokens of the chat up to the prompt are the prefix, what follows up to end-of-turn is masked."""
+    messages = [turn("user", "<image>", "what?"), turn("assistant", "ab ab")]
+    encoded = encoder("k", messages, [png()])
+    prompt = encoder.prompt(messages[:1], [png()])["input_ids"][0]
+    ids = encoded.inputs["input_ids"][0]
+    assert torch.equal(ids[: len(prompt)], prompt)
+    end = len(prompt) + len("ab ab") + 1
+    assert encoded.response.nonzero()[:, 0].tolist() == list(range(len(prompt), end))
+
+
+def test_text_alone_gets_a_filler_row_that_counts_nothing(encoder):
+    (_, record, images) = chats(5)[4]
+    encoded = encoder("k", record["messages"], images)
+    batch = collate([encoded], encoder.filler(), pad_id=0)
+    assert "pixel_values" in batch.inputs and batch.inputs["input_ids"].shape[0] == 2
+    assert (
+        batch.counts == (int(encoded.response.sum()),) and len(batch.labels) == len(batch.positions) == batch.counts[0]
+    )
+    assert int(batch.positions.max()) < batch.inputs["input_ids"].shape[1]
+
+
+def test_positions_predict_labels(encoder):
+    encoded = [encoder(key, record["messages"], images) for key, record, images in chats(6)]
+    batch = collate(encoded, encoder.filler(), pad_id=0)
+    following = batch.inputs["input_ids"].flatten()[batch.positions + 1]
+    assert torch.equal(following, batch.labels)
+    assert sum(batch.counts) == len(batch.labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncation_never_cuts_inside_an_image(kind, tiny_models):
+    folder = tiny_models[kind, "student"]
+    model, processor = load_vlm(folder, torch.float32), load_processor(folder)
+    messages = [turn("user", "<image>", "first?"), turn("assistant", "one"), turn("user", "<image>", "second?")]
+    messages.append(turn("assistant", "two"))
+    pictures = [png(seed=1), png(seed=2)]
+    whole = ChatEncoder(processor, 512)
+    everything = whole("k", messages, pictures)
+    said, kept = set(), set()
+    for max_length in range(10, everything.inputs["input_ids"].shape[1] + 1):
+        encoder = ChatEncoder(processor, max_length)
+        try:
+            cut = encoder("k", messages, pictures)
+        except SampleError as error:
+            assert f"no response token within max_length={max_length}" in str(error)
+            continue
+        assert cut.inputs["input_ids"].shape[1] <= max_length
+        assert spoken(whole, everything).startswith(spoken(encoder, cut))
+        model.model(**cut.inputs)  # refuses inputs whose image tokens and image features do not agree
+        said.add(spoken(encoder, cut))
+        kept.add(len(cut.inputs["image_grid_thw" if kind == "qwen2_vl" else "image_sizes"]))
+    # LLaVA-OneVision tiles a picture that stands alone: without the second, the first no longer fits either.
+    assert kept == ({1, 2} if kind == "qwen2_vl" else {2})
+    assert {"one<|im_end|>", "one<|im_end|>two<|im_end|>"} <= said
+
+
+def test_refusals(encoder):
+    with pytest.raises(SampleError, match=r"control token <\|im_end\|>"):
+        encoder("k", [turn("user", "hi<|im_end|>"), turn("assistant", "x")], [])
+    with pytest.raises(SampleError, match="image cannot be decoded"):
+        encoder("k", [turn("user", "<image>", "?"), turn("assistant", "x")], [b"no image"])
+    with pytest.raises(SampleError, match="assistant turn 1 is empty"):
+        encoder("k", [turn("user", "hi"), turn("assistant", " ")], [])
+
+
+def test_a_template_without_end_of_turn_is_refused(encoder):
+    encoder.processor.chat_template = encoder.processor.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(RecipeError, match="no end-of-turn token"):
+        encoder("k", [turn("user", "hi"), turn("assistant", "x")], [])
+
+
+def test_no_processor(tmp_path):
+    with pytest.raises(RecipeError, match="no processor could be built from"):
+        load_processor(tmp_path)

@@ -1,0 +1,113 @@
+"""Verbalizers: the logit lens at first, the model's own words at the last layer, the formula in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import KINDS, chats
+from torch.nn import functional as F
+
+from pipeline.errors import RecipeError
+from pipeline.vlm.assemble import load_verb_ffns
+from pipeline.vlm.backbone import load_vlm, run_backbone
+from pipeline.vlm.families import decoder_layers, final_norm, set_trainable
+from pipeline.vlm.processing import ChatEncoder, collate, load_processor
+from pipeline.vlm.verbalizer import VerbalizedVLM, VerbFFN, initial_verb_ffns
+from pipeline.vlm.vocabulary import common_vocabulary
+
+LAYERS = (1, 2, 4)
+
+
+def build(folder, form="residual", vocab=265):
+    model = load_vlm(folder, torch.float32).eval()
+    return VerbalizedVLM(model, LAYERS, initial_verb_ffns(LAYERS, 32, form, torch.float32, seed=0), vocab)
+
+
+def batch_of(folder, count=4):
+    encoder = ChatEncoder(load_processor(folder), 512)
+    return collate([encoder(k, r["messages"], i) for k, r, i in chats(count)], encoder.filler(), 0)
+
+
+def logits_of(unembedding, spoken):
+    return unembedding.logits(spoken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_verbalizers_are_the_logit_lens_and_the_last_layer_is_the_model(kind, tiny_models):
+    folder = tiny_models[kind, "teacher"]
+    side, batch = build(folder), batch_of(folder)
+    with torch.no_grad():
+        hidden = run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
+        ours = side.head(logits_of, side.speak(hidden))
+        output = side.backbone(**batch.inputs, output_hidden_states=True)
+    norm, head = final_norm(side.backbone), side.backbone.get_output_embeddings()
+    for row, layer in enumerate(LAYERS):
+        lens = head(norm(output.hidden_states[layer])).flatten(0, 1)[batch.positions]
+        torch.testing.assert_close(ours[row], lens)
+    torch.testing.assert_close(ours[-1], output.logits.flatten(0, 1)[batch.positions])
+
+
+def test_the_formula():
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 16, dtype=torch.float64)
+    block = VerbFFN(16, "residual", torch.float64)
+    normed = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    change = (F.silu(normed @ block.gate.weight.T) * (normed @ block.up.weight.T)) @ block.down.weight.T
+    torch.testing.assert_close(block(hidden), hidden + change)
+    literal = VerbFFN(16, "paper", torch.float64)
+    expected = (F.silu(hidden @ literal.gate.weight.T) * (hidden @ literal.up.weight.T)) @ literal.down.weight.T
+    torch.testing.assert_close(literal(hidden), expected)
+    assert sum(p.numel() for p in literal.parameters()) == 3 * 16 * 16
+
+
+def test_padding_rows_of_the_head_are_cut_off(tiny_models, tmp_path):
+    import tiny
+
+    folder = tiny.write_vlm(tmp_path / "padded", "qwen2_vl", 5, 32, rows=300)
+    side = build(folder, vocab=265)
+    assert side.head(logits_of, torch.randn(1, 3, 32)).shape == (1, 3, 265)
+
+
+def test_verb_ffns_for_other_layers_are_refused(tiny_models, tmp_path):
+    from safetensors.torch import save_file
+
+    side = build(tiny_models["qwen2_vl", "teacher"])
+    save_file(initial_verb_ffns((1, 3), 32, "residual", torch.float32, 0).state_dict(), tmp_path / "v.safetensors")
+    with pytest.raises(RecipeError, match=r"other layers, another width or another form .*\[1, 2, 4\]"):
+        load_verb_ffns(side, tmp_path / "v.safetensors")
+    with pytest.raises(RecipeError, match="run: deepspeed launch/train.py --stage 1"):
+        load_verb_ffns(side, tmp_path / "none.safetensors")
+
+
+def test_tokenizers_that_differ_are_refused_with_the_first_token(tiny_models):
+    teacher = load_processor(tiny_models["qwen2_vl", "teacher"]).tokenizer
+    student = load_processor(tiny_models["qwen2_vl", "student"]).tokenizer
+    assert common_vocabulary(teacher, student, 300, 265) == 265
+    student.get_vocab = lambda: {("xyz" if i == 7 else t): i for t, i in teacher.get_vocab().items()}
+    with pytest.raises(RecipeError, match="token 7 is .* to the teacher and 'xyz' to the student"):
+        common_vocabulary(teacher, student, 265, 265)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_trains_but_the_vision_tower(kind, tiny_models):
+    model = load_vlm(tiny_models[kind, "student"], torch.float32)
+    set_trainable(model, train_vision=False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and all("visual." in name or "vision_tower." in name for name in frozen)
+    assert not any("merger" in name or "projector" in name for name in frozen)
+    set_trainable(model, train_vision=True)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_hidden_states_are_raw_layer_outputs_at_the_positions_only(tiny_models):
+    folder = tiny_models["qwen2_vl", "teacher"]
+    model, batch = load_vlm(folder, torch.float32).eval(), batch_of(folder, 2)
+    seen = {}
+    stack = decoder_layers(model)
+    handle = stack[-1].register_forward_hook(lambda m, i, o: seen.update(last=o[0] if isinstance(o, tuple) else o))
+    with torch.no_grad():
+        (last,) = run_backbone(model, batch.inputs, [6], batch.positions)
+    handle.remove()
+    assert last.shape == (len(batch.labels), 32)
+    torch.testing.assert_close(last, seen["last"].flatten(0, 1)[batch.positions])
+    assert not stack[-1]._forward_hooks, "hooks must not outlive the call"
