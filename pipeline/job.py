@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.schema import DataError as ShardError
 from pipeline.checks import check_recipe
 from pipeline.errors import UserError
 from pipeline.resolve import Resolved, load_recipe, refuse_changes
@@ -33,7 +34,7 @@ def run_steps(
         resolved = prepare(recipe, overrides, steps, world)
         _run(resolved, steps, stop_after, shards, only_missing, verbose)
         return 0
-    except UserError as error:
+    except (UserError, ShardError) as error:
         _tell(rank, f"error: {error}")
         return USER_ERROR
     except Exception as error:
@@ -56,7 +57,7 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
 def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
     from pipeline.runtime import engine
     from pipeline.runtime.loop import Job, Stopped
-    from pipeline.steps import cache, interact, reinforce, verbalize
+    from pipeline.steps import verbalize
 
     ranks = engine.start(verbose)
     job = Job(resolved.recipe, ranks, stop_after)
@@ -70,8 +71,12 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
             if step == "verbalize":
                 hosted = verbalize.run(job)
             elif step == "cache":
+                from pipeline.steps import cache
+
                 cache.run(job, hosted, shards, only_missing)
             else:
+                from pipeline.steps import interact, reinforce
+
                 {"interact": interact, "reinforce": reinforce}[step].run(job)
     except Stopped as stopped:
         job.say(str(stopped))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from data_prep.shards import FORMAT, shard_name, write_manifest, write_shard
 from pipeline.vlm.image_only import TWINS
 
 SPECIAL = [
@@ -151,3 +153,19 @@ def chats(count: int, seed: int = 0) -> list[tuple[str, dict, list[bytes]]]:
         }
         made.append((f"s{index:05d}", record, images))
     return made
+
+
+def write_data(folder: Path, count: int, shards: int = 2, seed: int = 0) -> Path:
+    """A shard folder of `chats`, as `data_prep shard` would leave it."""
+    samples = [
+        (key, {"json": json.dumps(record).encode(), **{f"{i}.png": data for i, data in enumerate(images)}})
+        for key, record, images in chats(count, seed)
+    ]
+    folder.mkdir(parents=True)
+    size = -(-count // shards)
+    entries = [
+        write_shard(folder / shard_name(number), samples[number * size : (number + 1) * size])
+        for number in range(shards)
+    ]
+    write_manifest(folder, entries, format=FORMAT, version=1, split="train")
+    return folder

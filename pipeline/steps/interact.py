@@ -63,11 +63,11 @@ class Interaction(nn.Module):
         if self.teacher_head is None:
             return self.student.head(interaction_losses, spoken, signal_of(None), batch.labels, draw)
         # The hidden codec computes the teacher's logits anew, so both heads are gathered at once.
-        return self.teacher_head(_with_teacher_head, self.student.head, spoken, signal_of, batch.labels, draw)
+        return self.teacher_head(_with_teacher_head, spoken, self.student.head, signal_of, batch.labels, draw)
 
 
 def interaction_losses(
-    unembedding: Unembedding, spoken: Tensor, signal: Signal, labels: Tensor, draw: Draw
+    spoken: Tensor, unembedding: Unembedding, signal: Signal, labels: Tensor, draw: Draw
 ) -> dict[str, Tensor]:
     """Algorithm 1 on one global micro-batch (paper, section 3), then the last layers' KL; spoken is [S + 1, T, d].
 
@@ -150,5 +150,5 @@ def _mean_over_ranks(sums: Tensor, tokens: int) -> Tensor:
     return (packed[:-1] / packed[-1].clamp(min=1)).view_as(sums)
 
 
-def _with_teacher_head(teacher: Unembedding, head: nn.Module, spoken, signal_of, labels, draw) -> dict[str, Tensor]:
+def _with_teacher_head(spoken: Tensor, teacher: Unembedding, head: nn.Module, signal_of, labels, draw):
     return head(interaction_losses, spoken, signal_of(teacher), labels, draw)

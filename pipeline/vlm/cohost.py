@@ -63,8 +63,4 @@ def _record(teacher: VerbalizedVLM, batch: Batch, encode: Encode) -> dict[str, T
     """What every target layer and the last say about the batch's response tokens, coded."""
     hidden = run_backbone(teacher.backbone, batch.inputs, teacher.all_layers(), batch.positions)
     spoken = teacher.speak(hidden).transpose(0, 1)
-    return teacher.head(_encode_with, spoken, encode)
-
-
-def _encode_with(unembedding: Unembedding, spoken: Tensor, encode: Encode) -> dict[str, Tensor]:
-    return encode(spoken, unembedding)
+    return teacher.head(encode, spoken)

@@ -61,9 +61,9 @@ class LanguageHead(nn.Module):
         self.bias = head.bias
         self._describe = lambda weight, bias: unembedding(model, weight, bias, vocab)
 
-    def forward(self, use: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
-        """Call `use(unembedding, *tensors, **options)` while the head is gathered; tensors carry the gradient."""
-        return use(self._describe(self.weight, self.bias), *tensors, **options)
+    def forward(self, use: Callable[..., Any], hidden: Any, *more: Any, **options: Any) -> Any:
+        """Call `use(hidden, unembedding, *more, **options)` while the head is gathered."""
+        return use(hidden, self._describe(self.weight, self.bias), *more, **options)
 
 
 class VerbalizedVLM(nn.Module):

@@ -28,7 +28,7 @@ def batch_of(folder, count=4):
     return collate([encoder(k, r["messages"], i) for k, r, i in chats(count)], encoder.filler(), 0)
 
 
-def logits_of(unembedding, spoken):
+def logits_of(spoken, unembedding):
     return unembedding.logits(spoken)
 
 
