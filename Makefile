@@ -1,0 +1,53 @@
+# Every target sets itself up: the first `make demo` installs into .venv, later ones start at once.
+# SEED=, NOISE=, DATA= and SIZE= go to launch/demo.sh: make hands variables given on its command line down.
+
+PYTHON ?= python3
+VENV   ?= .venv
+STAMP  := $(VENV)/.installed
+EXTRAS := mpi,lora,easy-vqa,dev
+
+# The environment's programs first (also its ninja, with which DeepSpeed builds), and root may start MPI.
+RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-models test lint types clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## install everything into .venv (the other targets do it by themselves)
+
+demo: $(STAMP)  ## the whole story on 2 CPU cores, about 8 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
+	$(RUN) bash launch/demo.sh
+
+demo-models: $(STAMP)  ## train the shipped demo teacher and student again: hours on a CPU, minutes on a GPU
+	$(RUN) python launch/demo_models.py
+
+test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'
+	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff: style and formatting
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(RUN) mypy
+
+clean:  ## remove what the demo, the tests and the linters left; .venv and your own runs stay
+	rm -rf runs/demo runs/demo-* data/demo data/demo-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp is newer than what it was installed from, so a second run needs neither time nor a network.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys' 2>/dev/null \
+	  || { echo "No Python at PYTHON=$(PYTHON): install Python 3.10 or later, or name it: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is `$(PYTHON) --version 2>&1`; expected 3.10 or later. Name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null \
+	  || { echo "No C++ compiler (CXX=$${CXX:-c++}); DeepSpeed needs one. On Debian or Ubuntu: apt-get install g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	PIP_ROOT_USER_ACTION=ignore $(PIP) install --quiet --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	@touch $@
