@@ -1,0 +1,109 @@
+"""When an answer counts as right, and what can be answered without looking at the picture. No torch here."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import SampleError
+
+NORMALISATION = (
+    "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end"
+)
+"""What `normalise` does, in the words of the manual and of the table."""
+
+
+def normalise(text: str) -> str:
+    """An answer as it is compared; see NORMALISATION. Articles stay."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".,;:!? ")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The last question of a chat, with everything said before it, and the answer that the data gives."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """The chat up to where the last assistant turn begins."""
+    images: Sequence[bytes]
+    """The images of those messages, in order."""
+    question: str
+    """The text of the last user turn."""
+    answer: str
+    """The text of the last assistant turn."""
+    kind: str | None = None
+    """question_type, where the data has one."""
+
+
+def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchange:
+    """Split a record before its last assistant turn. Raises SampleError if it has none."""
+    messages = record["messages"]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise SampleError("no assistant turn")
+    before = messages[: turns[-1]]
+    shown = sum(part["type"] == "image" for message in before for part in message["content"])
+    question, answer = list(_pairs(record))[-1]
+    return Exchange(before, images[:shown], question, answer, record.get("question_type"))
+
+
+class QuestionOnly:
+    """The question-only majority baseline: the commonest answer to the same question in other data, images unseen."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]):
+        """Learn from every question and answer of the given records. Raises ValueError if there are none."""
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        overall: Counter[str] = Counter()
+        for record in records:
+            for question, answer in _pairs(record):
+                answers[normalise(question)][normalise(answer)] += 1
+                overall[normalise(answer)] += 1
+        if not overall:
+            raise ValueError("no question with an answer to learn from")
+        self._best = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+        self._overall = overall.most_common(1)[0][0]
+
+    def __call__(self, question: str) -> str:
+        """The (normalised) answer; for a question never seen, the commonest answer of all."""
+        return self._best.get(normalise(question), self._overall)
+
+
+class Tally:
+    """Right answers out of all, in total and for each question type."""
+
+    def __init__(self) -> None:
+        self._right: Counter[str | None] = Counter()
+        self._asked: Counter[str | None] = Counter()
+
+    def add(self, exchange: Exchange, answer: str) -> None:
+        """Count one answer; right if equal to the data's after normalisation."""
+        self._asked[exchange.kind] += 1
+        self._right[exchange.kind] += normalise(answer) == normalise(exchange.answer)
+
+    @property
+    def samples(self) -> int:
+        """Answers counted."""
+        return self._asked.total()
+
+    def summary(self) -> dict[str, Any]:
+        """{"exact_match": share, "samples": N}, and "by_type": the same for each type, where the data has types."""
+        kinds = sorted(kind for kind in self._asked if kind is not None)
+        by_type = {kind: _share(self._right[kind], self._asked[kind]) for kind in kinds}
+        return {**_share(self._right.total(), self.samples), **({"by_type": by_type} if by_type else {})}
+
+
+def _share(right: int, asked: int) -> dict[str, Any]:
+    return {"exact_match": right / asked if asked else 0.0, "samples": asked}
+
+
+def _pairs(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(question, answer) of each assistant turn; the question is the nearest user turn before it."""
+    question = ""
+    for message in record["messages"]:
+        words = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+        if message["role"] == "user":
+            question = words
+        elif message["role"] == "assistant":
+            yield question, words

@@ -1,0 +1,204 @@
+"""Exact match and perplexity on data that was never trained on, for one model or several side by side."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import RecipeError, SampleError
+from pipeline.loss.linear_ce import token_log_probs
+from pipeline.recipe import Data
+from pipeline.resolve import load_recipe
+from pipeline.results.answers import Exchange, QuestionOnly, Tally, last_exchange
+from pipeline.results.generate import Vlm, greedy, load, pad_left, require_model, words
+from pipeline.runtime.folder import write_json
+from pipeline.runtime.progress import StepProgress, say
+from pipeline.vlm.backbone import run_backbone
+from pipeline.vlm.families import final_norm, text_config
+from pipeline.vlm.processing import Encoded, collate
+from pipeline.vlm.verbalizer import LanguageHead
+
+QUESTION_ONLY = "question_only"
+MAX_LENGTH: int = Data.model_fields["max_length"].default
+LEARN_FROM = 50_000
+"""The baseline reads at most this many training samples, evenly spaced: a majority needs no more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call evaluates, and on what."""
+
+    models: Mapping[str, Path]
+    data: ShardFolder
+    limit: int | None
+    batch_size: int
+    max_new_tokens: int
+    max_length: int = MAX_LENGTH
+    baseline: ShardFolder | None = None
+    """What the question-only baseline learns from."""
+    output: Path | None = None
+
+    def indices(self) -> range:
+        """The samples that are read."""
+        return range(len(self.data) if self.limit is None else min(self.limit, len(self.data)))
+
+
+def make_plan(
+    models: Sequence[str], run: Path | None, data: Path | None, baseline: Path | None, output: Path | None, **sizes: Any
+) -> Plan:
+    """From a command line to a plan. Raises RecipeError or DataError, before any model is loaded."""
+    named = dict(_name_and_folder(text) for text in models)
+    if len(named) < len(models):
+        raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
+    max_length = MAX_LENGTH
+    if run is not None:
+        recipe = load_recipe(run_recipe(run)).recipe
+        named = _models_of(run, recipe.teacher.path, recipe.student.path) | named
+        data, max_length = data or recipe.data.held_out, recipe.data.max_length
+        baseline, output = baseline or recipe.data.train, output or run / "evaluation.json"
+    if not named:
+        raise RecipeError("nothing to evaluate: give --model DIR (again for each model) or --run RUN")
+    if data is None:
+        raise RecipeError("no data: give --data SHARDS, a shard folder, or set data.held_out in the run's recipe")
+    if QUESTION_ONLY in named:
+        raise RecipeError(f"a model cannot be named {QUESTION_ONLY}: that is the baseline's name in the results")
+    for folder in named.values():
+        require_model(folder)
+    sibling = data.parent / "train"
+    if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
+        baseline = sibling
+    learn = None if baseline is None else ShardFolder(baseline)
+    return Plan(named, ShardFolder(data), max_length=max_length, baseline=learn, output=output, **sizes)
+
+
+def run_recipe(run: Path) -> Path:
+    """The resolved recipe in a run's folder. Raises RecipeError if the folder is no run."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it")
+    return path
+
+
+def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Results by model name, the question-only baseline last; written to plan.output if there is one."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, folder in plan.models.items():
+        vlm = load(folder, plan.max_length)
+        results[name] = {"model": str(folder), **score(vlm, plan, name), "data": str(plan.data.path)}
+        del vlm
+        gc.collect()  # the next model may need all of the memory
+    if plan.baseline is not None:
+        results[QUESTION_ONLY] = score_question_only(plan, plan.baseline)
+    if plan.output is not None:
+        write_json(plan.output, results)
+    return results
+
+
+def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
+    """One model's exact match, in total and by question type, and its perplexity; read = samples + rejected."""
+    tally, nats, tokens = Tally(), 0.0, 0
+    rejected: list[dict[str, str]] = []
+    progress = StepProgress(name, len(plan.indices()))
+    try:
+        for rows in _chunks(plan.indices(), plan.batch_size):
+            asked, bad = _encode(vlm, plan.data, rows)
+            rejected += bad
+            for one, answer in zip(asked, _answers(vlm, asked, plan.max_new_tokens), strict=True):
+                tally.add(one.exchange, answer)
+            loss, count = response_loss(vlm, [one.chat for one in asked])
+            nats, tokens = nats + loss, tokens + count
+            progress.advance(f"exact match {tally.summary()['exact_match']:.1%}", by=len(rows))
+    finally:
+        progress.close()
+    return {
+        **tally.summary(),
+        "perplexity": math.exp(min(nats / tokens, 700.0)) if tokens else None,
+        "response_tokens": tokens,
+        "read": len(plan.indices()),
+        "rejected": rejected,
+    }
+
+
+@torch.inference_mode()
+def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
+    """Cross-entropy in nat, summed over all response tokens of the chats, and the number of those tokens."""
+    if not chats:
+        return 0.0, 0
+    batch = collate(chats, vlm.encoder.filler(), vlm.pad_id).to(vlm.device, vlm.dtype)
+    config = text_config(vlm.model)
+    (last,) = run_backbone(vlm.model, batch.inputs, [int(config.num_hidden_layers)], batch.positions)
+    head = LanguageHead(vlm.model, int(config.vocab_size))
+    log_probs = head(token_log_probs, final_norm(vlm.model)(last)[None], labels=batch.labels)
+    return -float(log_probs.double().sum()), len(batch.labels)
+
+
+def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
+    """The baseline's exact match on the samples that the models read."""
+    spacing = math.ceil(len(learn_from) / LEARN_FROM)
+    guess = QuestionOnly(learn_from.read(index).record for index in range(0, len(learn_from), max(1, spacing)))
+    tally = Tally()
+    for index in plan.indices():
+        raw = plan.data.read(index)
+        exchange = last_exchange(raw.record, raw.images)
+        tally.add(exchange, guess(exchange.question))
+    return {**tally.summary(), "learnt_from": str(learn_from.path), "data": str(plan.data.path)}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    exchange: Exchange
+    prompt: Mapping[str, Any]
+    chat: Encoded
+
+
+def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Asked], list[dict[str, str]]]:
+    """What this model can read of some samples, and why it cannot read the others."""
+    asked, rejected = [], []
+    for index in rows:
+        raw = data.read(index)
+        try:
+            exchange = last_exchange(raw.record, raw.images)
+            prompt = vlm.encoder.prompt(exchange.messages, exchange.images)
+            length, longest = prompt["input_ids"].shape[1], vlm.encoder.max_length
+            if length >= longest:
+                raise SampleError(f"the question takes {length} tokens, and max_length is {longest}")
+            asked.append(_Asked(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
+        except SampleError as error:
+            rejected.append({"key": raw.key, "reason": str(error)})
+    return asked, rejected
+
+
+def _answers(vlm: Vlm, asked: Sequence[_Asked], max_new_tokens: int) -> list[str]:
+    if not asked:
+        return []
+    inputs = pad_left([one.prompt for one in asked], vlm.encoder.filler(), vlm.pad_id)
+    return [words(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
+
+
+def _chunks(indices: range, size: int) -> Iterator[range]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _name_and_folder(text: str) -> tuple[str, Path]:
+    """'NAME=DIR' or 'DIR'; a '/' before the '=' belongs to a folder's name."""
+    name, equals, folder = text.partition("=")
+    if equals and name and folder and "/" not in name:
+        return name, Path(folder)
+    return Path(text).resolve().name, Path(text)
+
+
+def _models_of(run: Path, teacher: Path, student: Path) -> dict[str, Path]:
+    named = {"teacher": teacher, "untouched": student}
+    if (run / "student").is_dir():
+        return named | {"distilled": run / "student"}
+    make = f"deepspeed launch/train.py --stage 2 --recipe {run}/recipe.yaml"
+    say(f"distilled is left out: no {run}/student; {make}")
+    return named

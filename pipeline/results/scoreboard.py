@@ -1,0 +1,79 @@
+"""The tables of `python -m pipeline evaluate`, and what their numbers mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.results.answers import NORMALISATION
+from pipeline.results.evaluate import QUESTION_ONLY, Plan
+
+Results = Mapping[str, Mapping[str, Any]]
+"""What `evaluate` returns."""
+
+
+def show(results: Results, plan: Plan) -> None:
+    """Print the results as tables, with what the numbers mean and what was left out."""
+    console = Console(highlight=False)
+    console.print(_totals(results, plan))
+    types = sorted({kind for result in results.values() for kind in result.get("by_type", {})})
+    if types:
+        console.print(_by_type(results, types))
+    for line in _remarks(results, plan):
+        console.print(line, markup=False)
+
+
+def _totals(results: Results, plan: Plan) -> Table:
+    table = Table(title=f"{plan.data.path}: {len(plan.indices())} of {len(plan.data)} samples", title_justify="left")
+    table.add_column("model")
+    for heading in ("exact match", "perplexity", "samples", "rejected"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        perplexity, rejected = result.get("perplexity"), result.get("rejected")
+        table.add_row(
+            name,
+            f"{result['exact_match']:.1%}",
+            "-" if perplexity is None else f"{perplexity:.4g}",
+            str(result["samples"]),
+            "-" if rejected is None else str(len(rejected)),
+        )
+    return table
+
+
+def _by_type(results: Results, types: Sequence[str]) -> Table:
+    table = Table(title="exact match by question type", title_justify="left")
+    table.add_column("question type")
+    for name in ("samples", *results):
+        table.add_column(name, justify="right")
+    for kind in types:
+        found = [result.get("by_type", {}).get(kind) for result in results.values()]
+        count = max(one["samples"] for one in found if one)
+        table.add_row(kind, str(count), *(f"{one['exact_match']:.1%}" if one else "-" for one in found))
+    return table
+
+
+def _remarks(results: Results, plan: Plan) -> Iterator[str]:
+    samples = max(1, max(result["samples"] for result in results.values()))
+    yield f"exact match: greedy answer to the last question of a chat, compared after: {NORMALISATION}."
+    yield f"  By chance alone a row may be off by up to {98 / math.sqrt(samples):.1f} points (95 %)."
+    yield "perplexity: exp of the mean cross-entropy in nat over all response tokens, end of turn included."
+    if plan.baseline is not None:
+        yield (
+            f"{QUESTION_ONLY}: no picture, no model: the commonest answer to the same question in "
+            f"{plan.baseline.path}; to a question not found there, the commonest of all."
+        )
+    else:
+        yield f"{QUESTION_ONLY}: left out, for there is nothing to learn it from; give --baseline-data SHARDS"
+    for name, result in results.items():
+        if result.get("rejected"):
+            first = result["rejected"][0]
+            yield (
+                f"{name}: read {result['read']} = used {result['samples']} + rejected {len(result['rejected'])}; "
+                f"first: {first['key']}: {first['reason']}"
+            )
+    if plan.output is not None:
+        yield f"written to {plan.output}"

@@ -1,0 +1,132 @@
+"""`python -m pipeline status`: what a run has done, what lies on disk, and the command to run next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import STEPS, Recipe
+from pipeline.resolve import load_recipe
+from pipeline.runtime.folder import begun_steps, done
+from pipeline.runtime.metrics import read_metrics
+
+# What a line of metrics.jsonl holds beside losses.
+_NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
+_NO_LOSS |= {"gradient_norm"}
+STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """One step of a run."""
+
+    name: str
+    state: str
+    """"done", "begun" or "not begun"."""
+    progress: str
+    """How far, in the step's own unit; empty where nothing is known."""
+    losses: Mapping[str, float]
+    """The newest update's, in nat a response token."""
+    size: int
+    """Bytes on disk."""
+
+
+def status(run: Path) -> tuple[list[StepStatus], str]:
+    """The four steps, and the exact command to run next.
+
+    Raises RecipeError if the folder is no run: not there, or with other things in it than a recipe.
+    """
+    if not run.is_dir() or (any(run.iterdir()) and not (run / "recipe.yaml").is_file()):
+        raise RecipeError(
+            f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it; found "
+            + ("other files" if run.is_dir() else "no such folder")
+        )
+    if not (run / "recipe.yaml").is_file():
+        steps = [StepStatus(name, "not begun", "", {}, 0) for name in STEPS]
+        return steps, "deepspeed launch/train.py --stage 1 --recipe RECIPE   (its `run` is this folder)"
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    begun = begun_steps(run)
+    steps = [_step(run, name, recipe, name in begun) for name in STEPS]
+    return steps, next_command(run, recipe, [step.name for step in steps if step.state == "done"])
+
+
+def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
+    """What to run next. Without interaction (interact.steps: 0) stage 1 is not needed."""
+    needed = STEPS if recipe.interact.steps != 0 else STEPS[2:]
+    for step in needed:
+        if step not in complete:
+            return f"deepspeed launch/train.py --stage {STAGE[step]} --recipe {run}/recipe.yaml"
+    if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:
+        return f"python -m pipeline evaluate --run {run}"
+    if "verbalize" in complete:
+        return f"python -m pipeline trace --run {run} --image FILE --question TEXT"
+    return f"nothing: the student is in {run}/student"
+
+
+def show(run: Path, steps: list[StepStatus], following: str) -> None:
+    """Print the steps, the sizes and the next command."""
+    console = Console(highlight=False)
+    table = Table(title=str(run), title_justify="left")
+    for heading in ("step", "state", "progress", "last losses (nat a token)"):
+        table.add_column(heading)
+    table.add_column("on disk", justify="right")
+    for step in steps:
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in step.losses.items())
+        table.add_row(step.name, step.state, step.progress, losses, _bytes(step.size) if step.size else "")
+    console.print(table)
+    parts = [f"{name} {_bytes(size)}" for name, size in _other_parts(run)]
+    console.print(f"on disk: {', '.join([*parts, f'total {_bytes(size_of(run))}'])}", markup=False, soft_wrap=True)
+    console.print(f"next:    {following}", markup=False, soft_wrap=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all files in a folder; what vanishes meanwhile (a running job's) counts nothing."""
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
+    summary = done(run / name)
+    lines = read_metrics(run, name)
+    losses = (summary or {}).get("losses") or (_losses(lines[-1]) if lines else {})
+    if summary is not None:
+        updates = summary.get("updates")
+        progress = "left out (0 updates)" if updates == 0 else "" if updates is None else f"{updates} updates"
+        state = "done"
+    else:
+        state = "begun" if begun or lines else "not begun"
+        progress = f"update {lines[-1]['update']}{_of(recipe, name)}" if lines else ""
+    if name == "cache" and begun:
+        progress = f"{len(list((run / name).glob('*.tar')))} shards"
+    return StepStatus(name, state, progress, losses, size_of(run / name))
+
+
+def _of(recipe: Recipe, name: str) -> str:
+    steps = getattr(getattr(recipe, name), "steps", None)
+    return f" of {steps}" if steps else ""
+
+
+def _losses(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in _NO_LOSS and isinstance(value, float)}
+
+
+def _other_parts(run: Path) -> Iterator[tuple[str, int]]:
+    for path in sorted(run.iterdir()):
+        if path.name not in STEPS:
+            yield path.name, size_of(path)
+
+
+def _bytes(size: int) -> str:
+    power = min(4, (len(str(size)) - 1) // 3)
+    return f"{size / 1000**power:.{1 if power else 0}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"

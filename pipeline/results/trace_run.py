@@ -1,0 +1,202 @@
+"""`python -m pipeline trace`: one question put to every model of a run, and how the answers are shown."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import RecipeError
+from pipeline.recipe import Model, Recipe
+from pipeline.resolve import load_recipe
+from pipeline.results.answers import last_exchange
+from pipeline.results.evaluate import run_recipe
+from pipeline.results.generate import Vlm, placement, require_model
+from pipeline.results.trace import LayerTrace, ModelTrace, Said, trace
+from pipeline.runtime.folder import done
+from pipeline.vlm.assemble import load_verb_ffns, verbalized, vocabulary_rows
+from pipeline.vlm.processing import ChatEncoder, load_processor
+from pipeline.vlm.verbalizer import VerbalizedVLM
+
+POSITIONS_A_TABLE = 8
+"""Longer answers are read along in several tables, one below the other."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat up to where the assistant speaks."""
+
+    messages: Sequence[Mapping[str, Any]]
+    images: Sequence[bytes]
+    expected: str | None = None
+    """The data's answer, where the question comes from data."""
+
+    @property
+    def text(self) -> str:
+        """The words of the last turn; the pictures as [image]."""
+        parts = self.messages[-1]["content"]
+        return " ".join("[image]" if part["type"] == "image" else part["text"] for part in parts)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model of a run, and the verbalizers that it speaks through."""
+
+    name: str
+    backbone: Path
+    layers: tuple[int, ...] | None
+    verb_ffns: Path
+
+
+def run(
+    folder: Path, image: Path | None, text: str | None, sample: str | None, data: Path | None, max_new_tokens: int
+) -> None:
+    """Trace one question (an image with a text, or a sample of shards) through a run's models, and print it."""
+    recipe = load_recipe(run_recipe(folder)).recipe
+    if sample is not None and image is None and text is None:
+        question = question_from_data(data or recipe.data.held_out, sample)
+    elif sample is None and image is not None and text is not None:
+        question = question_from_file(image, text)
+    else:
+        raise RecipeError("give a question: either --image FILE and --question TEXT, or --sample KEY")
+    _, missing = speakers(folder, recipe)
+    show(list(trace_run(folder, recipe, question, max_new_tokens)), question, missing)
+
+
+def question_from_file(image: Path, text: str) -> Question:
+    """A question about a picture on disk. Raises RecipeError if there is no such file."""
+    if not image.is_file():
+        raise RecipeError(f"--image {image}: no such file")
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return Question([{"role": "user", "content": content}], [image.read_bytes()])
+
+
+def question_from_data(data: Path | None, key: str) -> Question:
+    """The last question of a sample. Raises RecipeError if the folder has no such key."""
+    if data is None:
+        raise RecipeError("--sample needs --data SHARDS, or data.held_out in the run's recipe")
+    folder = ShardFolder(data)
+    if key not in folder.keys:
+        first = ", ".join(folder.keys[:3])
+        raise RecipeError(f"--sample {key}: not among the {len(folder)} keys of {data}; the first are {first}")
+    raw = folder.read(folder.keys.index(key))
+    exchange = last_exchange(raw.record, raw.images)
+    return Question(exchange.messages, exchange.images, exchange.answer)
+
+
+def speakers(run: Path, recipe: Recipe) -> tuple[list[Speaker], list[str]]:
+    """Teacher, untouched and distilled student as far as the run has them, and why each of the others is left out.
+
+    The distilled student speaks through the untouched one's verbalizers, which are not trained again (paper, 4.4).
+    Raises RecipeError if there is none at all.
+    """
+    verb = run / "verbalize"
+    wanted = [
+        (1, Speaker("teacher", recipe.teacher.path, recipe.teacher.layers, verb / "teacher.safetensors")),
+        (1, Speaker("untouched", recipe.student.path, recipe.student.layers, verb / "student.safetensors")),
+        (2, Speaker("distilled", run / "student", recipe.student.layers, verb / "student.safetensors")),
+    ]
+    found, missing = [], []
+    for stage, speaker in wanted:
+        if not speaker.verb_ffns.is_file():
+            stage, lacking = 1, speaker.verb_ffns
+        elif not (speaker.backbone / "config.json").is_file():
+            lacking = speaker.backbone / "config.json"
+        else:
+            found.append(speaker)
+            continue
+        make = f"deepspeed launch/train.py --stage {stage} --recipe {run}/recipe.yaml"
+        missing.append(f"{speaker.name} is left out: no {lacking}; {make}")
+    if not found:
+        raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))
+    return found, missing
+
+
+def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int) -> Iterator[ModelTrace]:
+    """Trace one model after the other, so that only one is in memory."""
+    for speaker in speakers(run, recipe)[0]:
+        vlm, side = load_speaker(speaker, run, recipe)
+        prompt = vlm.encoder.prompt(question.messages, question.images)
+        yield trace(speaker.name, vlm, side, prompt, max_new_tokens)
+        del vlm, side
+        gc.collect()
+
+
+def load_speaker(speaker: Speaker, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
+    """A model with its trained verbalizers. Raises RecipeError where they do not fit one another."""
+    require_model(speaker.backbone)
+    device, dtype = placement(speaker.backbone)
+    summary = done(run / "verbalize") or {}
+    vocab = summary.get("vocab", vocabulary_rows(speaker.backbone))
+    side = verbalized(Model(path=speaker.backbone, layers=speaker.layers), recipe, vocab, dtype, seed=0)
+    load_verb_ffns(side, speaker.verb_ffns)
+    side.to(device).eval()
+    encoder = ChatEncoder(load_processor(speaker.backbone), recipe.data.max_length)
+    return Vlm(side.backbone, encoder, device, dtype), side
+
+
+def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str]) -> None:
+    """Print what was asked, every layer's own answer, every layer along the final answer, and what is missing."""
+    console = Console(highlight=False)
+    console.print(Text(f"\nquestion  {question.text}", style="bold"))
+    if question.expected is not None:
+        console.print(Text(f"expected  {question.expected}"))
+    console.print("\nFreely: each layer's own greedy answer, and the mean probability of its tokens")
+    console.print(Columns([_free_table(one) for one in traces], padding=(0, 3)))
+    console.print(
+        "\nRead along the model's own final answer (top row): each layer's likeliest next token and its probability"
+    )
+    console.print(Columns([table for one in traces for table in _along_tables(one)], padding=(0, 3)))
+    console.print(Text("last: the model itself, without a verbalizer; [end]: end of turn; bold: as the last layer"))
+    for line in missing:
+        console.print(Text(line))
+
+
+def _free_table(one: ModelTrace) -> Table:
+    table = _table(one, one.name)
+    table.add_column("says", max_width=40)
+    table.add_column("p", justify="right")
+    for layer in one.layers:
+        mean = sum(said.probability for said in layer.free) / max(1, len(layer.free))
+        unfinished = "" if layer.free and layer.free[-1].ends else " ..."
+        style = "bold" if layer.text == one.layers[-1].text else ""
+        table.add_row(_label(layer, one), Text(layer.text + unfinished, style), f"{mean:.2f}")
+    return table
+
+
+def _along_tables(one: ModelTrace) -> Iterator[Table]:
+    for start in range(0, len(one.answer), POSITIONS_A_TABLE):
+        places = slice(start, start + POSITIONS_A_TABLE)
+        table = _table(one, one.name if start == 0 else f"{one.name}, from token {start + 1}")
+        for said in one.answer[places]:
+            table.add_column(_shown(said), no_wrap=True)
+        for layer in one.layers:
+            pairs = zip(layer.along[places], one.answer[places], strict=True)
+            table.add_row(_label(layer, one), *(_cell(said, final) for said, final in pairs))
+        yield table
+
+
+def _table(one: ModelTrace, title: str) -> Table:
+    table = Table(title=Text(title, "bold"), title_justify="left")
+    table.add_column(f"layer of {one.layers[-1].layer}", justify="right")
+    return table
+
+
+def _label(layer: LayerTrace, one: ModelTrace) -> str:
+    return "last" if layer is one.layers[-1] else str(layer.layer)
+
+
+def _cell(said: Said, final: Said) -> Text:
+    return Text(f"{_shown(said)} {said.probability:.2f}", "bold" if said.token == final.token else "")
+
+
+def _shown(said: Said) -> Text:
+    return Text("[end]" if said.ends else said.text.strip() or repr(said.text)[1:-1].replace(" ", "_"))
