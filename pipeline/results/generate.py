@@ -45,6 +45,11 @@ class Vlm:
         ids = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
         return sorted(ids - {None})
 
+    def placeholder_ids(self) -> list[int]:
+        """Tokens that stand for images and videos: a model that said one could not read its own answer."""
+        names = ("image_token_id", "video_token_id")
+        return [token for name in names if (token := getattr(self.encoder.processor, name, None)) is not None]
+
 
 def load(folder: Path, max_length: int) -> Vlm:
     """Load a Hugging Face folder for reading. Raises RecipeError if it is none."""

@@ -37,7 +37,7 @@ def _totals(results: Results, plan: Plan) -> Table:
         table.add_row(
             name,
             f"{result['exact_match']:.1%}",
-            "-" if perplexity is None else f"{perplexity:.4g}",
+            "-" if perplexity is None else f"{perplexity:#.4g}",
             str(result["samples"]),
             "-" if rejected is None else str(len(rejected)),
         )
@@ -46,9 +46,9 @@ def _totals(results: Results, plan: Plan) -> Table:
 
 def _by_type(results: Results, types: Sequence[str]) -> Table:
     table = Table(title="exact match by question type", title_justify="left")
-    table.add_column("question type")
+    table.add_column("type")
     for name in ("samples", *results):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for kind in types:
         found = [result.get("by_type", {}).get(kind) for result in results.values()]
         count = max(one["samples"] for one in found if one)

@@ -10,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.schema import DataError
+from data_prep.shards import read_manifest
+from pipeline.checks import number_of_steps
 from pipeline.errors import RecipeError
 from pipeline.recipe import STEPS, Recipe
 from pipeline.resolve import load_recipe
@@ -77,8 +80,7 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
         table.add_column(heading)
     table.add_column("on disk", justify="right")
     for step in steps:
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in step.losses.items())
-        table.add_row(step.name, step.state, step.progress, losses, _bytes(step.size) if step.size else "")
+        table.add_row(step.name, step.state, step.progress, _shown(step.losses), _bytes(step.size) if step.size else "")
     console.print(table)
     parts = [f"{name} {_bytes(size)}" for name, size in _other_parts(run)]
     console.print(f"on disk: {', '.join([*parts, f'total {_bytes(size_of(run))}'])}", markup=False, soft_wrap=True)
@@ -97,24 +99,39 @@ def size_of(path: Path) -> int:
 
 
 def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
-    summary = done(run / name)
-    lines = read_metrics(run, name)
+    summary, lines = done(run / name), read_metrics(run, name)
     losses = (summary or {}).get("losses") or (_losses(lines[-1]) if lines else {})
-    if summary is not None:
-        updates = summary.get("updates")
-        progress = "left out (0 updates)" if updates == 0 else "" if updates is None else f"{updates} updates"
-        state = "done"
+    state = "done" if summary is not None else "begun" if begun or lines else "not begun"
+    size = size_of(run / name)
+    if name == "cache":
+        shards = len(list((run / name).glob("*.tar")))
+        progress = f"{shards} of {_planned(recipe, name)} shards" if shards else ""
+    elif summary is not None:
+        progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
-        state = "begun" if begun or lines else "not begun"
-        progress = f"update {lines[-1]['update']}{_of(recipe, name)}" if lines else ""
-    if name == "cache" and begun:
-        progress = f"{len(list((run / name).glob('*.tar')))} shards"
-    return StepStatus(name, state, progress, losses, size_of(run / name))
+        progress = f"update {lines[-1]['update']} of {_planned(recipe, name)}" if lines else ""
+    return StepStatus(name, state, progress, losses, size)
 
 
-def _of(recipe: Recipe, name: str) -> str:
-    steps = getattr(getattr(recipe, name), "steps", None)
-    return f" of {steps}" if steps else ""
+def _planned(recipe: Recipe, name: str) -> int | str:
+    """Updates or cache shards that make the step complete; "?" where the training data is not at hand."""
+    training = getattr(recipe, name)
+    if getattr(training, "steps", None) is not None:
+        return training.steps
+    try:
+        manifest = read_manifest(recipe.data.train)
+    except DataError:
+        return "?"
+    return len(manifest["shards"]) if name == "cache" else number_of_steps(training, manifest["samples"])
+
+
+def _shown(losses: Mapping[str, float]) -> str:
+    """{"teacher/1": 2.0, "teacher/2": 1.5, "last": 1.0} -> a line for each part."""
+    groups: dict[str, list[str]] = {}
+    for name, value in losses.items():
+        group, slash, layer = name.rpartition("/")
+        groups.setdefault(group or name, []).append(f"{layer}: {value:.3f}" if slash else f"{value:.3f}")
+    return "\n".join(f"{group}  {'  '.join(values)}" for group, values in groups.items())
 
 
 def _losses(line: Mapping[str, Any]) -> dict[str, float]:

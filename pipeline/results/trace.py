@@ -96,7 +96,7 @@ def speak_freely(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], layer: int, max_new_tokens: int
 ) -> tuple[Said, ...]:
     """One layer's greedy answer: in generation, its verbalized logits stand in for the model's own."""
-    voice = _Voice(side, layer)
+    voice = _Voice(side, layer, vlm.placeholder_ids())
     try:
         (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([voice]))
     finally:
@@ -107,8 +107,8 @@ def speak_freely(
 class _Voice(LogitsProcessor):
     """Hears a decoder layer while the model generates, and speaks in its place."""
 
-    def __init__(self, side: VerbalizedVLM, layer: int):
-        self.side, self.layer = side, layer
+    def __init__(self, side: VerbalizedVLM, layer: int, unsayable: list[int]):
+        self.side, self.layer, self.unsayable = side, layer, unsayable
         self.probabilities: list[float] = []
         self._hook = decoder_layers(side.backbone)[layer - 1].register_forward_hook(self._hear)
 
@@ -120,7 +120,9 @@ class _Voice(LogitsProcessor):
         side, hidden = self.side, self._hidden
         spoken = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
         logits = side.head(_logits, final_norm(side.backbone)(spoken))
-        self.probabilities.append(float(logits.softmax(-1).max()))
+        probabilities = logits.softmax(-1)
+        logits[:, self.unsayable] = float("-inf")
+        self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
         beyond = scores.shape[-1] - logits.shape[-1]  # rows that only pad the vocabulary are never said
         return torch.nn.functional.pad(logits, (0, beyond), value=float("-inf"))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +27,8 @@ from pipeline.vlm.assemble import load_verb_ffns, verbalized, vocabulary_rows
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
-POSITIONS_A_TABLE = 8
-"""Longer answers are read along in several tables, one below the other."""
+LABEL_WIDTH = 8
+"""Columns of the terminal that a table's layer numbers take."""
 
 
 @dataclass(frozen=True)
@@ -146,48 +147,76 @@ def load_speaker(speaker: Speaker, run: Path, recipe: Recipe) -> tuple[Vlm, Verb
 def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str]) -> None:
     """Print what was asked, every layer's own answer, every layer along the final answer, and what is missing."""
     console = Console(highlight=False)
-    console.print(Text(f"\nquestion  {question.text}", style="bold"))
+    console.print(Text(f"\nquestion  {printable(question.text)}", style="bold"))
     if question.expected is not None:
-        console.print(Text(f"expected  {question.expected}"))
-    console.print("\nFreely: each layer's own greedy answer, and the mean probability of its tokens")
+        console.print(Text(f"expected  {printable(question.expected)}"))
+    console.print("\nFreely: each layer's own greedy answer, and the mean probability of its tokens\n")
     console.print(Columns([_free_table(one) for one in traces], padding=(0, 3)))
     console.print(
-        "\nRead along the model's own final answer (top row): each layer's likeliest next token and its probability"
+        "\nRead along the model's own final answer (top row): each layer's likeliest next token and its probability\n"
     )
-    console.print(Columns([table for one in traces for table in _along_tables(one)], padding=(0, 3)))
+    tables = [table for one in traces for table in _along_tables(one, console.width)]
+    console.print(Columns(tables, padding=(0, 3)))
     console.print(Text("last: the model itself, without a verbalizer; [end]: end of turn; bold: as the last layer"))
     for line in missing:
         console.print(Text(line))
 
 
+def printable(text: str) -> str:
+    """Text without control characters: what models and data say must not steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def _free_table(one: ModelTrace) -> Table:
-    table = _table(one, one.name)
+    table = _table(one, _depth(one))
     table.add_column("says", max_width=40)
     table.add_column("p", justify="right")
     for layer in one.layers:
         mean = sum(said.probability for said in layer.free) / max(1, len(layer.free))
         unfinished = "" if layer.free and layer.free[-1].ends else " ..."
         style = "bold" if layer.text == one.layers[-1].text else ""
-        table.add_row(_label(layer, one), Text(layer.text + unfinished, style), f"{mean:.2f}")
+        table.add_row(_label(layer, one), Text(printable(layer.text) + unfinished, style), f"{mean:.2f}")
     return table
 
 
-def _along_tables(one: ModelTrace) -> Iterator[Table]:
-    for start in range(0, len(one.answer), POSITIONS_A_TABLE):
-        places = slice(start, start + POSITIONS_A_TABLE)
-        table = _table(one, one.name if start == 0 else f"{one.name}, from token {start + 1}")
-        for said in one.answer[places]:
-            table.add_column(_shown(said), no_wrap=True)
+def _along_tables(one: ModelTrace, width: int) -> Iterator[Table]:
+    """One table, or several where the answer has more tokens than the terminal is wide."""
+    for places in _fitting([_column(one, place) for place in range(len(one.answer))], width - LABEL_WIDTH):
+        table = _table(one, f", from token {places[0] + 1}" if places[0] else _depth(one))
+        for place in places:
+            table.add_column(_shown(one.answer[place]), no_wrap=True)
         for layer in one.layers:
-            pairs = zip(layer.along[places], one.answer[places], strict=True)
-            table.add_row(_label(layer, one), *(_cell(said, final) for said, final in pairs))
+            table.add_row(_label(layer, one), *(_cell(layer.along[i], one.answer[i]) for i in places))
         yield table
 
 
-def _table(one: ModelTrace, title: str) -> Table:
-    table = Table(title=Text(title, "bold"), title_justify="left")
-    table.add_column(f"layer of {one.layers[-1].layer}", justify="right")
+def _fitting(columns: Sequence[Sequence[Text]], width: int) -> Iterator[list[int]]:
+    """Which columns stand in each table, three spaces between them."""
+    places: list[int] = []
+    used = 0
+    for place, cells in enumerate(columns):
+        needed = max(cell.cell_len for cell in cells) + 3
+        if places and used + needed > width:
+            yield places
+            places, used = [], 0
+        places, used = [*places, place], used + needed
+    yield places
+
+
+def _column(one: ModelTrace, place: int) -> list[Text]:
+    final = one.answer[place]
+    return [_shown(final), *(_cell(layer.along[place], final) for layer in one.layers)]
+
+
+def _table(one: ModelTrace, more: str) -> Table:
+    title = Text(one.name + more, "bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
     return table
+
+
+def _depth(one: ModelTrace) -> str:
+    return f" ({one.layers[-1].layer} layers)"
 
 
 def _label(layer: LayerTrace, one: ModelTrace) -> str:
@@ -195,8 +224,11 @@ def _label(layer: LayerTrace, one: ModelTrace) -> str:
 
 
 def _cell(said: Said, final: Said) -> Text:
-    return Text(f"{_shown(said)} {said.probability:.2f}", "bold" if said.token == final.token else "")
+    text = _shown(said)
+    text.append(f" {said.probability:.2f}")
+    text.stylize("bold" if said.token == final.token else "")
+    return text
 
 
 def _shown(said: Said) -> Text:
-    return Text("[end]" if said.ends else said.text.strip() or repr(said.text)[1:-1].replace(" ", "_"))
+    return Text("[end]" if said.ends else printable(said.text.strip() or said.text.replace(" ", "_")))

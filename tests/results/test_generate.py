@@ -25,7 +25,9 @@ def naive(vlm: Vlm, prompt, count: int) -> list[int]:
     inputs, said = dict(prompt), []
     for _ in range(count):
         with torch.no_grad():
-            said.append(int(vlm.model(**inputs, use_cache=False).logits[0, -1].argmax()))
+            logits = vlm.model(**inputs, use_cache=False).logits[0, -1]
+        logits[vlm.placeholder_ids()] = float("-inf")
+        said.append(int(logits.argmax()))
         if said[-1] in vlm.stop_ids():
             break
         for name, value in (("input_ids", said[-1]), ("attention_mask", 1), ("mm_token_type_ids", 0)):

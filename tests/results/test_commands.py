@@ -1,0 +1,106 @@
+"""The commands as a user types them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import png
+from tiny_run import write_recipe
+
+from pipeline.__main__ import main
+from pipeline.results.trace_run import printable
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_needs_no_torch():
+    script = "import sys, pipeline.__main__ as m\ntry: m.main(['evaluate', '--help'])\nexcept SystemExit: pass\n"
+    script += "print('HEAVY', sorted({'torch', 'transformers', 'rich', 'pydantic'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in out
+    assert "question_only" in out
+
+
+@pytest.mark.parametrize("command", [[], ["status"], ["evaluate"], ["trace"]])
+def test_every_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert f"python -m pipeline {' '.join(command) or 'evaluate'} " in capsys.readouterr().out
+
+
+def test_evaluate_from_a_shell_is_quiet_and_writes_its_json(made, tmp_path):
+    output = tmp_path / "e.json"
+    command = ["-m", "pipeline", "evaluate", "--model", f"one={made.root}/student", "--data", str(made.held_out)]
+    command += ["--max-new-tokens", "4", "--output", str(output)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(output.read_text())
+    assert set(result) == {"one", "question_only"}
+    assert {"exact_match", "perplexity", "samples", "by_type"} <= set(result["one"])
+    for words in ("exact match", "perplexity", "question_only", "colour", "NFKC"):
+        assert words in done.stdout
+
+
+def test_trace_shows_three_models_both_ways(made, tmp_path, capsys):
+    image = tmp_path / "tiles.png"
+    image.write_bytes(png(seed=4))
+    arguments = ["trace", "--run", str(made.run), "--image", str(image), "--question", "what is [bold]this?"]
+    assert main([*arguments, "--max-new-tokens", "3"]) == 0
+    out = capsys.readouterr().out
+    for words in ("teacher (5 layers)", "untouched (3 layers)", "distilled (3 layers)", "[image] what is [bold]this?"):
+        assert words in out
+    assert out.count("last") >= 6
+
+
+def test_trace_of_a_sample_shows_the_datas_answer(made, capsys):
+    assert main(["trace", "--run", str(made.run), "--sample", "s00003", "--max-new-tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "say it again?" in out and "expected  ab" in out
+
+
+def test_trace_leaves_out_what_the_run_does_not_have_yet(made, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made.run / "verbalize", run / "verbalize")
+    write_recipe(run, made.root)
+    (run / "verbalize" / "teacher.safetensors").unlink()
+    assert main(["trace", "--run", str(run), "--sample", "s00001", "--max-new-tokens", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "untouched (3 layers)" in out and "distilled (" not in out
+    assert "teacher is left out: no" in out and "--stage 1" in out
+    assert "distilled is left out: no" in out and f"--stage 2 --recipe {run}/recipe.yaml" in out.replace("- ", "-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "nowhere"], "nowhere is no run"),
+        (["evaluate", "--model", "nowhere", "--data", "held_out"], "no model in nowhere"),
+        (["evaluate", "--model", "teacher", "--data", "nowhere"], "manifest.json"),
+        (["trace", "--run", "run"], "either --image FILE and --question TEXT, or --sample KEY"),
+        (["trace", "--run", "run", "--image", "nowhere", "--question", "?"], "--image nowhere: no such file"),
+        (["trace", "--run", "run", "--sample", "nobody"], "not among the 10 keys of"),
+        (["trace", "--run", "empty", "--sample", "s00001"], "nothing to trace yet"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_a_message(made, tmp_path, capsys, arguments, message):
+    write_recipe(tmp_path / "empty", made.root)
+    places = {"held_out": made.held_out, "teacher": made.root / "teacher", "run": made.run, "empty": tmp_path / "empty"}
+    assert main([str(places.get(one, one)) for one in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_numbers_are_checked_by_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--batch-size", "0"])
+    assert "expected a number from 1, found '0'" in capsys.readouterr().err
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2Jb\n") == "a\\x1b[2Jb\\n"

@@ -1,0 +1,144 @@
+import json
+import math
+
+import pytest
+import torch
+from tiny import chats, png, turn
+from tiny_run import typed, write_shards
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import RecipeError
+from pipeline.results.answers import normalise
+from pipeline.results.evaluate import Plan, evaluate, make_plan, response_loss, score
+from pipeline.results.generate import greedy, load, words
+
+SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def teacher(made):
+    return load(made.root / "teacher", 512)
+
+
+def plan_for(data, **changes) -> Plan:
+    return Plan({}, ShardFolder(data), **(SIZES | changes))
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_all_response_tokens(made, teacher):
+    folder = ShardFolder(made.held_out)
+    nats, tokens = 0.0, 0
+    for raw in (folder.read(index) for index in range(len(folder))):
+        chat = teacher.encoder(raw.key, raw.record["messages"], raw.images)
+        with torch.no_grad():
+            log_p = teacher.model(**chat.inputs).logits[0].double().log_softmax(-1)
+        places = torch.nonzero(chat.response)[:, 0]
+        nats -= float(log_p[places - 1, chat.response_ids].sum())
+        tokens += len(places)
+    result = score(teacher, plan_for(made.held_out))
+    assert result["response_tokens"] == tokens
+    assert result["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_batch_size_changes_no_result(made, teacher):
+    one, all_ = (score(teacher, plan_for(made.held_out, batch_size=size)) for size in (1, 10))
+    assert one.pop("perplexity") == pytest.approx(all_.pop("perplexity"), rel=1e-6)
+    assert one == all_
+
+
+def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
+    """Half of the data's answers are what this model says, in other case and punctuation: so half are right."""
+    samples = []
+    for index, (key, record, images) in enumerate(chats(8, seed=3)):
+        ids = greedy(teacher, teacher.encoder.prompt(record["messages"][:1], images), 6)[0]
+        says = words(teacher, ids)
+        answer = f"{says.upper()}." if index < 4 and normalise(says.upper()) == normalise(says) else "zz"
+        kind = "easy" if index < 4 else "hard"
+        samples.append((key, {**record, "messages": [record["messages"][0], turn("assistant", answer)],
+                              "question_type": kind}, images))  # fmt: skip
+    expected = sum("zz" not in str(record["messages"]) for _, record, _ in samples)
+    assert expected >= 2
+    result = score(teacher, plan_for(write_shards(tmp_path / "held_out", samples)))
+    assert result["exact_match"] == expected / 8
+    assert result["by_type"]["easy"] == {"exact_match": expected / 4, "samples": 4}
+    assert result["by_type"]["hard"] == {"exact_match": 0.0, "samples": 4}
+
+
+def test_read_equals_used_plus_rejected(tmp_path, teacher):
+    good = chats(4)
+    broken = ("broken", {**good[0][1], "id": "broken"}, [b"no image"])
+    long = turn("user", "x" * 600)
+    too_long = ("long", {**good[0][1], "messages": [long, turn("assistant", "a")]}, [])
+    folder = write_shards(tmp_path / "held_out", [*good, broken, too_long])
+    result = score(teacher, plan_for(folder, batch_size=3))
+    assert (result["read"], result["samples"]) == (6, 4)
+    assert [one["key"] for one in result["rejected"]] == ["broken", "long"]
+    assert "cannot be decoded" in result["rejected"][0]["reason"]
+    assert "max_length is 512" in result["rejected"][1]["reason"]
+
+
+def test_a_batch_of_bad_samples_alone_is_survived(tmp_path, teacher):
+    record = chats(1)[0][1]
+    folder = write_shards(tmp_path / "held_out", [("a", record, [b"no"]), ("b", record, [b"image"])])
+    result = score(teacher, plan_for(folder))
+    assert (result["samples"], result["perplexity"], len(result["rejected"])) == (0, None, 2)
+    assert response_loss(teacher, []) == (0.0, 0)
+
+
+def test_a_run_compares_its_models_and_writes_json(made, tmp_path):
+    output = tmp_path / "deep" / "evaluation.json"
+    plan = make_plan([f"again={made.root}/student"], made.run, None, None, output, **SIZES | {"limit": 5})
+    results = evaluate(plan)
+    assert list(results) == ["teacher", "untouched", "distilled", "again", "question_only"]
+    assert json.loads(output.read_text()) == results
+    same = ("exact_match", "perplexity", "samples", "by_type")
+    assert [results["again"][key] for key in same] == [results["untouched"][key] for key in same]
+    assert results["teacher"]["perplexity"] != results["untouched"]["perplexity"]
+    assert results["question_only"]["samples"] == results["teacher"]["samples"] == 5
+    assert results["question_only"]["learnt_from"].endswith("train")
+
+
+def test_question_only_learns_from_the_sibling_of_the_held_out_data(tmp_path):
+    def asked(answer):
+        return [turn("user", "<image>", "colour?"), turn("assistant", answer)]
+
+    base = chats(1)[0][1]
+    train = [(f"t{i}", {**base, "messages": asked(a)}, [png()]) for i, a in enumerate(("red", "red", "blue"))]
+    held = [(f"h{i}", {**base, "messages": asked(a)}, [png()]) for i, a in enumerate(("Red.", "blue"))]
+    write_shards(tmp_path / "train", train)
+    data = write_shards(tmp_path / "held_out", held)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    plan = make_plan([str(tmp_path / "m")], None, data, None, None, **SIZES)
+    assert plan.baseline is not None and plan.baseline.path == tmp_path / "train"
+    from pipeline.results.evaluate import score_question_only
+
+    assert score_question_only(plan, plan.baseline)["exact_match"] == 0.5
+
+
+def test_a_folders_name_is_its_models_name_and_names_must_differ(made):
+    folder = str(made.root / "teacher")
+    plan = make_plan([folder, f"other={folder}"], None, made.held_out, None, None, **SIZES)
+    assert list(plan.models) == ["teacher", "other"]
+    with pytest.raises(RecipeError, match="two models have one name"):
+        make_plan([folder, folder], None, made.held_out, None, None, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("models", "run", "data", "message"),
+    [
+        ([], None, "held_out", r"nothing to evaluate: give --model DIR .* or --run RUN"),
+        (["teacher"], None, None, r"no data: give --data SHARDS"),
+        (["nowhere"], None, "held_out", r"no model in .*nowhere: expected a Hugging Face folder"),
+        (["question_only=teacher"], None, "held_out", "cannot be named question_only"),
+        ([], "shards", None, r"shards is no run: expected .* recipe.yaml"),
+    ],
+)
+def test_mistakes_are_answered_before_a_model_is_loaded(made, models, run, data, message):
+    models = [m.replace("teacher", f"{made.root}/teacher").replace("nowhere", f"{made.root}/nowhere") for m in models]
+    with pytest.raises(RecipeError, match=message):
+        make_plan(models, run and made.root / run, data and made.root / "shards" / data, None, None, **SIZES)
+
+
+def test_typed_chats_give_types(made):
+    kinds = {record["question_type"] for _, record, _ in typed(chats(4))}
+    assert kinds == {"colour", "shape"}

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from tiny_run import write_recipe
+
+from pipeline.errors import RecipeError
+from pipeline.results.status import show, size_of, status
+from pipeline.runtime.folder import mark_done
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    folder = tmp_path / "run"
+    write_recipe(folder, made.root)
+    return folder
+
+
+def states(run):
+    return [step.state for step in status(run)[0]]
+
+
+def test_an_empty_folder_has_begun_nothing(tmp_path, capsys):
+    steps, following = status(tmp_path)
+    assert [step.state for step in steps] == ["not begun"] * 4
+    assert following.startswith("deepspeed launch/train.py --stage 1 --recipe RECIPE")
+    show(tmp_path, steps, following)
+    assert "not begun" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"nowhere is no run: expected .*recipe.yaml in it; found no such folder"):
+        status(tmp_path / "nowhere")
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(RecipeError, match="found other files"):
+        status(tmp_path)
+
+
+def test_a_recipe_alone_asks_for_stage_1(run):
+    assert states(run) == ["not begun"] * 4
+    assert status(run)[1] == f"deepspeed launch/train.py --stage 1 --recipe {run}/recipe.yaml"
+
+
+def test_a_half_run_shows_its_last_update_and_its_shards(run):
+    mark_done(run / "verbalize", {"updates": 3, "losses": {"teacher/1": 2.0, "teacher/2": 1.5, "student/1": 2.5}})
+    (run / "cache").mkdir()
+    (run / "cache" / "000000.tar").write_bytes(b"x" * 2048)
+    steps, following = status(run)
+    assert [step.state for step in steps] == ["done", "begun", "not begun", "not begun"]
+    assert steps[0].losses["teacher/2"] == 1.5
+    assert (steps[1].progress, steps[1].size) == ("1 of 1 shards", 2048)
+    assert "--stage 1" in following
+    mark_done(run / "cache", {"samples": 12})
+    lines = [
+        {"step": "interact", "update": n, "layer/1": 2.0 / n, "last": 1.0, "tokens": 9, "match": [2]} for n in (1, 2)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": "inte')
+    (run / "interact").mkdir()
+    (run / "interact" / "checkpoint").write_text("")
+    steps, following = status(run)
+    assert (steps[2].state, steps[2].progress) == ("begun", "update 2 of 3")
+    assert steps[2].losses == {"layer/1": 1.0, "last": 1.0}
+    assert following == f"deepspeed launch/train.py --stage 2 --recipe {run}/recipe.yaml"
+
+
+def test_a_complete_run_asks_for_its_evaluation_then_for_a_trace(run):
+    for step in ("verbalize", "cache", "interact", "reinforce"):
+        mark_done(run / step, {"updates": 3})
+    assert status(run)[1] == f"python -m pipeline evaluate --run {run}"
+    (run / "evaluation.json").write_text("{}")
+    assert status(run)[1].startswith(f"python -m pipeline trace --run {run}")
+
+
+def test_without_interaction_stage_1_is_not_asked_for(run):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("interact: {steps: 3", "interact: {steps: 0"))
+    assert status(run)[1] == f"deepspeed launch/train.py --stage 2 --recipe {run}/recipe.yaml"
+    mark_done(run / "interact", {"updates": 0})
+    assert status(run)[0][2].progress == "left out (0 updates)"
+
+
+def test_the_table_names_parts_losses_and_sizes(run, capsys):
+    mark_done(run / "verbalize", {"updates": 3, "losses": {"teacher/1": 2.0, "teacher/2": 1.5, "student/1": 2.5}})
+    (run / "verbalize" / "teacher.safetensors").write_bytes(b"x" * 1_200_000)
+    show(run, *status(run))
+    out = capsys.readouterr().out
+    for words in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
+        assert words in out
+    assert size_of(run) > 1_200_000
