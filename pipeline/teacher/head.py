@@ -1,0 +1,57 @@
+"""The teacher's language head, stored with a cache whose codec decodes through it: stage 2 has no teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from data_prep.shards import write_file
+from pipeline.errors import CacheError
+from pipeline.teacher.fingerprint import file_sha256
+from pipeline.teacher.folder import command
+from pipeline.teacher.signal import Unembedding
+
+HEAD = "head.safetensors"
+
+
+def save_head(path: Path, unembedding: Unembedding) -> None:
+    """Write a cache folder's head.safetensors, cut to the common vocabulary."""
+    tensors = {"weight": unembedding.weight[: unembedding.vocab].detach().cpu().contiguous()}
+    if unembedding.bias is not None:
+        tensors["bias"] = unembedding.bias[: unembedding.vocab].detach().cpu().contiguous()
+    meta = {"vocab": str(unembedding.vocab), "scale": repr(unembedding.scale)}
+    if unembedding.softcap is not None:
+        meta["softcap"] = repr(unembedding.softcap)
+    write_file(path / HEAD, save(tensors, meta))
+
+
+def check_head(path: Path, recipe: Path | str = "R") -> None:
+    """Raise CacheError where the cache has no head."""
+    if not (path / HEAD).is_file():
+        raise CacheError(f"{path}: no {HEAD}, which its codec decodes through. {_repair(recipe)}")
+
+
+def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe: Path | str = "R") -> Unembedding:
+    """A cache's head.safetensors. Raises CacheError where it is gone or its hash is another."""
+    file = path / HEAD
+    check_head(path, recipe)
+    found = file_sha256(file)
+    if sha256 is not None and found != sha256:
+        raise CacheError(f"{file} is damaged: expected SHA-256 {sha256}, found {found}. Remove it. {_repair(recipe)}")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not a dict
+            meta = stored.metadata()
+        softcap = float(meta["softcap"]) if "softcap" in meta else None
+        return Unembedding(
+            tensors["weight"], int(meta["vocab"]), tensors.get("bias"), float(meta["scale"]), softcap
+        )  # fmt: skip
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{file} is damaged: {error!r}. Remove it. {_repair(recipe)}") from None
+
+
+def _repair(recipe: Path | str) -> str:
+    return f"Put it right: {command(recipe, '--only-missing')}"

@@ -1,0 +1,200 @@
+"""Reading a teacher cache: refused when it does not fit what asks, checked record by record when it does.
+
+T response tokens, J cached teacher layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.schema import DataError
+from data_prep.shards import MANIFEST, ShardFolder
+from pipeline.errors import CacheError, SampleError
+from pipeline.teacher.codec import Codec, from_bytes, make_codec
+from pipeline.teacher.fingerprint import Mismatch, compare, data_fingerprint
+from pipeline.teacher.folder import (
+    FORMAT,
+    TOKENS,
+    checksum,
+    command,
+    command_anew,
+    missing_shards,
+    other_maker,
+    read_identity,
+    read_sidecars,
+)
+from pipeline.teacher.head import check_head, read_head
+from pipeline.teacher.signal import Signal, Unembedding
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """One sample as the cache has it: narrow arrays, good for passing between processes."""
+
+    key: str
+    tokens: np.ndarray
+    """[T] int32, the response tokens that the arrays were made for."""
+    arrays: Mapping[str, np.ndarray]
+    """The codec's arrays [T, J, ...]."""
+
+
+class TeacherCache:
+    """A finished cache for the given data: what the teacher said about sample i of the data folder is record i here.
+
+    Opening checks, in this order: format version, codec, `expected` fingerprints (those given; a cache may hold more),
+    `layers` asked for, that every data shard is cached, whole in size, and made from this very data. Any of it wrong
+    raises CacheError with both values and the command that makes it right; `recipe` is what that command names.
+    Picklable, for loader workers.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: ShardFolder,
+        expected: Mapping[str, str] | None = None,
+        layers: Sequence[int] = (),
+        recipe: Path | str = "R",
+    ):
+        self.path, self.recipe = path, recipe
+        self.identity = read_identity(path, recipe)
+        self.codec: Codec = make_codec(**self.identity.codec)
+        if mismatches := compare(expected or {}, self.identity.fingerprints):
+            raise CacheError(other_maker(path, mismatches, recipe))
+        self.columns(layers)
+        self._check_complete(data)
+        if self.codec.needs_head:
+            check_head(path, recipe)
+        try:
+            self._folder = ShardFolder(path, format=FORMAT)
+        except DataError as error:
+            raise CacheError(f"{error}. Put it right: {self._repair()}") from None
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The J cached teacher layers, counted from 1."""
+        return self.identity.layers
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """All of manifest.json, with totals and shards."""
+        return self._folder.manifest
+
+    def columns(self, layers: Sequence[int]) -> list[int]:
+        """Where teacher layers stand among the cached ones. Raises CacheError for one that is not cached."""
+        absent = sorted(set(layers) - set(self.layers))
+        if absent:
+            raise CacheError(
+                f"{self.path}: asked for teacher layers {list(layers)}, cached are {list(self.layers)}: {absent} "
+                f"missing. Ask for cached ones (teacher.layers), or make the cache again: "
+                f"{command_anew(self.path, self.recipe)}"
+            )
+        return [self.layers.index(layer) for layer in layers]
+
+    def read(self, index: int) -> CacheRecord:
+        """The record of the data folder's sample `index`.
+
+        Raises SampleError where the sample was skipped when the cache was made, CacheError where the shard is damaged.
+        """
+        key = self._folder.keys[index]
+        try:
+            members = self._folder.read_members(index)
+            meta = json.loads(members.pop("json"))
+            if "skipped" not in meta:
+                if checksum(members) != meta["crc32"]:
+                    raise ValueError("its checksum is not the one written with it")
+                tokens = np.frombuffer(members.pop(TOKENS), "<i4").copy()
+                return CacheRecord(key, tokens, from_bytes(members, len(tokens), len(self.layers)))
+        except (DataError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{self.path}: record '{key}' is damaged: {error}. Put it right: {self._repair()}"
+            ) from None
+        raise SampleError(f"skipped when the teacher cache was made: {meta['skipped']}")
+
+    def check_tokens(self, record: CacheRecord, expected: Tensor | Sequence[int]) -> None:
+        """Raise CacheError unless the record was made for exactly these response token ids."""
+        wanted, found = np.asarray(expected).tolist(), record.tokens.tolist()
+        if wanted == found:
+            return
+        place = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
+        where = (
+            f"expected {len(wanted)} tokens, found {len(found)}"
+            if place is None
+            else f"at response token {place} expected id {wanted[place]}, found {found[place]}"
+        )
+        raise CacheError(
+            f"{self.path}: sample '{record.key}' was cached for other response tokens: {where}. Use the data, "
+            "tokenizer and data.max_length that the cache was made with, or make it again: "
+            f"{command_anew(self.path, self.recipe)}"
+        )
+
+    def signal(
+        self,
+        records: Sequence[CacheRecord],
+        layers: Sequence[int],
+        device: torch.device | str = "cpu",
+        unembedding: Unembedding | None = None,
+    ) -> Signal:
+        """What the given teacher layers, in this order, say about the records' tokens, one record after the other.
+
+        `unembedding`, for a codec that needs the head, is what `self.unembedding(device)` gave.
+        """
+        names = records[0].arrays
+        joined = {name: np.concatenate([record.arrays[name] for record in records]) for name in names}
+        return self.codec.decode(joined, self.columns(layers), unembedding, device)
+
+    def unembedding(self, device: torch.device | str = "cpu") -> Unembedding:
+        """The teacher's stored language head. Raises CacheError where the file is gone or is not what was written."""
+        return read_head(self.path, self.manifest.get("head_sha256"), device, self.recipe)
+
+    def _check_complete(self, data: ShardFolder) -> None:
+        shards = data.manifest["shards"]
+        sidecars = self._finished_sidecars()
+        missing = missing_shards(self.path, self.identity, shards, sidecars)
+        foreign = [name for name, why in missing.items() if why.startswith("made from other data")]
+        if foreign:
+            made_from = [{"name": name, "sha256": shard.get("data_sha256")} for name, shard in sidecars.items()]
+            found = data_fingerprint({"shards": made_from})
+            mismatch = Mismatch("data", data_fingerprint(data.manifest), found)
+            raise CacheError(other_maker(self.path, [mismatch], self.recipe, f"{foreign[0]}: {missing[foreign[0]]}"))
+        if missing:
+            raise CacheError(_incomplete(self.path, shards, missing, self.recipe))
+        if list(sidecars) != [shard["name"] for shard in shards]:
+            extra = sorted(set(sidecars) - {shard["name"] for shard in shards})
+            raise CacheError(
+                f"{self.path}: expected the {len(shards)} shards of {data.path}, found {len(sidecars)}"
+                f"{f' ({extra[0]} is not in the data)' if extra else ''}. Put it right: {self._repair()}"
+            )
+
+    def _finished_sidecars(self) -> dict[str, dict[str, Any]]:
+        """From the manifest; where there is none yet, from the sidecars themselves, to say how far the cache is."""
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            return {shard["name"]: shard for shard in manifest["shards"]}
+        except FileNotFoundError:
+            return read_sidecars(self.path, sorted(file.name for file in self.path.glob("*.tar")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{self.path / MANIFEST} is damaged ({error!r}). Put it right: {self._repair()}") from None
+
+    def _repair(self) -> str:
+        return command(self.recipe, "--only-missing")
+
+
+def _incomplete(path: Path, shards: Sequence[Mapping[str, Any]], missing: Mapping[str, str], recipe: Path | str) -> str:
+    done = [shard for shard in shards if shard["name"] not in missing]
+    first = next(shard for shard in shards if shard["name"] in missing)
+    keys, of_keys = (sum(len(shard["keys"]) for shard in some) for some in (done, shards))
+    return (
+        f"{path} has {len(done)} of {len(shards)} shards, {keys:,} of {of_keys:,} keys; first missing "
+        f"'{first['keys'][0]}' in {first['name']} ({missing[first['name']]}). Run: {command(recipe, '--only-missing')}"
+    )
