@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ def weights_fingerprint(folder: Path) -> str:
             f"{folder}: expected weights as *.safetensors, {found}. Convert them once: "
             "model.save_pretrained(FOLDER) with transformers writes safetensors"
         )
-    return _combine(_file_digests(files))
+    return files_fingerprint(files)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -75,8 +75,13 @@ def tokenizer_fingerprint(folder: Path) -> str:
     for names in TOKENIZER_FILES:
         files = [folder / name for name in names if (folder / name).is_file()]
         if files:
-            return _combine(_file_digests(files))
+            return files_fingerprint(files)
     raise CacheError(f"{folder}: expected a tokenizer (tokenizer.json), found none; copy the model's tokenizer there")
+
+
+def files_fingerprint(files: Sequence[Path]) -> str:
+    """Names and bytes of files, in order, such as the teacher's verbalizers. Raises OSError where one is not there."""
+    return _combine(_file_digests(files))
 
 
 def json_fingerprint(files: Iterable[Path]) -> str:
@@ -111,7 +116,7 @@ def _combine(digests: Mapping[str, str]) -> str:
     return text_fingerprint("".join(f"{name} {digest}\n" for name, digest in digests.items()))
 
 
-def _file_digests(files: list[Path]) -> dict[str, str]:
+def _file_digests(files: Sequence[Path]) -> dict[str, str]:
     """{file name: SHA-256}, from memory where path, size and mtime are those of the last time."""
     stats = {file: file.stat() for file in files}
     places = {file: f"{file.resolve()} {stats[file].st_size} {stats[file].st_mtime_ns}" for file in files}
