@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data_prep.shards import ShardFolder
-from pipeline.errors import RecipeError, SampleError
+from pipeline.errors import DataError, RecipeError, SampleError
 from pipeline.loss.linear_ce import token_log_probs
 from pipeline.recipe import Data
 from pipeline.resolve import load_recipe
@@ -74,8 +74,8 @@ def make_plan(
     sibling = data.parent / "train"
     if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
         baseline = sibling
-    learn = None if baseline is None else ShardFolder(baseline)
-    return Plan(named, ShardFolder(data), max_length=max_length, baseline=learn, output=output, **sizes)
+    learn = None if baseline is None else _with_samples(baseline)
+    return Plan(named, _with_samples(data), max_length=max_length, baseline=learn, output=output, **sizes)
 
 
 def run_recipe(run: Path) -> Path:
@@ -180,6 +180,15 @@ def _answers(vlm: Vlm, asked: Sequence[_Asked], max_new_tokens: int) -> list[str
         return []
     inputs = pad_left([one.prompt for one in asked], vlm.encoder.filler(), vlm.pad_id)
     return [words(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
+
+
+def _with_samples(folder: Path) -> ShardFolder:
+    shards = ShardFolder(folder)
+    if not len(shards):
+        raise DataError(
+            f"{folder} is a shard folder without a sample; python -m data_prep shard --help says how to make one"
+        )
+    return shards
 
 
 def _chunks(indices: range, size: int) -> Iterator[range]:

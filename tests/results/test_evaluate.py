@@ -6,10 +6,10 @@ import torch
 from tiny import chats, png, turn
 from tiny_run import typed, write_shards
 
-from data_prep.shards import ShardFolder
-from pipeline.errors import RecipeError
+from data_prep.shards import FORMAT, ShardFolder, write_manifest
+from pipeline.errors import DataError, RecipeError
 from pipeline.results.answers import normalise
-from pipeline.results.evaluate import Plan, evaluate, make_plan, response_loss, score
+from pipeline.results.evaluate import Plan, evaluate, make_plan, response_loss, score, score_question_only
 from pipeline.results.generate import greedy, load, words
 
 SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}
@@ -110,8 +110,6 @@ def test_question_only_learns_from_the_sibling_of_the_held_out_data(tmp_path):
     (tmp_path / "m" / "config.json").write_text("{}")
     plan = make_plan([str(tmp_path / "m")], None, data, None, None, **SIZES)
     assert plan.baseline is not None and plan.baseline.path == tmp_path / "train"
-    from pipeline.results.evaluate import score_question_only
-
     assert score_question_only(plan, plan.baseline)["exact_match"] == 0.5
 
 
@@ -137,6 +135,12 @@ def test_mistakes_are_answered_before_a_model_is_loaded(made, models, run, data,
     models = [m.replace("teacher", f"{made.root}/teacher").replace("nowhere", f"{made.root}/nowhere") for m in models]
     with pytest.raises(RecipeError, match=message):
         make_plan(models, run and made.root / run, data and made.root / "shards" / data, None, None, **SIZES)
+
+
+def test_a_shard_folder_without_samples_is_refused(made, tmp_path):
+    write_manifest(tmp_path, [], format=FORMAT, version=1, split="held_out")
+    with pytest.raises(DataError, match="without a sample; python -m data_prep shard"):
+        make_plan([str(made.root / "teacher")], None, tmp_path, None, None, **SIZES)
 
 
 def test_typed_chats_give_types(made):
