@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -58,9 +59,18 @@ class BadSample(Exception):
         assert reason in REASONS, reason
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+        self.id: Any = None
+        """The record's id where that is known: see `about`."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BadSample, (self.reason, self.detail)
+
+@contextmanager
+def about(sample_id: Any) -> Iterator[None]:
+    """Within: a BadSample that is raised is about the record of this id."""
+    try:
+        yield
+    except BadSample as bad:
+        bad.id = sample_id
+        raise
 
 
 def validate_record(record: Any, images: Sequence[bytes]) -> None:
@@ -69,20 +79,20 @@ def validate_record(record: Any, images: Sequence[bytes]) -> None:
     Raises BadSample with a reason of REASONS. Whether the images decode is `images.check_image`'s question.
     """
     if not isinstance(record, dict):
-        raise BadSample("wrong_type", f"the sample is {_type(record)}; expected an object")
+        raise BadSample("wrong_type", f"the sample is {type_name(record)}; expected an object")
     if not isinstance(record.get("id"), str) or not record["id"]:
         raise BadSample("wrong_type", f"id is {record.get('id')!r}; expected a string that is not empty")
     if not isinstance(record.get("provenance"), dict):
-        raise BadSample("wrong_type", f"provenance is {_type(record.get('provenance'))}; expected an object")
+        raise BadSample("wrong_type", f"provenance is {type_name(record.get('provenance'))}; expected an object")
     if not isinstance(record.get("question_type", ""), str):
-        raise BadSample("wrong_type", f"question_type is {_type(record['question_type'])}; expected a string")
+        raise BadSample("wrong_type", f"question_type is {type_name(record['question_type'])}; expected a string")
     validate_messages(record.get("messages"), len(images))
 
 
 def validate_messages(messages: Any, images: int) -> None:
     """Check a chat that comes with that many images. Raises BadSample with a reason of REASONS."""
     if not isinstance(messages, list) or not messages:
-        raise BadSample("wrong_type", f"messages is {_type(messages)}; expected a list of turns that is not empty")
+        raise BadSample("wrong_type", f"messages is {type_name(messages)}; expected a list of turns that is not empty")
     parts = sum(_validate_turn(number, turn) for number, turn in enumerate(messages))
     if not any(turn["role"] == "assistant" for turn in messages):
         raise BadSample("no_assistant_turn", f"{len(messages)} turns: " + ", ".join(turn["role"] for turn in messages))
@@ -107,12 +117,12 @@ def key_for(sample_id: str) -> str:
 def _validate_turn(number: int, turn: Any) -> int:
     """Check one turn; returns how many image parts it has."""
     if not isinstance(turn, dict):
-        raise BadSample("wrong_type", f"turn {number} is {_type(turn)}; expected an object")
+        raise BadSample("wrong_type", f"turn {number} is {type_name(turn)}; expected an object")
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise BadSample("wrong_type", f"turn {number} has role {role!r}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, list):
-        raise BadSample("wrong_type", f"turn {number} has content {_type(content)}; expected a list of parts")
+        raise BadSample("wrong_type", f"turn {number} has content {type_name(content)}; expected a list of parts")
     images = sum(_validate_part(number, part) for part in content)
     if role == "assistant":
         if images:
@@ -131,9 +141,10 @@ def _validate_part(number: int, part: Any) -> bool:
     if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
         raise BadSample("wrong_type", f"turn {number} has a part that is neither image nor text: {str(part)[:80]}")
     if not isinstance(part["text"], str):
-        raise BadSample("wrong_type", f"turn {number} has text {_type(part['text'])}; expected a string")
+        raise BadSample("wrong_type", f"turn {number} has text {type_name(part['text'])}; expected a string")
     return False
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """How a message calls a value of the wrong type."""
     return "missing" if value is None else f"a {type(value).__name__}"

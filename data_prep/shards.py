@@ -15,7 +15,6 @@ import secrets
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +23,8 @@ from data_prep.schema import SCHEMA_VERSION, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = "vlsi-shards"
+PARTIAL = ".partial"
+"""End of the name of a file in the making: .000000.tar.PID-RANDOM.partial"""
 OPEN_FILES = 32
 """Shards that one reader keeps open."""
 
@@ -61,18 +62,65 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
-    """Write (key, {"json": bytes, "0.png": bytes, ...}) samples, members in the given order; returns the entry.
+class ShardWriter:
+    """One shard in the making. As a context it leaves nothing behind unless `commit` was called.
 
-    Raises ValueError for a name that is not safe in a tar, or a key that comes twice. On any error, also of `samples`
-    itself, nothing stands under the final name.
+    with ShardWriter(path) as writer:
+        writer.add("key", {"json": b"...", "0.png": b"..."})
+        entry = writer.commit()
     """
-    with _aside(path) as file:
-        keys, offsets, end = _write_tar(file, samples)
-        size = file.tell()
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        self._aside = _Aside(path)
+        # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its
+        # own and does not say where a sample starts. USTAR has room for nothing but what is set here: no times, no
+        # owners.
+        self._tar = tarfile.open(fileobj=self._aside.file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._aside.discard()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Append a sample, its members in the given order.
+
+        Raises ValueError for a name that is not safe in a tar, or a key that is there already.
+        """
+        if key in self._offsets:
+            raise ValueError(f"key {key!r} comes twice in one shard")
+        headers = [_header(f"{key}.{suffix}", len(content)) for suffix, content in members.items()]
+        self._offsets[key] = self._tar.offset
+        for header, content in zip(headers, members.values(), strict=True):
+            self._tar.addfile(header, io.BytesIO(content))
+
+    def commit(self) -> ShardEntry:
+        """Finish the tar, bring it to the disk and give it its name; returns the manifest entry."""
+        end = self._tar.offset
+        self._tar.close()
+        file = self._aside.file
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
         digest = _sha256(file)
-    return _entry(path.name, size, digest, keys, offsets, end)
+        self._aside.commit()
+        return _entry(self.path.name, size, digest, list(self._offsets), list(self._offsets.values()), end)
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
+    """Write (key, {"json": bytes, "0.png": bytes, ...}) samples as one shard; returns its manifest entry.
+
+    Raises ValueError as ShardWriter.add does. On any error, also of `samples` itself, nothing stands under the name.
+    """
+    with ShardWriter(path) as writer:
+        for key, members in samples:
+            writer.add(key, members)
+        return writer.commit()
 
 
 def describe_shard(path: Path) -> ShardEntry:
@@ -113,8 +161,12 @@ def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dic
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: aside, fsynced, renamed."""
-    with _aside(path) as file:
-        file.write(content)
+    aside = _Aside(path)
+    try:
+        aside.file.write(content)
+        aside.commit()
+    finally:
+        aside.discard()
 
 
 def read_manifest(folder: Path, format: str = FORMAT) -> dict[str, Any]:
@@ -214,21 +266,6 @@ def _members(content: bytes, key: str) -> Iterator[tuple[str, bytes]]:
             yield suffix, file.read()
 
 
-def _write_tar(file: BinaryIO, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[list[str], list[int], int]:
-    # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its own
-    # and does not say where a sample starts. USTAR has no room for anything but what is set here: no times, no owner.
-    keys: dict[str, int] = {}
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            if key in keys:
-                raise ValueError(f"key {key!r} comes twice in one shard")
-            keys[key] = tar.offset
-            for suffix, content in members.items():
-                tar.addfile(_header(f"{key}.{suffix}", len(content)), io.BytesIO(content))
-        end = tar.offset
-    return list(keys), list(keys.values()), end
-
-
 def _header(name: str, size: int) -> tarfile.TarInfo:
     if len(name) > 100 or not _MEMBER.fullmatch(name):
         raise ValueError(f"{name!r} is not safe as a member of a shard: letters, digits, - and _, at most 100")
@@ -237,25 +274,30 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     return header
 
 
-@contextmanager
-def _aside(path: Path) -> Iterator[BinaryIO]:
+class _Aside:
     """A file under a name of this process's own, which takes the final name when it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with open(aside, "xb+") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+    def __init__(self, path: Path):
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._own = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+        self.file: BinaryIO = open(self._own, "xb+")  # noqa: SIM115  # closed by commit or discard
+
+    def commit(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self._own, self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        self.file.close()
+        self._own.unlink(missing_ok=True)
 
 
 def _entry(name: str, size: int, digest: str, keys: list[str], offsets: list[int], end: int) -> ShardEntry:

@@ -1,0 +1,93 @@
+"""`python -m data_prep lint`: read every record back, and say which are not what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.images import check_image
+from data_prep.progress import Progress
+from data_prep.schema import SPLITS, BadSample, DataError, key_for, validate_record
+from data_prep.shards import MANIFEST, ShardFolder, ShardInfo, describe_shard
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with a shard, or with one sample in it."""
+
+    shard: str
+    """split/name"""
+    key: str
+    """Empty where the shard as a whole is meant."""
+    what: str
+
+
+def shard_folders(path: Path) -> list[ShardFolder]:
+    """The shard folders at a path: itself, or those of the splits in it. Raises DataError where there is none."""
+    inside = [path / split for split in SPLITS if (path / split / MANIFEST).is_file()]
+    return [ShardFolder(folder) for folder in inside or [path]]
+
+
+def lint(folders: list[ShardFolder]) -> list[Problem]:
+    """Check hashes, offsets, messages and images of every sample, and that no key comes twice."""
+    problems: list[Problem] = []
+    seen: dict[str, str] = {}
+    total, done = sum(len(folder) for folder in folders), 0
+    with Progress("checked") as progress:
+        for folder in folders:
+            problems += _strangers(folder)
+            for shard in folder.shards:
+                problems += _shard_problems(folder, shard)
+                for index in range(shard.first, shard.first + shard.samples):
+                    problems += _sample_problems(folder, shard, index, seen)
+                    done += 1
+                    progress.update(done, done / total)
+    return problems
+
+
+def _strangers(folder: ShardFolder) -> Iterator[Problem]:
+    known = {shard.name for shard in folder.shards}
+    for path in sorted(folder.path.glob("*.tar")):
+        if path.name not in known:
+            yield Problem(f"{folder.path.name}/{path.name}", "", "is not in the manifest")
+
+
+def _shard_problems(folder: ShardFolder, shard: ShardInfo) -> Iterator[Problem]:
+    expected = next(entry for entry in folder.manifest["shards"] if entry["name"] == shard.name)
+    try:
+        found = describe_shard(folder.path / shard.name)
+    except DataError as error:
+        yield Problem(_name(folder, shard), "", str(error))
+        return
+    for field, value in expected.items():
+        if found[field] != value:
+            shown = "" if isinstance(value, list) else f": {found[field]}, expected {value}"
+            yield Problem(_name(folder, shard), "", f"{field} differ from the manifest's{shown}")
+
+
+def _sample_problems(folder: ShardFolder, shard: ShardInfo, index: int, seen: dict[str, str]) -> Iterator[Problem]:
+    key, name = folder.keys[index], _name(folder, shard)
+    if key in seen:
+        yield Problem(name, key, f"this key is also in {seen[key]}")
+    seen.setdefault(key, name)
+    try:
+        members = folder.read_members(index)
+        sample = folder.read(index)
+        validate_record(sample.record, sample.images)
+        suffixes = [f"{number}.{check_image(content)}" for number, content in enumerate(sample.images)]
+    except BadSample as bad:
+        yield Problem(name, key, str(bad))
+    except DataError as error:
+        yield Problem(name, key, str(error).partition(". The shard is")[0])
+    else:
+        if list(members) != ["json", *suffixes]:
+            yield Problem(name, key, f"members {', '.join(members)}; expected {', '.join(['json', *suffixes])}")
+        if key_for(sample.record["id"]) != key:
+            yield Problem(
+                name, key, f"its id is {sample.record['id']!r}, whose key is {key_for(sample.record['id'])!r}"
+            )
+
+
+def _name(folder: ShardFolder, shard: ShardInfo) -> str:
+    return f"{folder.path.name}/{shard.name}"

@@ -1,0 +1,133 @@
+"""Which sample goes into which shard: a function of what was read, and of nothing else, so the same on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.examine import Good, Reject
+from data_prep.schema import SCHEMA_VERSION, SPLITS, DataError
+from data_prep.shards import shard_name, write_file
+from data_prep.split import split_of
+
+PLAN = "plan.json"
+"""In the output folder: what it is being made from."""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A shard that is to be written."""
+
+    split: str
+    name: str
+    samples: Sequence[Good]
+
+    @property
+    def keys(self) -> list[str]:
+        """Its samples' keys, in order."""
+        return [good.key for good in self.samples]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be written, and all that is not."""
+
+    shards: Sequence[PlannedShard]
+    rejects: Sequence[Reject]
+    """In the order of the input."""
+
+    @property
+    def good(self) -> int:
+        """Samples to be written."""
+        return sum(len(shard.samples) for shard in self.shards)
+
+    @property
+    def read(self) -> int:
+        """Records read: good + rejected."""
+        return self.good + len(self.rejects)
+
+    def in_split(self, split: str) -> list[PlannedShard]:
+        """The shards of one split, in order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """Reason codes and how often each occurs, the commonest first."""
+        return sorted(Counter(reject.reason for reject in self.rejects).items(), key=lambda pair: (-pair[1], pair[0]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every byte that will be written, and its place."""
+        digest = hashlib.sha256(f"schema {SCHEMA_VERSION}".encode())
+        for shard in self.shards:
+            digest.update(f"{shard.split}/{shard.name}".encode())
+            digest.update(b"".join(good.digest for good in shard.samples))
+        return digest.hexdigest()
+
+
+def make_plan(found: Iterable[Good | Reject], samples_per_shard: int, held_out: float) -> Plan:
+    """Plan the shards for what was found, in any order. Of several records with one id the first counts.
+
+    held_out is the share of samples without a split of their own that is held out (0 to 1).
+    """
+    rejects: list[Reject] = []
+    good: dict[str, Good] = {}
+    for record in sorted(found, key=lambda record: record.place.index):
+        if isinstance(record, Reject):
+            rejects.append(record)
+        elif record.key in good:
+            detail = f"{record.id!r} was at {good[record.key].place}"
+            rejects.append(Reject(record.place, record.id, "duplicate_id", detail))
+        else:
+            good[record.key] = record
+    return Plan(_shards(list(good.values()), samples_per_shard, held_out), rejects)
+
+
+def claim_folder(folder: Path, fingerprint: str, settings: dict[str, Any]) -> None:
+    """Write folder/plan.json, or check that the one there is of the same plan.
+
+    Raises DataError where the folder was begun from something else: its shards would be mixed up with these.
+    """
+    path = folder / PLAN
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        foreign = [split for split in SPLITS if any((folder / split).glob("*.tar"))]
+        if foreign:
+            raise DataError(
+                f"{folder / foreign[0]} holds shards, but there is no {path} to say what they are made from; "
+                "give another --output, or remove them"
+            ) from None
+        content = {"format": "vlsi-plan", "version": SCHEMA_VERSION, "fingerprint": fingerprint, "settings": settings}
+        write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+        return
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); remove {folder}, or give another --output") from None
+    if begun.get("fingerprint") != fingerprint:
+        raise DataError(
+            f"{folder} was begun from something else: {_difference(begun.get('settings', {}), settings)}. "
+            f"Give another --output, or remove {folder} to make it anew"
+        )
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not names:
+        return "the options are the same, so what the input holds has changed"
+    return "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
+
+
+def _shards(good: list[Good], samples_per_shard: int, held_out: float) -> list[PlannedShard]:
+    free = [record for record in good if record.split is None]
+    drawn = dict(
+        zip((record.key for record in free), split_of([record.pictures for record in free], held_out), strict=True)
+    )
+    shards = []
+    for split in SPLITS:
+        members = [record for record in good if (record.split or drawn[record.key]) == split]
+        for number, start in enumerate(range(0, len(members), samples_per_shard)):
+            shards.append(PlannedShard(split, shard_name(number), members[start : start + samples_per_shard]))
+    return shards

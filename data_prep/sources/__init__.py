@@ -1,0 +1,113 @@
+"""Where samples come from. Each file here is one source: a function that yields drafts, and its own options.
+
+A new source is such a file and nothing else:
+
+    def options(parser):
+        parser.add_argument("--input", type=Path, required=True, help="...")
+
+    @source("my-data", options)
+    def read(args):
+        '''One sentence for --help.'''
+        for line in ...:
+            yield Draft(lambda line=line: Sample(messages=..., images=[...]), file="my.jsonl")
+
+Every MPI rank runs through all drafts in the same order, so a draft is to be cheap: what costs (parsing, reading
+images) belongs into its `make`, which only the rank that needs the sample calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as a source hands it over; it is checked afterwards."""
+
+    messages: list[dict[str, Any]]
+    """The chat, as data_prep.schema describes it."""
+    images: list[bytes]
+    """Image files, byte for byte as they came, in the order of the chat's image parts."""
+    id: Any = None
+    """A string or a whole number; None: an id is made from the record's place in the source."""
+    split: str | None = None
+    """train or held_out, where the source has a split of its own; None: split by the images' content."""
+    question_type: str | None = None
+    """What evaluation groups by, where the source has types."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Whatever else tells where it came from (JSON); source, file and index are added."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A record that nobody has looked at yet."""
+
+    make: Callable[[], Sample]
+    """Reads and converts it. Raises BadSample, best inside schema.about(id), so that the reject carries the id."""
+    file: str = ""
+    """Name of the file it stands in, without folders."""
+    line: int | None = None
+    """Its line in that file, from 1, where it has one."""
+    done: float | None = None
+    """How much of the source lies behind it, 0 to 1, for the time that is left; None: unknown."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A registered source."""
+
+    name: str
+    read: Callable[[argparse.Namespace], Iterator[Draft]]
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the reading function's docstring."""
+        return (self.read.__doc__ or "").strip().split("\n")[0]
+
+
+_SOURCES: dict[str, Source] = {}
+
+
+def source(
+    name: str, options: Callable[[argparse.ArgumentParser], None]
+) -> Callable[[Callable[[argparse.Namespace], Iterator[Draft]]], Callable[[argparse.Namespace], Iterator[Draft]]]:
+    """Register the decorated function as `--source name`; options(parser) declares the options that it understands."""
+
+    def register(
+        read: Callable[[argparse.Namespace], Iterator[Draft]],
+    ) -> Callable[[argparse.Namespace], Iterator[Draft]]:
+        _SOURCES[name] = Source(name, read, options)
+        return read
+
+    return register
+
+
+def all_sources() -> dict[str, Source]:
+    """Every source of this folder, by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_SOURCES.items()))
+
+
+def share(text: str) -> float:
+    """An option's value between 0 and 1. Raises argparse.ArgumentTypeError otherwise."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a share from 0 to 1, such as 0.05")
+    return value
+
+
+def count(text: str) -> int:
+    """An option's value that counts something. Raises argparse.ArgumentTypeError unless it is a whole number >= 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, 0 or more")
+    return int(text)
