@@ -1,0 +1,58 @@
+"""Cross-entropy of a language head against labels, without the logits ever being there as a whole.
+
+L layers, T response tokens, d width, V common vocabulary, c rows of a chunk. What it equals:
+
+    log_probs = unembedding.logits(h).log_softmax(-1)                                   # [L, T, V]
+    loss = -log_probs.gather(-1, labels.expand(L, T)[..., None]).sum((1, 2))            # [L]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.loss.chunks import chunk_logits, head_loss, row_chunks, rows_per_chunk, softmax_
+from pipeline.teacher.signal import Unembedding
+
+
+def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """Cross-entropy in nats, summed over tokens: h [L, T, d] against labels [T] -> [L].
+
+    Gradients reach h, and the weight and bias where they require one (then L must be 1). `chunk` is in tokens; without
+    it, memory decides. T = 0 gives zeros that carry gradients of zero. Raises ValueError for a label outside the
+    vocabulary.
+    """
+    _check(h, unembedding, labels)
+
+    def chunk_loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
+        target = labels[rows, None]
+        log_p, _ = softmax_(logits, target)
+        logits.scatter_add_(1, target, torch.full_like(log_p, -1.0))
+        return -log_p[:, 0]
+
+    return head_loss(h, unembedding, chunk_loss, chunk)
+
+
+@torch.no_grad()
+def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """Log-probability in nats of each token's label, without gradient: h [L, T, d], labels [T] -> [L, T] float32."""
+    _check(h, unembedding, labels)
+    log_probs = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device)
+    for layer in range(len(h)):
+        for rows in row_chunks(h.shape[1], chunk or rows_per_chunk(unembedding.vocab)):
+            log_p, _ = softmax_(chunk_logits(h[layer, rows], unembedding), labels[rows, None])
+            log_probs[layer, rows] = log_p[:, 0].float()
+    return log_probs
+
+
+def _check(h: Tensor, unembedding: Unembedding, labels: Tensor) -> None:
+    if h.dim() != 3 or labels.shape != h.shape[1:2]:
+        raise ValueError(f"expected h [L, T, d] and labels [T], got {tuple(h.shape)} and {tuple(labels.shape)}")
+    if not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= unembedding.vocab:
+        raise ValueError(
+            f"label ids run from {low} to {high}, the common vocabulary from 0 to {unembedding.vocab - 1}: "
+            "gather the response tokens before the head; their ids must exist in both models"
+        )

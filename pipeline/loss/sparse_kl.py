@@ -1,0 +1,272 @@
+"""Forward KL(teacher || student), in nats, from the student's hidden states and what a signal holds of the teacher.
+
+S student layers, J teacher layers, T response tokens, K kept ids, V common vocabulary, d width. One token:
+
+    log_q = unembedding.logits(h).log_softmax(-1)
+    kl = (p * (log_p - log_q)).sum()  # HiddenSignal: all of p
+    kl = (p * (log_p - log_q[ids])).sum() + r * (log(r) - log(1 - log_q[ids].exp().sum()))  # SparseSignal: r the rest
+
+The rest is one bucket: distributions that differ only inside it are alike, so the second is never above the first.
+
+Two passes, because the match is drawn in between. `kl_matrix` needs one vocabulary product for the KL of every
+candidate, and makes, with a second one, what their gradients share. The gradient of a sparse KL at the head's input is
+
+    alpha * E_q[W] - sum_k beta_k W[id_k]
+    beta_k = p_k - rho q_k,  rho = r / Q,  Q = 1 - sum_k q_k,  alpha = 1 - rho  (with sum_k p_k + r for the 1)
+
+where E_q[W] does not depend on the candidate. `matched_kl` then costs one embedding_bag. In bfloat16 a confident
+token's two terms would cancel down to the rounding of E_q[W]; so the HEAVY ids of largest q stay out of the product
+and enter with the kept ids, their coefficients summed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.loss.chunks import (
+    accumulator,
+    attach_gradients,
+    cap_slope,
+    chunk_logits,
+    head_loss,
+    row_chunks,
+    rows_per_chunk,
+    softmax_,
+)
+from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
+
+TAIL_FLOOR = 1e-6
+"""Least probability that the student's tail is taken to have: below it, 1 - sum of float32 probabilities is noise."""
+
+HEAVY = 32
+"""Ids of largest student probability that are kept out of the low-precision product."""
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """What one student layer's first pass leaves for the second, whichever candidate is drawn."""
+
+    columns: range
+    log_q: Tensor
+    """[T, candidates, K] log-probability that the student gives to each kept id."""
+    log_sum: Tensor
+    """[T, 1] log-sum-exp of the student's logits."""
+    heavy_ids: Tensor
+    """[T, H]."""
+    heavy_q: Tensor
+    """[T, H] probabilities, times the soft-cap's slope."""
+    light: Tensor
+    """[T, d] E_q[slope * W] over all ids but the heavy ones, in the weight's dtype."""
+
+
+@dataclass(frozen=True)
+class KLMatrix:
+    """The KL of every student layer to every candidate, and what its gradients have in common."""
+
+    values: Tensor
+    """[S, J] float64: summed over these tokens, in nats; inf outside the window."""
+    window: tuple[range, ...]
+    """For each student layer the columns that have a value."""
+    candidates: tuple[_Candidates | None, ...]
+    """For each student layer; None where the window is empty, or where the signal is exact and nothing is shared."""
+
+
+@torch.no_grad()
+def kl_matrix(
+    h: Tensor, unembedding: Unembedding, signal: Signal, window: Sequence[range], chunk: int | None = None
+) -> KLMatrix:
+    """First pass, without gradient: h [S, T, d] (normed verbalizer outputs), the student's head, a window a layer.
+
+    `chunk` is in tokens; without it, memory decides. Raises ValueError where shapes or vocabularies do not fit.
+    """
+    _check(h, unembedding, signal, window)
+    teachers = (signal.hidden if isinstance(signal, HiddenSignal) else signal.tail).shape[1]
+    values = torch.full((len(h), teachers), torch.inf, dtype=torch.float64, device=h.device)
+    for layer, columns in enumerate(window):
+        values[layer, columns.start : columns.stop] = 0.0
+    chunk = chunk or rows_per_chunk(unembedding.vocab)
+    if isinstance(signal, HiddenSignal):
+        _add_exact(values, h, unembedding, signal, window, chunk)
+        return KLMatrix(values, tuple(window), (None,) * len(h))
+    return KLMatrix(
+        values,
+        tuple(window),
+        tuple(
+            _search(values[layer], h[layer], unembedding, signal, columns, chunk) if len(columns) else None
+            for layer, columns in enumerate(window)
+        ),
+    )
+
+
+def matched_kl(
+    h: Tensor,
+    unembedding: Unembedding,
+    signal: Signal,
+    match: Sequence[int | None],
+    matrix: KLMatrix,
+    chunk: int | None = None,
+) -> Tensor:
+    """Second pass: KL, summed over tokens, of each student layer to its match: [S], with gradient to h [S, T, d] only.
+
+    A layer matched to None has KL 0 and gradient 0. `matrix` is what `kl_matrix` returned for the same h and signal.
+    Raises ValueError for a match outside the window.
+    """
+    _check(h, unembedding, signal, match)
+    for layer, (column, columns) in enumerate(zip(match, matrix.window, strict=True)):
+        if column is not None and column not in columns:
+            raise ValueError(
+                f"student layer {layer} is matched to teacher layer {column}, outside its window {columns}"
+            )
+    if isinstance(signal, HiddenSignal):
+        bias = None if unembedding.bias is None else unembedding.bias.detach()
+        frozen = replace(unembedding, weight=unembedding.weight.detach(), bias=bias)
+        zero = torch.zeros((), dtype=accumulator(unembedding.weight.dtype), device=h.device)
+        pairs = zip(h, match, strict=True)
+        return torch.stack([zero if j is None else column_kl(x, frozen, signal, j, chunk) for x, j in pairs])
+    sums = torch.zeros(len(h), dtype=accumulator(unembedding.weight.dtype), device=h.device)
+    gradient = torch.zeros_like(h)
+    with torch.no_grad():
+        for layer, (column, candidates) in enumerate(zip(match, matrix.candidates, strict=True)):
+            if column is not None and candidates is not None:
+                sums[layer] = _matched(gradient[layer], unembedding, signal, column, candidates)
+    return attach_gradients(sums, (h,), (gradient,))
+
+
+def column_kl(h: Tensor, unembedding: Unembedding, signal: Signal, column: int, chunk: int | None = None) -> Tensor:
+    """KL, summed over tokens, of one student layer h [T, d] to one teacher layer: a scalar.
+
+    This is the last layers' KL: gradients reach h, and the head's weight and bias where they require one.
+    """
+    _check(h[None], unembedding, signal, (column,))
+
+    def exact(layer: int, rows: slice, logits: Tensor) -> Tensor:
+        assert isinstance(signal, HiddenSignal)
+        log_p = chunk_logits(signal.hidden[rows, column], signal.unembedding).to(logits.dtype).log_softmax(1)
+        log_q = logits.log_softmax(1)
+        p = log_p.exp()
+        torch.sub(log_q.exp(), p, out=logits)
+        return log_p.sub_(log_q).mul_(p).sum(1)
+
+    def sparse(layer: int, rows: slice, logits: Tensor) -> Tensor:
+        assert isinstance(signal, SparseSignal)
+        said = _part(signal, rows, column)
+        log_q, _ = softmax_(logits, said.ids)
+        kl, alpha, beta = _terms(log_q, said)
+        logits.mul_(alpha[:, None]).scatter_add_(1, said.ids, -beta)
+        return kl
+
+    return head_loss(h[None], unembedding, exact if isinstance(signal, HiddenSignal) else sparse, chunk)[0]
+
+
+def _part(signal: SparseSignal, rows: slice, columns: int | slice) -> SparseSignal:
+    """The signal of some tokens and columns; with a number for the column, that dimension is gone."""
+    return SparseSignal(
+        ids=signal.ids[rows, columns],
+        probs=signal.probs[rows, columns],
+        tail=signal.tail[rows, columns],
+        neg_entropy=signal.neg_entropy[rows, columns],
+    )
+
+
+def _terms(log_q: Tensor, said: SparseSignal) -> tuple[Tensor, Tensor, Tensor]:
+    """From log q at the kept ids [..., K]: the KL [...], alpha [...] and beta [..., K].
+
+    The gradient at the logits is alpha q, minus beta at the ids. Where the student's tail is under its floor, the value
+    stops growing and the ids of the tail get no gradient; the kept ones still get theirs, q - p, which makes room.
+    """
+    p, tail = said.probs.to(log_q.dtype), said.tail.to(log_q.dtype)
+    q = log_q.exp().masked_fill_(p == 0, 0.0)
+    student_tail = 1.0 - q.sum(-1)
+    floored = student_tail.clamp_min(TAIL_FLOOR)
+    kl = said.neg_entropy.to(log_q.dtype) - (p * log_q).sum(-1) - tail * floored.log()
+    rho = torch.where(student_tail > TAIL_FLOOR, tail / floored, 0.0)
+    return kl, p.sum(-1) + tail - rho, p - rho[..., None] * q
+
+
+def _search(
+    values: Tensor, h: Tensor, unembedding: Unembedding, signal: SparseSignal, columns: range, chunk: int
+) -> _Candidates:
+    """One student layer h [T, d]: add its KL to each candidate into values [J], and keep what their gradients share."""
+    weight, (tokens, _), kept = unembedding.weight, h.shape, signal.ids.shape[2]
+    wide = accumulator(weight.dtype)
+    heavy = min(HEAVY, unembedding.vocab)
+    found = _Candidates(
+        columns=columns,
+        log_q=h.new_empty(tokens, len(columns), kept, dtype=wide),
+        log_sum=h.new_empty(tokens, 1, dtype=wide),
+        heavy_ids=h.new_empty(tokens, heavy, dtype=torch.int64),
+        heavy_q=h.new_empty(tokens, heavy, dtype=wide),
+        light=h.new_empty(tokens, weight.shape[1], dtype=weight.dtype),
+    )
+    within = slice(columns.start, columns.stop)
+    for rows in row_chunks(tokens, chunk):
+        q = chunk_logits(h[rows], unembedding)
+        slope = cap_slope(q, unembedding)
+        said = _part(signal, rows, within)
+        log_q, found.log_sum[rows] = softmax_(q, said.ids.flatten(1))
+        found.log_q[rows] = log_q.view(said.ids.shape)
+        values[within] += _terms(found.log_q[rows], said)[0].sum(0, dtype=values.dtype)
+        ids = found.heavy_ids[rows] = q.topk(heavy, sorted=False).indices
+        if slope is not None:
+            q.mul_(slope)
+        found.heavy_q[rows] = q.gather(1, ids)
+        found.light[rows] = q.scatter_(1, ids, 0.0).to(weight.dtype) @ weight[: unembedding.vocab]
+    return found
+
+
+def _matched(
+    gradient: Tensor, unembedding: Unembedding, signal: SparseSignal, column: int, found: _Candidates
+) -> Tensor:
+    """KL of one student layer to one of its candidates, summed over tokens; fills in its gradient [T, d]."""
+    said = _part(signal, slice(None), column)
+    log_q = found.log_q[:, column - found.columns.start]
+    kl, alpha, beta = _terms(log_q, said)
+    slope = cap_slope(log_q + found.log_sum, unembedding)
+    if slope is not None:
+        beta = beta * slope
+    for rows in row_chunks(len(gradient), rows_per_chunk(found.heavy_ids.shape[1] * beta.shape[1])):
+        ids, at_heavy = said.ids[rows], found.heavy_ids[rows]
+        same = at_heavy[:, :, None] == ids[:, None, :]
+        heavy = alpha[rows, None] * found.heavy_q[rows] - (same * beta[rows, None, :]).sum(2)
+        light = beta[rows].masked_fill(same.any(1), 0.0)
+        sparse = torch.nn.functional.embedding_bag(
+            torch.cat((at_heavy, ids), 1),
+            unembedding.weight,
+            per_sample_weights=torch.cat((heavy, -light), 1).to(unembedding.weight.dtype),
+            mode="sum",
+        )
+        gradient[rows] = (unembedding.scale * (alpha[rows, None] * found.light[rows] + sparse)).to(gradient.dtype)
+    return kl.sum(dtype=torch.float64)
+
+
+def _add_exact(
+    values: Tensor, h: Tensor, unembedding: Unembedding, signal: HiddenSignal, window: Sequence[range], chunk: int
+) -> None:
+    """Add the exact KL of each pair in the window into values [S, J]; teacher logits are made once a chunk."""
+    wide = accumulator(unembedding.weight.dtype)
+    for rows in row_chunks(h.shape[1], max(1, chunk // (len(h) + 1))):
+        log_q = [chunk_logits(layer[rows], unembedding).log_softmax(1) for layer in h]
+        for column in sorted({column for columns in window for column in columns}):
+            log_p = chunk_logits(signal.hidden[rows, column], signal.unembedding).to(wide).log_softmax(1)
+            p = log_p.exp()
+            for layer, columns in enumerate(window):
+                if column in columns:
+                    values[layer, column] += (log_p - log_q[layer]).mul_(p).sum(dtype=values.dtype)
+
+
+def _check(h: Tensor, unembedding: Unembedding, signal: Signal, layers: Sequence[object]) -> None:
+    said = signal.hidden if isinstance(signal, HiddenSignal) else signal.ids
+    if h.dim() != 3 or h.shape[1] != len(said) or len(h) != len(layers):
+        raise ValueError(
+            f"h is {tuple(h.shape)} [student layers, tokens, width], but the signal speaks of {len(said)} tokens "
+            f"and there are {len(layers)} windows or matches"
+        )
+    if isinstance(signal, HiddenSignal) and signal.unembedding.vocab != unembedding.vocab:
+        raise ValueError(
+            f"the teacher's head is cut to {signal.unembedding.vocab} ids, the student's to {unembedding.vocab}: "
+            "both must be the common vocabulary"
+        )

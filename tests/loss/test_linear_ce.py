@@ -1,0 +1,166 @@
+"""Chunked linear cross-entropy against dense autograd in float64."""
+
+import pytest
+import torch
+from dense_losses import as_dtype, assert_earned, dense_ce, dense_logits, make_h, make_head, truth_gradients
+
+from pipeline.loss.chunks import chunk_logits, rows_per_chunk
+from pipeline.loss.linear_ce import linear_cross_entropy, token_log_probs
+from pipeline.teacher.signal import Unembedding
+
+HEADS = [
+    {},
+    {"bias": True},
+    {"padding": 5},
+    {"scale": 0.3},
+    {"softcap": 3.0},
+    {"padding": 3, "bias": True, "scale": 1.7, "softcap": 4.0},
+]
+
+
+def random_labels(tokens, vocab):
+    return torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize(("layers", "tokens", "vocab", "chunk"), [(1, 7, 31, None), (3, 13, 50, 4), (2, 5, 17, 100)])
+def test_equals_dense_autograd_in_float64(options, layers, tokens, vocab, chunk):
+    head, labels = make_head(vocab, 6, **options), random_labels(tokens, vocab)
+    h = make_h(layers, tokens, 6).requires_grad_()
+    upstream = torch.arange(1.0, layers + 1, dtype=torch.float64)  # each layer weighted otherwise
+    ours, truth = linear_cross_entropy(h, head, labels, chunk), dense_ce(h, head, labels)
+    torch.testing.assert_close(ours, truth)
+    torch.testing.assert_close(*(truth_gradients(x @ upstream, h)[0] for x in (ours, truth)))
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_trained_head_gets_its_gradient_and_padding_rows_none(options):
+    head, labels = make_head(23, 6, **options), random_labels(11, 23)
+    h = make_h(1, 11, 6).requires_grad_()
+    trained = [h, head.weight.requires_grad_()] + ([] if head.bias is None else [head.bias.requires_grad_()])
+    ours = truth_gradients(2.5 * linear_cross_entropy(h, head, labels, 4)[0], *trained)
+    truth = truth_gradients(2.5 * dense_ce(h, head, labels)[0], *trained)
+    for mine, theirs in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for mine in ours[1:]:
+        assert not mine[23:].any()
+
+
+def test_gradcheck():
+    head, labels = make_head(9, 4, bias=True, scale=1.3, softcap=5.0), random_labels(3, 9)
+
+    def loss(h, weight, bias):
+        return linear_cross_entropy(h, Unembedding(weight, 9, bias, head.scale, head.softcap), labels, 2)
+
+    inputs = [x.requires_grad_() for x in (make_h(1, 3, 4), head.weight, head.bias)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(252, 507, 64), (33, 123, 17)])
+def test_error_is_within_the_naive_one_of_the_same_dtype(dtype, shape):
+    tokens, vocab, width = shape
+    head, h, labels = (
+        make_head(vocab, width, dtype),
+        make_h(1, tokens, width, dtype=dtype),
+        random_labels(tokens, vocab),
+    )
+    exact = as_dtype(head, torch.float64)
+    results = []
+    for loss, x, w in (
+        (lambda x, w: linear_cross_entropy(x, Unembedding(w, vocab), labels, 100), h, head.weight),
+        (lambda x, w: dense_ce(x, Unembedding(w, vocab), labels), h, head.weight),
+        (lambda x, w: dense_ce(x, Unembedding(w, vocab), labels), h.double(), exact.weight),
+    ):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        value = loss(x, w)
+        results.append((value.detach(), *truth_gradients(value.sum() / tokens, x, w)))
+    for ours, naive, truth in zip(*results, strict=True):
+        assert_earned(ours, naive, truth, tiny=2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_weight_gradient_of_many_small_chunks_is_summed_in_float32():
+    head, h, labels = make_head(40, 8, torch.bfloat16), make_h(1, 600, 8, dtype=torch.bfloat16), random_labels(600, 40)
+    head.weight.requires_grad_()
+    gradients = [
+        truth_gradients(linear_cross_entropy(h, head, labels, chunk).sum(), head.weight)[0] for chunk in (1, 600)
+    ]
+    exact = as_dtype(head, torch.float64)
+    exact.weight.requires_grad_()
+    (truth,) = truth_gradients(dense_ce(h.double(), exact, labels).sum(), exact.weight)
+    many, one = ((x.double() - truth).norm() / truth.norm() for x in gradients)
+    assert many <= one + 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_chunk_size_changes_no_number():
+    head, labels, h = make_head(31, 6), random_labels(12, 31), make_h(2, 12, 6).requires_grad_()
+    values = [linear_cross_entropy(h, head, labels, chunk) for chunk in (1, 5, 12, None)]
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            *(truth_gradients(x.sum(), h)[0] for x in (value, linear_cross_entropy(h, head, labels, 1))),
+            rtol=1e-12,
+            atol=1e-14,
+        )
+
+
+def test_shifting_all_logits_changes_nothing():
+    head, labels, h = make_head(31, 6, bias=True), random_labels(12, 31), make_h(2, 12, 6)
+    shifted = Unembedding(head.weight, 31, head.bias + 100.0)
+    torch.testing.assert_close(linear_cross_entropy(h, shifted, labels), linear_cross_entropy(h, head, labels))
+
+
+def test_no_tokens_give_zeros_and_gradients_of_zero():
+    head, h = make_head(31, 6, padding=2), make_h(1, 0, 6).requires_grad_()
+    head.weight.requires_grad_()
+    loss = linear_cross_entropy(h, head, torch.empty(0, dtype=torch.int64))
+    assert loss.tolist() == [0.0]
+    loss.sum().backward()
+    assert h.grad.shape == h.shape
+    assert head.weight.grad.shape == head.weight.shape and not head.weight.grad.any()
+
+
+def test_without_a_gradient_to_make_none_is_made():
+    head, labels, h = make_head(31, 6), random_labels(12, 31), make_h(2, 12, 6).requires_grad_()
+    with torch.no_grad():
+        assert not linear_cross_entropy(h, head, labels).requires_grad
+    assert not linear_cross_entropy(h.detach(), head, labels).requires_grad
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_token_log_probs_sum_to_the_loss(options):
+    head, labels, h = make_head(31, 6, **options), random_labels(12, 31), make_h(2, 12, 6)
+    log_probs = token_log_probs(h, head, labels, 5)
+    assert log_probs.shape == (2, 12) and log_probs.dtype == torch.float32
+    torch.testing.assert_close(-log_probs.sum(1), linear_cross_entropy(h, head, labels).float())
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_chunk_logits_are_the_unembedding_s(options):
+    head, h = make_head(31, 6, torch.float32, **options), make_h(12, 6, dtype=torch.float32)
+    torch.testing.assert_close(chunk_logits(h, head), head.logits(h))
+    torch.testing.assert_close(chunk_logits(h, head), dense_logits(h, head))
+
+
+def test_rows_per_chunk_bounds_the_elements():
+    assert rows_per_chunk(152_064) * 152_064 <= 2**26 < (rows_per_chunk(152_064) + 1) * 152_064
+    assert rows_per_chunk(2**30) == 1
+
+
+def test_a_trained_head_with_many_layers_says_what_to_do():
+    head, h = make_head(31, 6), make_h(2, 3, 6)
+    head.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"one layer a call, got 2.*Call it layer by layer, or detach"):
+        linear_cross_entropy(h, head, random_labels(3, 31))
+
+
+@pytest.mark.parametrize("wrong", [31, -100])
+def test_a_label_outside_the_vocabulary_is_named(wrong):
+    labels = torch.tensor([1, wrong])
+    with pytest.raises(ValueError, match=f"{wrong}.*common vocabulary from 0 to 30.*gather the response tokens"):
+        linear_cross_entropy(make_h(1, 2, 6), make_head(31, 6), labels)
+
+
+def test_shapes_that_do_not_fit_are_shown():
+    with pytest.raises(ValueError, match=r"expected h \[L, T, d\] and labels \[T\], got \(1, 2, 6\) and \(3,\)"):
+        linear_cross_entropy(make_h(1, 2, 6), make_head(31, 6), random_labels(3, 31))

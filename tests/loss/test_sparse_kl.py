@@ -1,0 +1,348 @@
+"""The interaction loss against dense autograd in float64."""
+
+import pytest
+import torch
+from dense_losses import (
+    as_dtype,
+    assert_earned,
+    dense_kl,
+    dense_logits,
+    make_h,
+    make_head,
+    random_probs,
+    topk_signal,
+    truth_gradients,
+)
+
+from pipeline.loss import sparse_kl
+from pipeline.loss.matching import STRATEGIES
+from pipeline.loss.sparse_kl import TAIL_FLOOR, column_kl, kl_matrix, matched_kl
+from pipeline.teacher.signal import HiddenSignal, SparseSignal, Unembedding
+
+HEADS = [
+    {},
+    {"bias": True},
+    {"padding": 5},
+    {"scale": 0.3},
+    {"softcap": 3.0},
+    {"padding": 3, "bias": True, "scale": 1.7, "softcap": 4.0},
+]
+KINDS = ["tail", "no tail", "all kept", "padded", "sampled", "hidden"]
+TOKENS, TEACHERS, VOCAB = 11, 5, 83  # more ids than are heavy
+WINDOW = [range(0, 3), range(1, 4), range(2, 5)]
+
+
+def make_signal(kind, tokens=TOKENS, teachers=TEACHERS, vocab=VOCAB):
+    if kind == "hidden":
+        head = make_head(vocab, 7, padding=2, scale=1.5, softcap=6.0, seed=3)
+        return HiddenSignal(make_h(tokens, teachers, 7, seed=4), head)
+    probs = random_probs(tokens, teachers, vocab)
+    if kind == "sampled":  # ids drawn with replacement: some come twice, none stands for the rest
+        ids = torch.multinomial(probs.flatten(0, 1), 9, True, generator=torch.Generator().manual_seed(5))
+        p = torch.full((tokens, teachers, 9), 1 / 9, dtype=torch.float64)
+        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1))
+    signal = topk_signal(probs, {"all kept": vocab, "no tail": 6}.get(kind, 9), tail=kind != "no tail")
+    if kind == "padded":
+        pad = torch.zeros_like(signal.ids[..., :4])
+        return SparseSignal(
+            torch.cat((pad, signal.ids), -1),
+            torch.cat((pad.double(), signal.probs), -1),
+            signal.tail,
+            signal.neg_entropy,
+        )
+    return signal
+
+
+def dense_matrix(h, head, signal, window):
+    values = torch.full((len(h), TEACHERS), torch.inf, dtype=torch.float64)
+    for i, columns in enumerate(window):
+        for j in columns:
+            values[i, j] = dense_kl(h[i], head, signal, j).sum()
+    return values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_both_passes_equal_dense_autograd_in_float64(kind, options):
+    head, signal = make_head(VOCAB, 6, **options), make_signal(kind)
+    h = make_h(3, TOKENS, 6).requires_grad_()
+    matrix = kl_matrix(h, head, signal, WINDOW, chunk=4)
+    torch.testing.assert_close(matrix.values, dense_matrix(h.detach(), head, signal, WINDOW))
+    assert not matrix.values.requires_grad
+    upstream = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)  # each layer weighted otherwise
+    for match in ([0, 1, 2], [2, 3, 4], [1, 1, 4]):
+        ours = matched_kl(h, head, signal, match, matrix)
+        truth = torch.stack([dense_kl(x, head, signal, j).sum() for x, j in zip(h, match, strict=True)])
+        torch.testing.assert_close(ours, truth)
+        torch.testing.assert_close(*(truth_gradients(x @ upstream, h)[0] for x in (ours, truth)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_last_layer_with_a_trained_head_equals_dense_autograd(kind, options):
+    head, signal = make_head(VOCAB, 6, **options), make_signal(kind)
+    h = make_h(TOKENS, 6).requires_grad_()
+    trained = [h, head.weight.requires_grad_()] + ([] if head.bias is None else [head.bias.requires_grad_()])
+    ours, truth = column_kl(h, head, signal, -1, chunk=4), dense_kl(h, head, signal, TEACHERS - 1).sum()
+    torch.testing.assert_close(ours, truth)
+    for mine, theirs in zip(truth_gradients(3 * ours, *trained), truth_gradients(3 * truth, *trained), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
+def test_finite_differences(kind):
+    signal = make_signal(kind, tokens=2, teachers=2, vocab=41)
+    head = make_head(41, 4, bias=True, scale=1.3, softcap=5.0)
+
+    def last(h, weight, bias):
+        return column_kl(h, Unembedding(weight, 41, bias, head.scale, head.softcap), signal, 1, 1)
+
+    def matched(h):
+        return matched_kl(h, head, signal, [1], kl_matrix(h, head, signal, [range(2)]))
+
+    assert torch.autograd.gradcheck(matched, [make_h(1, 2, 4).requires_grad_()])
+    assert torch.autograd.gradcheck(last, [x.requires_grad_() for x in (make_h(2, 4), head.weight, head.bias)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])  # from flat to a student that is all but certain
+@pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
+def test_error_is_within_the_naive_one_of_the_same_dtype(dtype, spread, kind):
+    tokens, vocab, width = 60, 507, 33
+    signal = make_signal(kind, tokens, 2, vocab)
+    if kind == "hidden":
+        signal = HiddenSignal(signal.hidden.to(dtype), as_dtype(signal.unembedding, dtype))
+    head, h = make_head(vocab, width, dtype), make_h(1, tokens, width, dtype=dtype, spread=spread)
+    assert_all_earned(h, head, signal, dtype)
+
+
+def assert_all_earned(h, head, signal, dtype):
+    exact = as_dtype(head, torch.float64)
+    h = h.requires_grad_()
+    h64 = h.detach().double().requires_grad_()
+    ours = matched_kl(h, head, signal, [1], kl_matrix(h, head, signal, [range(2)], chunk=25))[0]
+    truth = dense_kl(h64[0], exact, signal, 1).sum()
+    naive = naive_low_dtype(h, head, signal)
+    tiny = 2 * torch.finfo(torch.bfloat16).eps if dtype == torch.bfloat16 else 2e-6
+    assert_earned(ours.detach(), naive.detach(), truth.detach(), tiny)
+    assert_earned(*(truth_gradients(loss, x)[0] for loss, x in ((ours, h), (naive, h), (truth, h64))), tiny)
+
+
+def naive_low_dtype(h, head, signal):
+    """The usual way: the product in the low dtype, the softmax in float32, everything else autograd's."""
+    identity = Unembedding(torch.eye(head.vocab), head.vocab)
+    if isinstance(signal, HiddenSignal):
+        logits = dense_logits(signal.hidden, signal.unembedding)
+        signal = HiddenSignal(logits.float(), identity)
+    return dense_kl(dense_logits(h, head)[0].float(), identity, signal, 1).sum()
+
+
+def test_a_confident_token_in_bfloat16_keeps_its_gradient():
+    """Student and teacher agree that one id is all but certain: E_q[W] - W[id] would be nothing but rounding."""
+    vocab, width, dtype = 300, 16, torch.bfloat16
+    head = make_head(vocab, width, dtype)
+    generator = torch.Generator().manual_seed(3)
+    sure = torch.randint(vocab, (40,), generator=generator)
+    h = (50 * torch.nn.functional.normalize(head.weight[sure].double())).to(dtype)[None]
+    probs = torch.softmax(dense_logits(h.double(), as_dtype(head, torch.float64))[0] * 0.8, -1)[:, None].expand(
+        -1, 2, -1
+    )
+    assert probs.amax(-1).median() > 0.999
+    assert_all_earned(h, head, topk_signal(probs, 12), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunk_size_changes_no_number(kind):
+    head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
+    results = []
+    for chunk in (1, 4, TOKENS, None):
+        matrix = kl_matrix(h, head, signal, WINDOW, chunk)
+        loss = matched_kl(h, head, signal, [1, 2, 4], matrix, chunk).sum() + column_kl(h[2], head, signal, 4, chunk)
+        results.append((matrix.values, loss.detach(), *truth_gradients(loss, h)))
+    for result in results[1:]:
+        for value, first in zip(result, results[0], strict=True):
+            torch.testing.assert_close(value, first, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["tail", "hidden"])
+def test_parts_of_a_batch_add_up_to_the_whole(kind):
+    head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6)
+    whole = kl_matrix(h, head, signal, WINDOW).values
+    parts = [kl_matrix(h[:, rows], head, part(signal, rows), WINDOW).values for rows in (slice(0, 3), slice(3, None))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def part(signal, rows):
+    if isinstance(signal, HiddenSignal):
+        return HiddenSignal(signal.hidden[rows], signal.unembedding)
+    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "sampled"])
+def test_never_negative(kind):
+    head, signal = make_head(VOCAB, 6), make_signal(kind)
+    for seed in range(5):
+        values = kl_matrix(make_h(3, TOKENS, 6, seed=seed), head, signal, WINDOW).values
+        assert (values >= 0).all()
+
+
+@pytest.mark.parametrize("kept", [1, 9, 40, VOCAB])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_on_itself_with_gradient_zero(kept, dtype):
+    head, h = make_head(VOCAB, 6, dtype, scale=1.2, softcap=9.0), make_h(1, TOKENS, 6, dtype=dtype).requires_grad_()
+    signal = topk_signal(dense_logits(h.detach()[0].double(), as_dtype(head, torch.float64)).softmax(-1)[:, None], kept)
+    loss = matched_kl(h, head, signal, [0], kl_matrix(h, head, signal, [range(1)]))
+    tiny = 1e-6 if dtype == torch.float32 else 1e-9
+    assert abs(loss.item()) <= tiny * TOKENS
+    assert truth_gradients(loss.sum(), h)[0].abs().max() <= tiny
+    assert truth_gradients(column_kl(h[0], head, signal, 0), h)[0].abs().max() <= tiny
+
+
+def test_exact_signal_of_itself_is_zero_to_the_last_bit_in_bfloat16():
+    head, h = make_head(VOCAB, 6, torch.bfloat16), make_h(1, TOKENS, 6, dtype=torch.bfloat16).requires_grad_()
+    signal = HiddenSignal(h.detach().transpose(0, 1), head)
+    matrix = kl_matrix(h, head, signal, [range(1)])
+    loss = matched_kl(h, head, signal, [0], matrix)
+    assert matrix.values.item() == loss.item() == 0.0
+    assert not truth_gradients(loss.sum(), h)[0].any()
+
+
+def test_shifting_all_logits_changes_nothing():
+    head, signal, h = make_head(VOCAB, 6, bias=True), make_signal("tail"), make_h(3, TOKENS, 6)
+    shifted = Unembedding(head.weight, VOCAB, head.bias + 100.0)
+    values = [kl_matrix(h, x, signal, WINDOW).values for x in (head, shifted)]
+    torch.testing.assert_close(*values)
+
+
+def test_the_bucket_never_says_more_than_all_ids_and_all_of_it_when_all_are_kept():
+    head, h, probs = make_head(VOCAB, 6), make_h(1, TOKENS, 6), random_probs(TOKENS, 1, VOCAB)
+    values = [kl_matrix(h, head, topk_signal(probs, k), [range(1)]).values.item() for k in (1, 5, 20, 60, VOCAB)]
+    assert values == sorted(values)
+    log_q = dense_logits(h, head)[0].log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_q, probs[:, 0], reduction="sum").item()
+    assert values[-1] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-9, 1e-6, 1e-3, 0.3])
+@pytest.mark.parametrize("logit", [5.0, 14.0, 20.0, 80.0])  # the student's tail: 3e-2, 4e-6, 1e-8, 0 in float32
+def test_tails_near_zero_stay_finite_and_bounded(tail, logit):
+    r = torch.tensor([tail])
+    neg_entropy = torch.special.xlogy(1 - r, 1 - r) + torch.special.xlogy(r, r)
+    signal = SparseSignal(torch.tensor([[[0]]]), (1 - r).view(1, 1, 1), r.view(1, 1), neg_entropy.view(1, 1))
+    head = Unembedding(torch.eye(6), 6)
+    h = torch.tensor([[[logit, 0, 0, 0, 0, 0.0]]], requires_grad=True)
+    losses = matched_kl(h, head, signal, [0], kl_matrix(h, head, signal, [range(1)])), column_kl(h[0], head, signal, 0)
+    student = float(5 / (torch.tensor(logit, dtype=torch.float64).exp() + 5))
+    seen = max(student, TAIL_FLOOR)
+    exact = (1 - tail) * torch.tensor((1 - tail) / (1 - student)).log() + torch.special.xlogy(r, r / seen)
+    for loss in losses:
+        gradient = truth_gradients(loss.sum(), h)[0].flatten()
+        noise = 3e-7 + tail * 3e-7 / seen  # of 1 - q in float32
+        assert loss.item() == pytest.approx(exact.item(), abs=noise)
+        assert gradient[0].item() == pytest.approx(tail - student, abs=noise)  # q - p: too sure is pushed down
+        pull = student - tail if student > TAIL_FLOOR else 0.0  # shared out among the ids of the tail
+        assert gradient[1:].tolist() == pytest.approx([pull / 5] * 5, abs=noise)
+
+
+def test_a_token_that_says_nothing_has_exactly_no_loss_and_no_gradient():
+    head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(1, TOKENS, 6).requires_grad_()
+    for field in (signal.probs, signal.tail, signal.neg_entropy):
+        field[4] = 0.0
+    loss = matched_kl(h, head, signal, [2], kl_matrix(h, head, signal, [range(5)])).sum()
+    loss = loss + column_kl(h[0], head, signal, -1)
+    (gradient,) = truth_gradients(loss, h)
+    assert not gradient[0, 4].any()
+    assert gradient[0, [0, 3, 5]].abs().amin(1).min() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_give_zeros_and_gradients_of_zero(kind):
+    head, signal, h = make_head(VOCAB, 6), part(make_signal(kind), slice(0, 0)), make_h(3, 0, 6).requires_grad_()
+    head.weight.requires_grad_()
+    matrix = kl_matrix(h, head, signal, WINDOW)
+    assert matrix.values[0].tolist() == [0, 0, 0, torch.inf, torch.inf]
+    loss = matched_kl(h, head, signal, [0, 1, 2], matrix)
+    assert loss.tolist() == [0, 0, 0]
+    (loss.sum() + column_kl(h[0], head, signal, -1)).backward()
+    assert h.grad.shape == h.shape
+    assert not head.weight.grad.any()
+
+
+def test_a_layer_matched_to_none_gives_zero_with_a_graph():
+    head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(3, TOKENS, 6).requires_grad_()
+    strategy = STRATEGIES["last_only"]
+    matrix = kl_matrix(h, head, signal, strategy.window(3, 5))
+    assert matrix.values.isinf().all()
+    loss = matched_kl(h, head, signal, strategy.match(matrix.values, torch.Generator()), matrix)
+    assert loss.tolist() == [0, 0, 0]
+    assert not truth_gradients(loss.sum(), h)[0].any()
+
+
+@pytest.mark.parametrize("kind", ["tail", "hidden"])
+def test_intermediate_layers_leave_a_trained_head_alone(kind):
+    head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
+    head.weight.requires_grad_()
+    matched_kl(h, head, signal, [0, 1, 2], kl_matrix(h, head, signal, WINDOW)).sum().backward()
+    assert h.grad.any() and head.weight.grad is None
+
+
+def test_backward_needs_no_weight():
+    """Under ZeRO-3 the head is gone by then."""
+    head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(3, TOKENS, 6).requires_grad_()
+    loss = matched_kl(h, head, signal, [0, 1, 2], kl_matrix(h, head, signal, WINDOW)).sum() + column_kl(
+        h[2], head, signal, -1
+    )
+    (expected,) = torch.autograd.grad(loss, h, retain_graph=True)
+    head.weight.data = torch.empty(0, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(loss, h)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["all kept", "tail", "hidden"])
+def test_the_adaptive_draw_is_the_one_of_dense_divergences(kind):
+    head, signal, h = make_head(VOCAB, 6, torch.float32), make_signal(kind), make_h(3, TOKENS, 6, dtype=torch.float32)
+    if kind == "hidden":
+        signal = HiddenSignal(signal.hidden.float(), as_dtype(signal.unembedding, torch.float32))
+    ours = kl_matrix(h, head, signal, WINDOW).values / TOKENS
+    dense = dense_matrix(h.double(), as_dtype(head, torch.float64), signal, WINDOW) / TOKENS
+    for seed in range(50):
+        draws = [STRATEGIES["adaptive"].match(kl, torch.Generator().manual_seed(seed)) for kl in (ours, dense)]
+        assert draws[0] == draws[1]
+
+
+def test_nothing_of_the_size_of_all_tokens_times_the_vocabulary(monkeypatch):
+    """The largest tensor that torch makes, seen from inside, is a chunk's."""
+    head, signal = make_head(VOCAB, 6), make_signal("tail", tokens=64)
+    h = make_h(3, 64, 6).requires_grad_()
+    with LargestTensor() as seen:
+        loss = matched_kl(h, head, signal, [0, 1, 2], kl_matrix(h, head, signal, WINDOW, 4), 4).sum()
+        (loss + column_kl(h[2], head, signal, -1, 4)).backward()
+    limit = max(4 * VOCAB, 64 * TEACHERS * signal.ids.shape[2], 64 * sparse_kl.HEAVY * signal.ids.shape[2])
+    assert 4 * VOCAB <= seen.elements <= limit
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_tokens_that_do_not_fit_are_counted_in_the_message():
+    with pytest.raises(ValueError, match=r"\(3, 4, 6\).*speaks of 11 tokens"):
+        kl_matrix(make_h(3, 4, 6), make_head(VOCAB, 6), make_signal("tail"), WINDOW)
+
+
+def test_vocabularies_that_differ_are_both_named():
+    with pytest.raises(ValueError, match=r"teacher's head is cut to 83 ids, the student's to 80.*common vocabulary"):
+        column_kl(make_h(TOKENS, 6), make_head(80, 6), make_signal("hidden"), 0)
+
+
+def test_a_match_outside_the_window_is_refused():
+    head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(3, TOKENS, 6)
+    with pytest.raises(
+        ValueError, match=r"student layer 1 is matched to teacher layer 4, outside its window range\(1, 4\)"
+    ):
+        matched_kl(h, head, signal, [0, 4, 4], kl_matrix(h, head, signal, WINDOW))
