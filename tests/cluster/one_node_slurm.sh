@@ -9,7 +9,8 @@ set -euo pipefail
 
 DIR=${SLURM_DIR:-/tmp/one-node-slurm}
 HERE=$(cd "$(dirname "$0")" && pwd)
-CPUS=${SLURM_TEST_CPUS:-$(nproc)}
+CPUS=$(getconf _NPROCESSORS_ONLN)  # not nproc: it would say what OMP_NUM_THREADS says
+CPUS=$((CPUS < 2 ? 2 : CPUS))      # two ranks run even on one core
 
 die() { echo "one_node_slurm.sh: $*" >&2; exit 1; }
 
@@ -46,8 +47,7 @@ up() {
   if ! sinfo --noheader >/dev/null 2>&1; then
     sed -e "s#@HOST@#$(hostname -s)#g" -e "s#@DIR@#$DIR#g" -e "s#@CPUS@#$CPUS#g" "$HERE/slurm.conf.in" >"$SLURM_CONF"
     local last=$((CPUS - 1))
-    # shellcheck disable=SC2046  # one name a word
-    touch $(seq -f "$DIR/gpu%g" 0 "$last")
+    for gpu in $(seq 0 "$last"); do ln -sfn /dev/null "$DIR/gpu$gpu"; done
     echo "Name=gpu File=$DIR/gpu[0-$last]" >"$DIR/gres.conf"
     start_munge
     slurmctld -f "$SLURM_CONF" >&2

@@ -83,6 +83,10 @@ def test_two_tasks_of_a_slurm_job_find_each_other(slurm, tmp_path):
     )
     output = tmp_path / "output.txt"
     subprocess.run(
-        ["sbatch", "--wait", f"--output={output}", tmp_path / "job.sbatch"], env=slurm, cwd=tmp_path, check=True
+        ["sbatch", "--wait", f"--output={output}", tmp_path / "job.sbatch"],
+        env=slurm,
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
     )
     assert sorted(output.read_text().split("\n"))[-2:] == ["rank 0 of 2 sums 3", "rank 1 of 2 sums 3"]
