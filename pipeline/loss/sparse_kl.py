@@ -42,7 +42,7 @@ from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedd
 TAIL_FLOOR = 1e-6
 """Least probability that the student's tail is taken to have: below it, 1 - sum of float32 probabilities is noise."""
 
-HEAVY = 32
+HEAVY = 16
 """Ids of largest student probability that are kept out of the low-precision product."""
 
 
