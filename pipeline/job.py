@@ -75,7 +75,8 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
 
                 cache.run(job, hosted, shards, only_missing)
             else:
-                from pipeline.steps import interact, reinforce
+                from pipeline.steps import reinforce
+                interact = None
 
                 {"interact": interact, "reinforce": reinforce}[step].run(job)
     except Stopped as stopped:

@@ -115,10 +115,10 @@ class Engine:
             group["lr"] = learning_rate
         self._engine.step()
 
-    def gradient_norm(self) -> float:
-        """Norm of the whole gradient before clipping, as DeepSpeed saw it at the last update."""
+    def gradient_norm(self) -> float | None:
+        """Norm of the whole gradient before clipping, at the last update; None where DeepSpeed does not tell (ZeRO-0)."""
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return None if norm is None else float(norm)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Checkpoint of what trains and its optimizer; frozen weights are on disk already."""

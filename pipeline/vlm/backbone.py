@@ -34,6 +34,7 @@ def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
     if absent:
         raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
     family(model)
+    _forget_unused_renamings(model)
     return model
 
 
@@ -54,6 +55,16 @@ def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[i
     with _captured(model, layers, positions) as states:
         model.model(**inputs, use_cache=False)  # type: ignore[operator]  # the model without its head
     return [states[layer] for layer in layers]
+
+
+def _forget_unused_renamings(model: Any) -> None:
+    """Keep of the renamings done while loading only those that matched a weight, for saving under the old names.
+
+    transformers 5.23 does so itself, but not under ZeRO-3: there it would undo on saving what it never did on loading.
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    if renamings is not None:
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
 
 
 @contextmanager
