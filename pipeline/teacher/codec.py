@@ -53,6 +53,10 @@ class Codec(Protocol):
         """Arrays to a signal of the teacher layers in `columns` (of J), in the order asked."""
         ...
 
+    def empty(self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu") -> Signal:
+        """What `layers` layers say about no token at all: a rank whose micro-batch had no good sample computes too."""
+        ...
+
 
 class TopK:
     """The k likeliest ids, and one bucket for all others.
@@ -109,6 +113,13 @@ class TopK:
         neg_entropy = torch.xlogy(probs, probs).sum(-1) + torch.xlogy(tail, tail)
         return SparseSignal(ids.long(), probs, tail, neg_entropy)
 
+    def empty(
+        self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
+    ) -> SparseSignal:
+        """No token, k ids each."""
+        probs, tail = torch.zeros(0, layers, self.k, device=device), torch.zeros(0, layers, device=device)
+        return SparseSignal(probs.long(), probs, tail, tail)
+
 
 class Hidden:
     """The normed verbalizer output itself; the teacher's head, stored once a cache, makes logits of it. Exact.
@@ -138,10 +149,17 @@ class Hidden:
         device: torch.device | str = "cpu",
     ) -> HiddenSignal:
         """Raises ValueError without the teacher's head, which TeacherCache.unembedding has."""
-        if unembedding is None:
-            raise ValueError("the hidden codec decodes through the teacher's head: pass its unembedding")
         hidden = _select(arrays["hidden"], columns, device)
-        return HiddenSignal(hidden.view(torch.bfloat16) if self.dtype == "bfloat16" else hidden, unembedding)
+        hidden = hidden.view(torch.bfloat16) if self.dtype == "bfloat16" else hidden
+        return HiddenSignal(hidden, _required(unembedding))
+
+    def empty(
+        self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
+    ) -> HiddenSignal:
+        """No token, as wide as the head."""
+        head = _required(unembedding)
+        shape = (0, layers, head.weight.shape[1])
+        return HiddenSignal(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=device), head)
 
 
 CODECS: dict[str, Any] = {codec.name: codec for codec in (TopK, Hidden)}
@@ -190,6 +208,12 @@ def from_bytes(members: Mapping[str, bytes], tokens: int, layers: int) -> dict[s
             )
         arrays[name] = np.frombuffer(data, DTYPES[dtype]).reshape(tokens, layers, -1)
     return arrays
+
+
+def _required(unembedding: Unembedding | None) -> Unembedding:
+    if unembedding is None:
+        raise ValueError("the hidden codec decodes through the teacher's head: pass its unembedding")
+    return unembedding
 
 
 def _select(array: np.ndarray, columns: Sequence[int], device: torch.device | str) -> Tensor:

@@ -53,6 +53,11 @@ def model_fingerprints(folder: Path) -> dict[str, str]:
     }
 
 
+def teacher_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
+    """Everything of the teacher that decides what it says: its folder's fingerprints and its chat template."""
+    return {**model_fingerprints(folder), "chat_template": text_fingerprint(chat_template)}
+
+
 def weights_fingerprint(folder: Path) -> str:
     """All *.safetensors of a folder and their index: verbalizers as well as whole models, one file or many.
 

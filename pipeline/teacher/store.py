@@ -5,6 +5,7 @@ T response tokens, J cached teacher layers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,9 @@ class TeacherCache:
 
         `unembedding`, for a codec that needs the head, is what `self.unembedding(device)` gave.
         """
+        if not records:
+            return self.codec.empty(len(self.columns(layers)), unembedding, device)
+        records = records or [self._no_tokens()]
         names = records[0].arrays
         joined = {name: np.concatenate([record.arrays[name] for record in records]) for name in names}
         return self.codec.decode(joined, self.columns(layers), unembedding, device)
@@ -156,6 +160,14 @@ class TeacherCache:
     def unembedding(self, device: torch.device | str = "cpu") -> Unembedding:
         """The teacher's stored language head. Raises CacheError where the file is gone or is not what was written."""
         return read_head(self.path, self.manifest.get("head_sha256"), device, self.recipe)
+
+    def _no_tokens(self) -> CacheRecord:
+        """A record of no token, shaped like the others: what a rank whose samples were all bad takes part with."""
+        for index in range(len(self)):
+            with contextlib.suppress(SampleError):
+                record = self.read(index)
+                return CacheRecord("", record.tokens[:0], {name: a[:0] for name, a in record.arrays.items()})
+        raise CacheError(f"{self.path}: every sample was skipped when the cache was made; see its *.json files")
 
     def _check_complete(self, data: ShardFolder) -> None:
         shards = data.manifest["shards"]

@@ -92,6 +92,19 @@ def test_hidden_needs_nothing_but_the_cache(tmp_path, data):
     assert torch.equal(signal.unembedding.logits(signal.hidden), HEAD.logits(signal.hidden))
 
 
+@pytest.mark.parametrize("codec", ["topk", "hidden"])
+def test_no_records_are_a_signal_about_no_token(tmp_path, data, codec):
+    cache = TeacherCache(full(tmp_path, data, codec=codec), data)
+    head = cache.unembedding() if codec == "hidden" else None
+    nothing, some = (cache.signal(records, (4, 2), unembedding=head) for records in ([], [cache.read(0)]))
+    name = "hidden" if codec == "hidden" else "tail"
+    assert getattr(nothing, name).shape == (0, *getattr(some, name).shape[1:])
+    assert getattr(nothing, name).dtype == getattr(some, name).dtype
+    if codec == "hidden":
+        with pytest.raises(ValueError, match="pass its unembedding"):
+            cache.signal([], (4, 2))
+
+
 def test_shards_mirror_the_data_and_are_the_same_bytes_again(tmp_path, data):
     one, two = (full(tmp_path / name, data) for name in ("one", "two"))
     for shard in data.shards:
