@@ -57,7 +57,7 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
 def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
     from pipeline.runtime import engine
     from pipeline.runtime.loop import Job, Stopped
-    from pipeline.steps import verbalize
+    from pipeline.steps import cache, interact, reinforce, verbalize
 
     ranks = engine.start(verbose)
     job = Job(resolved.recipe, ranks, stop_after)
@@ -71,13 +71,8 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
             if step == "verbalize":
                 hosted = verbalize.run(job)
             elif step == "cache":
-                from pipeline.steps import cache
-
                 cache.run(job, hosted, shards, only_missing)
             else:
-                from pipeline.steps import reinforce
-                interact = None
-
                 {"interact": interact, "reinforce": reinforce}[step].run(job)
     except Stopped as stopped:
         job.say(str(stopped))

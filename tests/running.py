@@ -41,7 +41,7 @@ def tiny_recipe(folder: Path, models: dict, kind: str, data: Path, zero: str = "
 
 
 def deepspeed(ranks: int, script: str, *arguments: object, check: int | None = 0) -> str:
-    """Run a program of launch/ under DeepSpeed's launcher; returns what it printed. `check` is the expected exit code."""
+    """Run a program of launch/ under DeepSpeed's launcher; returns what it printed. `check`: the expected exit code."""
     program = [
         str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", str(ranks),
         "--master_port", str(_free_port()), f"launch/{script}", *map(str, arguments),
@@ -55,7 +55,7 @@ def python(*arguments: object, check: int | None = 0) -> str:
 
 
 def run(program: list[str], check: int | None = 0) -> str:
-    """Run a program to its end, within four minutes; its output is part of the failure where the exit code is another."""
+    """Run a program to its end, within four minutes; where the exit code is another, its output is in the failure."""
     # The venv's own ninja and mpirun first, whatever shell the tests were started from.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

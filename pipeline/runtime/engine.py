@@ -102,6 +102,10 @@ class Engine:
         """The module's forward, its weights gathered as it goes."""
         return self._engine(*args, **kwargs)
 
+    def eval(self) -> None:
+        """From here on, forwards only."""
+        self._engine.eval()
+
     def backward(self, local_sum: Tensor, global_count: int) -> None:
         """Gradient of (sum of local_sum over ranks and micro-steps) / global_count: never a mean of means.
 
@@ -116,7 +120,7 @@ class Engine:
         self._engine.step()
 
     def gradient_norm(self) -> float | None:
-        """Norm of the whole gradient before clipping, at the last update; None where DeepSpeed does not tell (ZeRO-0)."""
+        """Norm of the whole gradient before clipping, at the last update; None under ZeRO-0, which does not tell."""
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -132,7 +136,7 @@ class Engine:
         return state
 
     def gathered(self, part: nn.Module) -> dict[str, Tensor]:
-        """A part's state as whole CPU tensors on rank 0, gathered one at a time; empty elsewhere. All ranks must call."""
+        """A part's state as whole CPU tensors on rank 0, one gathered at a time; empty elsewhere. All ranks call."""
         whole: dict[str, Tensor] = {}
         for name, parameter in part.named_parameters():
             with _whole(parameter):

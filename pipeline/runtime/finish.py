@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from pipeline.runtime.checkpoint import Checkpoints
-from pipeline.runtime.folder import mark_done
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import wait_for_all
 from pipeline.vlm.export import save_student

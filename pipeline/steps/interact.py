@@ -8,29 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
 from pipeline.checks import number_of_steps
+from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import STRATEGIES, Matching
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
-from pipeline.recipe import Interact
+from pipeline.recipe import Interact, Recipe
 from pipeline.runtime.batches import Chats, Loaded, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, Moment, Outcome, train
 from pipeline.runtime.ranks import sum_over_ranks, wait_for_all
-from pipeline.teacher.signal import Signal, Unembedding
-from pipeline.vlm.assemble import encoders, load_verb_ffns, student_with_verbalizers
+from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
+from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+from pipeline.teacher.store import CacheRecord, TeacherCache
+from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import family
-from pipeline.vlm.processing import Batch
-from pipeline.vlm.verbalizer import VerbalizedVLM
+from pipeline.vlm.processing import Batch, Encoded, load_processor
+from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
 NAME = "interact"
 
@@ -54,7 +56,7 @@ class Interaction(nn.Module):
         self.teacher_head = teacher_head
 
     def forward(self, batch: Batch, signal_of: Callable[[Unembedding | None], Signal], draw: Draw) -> dict[str, Tensor]:
-        """Losses summed over this rank's tokens ("matched" [S], "last" [], "cross_entropy" []), "kl" [S, J] and "match" [S].
+        """Losses summed over this rank's tokens ("matched" [S], "last", "cross_entropy"), "kl" [S, J], "match" [S].
 
         kl is the global micro-batch's mean in nat; match counts teacher targets from 0, -1 where there is none.
         """
@@ -71,8 +73,8 @@ def interaction_losses(
 ) -> dict[str, Tensor]:
     """Algorithm 1 on one global micro-batch (paper, section 3), then the last layers' KL; spoken is [S + 1, T, d].
 
-    The signal's last column is the teacher's last layer. Verbalizers are as stage 1 left them, so the head takes no gradient
-    from the matched layers, only from the last.
+    The signal's last column is the teacher's last layer. Verbalizers stay as stage 1 left them, so the head takes no
+    gradient from the matched layers, only from the last.
     """
     targets, last = spoken[:-1], spoken[-1]
     students, teachers = len(targets), _columns(signal) - 1
@@ -102,27 +104,66 @@ def run(job: Job) -> None:
             mark_done(folder, {"updates": 0})
         wait_for_all()
         return
-    made = encoders(recipe, ["student"])
-    cache = open_cache(recipe, made["student"])
+    data = ShardFolder(recipe.data.train)
+    remembered = _open_cache(recipe, data)
     with sharded_loading(recipe):
-        student = student_with_verbalizers(recipe, cache.vocab, dtype_of(recipe))
-    load_verb_ffns(student, recipe.run / "verbalize" / "student.safetensors")
-    student.verb_ffns.requires_grad_(recipe.interact.train_verbalizers)
-    engine = Engine(Interaction(student, cache.head_module(dtype_of(recipe))), recipe, recipe.interact, job.ranks)
-    chats = Chats(ShardFolder(recipe.data.train), made, attach=cache.attach)
+        student = student_with_verbalizers(
+            recipe, remembered.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
+        )
+    head = StoredHead(remembered.cache.unembedding()) if remembered.cache.codec.needs_head else None
+    engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
+    chats = Chats(data, encoders(recipe, ["student"]), attach=remembered.record)
     total = number_of_steps(recipe.interact, len(chats))
-    forward = _forward(engine, recipe.interact, recipe.seed, cache, student.layers)
+    forward = _forward(engine, recipe.interact, recipe.seed, remembered, student.layers)
     rest = family(student.backbone).seldom_used
     averages = train(job, NAME, recipe.interact, total, engine, chats, forward, may_rest=rest)
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
 
 
-def _forward(engine: Engine, interact: Interact, seed: int, cache: Any, layers: tuple[int, ...]):
+@dataclass(frozen=True)
+class Remembered:
+    """The teacher as stage 2 knows it: its cache, and the layers that this run follows, the last one last."""
+
+    cache: TeacherCache
+    layers: tuple[int, ...]
+
+    def record(self, index: int, encoded: Encoded) -> CacheRecord:
+        """The record of a sample, made for exactly these response tokens. Runs in loader workers."""
+        record = self.cache.read(index)
+        self.cache.check_tokens(record, encoded.response_ids)
+        return record
+
+    def signal(self, records: list[CacheRecord], device: torch.device, head: Unembedding | None) -> Signal:
+        """What the layers say about the records' tokens."""
+        return self.cache.signal(records, self.layers, device, head)
+
+
+def _open_cache(recipe: Recipe, data: ShardFolder) -> Remembered:
+    """Open the run's cache, refused if anything that it was made from is no longer what it was.
+
+    The teacher's folder is compared where it is still there; stage 2 does not need it.
+    """
+    verbalize = done(recipe.run / "verbalize")
+    if verbalize is None:
+        raise CacheError(f"no verbalizers in {recipe.run}; run: deepspeed launch/train.py --stage 1 --recipe R")
+    expected = {
+        "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
+        "max_length": str(recipe.data.max_length),
+    }
+    if (recipe.teacher.path / "config.json").is_file():
+        template = str(load_processor(recipe.teacher.path).chat_template)
+        expected |= teacher_fingerprints(recipe.teacher.path, template)
+    layers = (*verbalize["teacher"]["layers"], verbalize["teacher"]["depth"])
+    cache = TeacherCache(recipe.run / "cache", data, expected, layers, recipe.run / "recipe.yaml")
+    return Remembered(cache, layers)
+
+
+def _forward(engine: Engine, interact: Interact, seed: int, remembered: Remembered, layers: tuple[int, ...]):
     def forward(loaded: Loaded, moment: Moment) -> Outcome:
         generator = torch.Generator().manual_seed(derived_seed(seed, "match", moment.update, moment.micro))
         draw = Draw(STRATEGIES[interact.matching], generator, interact.cross_entropy_weight)
         batch = loaded.batches["student"].to(engine.device, engine.dtype)
-        signal_of = partial(cache.signal, loaded.attached, engine.device)
+        signal_of = partial(remembered.signal, loaded.attached, engine.device)
         losses = engine(batch, signal_of, draw)
         matched, last = losses["matched"], losses["last"]
         loss = matched.sum() + last
@@ -130,7 +171,7 @@ def _forward(engine: Engine, interact: Interact, seed: int, cache: Any, layers: 
         if interact.cross_entropy_weight:
             loss = loss + interact.cross_entropy_weight * losses["cross_entropy"]
             sums["cross_entropy"] = losses["cross_entropy"]
-        return Outcome(loss, sums, {"match": _teacher_layers(losses["match"], cache.layers)})
+        return Outcome(loss, sums, {"match": _teacher_layers(losses["match"], remembered.layers)})
 
     return forward
 
@@ -140,7 +181,7 @@ def _teacher_layers(match: Tensor, layers: tuple[int, ...]) -> list[int | None]:
 
 
 def _columns(signal: Signal) -> int:
-    return (signal.hidden if hasattr(signal, "hidden") else signal.ids).shape[1]
+    return (signal.hidden if isinstance(signal, HiddenSignal) else signal.ids).shape[1]
 
 
 def _mean_over_ranks(sums: Tensor, tokens: int) -> Tensor:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig
 
 from pipeline.checks import target_layers
 from pipeline.errors import RecipeError
 from pipeline.recipe import Model, Recipe
-from pipeline.vlm.backbone import load_vlm
-from pipeline.vlm.families import lm_head, text_config
+from pipeline.vlm.backbone import load_student, load_vlm
+from pipeline.vlm.families import text_config
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
 from pipeline.vlm.vocabulary import common_vocabulary
@@ -36,11 +38,16 @@ def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
 
 def verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int) -> VerbalizedVLM:
     """A backbone with untrained verbalizers on its target layers. Under ZeRO-3, call inside sharded_loading."""
-    backbone = load_vlm(model.path, dtype)
-    layers = target_layers(model)
-    width = int(text_config(backbone).hidden_size)
-    ffns = initial_verb_ffns(layers, width, recipe.verbalizer.form, dtype, seed)
-    return VerbalizedVLM(backbone, layers, ffns, vocab)
+    return _with_verb_ffns(load_vlm(model.path, dtype), target_layers(model), recipe, vocab, dtype, seed)
+
+
+def student_with_verbalizers(recipe: Recipe, vocab: int, dtype: torch.dtype, verb_ffns: Path) -> VerbalizedVLM:
+    """The student as stage 2 trains it, with the verbalizers that stage 1 left frozen on its target layers."""
+    backbone = load_student(recipe.student.path, dtype, recipe.train_vision, recipe.gradient_checkpointing)
+    side = _with_verb_ffns(backbone, target_layers(recipe.student), recipe, vocab, dtype, seed=0)
+    load_verb_ffns(side, verb_ffns)
+    side.verb_ffns.requires_grad_(recipe.interact.train_verbalizers)
+    return side
 
 
 def load_verb_ffns(side: VerbalizedVLM, path: Path) -> None:
@@ -56,17 +63,17 @@ def load_verb_ffns(side: VerbalizedVLM, path: Path) -> None:
         ) from error
 
 
-def head_shape(side: VerbalizedVLM) -> tuple[int, int]:
-    """(rows, width) of the language head, also where ZeRO-3 has sharded it."""
-    weight = lm_head(side.backbone).weight
-    shape = getattr(weight, "ds_shape", weight.shape)
-    return int(shape[0]), int(shape[1])
-
-
 def vocabulary_rows(folder: Path) -> int:
-    from transformers import AutoConfig
-
+    """Rows of the language head of a Hugging Face folder, padding included."""
     return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+
+
+def _with_verb_ffns(
+    backbone: nn.Module, layers: tuple[int, ...], recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int
+) -> VerbalizedVLM:
+    width = int(text_config(backbone).hidden_size)
+    ffns = initial_verb_ffns(layers, width, recipe.verbalizer.form, dtype, seed)
+    return VerbalizedVLM(backbone, layers, ffns, vocab)
 
 
 def _describe(encoder: ChatEncoder) -> tuple[str, str, str]:

@@ -35,7 +35,7 @@ class CoHost(nn.Module):
         """Backbones stay in eval whatever the mode: they are what is listened to."""
         super().train(mode)
         for side in self.sides.values():
-            side.backbone.eval()  # type: ignore[union-attr,operator]
+            side.backbone.eval()  # type: ignore[union-attr]
         return self
 
     def forward(self, batches: Mapping[str, Batch], encode: Encode | None = None) -> dict[str, Tensor]:

@@ -6,12 +6,14 @@ T response tokens, d width, L layers, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.teacher.signal import Unembedding
 from pipeline.vlm.families import final_norm, lm_head, unembedding
 
 
@@ -64,6 +66,20 @@ class LanguageHead(nn.Module):
     def forward(self, use: Callable[..., Any], hidden: Any, *more: Any, **options: Any) -> Any:
         """Call `use(hidden, unembedding, *more, **options)` while the head is gathered."""
         return use(hidden, self._describe(self.weight, self.bias), *more, **options)
+
+
+class StoredHead(nn.Module):
+    """A frozen head that came with a teacher cache, used as LanguageHead is."""
+
+    def __init__(self, head: Unembedding):
+        super().__init__()
+        self.weight = nn.Parameter(head.weight, requires_grad=False)
+        self.bias = None if head.bias is None else nn.Parameter(head.bias, requires_grad=False)
+        self._like = head
+
+    def forward(self, use: Callable[..., Any], hidden: Any, *more: Any, **options: Any) -> Any:
+        """Call `use(hidden, unembedding, *more, **options)` while the head is gathered."""
+        return use(hidden, replace(self._like, weight=self.weight, bias=self.bias), *more, **options)
 
 
 class VerbalizedVLM(nn.Module):

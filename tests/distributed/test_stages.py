@@ -1,0 +1,171 @@
+"""Both stages through the real programs, on two processes: what they leave, and that they go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from running import deepspeed, tiny_recipe
+from safetensors.torch import load_file
+from tiny import KINDS, chats, write_data
+
+from pipeline.vlm.backbone import load_vlm
+from pipeline.vlm.processing import ChatEncoder, collate, load_processor
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "train", 24, shards=3)
+
+
+def comparable(folder: Path) -> dict:
+    """A config without the number format, which transformers writes anew into each part."""
+
+    def strip(value):
+        return {k: strip(v) for k, v in value.items() if k != "dtype"} if isinstance(value, dict) else value
+
+    return strip(json.loads((folder / "config.json").read_text()))
+
+
+def metrics(run: Path, step: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["step"] == step]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request, tmp_path_factory, tiny_models, data):
+    """A whole run of one family; the teacher's folder is gone before stage 2."""
+    folder = tmp_path_factory.mktemp(request.param)
+    models = {**tiny_models, (request.param, "teacher"): folder / "teacher"}
+    shutil.copytree(tiny_models[request.param, "teacher"], folder / "teacher")
+    recipe = tiny_recipe(folder, models, request.param, data, verbalize={"steps": 12})
+    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    shutil.rmtree(folder / "teacher")
+    said += deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    return request.param, folder, recipe, said
+
+
+def test_verbalization_losses_fall_and_only_verb_ffns_are_kept(finished):
+    _, folder, _, _ = finished
+    lines = metrics(folder / "run", "verbalize")
+    assert [line["update"] for line in lines] == list(range(1, 13))
+    for layer in (1, 2, 3, 4):
+        assert lines[-1][f"teacher/{layer}"] < lines[0][f"teacher/{layer}"] - 0.2
+    assert all(lines[-1][f"student/{layer}"] < lines[0][f"student/{layer}"] - 0.2 for layer in (1, 2))
+    # The model's own loss is logged beside them and no part of it trains.
+    assert abs(lines[-1]["teacher/6"] - lines[0]["teacher/6"]) < 0.2
+    names = set(load_file(folder / "run" / "verbalize" / "teacher.safetensors"))
+    assert names == {f"{n}.{w}.weight" for n in (1, 2, 3, 4) for w in ("gate", "up", "down", "norm")}
+
+
+def test_the_cache_mirrors_the_data(finished, data):
+    _, folder, _, said = finished
+    ours = json.loads((folder / "run" / "cache" / "manifest.json").read_text())
+    theirs = json.loads((data / "manifest.json").read_text())
+    assert [s["name"] for s in ours["shards"]] == [s["name"] for s in theirs["shards"]]
+    assert [s["keys"] for s in ours["shards"]] == [s["keys"] for s in theirs["shards"]]
+    assert ours["layers"] == [1, 2, 3, 4, 6] and ours["tokens"] > 0
+    assert "cache: complete, 3 shards" in said
+
+
+def test_interaction_draws_ordered_matches_and_its_losses_fall(finished):
+    _, folder, _, _ = finished
+    lines = metrics(folder / "run", "interact")
+    assert len(lines) == 4
+    for line in lines:
+        first, second = line["match"]
+        assert first < second and first in (1, 2, 3) and second in (2, 3, 4)
+        assert min(line["layer/1"], line["layer/2"], line["last"]) >= 0
+    assert lines[-1]["last"] < lines[0]["last"]
+
+
+def test_the_student_is_a_plain_folder_with_its_own_names(finished, tiny_models):
+    kind, folder, _, _ = finished
+    original, student = tiny_models[kind, "student"], folder / "run" / "student"
+    ours, theirs = load_file(student / "model.safetensors"), load_file(original / "model.safetensors")
+    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    assert comparable(student) == comparable(original)
+    for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json"):
+        assert (student / name).read_bytes() == (original / name).read_bytes()
+
+
+def test_the_student_answers_through_transformers_own_pipeline(finished):
+    from transformers import pipeline
+
+    _, folder, _, _ = finished
+    student = folder / "run" / "student"
+    ask = pipeline(
+        "image-text-to-text", model=load_vlm(student, torch.float32), processor=load_processor(student), device="cpu"
+    )
+    (_, record, _) = chats(1)[0]
+    from PIL import Image
+
+    content = [{"type": "image", "image": Image.new("RGB", (56, 56))}, *record["messages"][0]["content"][1:]]
+    answer = ask(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
+    assert isinstance(answer[0]["generated_text"], str)
+
+
+def test_the_exported_logits_are_the_trained_engines(finished, data, tmp_path):
+    """Loaded again by transformers, the export has the loss that the engine computes from it before its next update."""
+    kind, folder, _, _ = finished
+    student = folder / "run" / "student"
+    models = {(kind, "teacher"): student, (kind, "student"): student}
+    recipe = tiny_recipe(
+        tmp_path,
+        models,
+        kind,
+        data,
+        interact={"steps": 0},
+        reinforce={"steps": 1, "batch_size": 24, "micro_batch_size": 3},
+    )
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    model, encoder = load_vlm(student, torch.float32).eval(), ChatEncoder(load_processor(student), 512)
+    batch = collate([encoder(k, r["messages"], i) for k, r, i in chats(24)], encoder.filler(), 0)
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits.double().flatten(0, 1)[batch.positions]
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+    (line,) = metrics(tmp_path / "run", "reinforce")
+    assert line["cross_entropy"] == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_a_complete_run_says_so(finished):
+    _, folder, recipe, _ = finished
+    before = (folder / "run" / "student" / "model.safetensors").read_bytes()
+    said = deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe)
+    assert "interact: already done" in said and "reinforce: already done" in said
+    assert (folder / "run" / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_a_changed_recipe_is_refused_with_the_differing_keys(finished):
+    _, _, recipe, _ = finished
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--set", "interact.steps=9", "seed=4", check=1)
+    assert "interact.steps: the run has 4, now 9 (command line)" in said
+    assert "seed: the run has 0, now 4 (command line)" in said
+    assert said.count("was begun with another recipe") == 1, "one error, read once"
+
+
+def test_a_stopped_run_ends_bitwise_where_the_uninterrupted_one_does(finished, tiny_models, data, tmp_path):
+    kind, folder, recipe, _ = finished
+    if kind != KINDS[0]:
+        pytest.skip("resuming knows nothing of families")
+    shutil.copytree(folder / "run" / "verbalize", tmp_path / "run" / "verbalize")
+    shutil.copytree(folder / "run" / "cache", tmp_path / "run" / "cache")
+    arguments = ["--stage", 2, "--recipe", recipe, "--set", f"run={tmp_path / 'run'}", "interact.checkpoint_every=1"]
+    said = deepspeed(2, "train.py", *arguments, "--stop-after", 3)
+    assert "interact: stopped after update 3 of 4" in said
+    kept = sorted(p.name for p in (tmp_path / "run" / "interact" / "checkpoints").glob("update_*"))
+    assert kept == ["update_000000002", "update_000000003"], "the newest keep_checkpoints stay"
+    said = deepspeed(2, "train.py", *arguments, "--stop-after", 2)
+    assert "interact: resumed after update 3 of 4" in said and "reinforce: stopped after update 2 of 4" in said
+    deepspeed(2, "train.py", *arguments)
+    ours = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    for name, expected in load_file(folder / "run" / "student" / "model.safetensors").items():
+        assert torch.equal(ours[name], expected), name
+    numbers = ("cross_entropy", "last", "layer/1", "match", "tokens", "gradient_norm")
+    for step in ("interact", "reinforce"):
+        pairs = zip(metrics(folder / "run", step), metrics(tmp_path / "run", step), strict=True)
+        for whole, resumed in pairs:
+            assert {k: whole.get(k) for k in numbers} == {k: resumed.get(k) for k in numbers}
