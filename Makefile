@@ -17,6 +17,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## install everything into .venv (the other targets do it by themselves)
+	@echo "ready: $(VENV)/bin"
 
 demo: $(STAMP)  ## the whole story on 2 CPU cores, about 8 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
 	$(RUN) bash launch/demo.sh
