@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from data_prep.ranks import RankFailed, Ranks, start_ranks
 from data_prep.schema import REASONS, SPLITS, BadSample, DataError
-from data_prep.sources import Source, all_sources, count, share
+from data_prep.sources import Source, all_sources, positive, share
 
 if TYPE_CHECKING:
+    from data_prep.plan import Plan
     from data_prep.sharding import Outcome
 
 MANUAL = """\
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument(
         "folder", type=Path, metavar="DIR", help="what shard --output wrote, or one shard folder of it"
     )
-    preview.add_argument("--count", type=count, default=48, metavar="N", help="samples of each split (default 48)")
+    preview.add_argument("--count", type=positive, default=48, metavar="N", help="samples of each split (default 48)")
     preview.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default DIR/preview.html)")
     return parser
 
@@ -102,7 +103,7 @@ def _shard_parser(chosen: Source | None, sources: dict[str, Source]) -> argparse
     parser.add_argument("--source", required=True, choices=sources, help="where the samples come from; options below")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--samples-per-shard", type=count, default=1000, metavar="N", help="samples in a tar file (default 1000)"
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="samples in a tar file (default 1000)"
     )
     parser.add_argument(
         "--held-out", type=share, default=0.05, metavar="SHARE",
@@ -111,7 +112,7 @@ def _shard_parser(chosen: Source | None, sources: dict[str, Source]) -> argparse
     parser.add_argument(
         "--max-rejects", type=share, default=0.01, metavar="SHARE", help="largest share of bad records (default 0.01)"
     )
-    parser.add_argument("--limit", type=count, metavar="N", help="read the first N records only (default: all)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read the first N records only (default: all)")
     if chosen:
         group = parser.add_argument_group(f"--source {chosen.name}", chosen.summary)
         chosen.add_options(group)  # type: ignore[arg-type]  # a group declares options as a parser does
@@ -155,19 +156,20 @@ def _own_options(source: Source, argv: list[str]) -> argparse.Namespace:
 def _shard(args: argparse.Namespace, options: argparse.Namespace, source: Source, ranks: Ranks) -> int:
     from data_prep.sharding import Job, shard
 
-    job = Job(source, options, args.output, max(1, args.samples_per_shard), args.held_out, args.max_rejects, args.limit)
+    job = Job(source, options, args.output, args.samples_per_shard, args.held_out, args.max_rejects, args.limit)
     outcome = shard(job, ranks)
     if ranks.rank == 0:
-        _print_outcome(args, outcome, ranks.size)
+        _print_outcome(args, outcome)
     return 1 if outcome.refused else 0
 
 
-def _print_outcome(args: argparse.Namespace, outcome: Outcome, ranks: int) -> None:
+def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
     from rich.console import Console
     from rich.table import Table
 
     plan = outcome.plan
-    table = Table(title=f"{args.source} -> {args.output}", title_justify="left")
+    print(f"{args.source} -> {args.output}")
+    table = Table()
     table.add_column("records")
     table.add_column("", justify="right")
     table.add_row("read", f"{plan.read:,}")
@@ -180,13 +182,7 @@ def _print_outcome(args: argparse.Namespace, outcome: Outcome, ranks: int) -> No
         table.add_row(f"  {reason}: {REASONS[reason]}", f"{number:,}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     if outcome.refused:
-        reason, number = plan.reasons()[0]
-        print(
-            f"error: {len(plan.rejects):,} of {plan.read:,} records are bad, more than --max-rejects "
-            f"{args.max_rejects:g}; the commonest reason: {reason} ({number:,}). No shard was written; see "
-            f"{args.output}/rejects.jsonl, mend the input or allow a larger share",
-            file=sys.stderr,
-        )
+        print(f"error: {_refusal(args, plan)}", file=sys.stderr)
         return
     if outcome.shards_kept:
         print(f"{outcome.shards_kept} of {len(plan.shards)} shards were finished by an earlier run and stayed")
@@ -194,6 +190,19 @@ def _print_outcome(args: argparse.Namespace, outcome: Outcome, ranks: int) -> No
         if not plan.in_split(split):
             print(f"note: no sample is in {split}")
     print(f"look at it: python -m data_prep preview {args.output}")
+
+
+def _refusal(args: argparse.Namespace, plan: Plan) -> str:
+    reason, number = plan.reasons()[0]
+    first = next(reject for reject in plan.rejects if reject.reason == reason)
+    hint = (
+        " A source without ids gets them from the records' places: drop the field." if reason == "duplicate_id" else ""
+    )
+    return (
+        f"{len(plan.rejects):,} of {plan.read:,} records are bad, more than --max-rejects {args.max_rejects:g}; the "
+        f"commonest reason: {reason} ({number:,}; the first, at {first.place}: {first.detail}). No shard was written; "
+        f"see {args.output}/rejects.jsonl, and mend the input or allow a larger share.{hint}"
+    )
 
 
 def _lint(folder: Path) -> int:

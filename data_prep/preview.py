@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.atomic import write_file
 from data_prep.images import check_image
 from data_prep.schema import validate_record
-from data_prep.shards import RawSample, ShardFolder, write_file
+from data_prep.shards import RawSample, ShardFolder
 
 LARGEST = 480
 """Pixels of an image's longer side in the sheet; smaller images are embedded as they are."""

@@ -57,10 +57,13 @@ class BadSample(Exception):
 
     def __init__(self, reason: str, detail: str):
         assert reason in REASONS, reason
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
         self.id: Any = None
         """The record's id where that is known: see `about`."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @contextmanager

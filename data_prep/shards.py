@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import secrets
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_prep.atomic import Aside, write_file
 from data_prep.schema import SCHEMA_VERSION, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = "vlsi-shards"
-PARTIAL = ".partial"
-"""End of the name of a file in the making: .000000.tar.PID-RANDOM.partial"""
 OPEN_FILES = 32
 """Shards that one reader keeps open."""
 
@@ -73,7 +71,7 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self._offsets: dict[str, int] = {}
-        self._aside = _Aside(path)
+        self._aside = Aside(path)
         # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its
         # own and does not say where a sample starts. USTAR has room for nothing but what is set here: no times, no
         # owners.
@@ -157,16 +155,6 @@ def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dic
     lines = ",\n".join("  " + json.dumps(shard, ensure_ascii=False) for shard in shards)
     write_file(folder / MANIFEST, f'{head},\n "shards": [\n{lines}\n ]\n}}\n'.encode())
     return {**manifest, "shards": shards}
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, fsynced, renamed."""
-    aside = _Aside(path)
-    try:
-        aside.file.write(content)
-        aside.commit()
-    finally:
-        aside.discard()
 
 
 def read_manifest(folder: Path, format: str = FORMAT) -> dict[str, Any]:
@@ -272,32 +260,6 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, names of owner and group empty
     header.size, header.mode = size, 0o644
     return header
-
-
-class _Aside:
-    """A file under a name of this process's own, which takes the final name when it is whole and on the disk."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._own = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
-        self.file: BinaryIO = open(self._own, "xb+")  # noqa: SIM115  # closed by commit or discard
-
-    def commit(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self._own, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def discard(self) -> None:
-        """Remove what was not committed."""
-        self.file.close()
-        self._own.unlink(missing_ok=True)
 
 
 def _entry(name: str, size: int, digest: str, keys: list[str], offsets: list[int], end: int) -> ShardEntry:

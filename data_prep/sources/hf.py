@@ -13,8 +13,8 @@ from data_prep.images import read_image
 from data_prep.schema import BadSample, DataError, about, type_name
 from data_prep.sources import Draft, Sample, source
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
-"""Suffix of a local file -> the builder of `datasets` that reads it."""
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+"""Suffix of a local file -> the builder of `datasets` that reads it; of a folder, the first that it has."""
 
 USUAL_COLUMNS = {
     "messages": ("messages", "conversations"),
@@ -81,7 +81,7 @@ def _rows(args: argparse.Namespace, files: Sequence[Path]) -> Iterator[dict[str,
             )
         else:
             stream = datasets.load_dataset(args.input, args.config, split=args.split, streaming=True)
-        for number, row in enumerate(stream.decode(False)):  # images stay the bytes that they are  # noqa: B007
+        for number, row in enumerate(_undecoded(stream)):  # noqa: B007  # the error needs the number
             yield row
     except GeneratorExit:
         raise
@@ -90,6 +90,20 @@ def _rows(args: argparse.Namespace, files: Sequence[Path]) -> Iterator[dict[str,
             f"--input {args.input}: datasets cannot read record {number + 1} ({type(error).__name__}: {error}); "
             "expected a dataset's name on the hub or local parquet, jsonl or arrow"
         ) from None
+
+
+def _undecoded(stream: Any) -> Any:
+    """The stream with its images left as the bytes that they are."""
+    import datasets
+
+    if stream.features is None:
+        return stream.decode(False)  # not always: this would leave JSON objects as text, too
+    for name, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            stream = stream.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return stream
 
 
 def _sample(row: dict[str, Any], columns: dict[str, str], folder: Path) -> Sample:
