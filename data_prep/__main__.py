@@ -141,6 +141,10 @@ def _on_all_ranks(argv: list[str]) -> int:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2 if getattr(error, "expected", True) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
+        ranks.abort()
+        return 130
     except Exception:
         traceback.print_exc()
         ranks.abort()  # the other ranks do not know and would wait
