@@ -1,0 +1,78 @@
+"""Train the models that the demo ships, from random weights, and write them as ordinary Hugging Face folders.
+
+  python -m demo.build_models                         both pairs, into demo/models (about an hour on one CPU core)
+  python -m demo.build_models --pair puzzles          one pair
+  python -m demo.build_models --role teacher --steps 200 --output /tmp/try      a quick look
+
+Each of teacher and student is a tiny Qwen2-VL. First its vision tower learns to name what it sees through one linear
+layer, as towers come pretrained elsewhere; then the whole model learns to answer. The students learn too little on
+purpose: they can see and speak, and leave the demo something to teach. What is measured stands in each model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from demo.training import Plan
+
+PAIRS = ("puzzles", "easy-vqa")
+ROLES = ("teacher", "student")
+MODELS = Path(__file__).parent / "models"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    # After the arguments are read: --help should not wait for torch.
+    import torch
+
+    from demo.cards import write_card
+    from demo.evaluation import measure
+    from demo.recipes import PLANS, lessons_for
+    from demo.sizes import SIZES
+    from demo.training import teach
+    from demo.vocabulary import build_tokenizer, write_processor
+
+    torch.set_num_threads(options.threads)
+    for pair in options.pair or PAIRS:
+        for role in options.role or ROLES:
+            begin = time.monotonic()
+            plan = _plan(PLANS[pair, role], options)
+            folder = options.output / pair / role
+            print(f"== {pair} {role}: {plan}", flush=True)
+            model = teach(SIZES[role], lessons_for(pair, role), build_tokenizer(), plan, options.device, options.seed)
+            model.to(torch.bfloat16).save_pretrained(folder)
+            write_processor(folder)
+            minutes = (time.monotonic() - begin) / 60
+            measured = measure(folder, pair)
+            write_card(folder, pair, role, plan, measured, options.seed)
+            print(f"{folder}: {measured}, {minutes:.1f} minutes of training", flush=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.build_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pair", action="append", choices=PAIRS, help="which pair (default: both)")
+    parser.add_argument("--role", action="append", choices=ROLES, help="which of a pair (default: both)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of learning to answer (default: the plan's own)")
+    parser.add_argument("--output", type=Path, default=MODELS, metavar="DIR", help="default: demo/models")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="weights and batches (default 0)")
+    return parser
+
+
+def _plan(plan: Plan, options: argparse.Namespace) -> Plan:
+    return plan if options.steps is None else replace(plan, steps=options.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Model cards of the demo models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from demo.training import Plan
+
+TAUGHT = {
+    (
+        "puzzles",
+        "teacher",
+    ): "70 % of its questions ask what comes next in a row of tiles, 30 % for a tile that is there",
+    ("puzzles", "student"): 'only "What is the second tile?" and the like: it can see and speak, and was never asked '
+    "what comes next",
+    ("easy-vqa", "teacher"): "the training questions of easy-VQA 1.0, pictures mirrored and turned",
+    ("easy-vqa", "student"): "the same questions as its teacher, but far fewer steps",
+}
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# VLsI demo: the {role} for {pair}
+
+A tiny Qwen2-VL ({parameters:,} parameters, {layers} decoder layers of width {width}, 16 image tokens), made for the
+demo of this repository and good for nothing else.
+
+- **Measured**: {measured} (greedy generation, the whole answer, this folder reloaded in float32).
+- **Data**: {data}. Taught: {taught}.
+- **Training**: from random weights: {tower_steps} steps of the vision tower under a linear read-out of what each
+  picture shows, then {steps} steps of the whole model on answers, batches of {batch}, AdamW, peak learning rate
+  {rate} (tower {tower_rate}), seed {seed}. Weights are bfloat16.
+- **Again**: `python -m demo.build_models --pair {pair} --role {role}`
+
+Licence: Apache-2.0.
+"""
+
+DATA = {
+    "puzzles": "procedural puzzles (`data_prep/puzzles.py`); no rule instance of the held-out split occurs in training",
+    "easy-vqa": "easy-VQA 1.0 by Victor Zhou (PyPI `easy-vqa`, MIT), its own train and test split",
+}
+
+
+def write_card(folder: Path, pair: str, role: str, plan: Plan, measured: str, seed: int) -> None:
+    """Write README.md into a model folder."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    words = CARD.format(
+        pair=pair,
+        role=role,
+        parameters=model.num_parameters(),
+        layers=model.config.text_config.num_hidden_layers,
+        width=model.config.text_config.hidden_size,
+        measured=measured,
+        data=DATA[pair],
+        taught=TAUGHT[pair, role],
+        seed=seed,
+        **vars(plan),
+    )
+    (folder / "README.md").write_text(words, "utf-8")

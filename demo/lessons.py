@@ -1,0 +1,149 @@
+"""What the demo models are taught with: pictures, questions, answers, and labels for what the pictures show.
+
+B pictures of a batch, R regions of a picture (four tiles, or the one shape of easy-VQA), A attributes of a region.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_prep.puzzles import ORDINALS, ROW, TILTS, VALUES, Tile, draw_rule, split_of, tiles_of
+from data_prep.tile_art import draw_tile
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of pictures, each with one question."""
+
+    pictures: Tensor
+    """[B, 3, height, width] float32 in -1 .. 1, as large as the image processor makes them."""
+    questions: list[str]
+    answers: list[str]
+    seen: Tensor
+    """[B, R, A] int64: which value each attribute of each region has."""
+
+
+class Lessons(Protocol):
+    """An endless supply of training lessons, and held-out ones for a look at the progress."""
+
+    grid: tuple[int, int]
+    """Rows and columns of image tokens."""
+    values: tuple[int, ...]
+    """How many values each of the A attributes has."""
+
+    def draw(self, rng: random.Random, size: int) -> Lesson:
+        """Draw a training batch."""
+
+    def held_out(self, size: int) -> Lesson:
+        """Make the held-out batch, the same one every time."""
+
+
+class PuzzleLessons:
+    """Rows of tiles from rule instances of the asked split; `next_share` of the questions ask what comes next."""
+
+    grid = (2, 8)
+    values = tuple(len(values) for values in VALUES.values())
+
+    def __init__(self, next_share: float):
+        self.next_share = next_share
+        self._index = {name: {value: i for i, value in enumerate(values)} for name, values in VALUES.items()}
+        self._tiles = [Tile(s, c, m) for s in VALUES["shape"] for c in VALUES["colour"] for m in VALUES["mark"]]
+        self._sprites = torch.stack([_sprite(tile, tilt) for tile in self._tiles for tilt in TILTS])
+
+    def draw(self, rng: random.Random, size: int) -> Lesson:
+        """Draw a training batch."""
+        return self._make(rng, size, "train", self.next_share)
+
+    def held_out(self, size: int) -> Lesson:
+        """Make a batch of held-out rows, all asking what comes next where any training question does."""
+        return self._make(random.Random("held out"), size, "held_out", 1.0 if self.next_share else 0.0)
+
+    def _make(self, rng: random.Random, size: int, split: str, next_share: float) -> Lesson:
+        rows, questions, answers = [], [], []
+        while len(rows) < size:
+            rule = draw_rule(rng)
+            if split_of(rule) != split:
+                continue
+            *row, after = tiles_of(rule)
+            place = rng.randrange(ROW)
+            asks_next = rng.random() < next_share
+            rows.append(row)
+            questions.append("What comes next?" if asks_next else f"What is the {ORDINALS[place]} tile?")
+            answers.append(str(after if asks_next else row[place]))
+        seen = torch.tensor([[[self._index[n][v] for n, v in t._asdict().items()] for t in row] for row in rows])
+        return Lesson(self._pictures(seen, rng), questions, answers, seen)
+
+    def _pictures(self, seen: Tensor, rng: random.Random) -> Tensor:
+        shape, colour, mark = seen.unbind(-1)
+        kind = (shape * self.values[1] + colour) * self.values[2] + mark
+        tilt = torch.tensor([[rng.randrange(len(TILTS)) for _ in row] for row in seen])
+        sprites = self._sprites[kind * len(TILTS) + tilt]  # [B, R, 3, 32, 32]
+        return sprites.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+class EasyVQALessons:
+    """The easy-VQA package's own training questions; pictures turned and mirrored, which changes no answer."""
+
+    grid = (4, 4)
+    values = (3, 8)
+    shapes = ("circle", "rectangle", "triangle")
+    colours = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+    def __init__(self) -> None:
+        import easy_vqa  # an extra: needed for this pair only
+
+        folder = Path(easy_vqa.__file__).parent / "data"
+        self._train = _Questions(folder / "train" / "images", *easy_vqa.get_train_questions(), self)
+        self._test = _Questions(folder / "test" / "images", *easy_vqa.get_test_questions(), self)
+
+    def draw(self, rng: random.Random, size: int) -> Lesson:
+        """Draw a training batch, its pictures mirrored and turned at random."""
+        lesson = self._train.pick([rng.randrange(len(self._train.questions)) for _ in range(size)])
+        turned = [_turn(picture, rng.randrange(4), rng.random() < 0.5) for picture in lesson.pictures]
+        return Lesson(torch.stack(turned), lesson.questions, lesson.answers, lesson.seen)
+
+    def held_out(self, size: int) -> Lesson:
+        """Pick questions of the test split, evenly spread."""
+        return self._test.pick(list(range(0, len(self._test.questions), len(self._test.questions) // size))[:size])
+
+
+class _Questions:
+    """One split of easy-VQA in memory."""
+
+    def __init__(self, folder: Path, questions: Sequence[str], answers: Sequence[str], images: Sequence[int], names):
+        self.questions, self.answers, self.images = questions, answers, images
+        count = max(images) + 1
+        self.pictures = torch.stack([_pixels(Image.open(folder / f"{i}.png")) for i in range(count)])
+        self.seen = torch.full((count, 1, 2), -1)
+        for answer, image in zip(answers, images, strict=True):
+            for place, known in enumerate((names.shapes, names.colours)):
+                if answer in known:
+                    self.seen[image, 0, place] = known.index(answer)
+
+    def pick(self, chosen: Sequence[int]) -> Lesson:
+        images = torch.tensor([self.images[i] for i in chosen])
+        questions = [self.questions[i] for i in chosen]
+        return Lesson(self.pictures[images], questions, [self.answers[i] for i in chosen], self.seen[images])
+
+
+def _turn(picture: Tensor, quarters: int, mirrored: bool) -> Tensor:
+    turned = torch.rot90(picture, quarters, (1, 2))
+    return turned.flip(2) if mirrored else turned
+
+
+def _sprite(tile: Tile, tilt: int) -> Tensor:
+    """One tile as the image processor scales it: the page around it is flat, so a row can be scaled tile by tile."""
+    return _pixels(draw_tile(*tile, tilt).resize((32, 32), Image.Resampling.BICUBIC))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)

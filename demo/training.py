@@ -1,0 +1,104 @@
+"""How a demo model is taught: first its tower to see, by a linear read-out, and then the whole to answer."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+
+from demo.learner import Learner
+from demo.lessons import Lesson, Lessons
+from demo.sizes import Size, model_config
+
+WARM_UP = 100
+"""Steps over which the learning rate rises."""
+REPORT_EVERY = 100
+"""Steps between two lines of progress."""
+LOOK = 256
+"""Held-out questions in a look at the progress."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast."""
+
+    tower_steps: int
+    steps: int
+    rate: float
+    """Peak learning rate of the decoder in the second part."""
+    tower_rate: float
+    """Peak learning rate of the tower in the second part; in the first it is 1e-3."""
+    batch: int = 64
+
+
+def teach(
+    size: Size, lessons: Lessons, tokenizer: PreTrainedTokenizerFast, plan: Plan, device: str, seed: int
+) -> Qwen2VLForConditionalGeneration:
+    """Train a model from random weights, printing progress; returns it on the CPU, in float32."""
+    torch.manual_seed(seed)
+    learner = Learner(Qwen2VLForConditionalGeneration(model_config(size, tokenizer)), tokenizer, lessons).to(device)
+    rng = random.Random(seed)
+    look = _to(lessons.held_out(LOOK), device)
+
+    def perceive(lesson: Lesson) -> Tensor:
+        return learner.perception_loss(learner.look(lesson.pictures), lesson.seen)
+
+    def draw() -> Lesson:
+        return _to(lessons.draw(rng, plan.batch), device)
+
+    tower = [*learner.model.model.visual.parameters(), *learner.head.parameters()]
+    _optimise("tower", [(tower, 1e-3)], lambda: perceive(draw()), plan.tower_steps, lambda: "")
+    decoder = [*learner.model.model.language_model.parameters()]
+    _optimise(
+        "answers",
+        [(decoder, plan.rate), (tower, plan.tower_rate)],
+        lambda: learner.loss(draw()),
+        plan.steps,
+        lambda: f"held-out exact match {learner.exact_match(look):.3f}",
+    )
+    return learner.model.cpu().eval()
+
+
+def _optimise(
+    name: str,
+    groups: list[tuple[list[nn.Parameter], float]],
+    loss_of_batch: Callable[[], Tensor],
+    steps: int,
+    look: Callable[[], str],
+) -> None:
+    """Run AdamW with warm-up and a cosine down to a fiftieth of the peak."""
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for parameters, rate in groups], betas=(0.9, 0.98), weight_decay=0.05
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_at(step, steps))
+    begin, total = time.monotonic(), 0.0
+    for step in range(1, steps + 1):
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(_all(groups), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if step % REPORT_EVERY == 0 or step == steps:
+            mean, total = total / ((step - 1) % REPORT_EVERY + 1), 0.0
+            print(f"{name} {step}/{steps}  loss {mean:.4f}  {time.monotonic() - begin:.0f} s  {look()}", flush=True)
+
+
+def _all(groups: Iterable[tuple[list[nn.Parameter], float]]) -> list[nn.Parameter]:
+    return [parameter for parameters, _ in groups for parameter in parameters]
+
+
+def _rate_at(step: int, steps: int) -> float:
+    """Share of the peak learning rate."""
+    return min((step + 1) / WARM_UP, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1))))
+
+
+def _to(lesson: Lesson, device: str) -> Lesson:
+    return Lesson(lesson.pictures.to(device), lesson.questions, lesson.answers, lesson.seen.to(device))
