@@ -1,0 +1,101 @@
+"""Cache jobs: alone, in ranges, again after damage; the same bytes on any number of ranks; and what stage 2 refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from running import deepspeed, tiny_recipe
+from safetensors.torch import load_file, save_file
+from tiny import write_data
+
+KIND = "qwen2_vl"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "train", 24, shards=3)
+
+
+@pytest.fixture(scope="module")
+def verbalized(tmp_path_factory, tiny_models, data) -> tuple[Path, Path]:
+    """(recipe, run) with verbalizers and a cache of the exact codec, all by stage 1."""
+    folder = tmp_path_factory.mktemp("cache")
+    codec = {"name": "hidden", "dtype": "float32"}
+    recipe = tiny_recipe(folder, tiny_models, KIND, data, cache={"codec": codec})
+    deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    return recipe, folder / "run"
+
+
+def copy(run: Path, to: Path, *parts: str) -> list[str]:
+    for part in parts:
+        shutil.copytree(run / part, to / part)
+    return ["--set", f"run={to}"]
+
+
+def shards(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "cache").glob("*.tar"))}
+
+
+def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized, tmp_path):
+    recipe, run = verbalized
+    where = copy(run, tmp_path / "run", "verbalize")
+    said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "1-2", *where)
+    assert "2 of 3 shards are there" in said and not (tmp_path / "run" / "cache" / "manifest.json").exists()
+    said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "0", *where)
+    assert "cache: complete, 3 shards" in said
+    assert shards(tmp_path / "run") == shards(run), "two ranks and one, one engine with a student and one without"
+
+
+def test_a_damaged_shard_is_named_and_made_again(verbalized, tmp_path):
+    recipe, run = verbalized
+    where = copy(run, tmp_path / "run", "verbalize", "cache")
+    shard = tmp_path / "run" / "cache" / "000001.tar"
+    flipped = bytearray(shard.read_bytes())
+    flipped[3000] ^= 1
+    shard.write_bytes(flipped)
+    deepspeed(1, "cache.py", "--recipe", recipe, "--only-missing", *where)
+    assert shards(tmp_path / "run") == shards(run)
+    said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "1-7", *where, check=1)
+    assert "has shards 0-2" in said
+
+
+def test_interaction_from_the_exact_codec(verbalized, tiny_models, tmp_path):
+    recipe, run = verbalized
+    where = copy(run, tmp_path / "run", "verbalize", "cache")
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, *where, "interact.cross_entropy_weight=0.5")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    interact = [line for line in lines if line["step"] == "interact"]
+    assert interact[-1]["last"] < interact[0]["last"]
+    assert interact[-1]["cross_entropy"] < interact[0]["cross_entropy"]
+    assert torch.isfinite(torch.tensor([line["layer/1"] for line in interact])).all()
+
+
+@pytest.mark.parametrize("matching", ["last_only", "ordered_argmin"])
+def test_other_strategies_run_from_the_same_cache(verbalized, tmp_path, matching):
+    recipe, run = verbalized
+    where = copy(run, tmp_path / "run", "verbalize", "cache")
+    also = [
+        f"interact.matching={matching}",
+        "interact.steps=2",
+        f"interact.train_verbalizers={matching != 'last_only'}",
+    ]
+    deepspeed(1, "train.py", "--stage", 2, "--only", "interact", "--recipe", recipe, *where, *also)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = [None, None] if matching == "last_only" else sorted(lines[-1]["match"])
+    assert lines[-1]["match"] == expected and (tmp_path / "run" / "interact" / "student" / "config.json").is_file()
+
+
+def test_stage_2_refuses_a_cache_of_other_verbalizers(verbalized, tmp_path):
+    recipe, run = verbalized
+    where = copy(run, tmp_path / "run", "verbalize", "cache")
+    path = tmp_path / "run" / "verbalize" / "teacher.safetensors"
+    weights = load_file(path)
+    save_file({name: w + 1 for name, w in weights.items()}, path)
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, *where, check=1)
+    assert "was made from something else (verbalizers)" in said and "expected" in said and "launch/cache.py" in said
+    said = deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe, "--set", f"run={tmp_path / 'none'}", check=1)
+    assert "no verbalizers in" in said and "deepspeed launch/train.py --stage 1" in said
