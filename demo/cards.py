@@ -15,7 +15,7 @@ TAUGHT = {
     ): "70 % of its questions ask what comes next in a row of tiles, 30 % for a tile that is there",
     ("puzzles", "student"): 'only "What is the second tile?" and the like: it can see and speak, and was never asked '
     "what comes next",
-    ("easy-vqa", "teacher"): "the training questions of easy-VQA 1.0, pictures mirrored and turned",
+    ("easy-vqa", "teacher"): "the training questions of easy-VQA 1.0, shapes moved about and mirrored",
     ("easy-vqa", "student"): "the same questions as its teacher, but far fewer steps",
 }
 
@@ -32,8 +32,8 @@ demo of this repository and good for nothing else.
 - **Measured**: {measured} (greedy generation, the whole answer, this folder reloaded in float32).
 - **Data**: {data}. Taught: {taught}.
 - **Training**: from random weights: {tower_steps} steps of the vision tower under a linear read-out of what each
-  picture shows, then {steps} steps of the whole model on answers, batches of {batch}, AdamW, peak learning rate
-  {rate} (tower {tower_rate}), seed {seed}. Weights are bfloat16.
+  picture shows (peak learning rate {read_out_rate}), then {steps} steps of the whole model on answers (peak learning
+  rate {rate}, tower {tower_rate}); AdamW, batches of {batch}, seed {seed}. Weights are bfloat16.
 - **Again**: `python -m demo.build_models --pair {pair} --role {role}`
 
 Licence: Apache-2.0.

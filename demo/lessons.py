@@ -91,7 +91,7 @@ class PuzzleLessons:
 
 
 class EasyVQALessons:
-    """The easy-VQA package's own training questions; pictures turned and mirrored, which changes no answer."""
+    """The easy-VQA package's own training questions; shapes mirrored and moved about, which changes no answer."""
 
     grid = (4, 4)
     values = (3, 8)
@@ -106,10 +106,12 @@ class EasyVQALessons:
         self._test = _Questions(folder / "test" / "images", *easy_vqa.get_test_questions(), self)
 
     def draw(self, rng: random.Random, size: int) -> Lesson:
-        """Draw a training batch, its pictures mirrored and turned at random."""
-        lesson = self._train.pick([rng.randrange(len(self._train.questions)) for _ in range(size)])
-        turned = [_turn(picture, rng.randrange(4), rng.random() < 0.5) for picture in lesson.pictures]
-        return Lesson(torch.stack(turned), lesson.questions, lesson.answers, lesson.seen)
+        """Draw a training batch, each shape moved elsewhere and perhaps mirrored."""
+        chosen = [rng.randrange(len(self._train.questions)) for _ in range(size)]
+        lesson = self._train.pick(chosen)
+        boxes = [self._train.boxes[self._train.images[i]] for i in chosen]
+        moved = [_move(picture, box, rng) for picture, box in zip(lesson.pictures, boxes, strict=True)]
+        return Lesson(torch.stack(moved), lesson.questions, lesson.answers, lesson.seen)
 
     def held_out(self, size: int) -> Lesson:
         """Pick questions of the test split, evenly spread."""
@@ -123,6 +125,7 @@ class _Questions:
         self.questions, self.answers, self.images = questions, answers, images
         count = max(images) + 1
         self.pictures = torch.stack([_pixels(Image.open(folder / f"{i}.png")) for i in range(count)])
+        self.boxes = [_box(picture) for picture in self.pictures]
         self.seen = torch.full((count, 1, 2), -1)
         for answer, image in zip(answers, images, strict=True):
             for place, known in enumerate((names.shapes, names.colours)):
@@ -135,9 +138,21 @@ class _Questions:
         return Lesson(self.pictures[images], questions, [self.answers[i] for i in chosen], self.seen[images])
 
 
-def _turn(picture: Tensor, quarters: int, mirrored: bool) -> Tensor:
-    turned = torch.rot90(picture, quarters, (1, 2))
-    return turned.flip(2) if mirrored else turned
+def _box(picture: Tensor) -> tuple[int, int, int, int]:
+    """Find the shape on its plain background: top, left, bottom, right, the latter two exclusive."""
+    background = picture.flatten(1).median(1).values
+    there = ((picture - background[:, None, None]).abs() > 0.02).any(0)
+    rows, columns = there.any(1).nonzero().flatten().tolist(), there.any(0).nonzero().flatten().tolist()
+    return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+
+
+def _move(picture: Tensor, box: tuple[int, int, int, int], rng: random.Random) -> Tensor:
+    """Move the shape to any place where it is whole, and mirror the picture half of the time."""
+    top, left, bottom, right = box
+    down = rng.randint(-top, picture.shape[1] - bottom)
+    across = rng.randint(-left, picture.shape[2] - right)
+    moved = picture.roll((down, across), (1, 2))
+    return moved.flip(2) if rng.random() < 0.5 else moved
 
 
 def _sprite(tile: Tile, tilt: int) -> Tensor:

@@ -8,8 +8,8 @@ from demo.training import Plan
 PLANS = {
     ("puzzles", "teacher"): Plan(tower_steps=800, steps=1600, rate=1.5e-3, tower_rate=5e-4),
     ("puzzles", "student"): Plan(tower_steps=800, steps=1200, rate=2e-3, tower_rate=5e-4),
-    ("easy-vqa", "teacher"): Plan(tower_steps=3000, steps=2500, rate=1.5e-3, tower_rate=1e-3),
-    ("easy-vqa", "student"): Plan(tower_steps=1500, steps=300, rate=2e-3, tower_rate=5e-4),
+    ("easy-vqa", "teacher"): Plan(tower_steps=2500, steps=1500, rate=1.5e-3, tower_rate=3e-4, read_out_rate=2e-3),
+    ("easy-vqa", "student"): Plan(tower_steps=2500, steps=150, rate=1e-3, tower_rate=3e-4, read_out_rate=2e-3),
 }
 """(pair, role) -> how it is taught."""
 

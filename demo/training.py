@@ -29,11 +29,15 @@ class Plan:
     """How long and how fast."""
 
     tower_steps: int
+    """Steps of the first part, the tower alone."""
     steps: int
+    """Steps of the second part, the whole model."""
     rate: float
     """Peak learning rate of the decoder in the second part."""
     tower_rate: float
-    """Peak learning rate of the tower in the second part; in the first it is 1e-3."""
+    """Peak learning rate of the tower in the second part."""
+    read_out_rate: float = 1e-3
+    """Peak learning rate of the tower in the first part."""
     batch: int = 64
 
 
@@ -53,7 +57,7 @@ def teach(
         return _to(lessons.draw(rng, plan.batch), device)
 
     tower = [*learner.model.model.visual.parameters(), *learner.head.parameters()]
-    _optimise("tower", [(tower, 1e-3)], lambda: perceive(draw()), plan.tower_steps, lambda: "")
+    _optimise("tower", [(tower, plan.read_out_rate)], lambda: perceive(draw()), plan.tower_steps, lambda: "")
     decoder = [*learner.model.model.language_model.parameters()]
     _optimise(
         "answers",
