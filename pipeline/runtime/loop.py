@@ -16,6 +16,7 @@ from pipeline.recipe import Recipe, Training
 from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Loaded, derived_seed, load, micro_batches
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.folder import done
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
@@ -35,6 +36,10 @@ class Job:
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
         say(text, self.ranks.first)
+
+    def has_done(self, step: str) -> bool:
+        """Whether a step is complete, as rank 0 sees it: all ranks must go the same way. All ranks must call."""
+        return bool(gather_lists([done(self.recipe.run / step) is not None])[0])
 
 
 @dataclass(frozen=True)
@@ -131,16 +136,16 @@ class _Loop:
         took = time.monotonic() - begun
         self._report(update + 1, {"learning_rate": rate, "tokens": tokens, **values}, took, waited)
 
-    def checkpoint(self, done: int) -> None:
+    def checkpoint(self, updates: int) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
         stop_after = self.job.stop_after
-        stopping = stop_after is not None and done - self.first >= stop_after and done < self.total
-        if stopping or (done % self.training.checkpoint_every == 0 and done < self.total):
+        stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
+        if stopping or (updates % self.training.checkpoint_every == 0 and updates < self.total):
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
-            self.checkpoints.save(self.engine, done, state)
+            self.checkpoints.save(self.engine, updates, state)
         if stopping:
             raise Stopped(
-                f"{self.name}: stopped after update {done} of {self.total}; the same command goes on from here"
+                f"{self.name}: stopped after update {updates} of {self.total}; the same command goes on from here"
             )
 
     def close(self) -> None:
@@ -158,11 +163,13 @@ class _Loop:
         self.bad.count(self.training.batch_size, newest)
         return tokens
 
-    def _report(self, done: int, values: Mapping[str, Any], took: float, waited: float) -> None:
+    def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
         speed = values["tokens"] / took
         if self.metrics is not None:
             rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(waited / took, 4)}
-            self.metrics.write(done, {**self.averages, **values, "gradient_norm": self.engine.gradient_norm(), **rates})
+            self.metrics.write(
+                update, {**self.averages, **values, "gradient_norm": self.engine.gradient_norm(), **rates}
+            )
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
         self.progress.advance(f"{shown}  {speed:,.0f} tokens/s")
 

@@ -96,7 +96,7 @@ def interaction_losses(
 def run(job: Job) -> None:
     """Train against the cache, then leave the student in interact/student for the next step."""
     recipe, folder = job.recipe, job.recipe.run / NAME
-    if done(folder):
+    if job.has_done(NAME):
         job.say(f"{NAME}: already done, in {folder}")
         return
     if recipe.interact.steps == 0:

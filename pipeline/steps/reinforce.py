@@ -10,7 +10,7 @@ from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.runtime.batches import Chats, Loaded
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
-from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, Moment, Outcome, train
 from pipeline.runtime.ranks import wait_for_all
 from pipeline.vlm.assemble import encoders, vocabulary_rows
@@ -41,7 +41,7 @@ class Finetuned(nn.Module):
 def run(job: Job) -> None:
     """Finetune from what interaction left (or from the untouched student, where it has zero updates), then export."""
     recipe, folder = job.recipe, job.recipe.run / NAME
-    if done(folder):
+    if job.has_done(NAME):
         job.say(f"{NAME}: already done; the student is in {recipe.run / 'student'}")
         return
     begun_from = recipe.student.path if recipe.interact.steps == 0 else recipe.run / "interact" / "student"

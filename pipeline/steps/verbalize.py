@@ -12,7 +12,7 @@ from pipeline.checks import number_of_steps
 from pipeline.runtime.batches import Chats, Loaded, derived_seed
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
-from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, Moment, Outcome, train
 from pipeline.runtime.ranks import wait_for_all
 from pipeline.vlm.assemble import encoders, shared_vocabulary, verbalized
@@ -26,7 +26,7 @@ ROLES = ("teacher", "student")
 def run(job: Job) -> Engine | None:
     """Train both models' verbalizers; returns the engine that holds them, or None if the step was already done."""
     recipe, folder = job.recipe, job.recipe.run / NAME
-    if done(folder):
+    if job.has_done(NAME):
         job.say(f"{NAME}: already done, in {folder}")
         return None
     made = encoders(recipe, ROLES)

@@ -1,0 +1,95 @@
+"""What real models and recipes bring along: bfloat16, tied heads, padded vocabularies, recomputation, empty steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from running import deepspeed, tiny_recipe
+from safetensors.torch import load_file
+
+from pipeline.vlm.backbone import load_vlm
+
+KIND = "qwen2_vl"
+SHORT = {"steps": 2, "batch_size": 8, "micro_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "train", 16, shards=2)
+
+
+@pytest.fixture(scope="module")
+def tied_models(tmp_path_factory) -> dict:
+    """Like Qwen2-VL's small and large: the small one's head is its embedding, the large one's has more padding rows."""
+    root = tmp_path_factory.mktemp("tied")
+    return {
+        (KIND, "teacher"): tiny.write_vlm(root / "teacher", KIND, 6, 32, seed=6, rows=320),
+        (KIND, "student"): tiny.write_vlm(root / "student", KIND, 3, 32, seed=3, tie=True, rows=280),
+    }
+
+
+def lines(run: Path, step: str) -> list[dict]:
+    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if x["step"] == step]
+
+
+def test_bfloat16_with_a_tied_student_and_unequal_vocabularies(tied_models, data, tmp_path):
+    recipe = tiny_recipe(
+        tmp_path, tied_models, KIND, data, precision="bf16", verbalize=SHORT, interact=SHORT, reinforce=SHORT
+    )
+    deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    run = tmp_path / "run"
+    assert json.loads((run / "cache" / "manifest.json").read_text())["vocab"] == 280
+    ours, original = load_file(run / "student" / "model.safetensors"), tied_models[KIND, "student"]
+    assert set(ours) == set(load_file(original / "model.safetensors")) and "lm_head.weight" not in ours
+    assert {w.dtype for w in ours.values()} == {torch.bfloat16}
+    student = load_vlm(run / "student", torch.float32)
+    assert student.lm_head.weight is student.model.language_model.embed_tokens.weight
+    assert lines(run, "interact")[-1]["last"] < lines(run, "interact")[0]["last"]
+
+
+def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_update(tiny_models, data, tmp_path):
+    plain = {"interact": {"steps": 0}, "reinforce": SHORT}
+    found = []
+    for name, options in (("a", {}), ("b", {"gradient_checkpointing": True, "train_vision": True})):
+        recipe = tiny_recipe(tmp_path / name, tiny_models, KIND, data, **plain, **options)
+        deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+        found.append(lines(tmp_path / name / "run", "reinforce"))
+    assert found[0][0]["cross_entropy"] == pytest.approx(found[1][0]["cross_entropy"], rel=1e-6)
+    start = load_file(tiny_models[KIND, "student"] / "model.safetensors")
+    towers = [load_file(tmp_path / n / "run" / "student" / "model.safetensors") for n in ("a", "b")]
+    frozen = [name for name in start if name.startswith("visual.") and "merger" not in name]
+    assert frozen and all(torch.equal(towers[0][name], start[name]) for name in frozen)
+    assert any(not torch.equal(towers[1][name], start[name]) for name in frozen)
+
+
+def test_steps_of_zero_updates(tiny_models, data, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0}, reinforce={"steps": 0})
+    deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe)
+    weights = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
+    assert weights == (tiny_models[KIND, "student"] / "model.safetensors").read_bytes()
+
+
+def test_interaction_and_verbalization_do_not_depend_on_ranks(tiny_models, data, tmp_path):
+    """One rank with micro-batches of 8 and two with 4 form the same global micro-batches and draw the same matches."""
+    found = []
+    for ranks, micro, zero in ((1, 8, "zero0"), (2, 4, "zero3_cpu")):
+        folder = tmp_path / zero
+        short = {"steps": 3, "batch_size": 16, "micro_batch_size": micro}
+        recipe = tiny_recipe(
+            folder, tiny_models, KIND, data, zero, verbalize=short, interact=short, reinforce={"steps": 0}
+        )
+        deepspeed(ranks, "train.py", "--stage", 1, "--recipe", recipe)
+        deepspeed(ranks, "train.py", "--stage", 2, "--recipe", recipe)
+        found.append(folder / "run")
+    for step in ("verbalize", "interact"):
+        for one, two in zip(lines(found[0], step), lines(found[1], step), strict=True):
+            assert one.get("match") == two.get("match") and one["tokens"] == two["tokens"]
+            losses = [k for k in one if "/" in k or k == "last"]
+            assert losses
+            for name in losses:
+                assert two[name] == pytest.approx(one[name], rel=2e-4), name
