@@ -20,20 +20,20 @@ setup: $(STAMP)  ## install everything into .venv (the other targets do it by th
 	@echo "ready: $(VENV)/bin"
 
 demo: $(STAMP)  ## the whole story on 2 CPU cores, about 8 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
-	$(RUN) bash launch/demo.sh
+	@$(RUN) bash launch/demo.sh
 
-demo-models: $(STAMP)  ## train the shipped demo teacher and student again: hours on a CPU, minutes on a GPU
-	$(RUN) python launch/demo_models.py
+demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; ARGS='--pair puzzles --device cuda'
+	@$(RUN) python -m demo.build_models $(ARGS)
 
 test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'
-	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest $(ARGS)
 
 lint: $(STAMP)  ## ruff: style and formatting
-	$(RUN) ruff check .
-	$(RUN) ruff format --check .
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
 
 types: $(STAMP)  ## mypy
-	$(RUN) mypy
+	@$(RUN) mypy
 
 clean:  ## remove what the demo, the tests and the linters left; .venv and your own runs stay
 	rm -rf runs/demo runs/demo-* data/demo data/demo-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,12 +29,13 @@ esac
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # root may start MPI here, and two ranks may share one core
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+[ -t 1 ] || export TERM=dumb  # mpirun gives its ranks a terminal even where there is none: no colours into files
 LAUNCH=(deepspeed -q --num_accelerators 2)
 TIMES=()
 
 timed() { # NAME COMMAND...: show the command as one would type it, run it, keep its time
   local start=$SECONDS
-  printf '\n\033[1m$ %s\033[0m\n' "${*:2}"
+  printf '\n$ %s\n' "${*:2}"
   "${@:2}"
   TIMES+=("$(printf '%-12s %4d s' "$1" $((SECONDS - start)))")
 }
@@ -67,9 +68,9 @@ printf '  %s\n' "${TIMES[@]}" "$(printf '%-12s %4d s' total $SECONDS)"
 cat <<END
 
 where everything lies
-  data/$DATA/                  shards: train/ and held_out/; look at them: python -m data_prep preview data/$DATA/train
-  runs/demo/student/           the distilled student, an ordinary Hugging Face folder
-  runs/demo/evaluation.json    the table above as numbers
-  runs/demo/                   verbalizers, teacher cache, metrics; python -m pipeline status runs/demo
-  runs/demo-finetuned/         the plainly finetuned student
+  data/$DATA/                 shards: train/ and held_out/; look at them: python -m data_prep preview data/$DATA
+  runs/demo/student/          the distilled student, an ordinary Hugging Face folder
+  runs/demo/evaluation.json   the table above as numbers
+  runs/demo/                  verbalizers, teacher cache, metrics; python -m pipeline status runs/demo
+  runs/demo-finetuned/        the plainly finetuned student
 END
