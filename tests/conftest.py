@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """{(kind, "teacher" | "student"): folder}: a teacher of 6 layers x 32 and a student of 3 x 32, of two families."""
+    """{(kind, "teacher" | "student"): folder}: a teacher of 6 layers x 32 and a student of 3 x 32."""
     import tiny
 
     root = tmp_path_factory.mktemp("models")
     return {
         (kind, role): tiny.write_vlm(root / kind / role, kind, layers, 32, seed=layers)
-        for kind in tiny.KINDS
+        for kind in (*tiny.KINDS, *tiny.MORE_KINDS)
         for role, layers in (("teacher", 6), ("student", 3))
     }

@@ -26,6 +26,9 @@ CHAT = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 QWEN_CHAT = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 LLAVA_CHAT = CHAT.replace("IMAGE", "<image>\n")
 KINDS = ("qwen2_vl", "llava_onevision")
+"""Families whose tiny pairs run through both stages."""
+MORE_KINDS = ("qwen2_5_vl", "qwen3_vl", "llava")
+"""Families whose layers, verbalizers and masks are tested."""
 
 
 def byte_tokenizer() -> tf.PreTrainedTokenizerFast:
@@ -47,9 +50,8 @@ def write_vlm(
 ) -> Path:
     """A random tiny VLM as a Hugging Face folder; rows > 0 pads the vocabulary to that many rows."""
     tokenizer = byte_tokenizer()
-    config, processor = {"qwen2_vl": _qwen2_vl, "llava_onevision": _llava_onevision}[kind](
-        tokenizer, layers, width, tie, max(rows, len(tokenizer))
-    )
+    build = {"qwen2_vl": _qwen2_vl, "llava_onevision": _llava_onevision, "llava": _llava}.get(kind) or _newer_qwen(kind)
+    config, processor = build(tokenizer, layers, width, tie, max(rows, len(tokenizer)))
     torch.manual_seed(seed)
     model = tf.AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
@@ -117,6 +119,54 @@ def _llava_onevision(tokenizer, layers: int, width: int, tie: bool, rows: int):
         num_image_tokens=4,
         vision_feature_select_strategy="full",
         chat_template=LLAVA_CHAT,
+    )
+
+
+def _newer_qwen(kind: str):
+    """Qwen2.5-VL or Qwen3-VL: Qwen2-VL's text and tokens with a tower of their own."""
+
+    def build(tokenizer, layers: int, width: int, tie: bool, rows: int):
+        config, processor = _qwen2_vl(tokenizer, layers, width, tie, rows)
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        shared = {name: getattr(config, name) for name in names}
+        text = {**_text(tokenizer, layers, width, tie, rows), "rope_parameters": config.text_config.rope_parameters}
+        vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": width, "num_heads": 2, "intermediate_size": 32}
+        if kind == "qwen2_5_vl":
+            vision |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+            made = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **shared)
+            twin, images = "Qwen2_5_VLProcessor", processor.image_processor
+        else:
+            vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+            text |= {"head_dim": width // 4}
+            made = tf.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **shared)
+            twin = "Qwen3VLProcessor"
+            images = tf.Qwen2VLImageProcessorPil(min_pixels=32 * 32, max_pixels=64 * 64, patch_size=16)
+        return made, TWINS[twin](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
+
+    return build
+
+
+def _llava(tokenizer, layers: int, width: int, tie: bool, rows: int):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = tf.LlavaConfig(
+        text_config={**_text(tokenizer, layers, width, tie, rows), "model_type": "llama", "rope_parameters": rope},
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 16,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    images = tf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return config, tf.LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_CHAT,
+        num_additional_image_tokens=1,
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import KINDS, chats, png, turn
+from tiny import KINDS, MORE_KINDS, chats, png, turn
 
 from pipeline.errors import RecipeError, SampleError
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=KINDS + MORE_KINDS)
 def encoder(request, tiny_models) -> ChatEncoder:
     return ChatEncoder(load_processor(tiny_models[request.param, "student"]), max_length=512)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import KINDS, chats
+from tiny import KINDS, MORE_KINDS, chats
 from torch.nn import functional as F
 
 from pipeline.errors import RecipeError
@@ -32,7 +32,7 @@ def logits_of(spoken, unembedding):
     return unembedding.logits(spoken)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
 def test_untrained_verbalizers_are_the_logit_lens_and_the_last_layer_is_the_model(kind, tiny_models):
     folder = tiny_models[kind, "teacher"]
     side, batch = build(folder), batch_of(folder)
@@ -88,7 +88,7 @@ def test_tokenizers_that_differ_are_refused_with_the_first_token(tiny_models):
         common_vocabulary(teacher, student, 265, 265)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
 def test_everything_trains_but_the_vision_tower(kind, tiny_models):
     model = load_vlm(tiny_models[kind, "student"], torch.float32)
     set_trainable(model, train_vision=False)
