@@ -14,7 +14,7 @@ TAUGHT = {
         "teacher",
     ): "70 % of its questions ask what comes next in a row of tiles, 30 % for a tile that is there",
     ("puzzles", "student"): 'only "What is the second tile?" and the like: it can see and speak, and was never asked '
-    "what comes next",
+    "what comes next (whoever always names the first tile is right in 8 of 27 puzzles)",
     ("easy-vqa", "teacher"): "the training questions of easy-VQA 1.0, shapes moved about and mirrored",
     ("easy-vqa", "student"): "the same questions as its teacher, but far fewer steps",
 }
