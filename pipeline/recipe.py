@@ -81,6 +81,16 @@ class Training(Section):
     """How many of the newest checkpoints stay on disk."""
 
 
+class StudentTraining(Training):
+    """A step that trains the student."""
+
+    lora_rank: Count = 0
+    """Rank of LoRA adapters (peft) on the decoder's linear layers, which then are all that trains, merged in the end; 0
+    trains everything but the vision tower. The paper's way is 64."""
+    lora_alpha: Positive = 64
+    """LoRA's alpha: the adapters' product is scaled by lora_alpha / lora_rank."""
+
+
 class Codec(Section):
     """How a teacher's distribution becomes bytes (docs/cache_format.md)."""
 
@@ -101,7 +111,7 @@ class Cache(Section):
     """Samples in one teacher forward on one rank."""
 
 
-class Interact(Training):
+class Interact(StudentTraining):
     """Stage 2a: each student target layer follows the teacher layer it is matched to."""
 
     matching: Literal["adaptive", "uniform", "random", "argmin", "ordered_argmin", "last_only"] = "adaptive"
@@ -141,7 +151,7 @@ class Recipe(Section):
     """Stage 1b: the teacher's words on disk."""
     interact: Interact
     """Stage 2a: the student follows what the cache says."""
-    reinforce: Training
+    reinforce: StudentTraining
     """Stage 2b: the student is finetuned on the responses."""
 
 

@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "data_prep.schema",
         "pipeline.vlm.processing",
         "pipeline.vlm.export",
+        "pipeline.vlm.lora",
     ],
     "pipeline.steps": [*BELOW, *PARTS, "data_prep.shards"],
     "pipeline.results": [*BELOW, *PARTS, "data_prep.shards", "data_prep.schema"],

@@ -53,7 +53,7 @@ def run(job: Job) -> None:
         return
     made = encoders(recipe, ["student"])
     with sharded_loading(recipe):
-        backbone = load_student(begun_from, dtype_of(recipe), recipe.train_vision, recipe.gradient_checkpointing)
+        backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from)), recipe, recipe.reinforce, job.ranks)
     chats = Chats(ShardFolder(recipe.data.train), made)
     total = number_of_steps(recipe.reinforce, len(chats))

@@ -43,7 +43,7 @@ def verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, see
 
 def student_with_verbalizers(recipe: Recipe, vocab: int, dtype: torch.dtype, verb_ffns: Path) -> VerbalizedVLM:
     """The student as stage 2 trains it, with the verbalizers that stage 1 left frozen on its target layers."""
-    backbone = load_student(recipe.student.path, dtype, recipe.train_vision, recipe.gradient_checkpointing)
+    backbone = load_student(recipe.student.path, dtype, recipe, recipe.interact)
     side = _with_verb_ffns(backbone, target_layers(recipe.student), recipe, vocab, dtype, seed=0)
     load_verb_ffns(side, verb_ffns)
     side.verb_ffns.requires_grad_(recipe.interact.train_verbalizers)

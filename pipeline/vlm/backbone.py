@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe, StudentTraining
 from pipeline.vlm.families import decoder_layers, family, set_trainable
+from pipeline.vlm.lora import add_lora
 
 
 def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
@@ -38,11 +40,14 @@ def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_student(folder: Path | str, dtype: torch.dtype, train_vision: bool, gradient_checkpointing: bool) -> nn.Module:
-    """Load the model that stage 2 trains, with its trainable parts marked."""
+def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, training: StudentTraining) -> nn.Module:
+    """Load the model that a step of stage 2 trains, with what trains of it marked, or with LoRA adapters."""
     model: Any = load_vlm(folder, dtype)
-    set_trainable(model, train_vision)
-    if gradient_checkpointing:
+    if training.lora_rank:
+        add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
+    else:
+        set_trainable(model, recipe.train_vision)
+    if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

@@ -67,6 +67,23 @@ def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_updat
     assert any(not torch.equal(towers[1][name], start[name]) for name in frozen)
 
 
+def test_lora_trains_adapters_alone_and_exports_merged_weights(tiny_models, data, tmp_path):
+    lora = {**SHORT, "lora_rank": 4, "lora_alpha": 8}
+    recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, verbalize=SHORT, interact=lora, reinforce=lora)
+    deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    start = load_file(tiny_models[KIND, "student"] / "model.safetensors")
+    half = load_file(tmp_path / "run" / "interact" / "student" / "model.safetensors")
+    ours = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert set(ours) == set(start)
+    for before, after in ((start, half), (half, ours)):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {n for n in before if ".layers." in n and n.endswith("_proj.weight")}
+        for name in moved:
+            change = torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4)
+            assert change <= 4, f"{name} changed by more than a rank of lora_rank"
+
+
 def test_steps_of_zero_updates(tiny_models, data, tmp_path):
     recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0}, reinforce={"steps": 0})
     deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe)
