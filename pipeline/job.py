@@ -36,12 +36,10 @@ def run_steps(
         return 0
     except (UserError, ShardError) as error:
         _tell(rank, f"error: {error}")
-        return USER_ERROR
+        return _leave(USER_ERROR)
     except Exception as error:
         _tell(rank, f"rank {rank} failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}")
-        # The other ranks wait in a collective for this one: leave without waiting for them.
-        sys.stdout.flush()
-        os._exit(FAILURE)
+        return _leave(FAILURE)
 
 
 def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world: int) -> Resolved:
@@ -85,6 +83,16 @@ def _record(resolved: Resolved) -> None:
     aside = run / "recipe.yaml.partial"
     aside.write_text(resolved.to_yaml(), encoding="utf-8")
     aside.replace(run / "recipe.yaml")
+
+
+def _leave(code: int) -> int:
+    """The exit code; where other ranks may be waiting in a collective for this one, leave without waiting for them."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _tell(rank: int, text: str) -> None:

@@ -16,8 +16,7 @@ from pipeline.checks import number_of_steps
 from pipeline.errors import RecipeError
 from pipeline.recipe import STEPS, Recipe
 from pipeline.resolve import load_recipe
-from pipeline.runtime.folder import begun_steps, done
-from pipeline.runtime.metrics import read_metrics
+from pipeline.runtime.folder import begun_steps, done, read_metrics
 
 # What a line of metrics.jsonl holds beside losses.
 _NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}

@@ -1,4 +1,4 @@
-"""What a run's folder says of its steps: begun, or done. Imports no torch: recipes are checked against it."""
+"""What a run's folder says of its steps: begun, done, their metrics. No torch here: recipes are checked against it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def done(folder: Path) -> dict[str, Any] | None:
 def begun_steps(run: Path) -> list[str]:
     """The steps that have left something in the run folder."""
     return [step for step in STEPS if (run / step).is_dir() and any((run / step).iterdir())]
+
+
+def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, of one step or all; a last line cut short by a crash is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if step is None or line["step"] == step:
+            lines.append(line)
+    return lines
 
 
 def write_json(path: Path, value: Any) -> None:

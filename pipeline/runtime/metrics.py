@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.runtime.folder import read_metrics
+
 
 class Metrics:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard/STEP; a resumed step goes on after its checkpoint."""
@@ -34,22 +36,6 @@ class Metrics:
         """Flush both."""
         self._lines.close()
         self._board.close()
-
-
-def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, of one step or all; a last line cut short by a crash is left out."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if step is None or line["step"] == step:
-            lines.append(line)
-    return lines
 
 
 def _drop_after(path: Path, step: str, first_update: int) -> None:

@@ -84,6 +84,15 @@ def test_lora_trains_adapters_alone_and_exports_merged_weights(tiny_models, data
             assert change <= 4, f"{name} changed by more than a rank of lora_rank"
 
 
+def test_too_many_bad_samples_stop_the_run_with_one_error(tiny_models, data, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0}, reinforce=SHORT)
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--set", "data.max_length=8", check=1)
+    assert said.count("samples could not be used, more than data.max_bad_share=0.01") == 1
+    assert "no response token within max_length=8" in said and "Traceback" not in said
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == 8 and {"key", "shard", "reason"} == set(rejects[0])
+
+
 def test_steps_of_zero_updates(tiny_models, data, tmp_path):
     recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0}, reinforce={"steps": 0})
     deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe)
