@@ -29,7 +29,7 @@ esac
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # root may start MPI here, and two ranks may share one core
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-[ -t 1 ] || export TERM=dumb  # mpirun gives its ranks a terminal even where there is none: no colours into files
+[ -t 1 ] || export COLUMNS=140 TERM=dumb  # wide enough for the trace; mpirun gives its ranks a terminal even where there is none: no colours into files
 LAUNCH=(deepspeed -q --num_accelerators 2)
 TIMES=()
 

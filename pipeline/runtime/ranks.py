@@ -32,15 +32,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def max_over_ranks(value: int, device: str) -> int:
-    """The largest of the ranks' integers."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    number = torch.tensor(value, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
-
-
 def gather_lists(items: Sequence[Any]) -> list[Any]:
     """Every rank's items, rank 0's first, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
