@@ -9,7 +9,7 @@ PLANS = {
     ("puzzles", "teacher"): Plan(tower_steps=800, steps=1600, rate=1.5e-3, tower_rate=5e-4),
     ("puzzles", "student"): Plan(tower_steps=800, steps=400, rate=2e-3, tower_rate=5e-4),
     ("easy-vqa", "teacher"): Plan(tower_steps=2500, steps=1500, rate=1.5e-3, tower_rate=3e-4, read_out_rate=2e-3),
-    ("easy-vqa", "student"): Plan(tower_steps=2500, steps=400, rate=2e-3, tower_rate=3e-4, read_out_rate=2e-3),
+    ("easy-vqa", "student"): Plan(tower_steps=1000, steps=200, rate=2e-3, tower_rate=3e-4, read_out_rate=2e-3),
 }
 """(pair, role) -> how it is taught."""
 
