@@ -147,10 +147,9 @@ def test_a_changed_recipe_is_refused_with_the_differing_keys(finished):
     assert said.count("was begun with another recipe") == 1, "one error, read once"
 
 
+@pytest.mark.parametrize("finished", [KINDS[0]], indirect=True)
 def test_a_stopped_run_ends_bitwise_where_the_uninterrupted_one_does(finished, tiny_models, data, tmp_path):
-    kind, folder, recipe, _ = finished
-    if kind != KINDS[0]:
-        pytest.skip("resuming knows nothing of families")
+    _, folder, recipe, _ = finished
     shutil.copytree(folder / "run" / "verbalize", tmp_path / "run" / "verbalize")
     shutil.copytree(folder / "run" / "cache", tmp_path / "run" / "cache")
     arguments = ["--stage", 2, "--recipe", recipe, "--set", f"run={tmp_path / 'run'}", "interact.checkpoint_every=1"]
