@@ -35,7 +35,7 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
 
     training = Training(steps=2, batch_size=2)
     parts = {"data": {"train": "x"}, "teacher": Model(path="x"), "student": Model(path="x")}
-    steps = {"verbalize": training, "interact": training.model_dump(), "reinforce": training}
+    steps = {"verbalize": training, "interact": training.model_dump(), "reinforce": training.model_dump()}
     recipe = Recipe(run="x", precision="fp32", deepspeed=f"ds_configs/{zero}.json", **parts, **steps)
     ranks = engine.start()
     torch.manual_seed(0)
