@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 from typing import Any
@@ -26,9 +27,11 @@ def reason(record: Any, images: int = 1) -> str:
     return caught.value.reason
 
 
-def test_a_good_record_passes() -> None:
+def test_a_good_record_passes_and_stays_as_it_is() -> None:
+    before = copy.deepcopy(GOOD)
     validate_record(GOOD, [b""])
     validate_record({**GOOD, "question_type": "shape"}, [b""])
+    assert before == GOOD
 
 
 def test_fields_of_the_wrong_type() -> None:

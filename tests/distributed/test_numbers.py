@@ -40,6 +40,7 @@ def reference(request, tmp_path_factory, tiny_models, data):
         ("qwen2_vl", 2, "zero0", 2),
         ("qwen2_vl", 2, "zero2", 4),
         ("qwen2_vl", 2, "zero3_cpu", 4),
+        ("qwen2_vl", 2, "zero3_offload", 2),
         ("qwen2_vl", 2, "zero3_cpu", 1),
         ("qwen2_vl", 1, "zero3_cpu", 2),
         ("llava_onevision", 2, "zero3_cpu", 1),
