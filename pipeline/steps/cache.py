@@ -21,7 +21,7 @@ from pipeline.loss.chunks import rows_per_chunk
 from pipeline.recipe import Codec as CodecRecipe
 from pipeline.runtime.batches import BadSamples, Chats, Loaded, Rejected, load
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
-from pipeline.runtime.folder import done
+from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress
@@ -217,6 +217,7 @@ def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
         return
     if cache.finish():
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
+        mark_done(cache.path, {"shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size / 1e6:,.1f} MB in {cache.path}")
     else:
         left = cache.missing()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import deepspeed, tiny_recipe
+from running import deepspeed, python, tiny_recipe
 from safetensors.torch import load_file
 from tiny import KINDS, chats, write_data
 
@@ -137,6 +137,13 @@ def test_a_complete_run_says_so(finished):
     said = deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe)
     assert "interact: already done" in said and "reinforce: already done" in said
     assert (folder / "run" / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_status_finds_every_step_done(finished):
+    _, folder, _, _ = finished
+    said = python("-m", "pipeline", "status", folder / "run")
+    assert said.count(" done ") == 4 and "begun" not in said
+    assert "python -m pipeline trace" in said.split("next:")[1], "no held-out data, so no evaluation"
 
 
 def test_a_changed_recipe_is_refused_with_the_differing_keys(finished):
