@@ -33,7 +33,7 @@ def run_steps(
     try:
         resolved = prepare(recipe, overrides, steps, world)
         _run(resolved, steps, stop_after, shards, only_missing, verbose)
-        return 0
+        return _leave(0)
     except (UserError, ShardError) as error:
         _tell(rank, f"error: {error}")
         return _leave(USER_ERROR)
@@ -86,11 +86,15 @@ def _record(resolved: Resolved) -> None:
 
 
 def _leave(code: int) -> int:
-    """The exit code; where other ranks may be waiting in a collective for this one, leave without waiting for them."""
-    import torch.distributed as dist
+    """Leave the process at once under a launcher; elsewhere return the exit code.
 
-    if dist.is_initialized():
+    After a failure other ranks may be waiting in a collective for this one. After success, a thread of the communication
+    library now and then outlives the process group and aborts the interpreter on its way out ("terminate called without
+    an active exception", one launch in some forty on gloo): all work is done by then, but the next job would not start.
+    """
+    if "RANK" in os.environ:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     return code
 
