@@ -88,9 +88,9 @@ def _record(resolved: Resolved) -> None:
 def _leave(code: int) -> int:
     """Leave the process at once under a launcher; elsewhere return the exit code.
 
-    After a failure other ranks may be waiting in a collective for this one. After success, a thread of the communication
-    library now and then outlives the process group and aborts the interpreter on its way out ("terminate called without
-    an active exception", one launch in some forty on gloo): all work is done by then, but the next job would not start.
+    After a failure other ranks may be waiting in a collective for this one. After success, a thread of the
+    communication library now and then outlives the process group and aborts the interpreter on its way out ("terminate
+    called without an active exception", seen on gloo): all work is done by then, but the next job would not start.
     """
     if "RANK" in os.environ:
         sys.stdout.flush()
