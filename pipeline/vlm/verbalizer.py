@@ -5,7 +5,7 @@ T response tokens, d width, L layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,9 +93,9 @@ class VerbalizedVLM(nn.Module):
         self.verb_ffns = verb_ffns
         self.head = LanguageHead(backbone, vocab)
 
-    def speak(self, hidden: Mapping[int, Tensor] | Sequence[Tensor]) -> Tensor:
+    def speak(self, hidden: Sequence[Tensor]) -> Tensor:
         """Hidden states of the target layers and of the last, each [T, d], to normed head inputs [L + 1, T, d]."""
-        *targets, last = hidden.values() if isinstance(hidden, Mapping) else hidden
+        *targets, last = hidden
         spoken = [self.verb_ffns[str(layer)](state) for layer, state in zip(self.layers, targets, strict=True)]
         return final_norm(self.backbone)(torch.stack([*spoken, last]))
 
