@@ -1,0 +1,57 @@
+"""Text that every Python brings along: the language reference behind help(), as questions and answers.
+
+T response tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ANSWER_LENGTH = 600
+"""Characters that an answer has at least; with this tokenizer about 190 tokens."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One question and its answer, as token ids."""
+
+    prompt: Tensor
+    """Ids of the chat template up to where the answer starts."""
+    response: Tensor
+    """[T] ids of the answer and the end of its turn."""
+
+
+def conversations(tokenizer: Any, seed: int = 0) -> list[Conversation]:
+    """All pieces of the reference, shuffled. No paragraph stands in two of them."""
+    answers = _answers()
+    random.Random(seed).shuffle(answers)
+    made = []
+    for topic, answer in answers:
+        question = [{"role": "user", "content": f"Tell me about '{topic}' in Python."}]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, f"{answer}<|im_end|>")]
+        made.append(Conversation(*map(torch.tensor, ids)))
+    return made
+
+
+def _answers() -> list[tuple[str, str]]:
+    """(topic, a few of its paragraphs). Topics quote each other at length: what was seen is left out."""
+    seen: set[str] = set()
+    answers = []
+    for topic, text in sorted(topics.items()):
+        answer: list[str] = []
+        for paragraph in text.split("\n\n"):
+            if paragraph in seen or not paragraph.strip():
+                continue
+            seen.add(paragraph)
+            answer.append(paragraph)
+            if sum(map(len, answer)) >= ANSWER_LENGTH:
+                answers.append((topic, "\n\n".join(answer).strip()))
+                answer = []
+    return answers
