@@ -157,8 +157,11 @@ def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dic
     return {**manifest, "shards": shards}
 
 
-def read_manifest(folder: Path, format: str = FORMAT) -> dict[str, Any]:
-    """Read and check folder/manifest.json. Raises DataError: none there, damaged, of another format or newer."""
+def read_manifest(folder: Path, format: str = FORMAT, newest: int = SCHEMA_VERSION) -> dict[str, Any]:
+    """Read and check folder/manifest.json. Raises DataError: none there, damaged, of another format or newer.
+
+    newest: the last version of the format that the caller reads.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -170,8 +173,8 @@ def read_manifest(folder: Path, format: str = FORMAT) -> dict[str, Any]:
         raise DataError(f"{path} is damaged ({error!r}); remove it and run again what made the folder") from None
     if found != format:
         raise DataError(f"{path} has format {found!r}; expected {format!r}: this is another kind of shard folder")
-    if version > SCHEMA_VERSION:
-        raise DataError(f"{path} has version {version}; this program reads up to {SCHEMA_VERSION}: update it")
+    if version > newest:
+        raise DataError(f"{path} has version {version}; this program reads up to {newest}: update it")
     if totals != len(manifest["shards"]):
         raise DataError(f"{path} is damaged: a shard's keys and offsets do not match its samples")
     return manifest
@@ -183,9 +186,9 @@ class ShardFolder:
     Raises DataError where there is no manifest, or it is of another format, or a shard is damaged or gone.
     """
 
-    def __init__(self, path: str | Path, format: str = FORMAT):
+    def __init__(self, path: str | Path, format: str = FORMAT, newest: int = SCHEMA_VERSION):
         self.path = Path(path)
-        self.manifest = read_manifest(self.path, format)
+        self.manifest = read_manifest(self.path, format, newest)
         self.shards: list[ShardInfo] = []
         self.keys: list[str] = []
         for entry in self.manifest["shards"]:

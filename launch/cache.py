@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override values of the recipe, as in --set cache.batch_size=4",
+        help="override values of the recipe, as in --set cache.batch_tokens=8192",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="let libraries log what they like")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it

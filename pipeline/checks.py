@@ -34,7 +34,10 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     for step in steps:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
-    if not problems and needs_teacher and not _left_out(recipe.interact):
+    if "interact" in steps:
+        problems += _recall_problems(recipe)
+    asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
+    if not problems and (needs_teacher or asks_for_layers) and not _left_out(recipe.interact):
         problems += _matching_problems(recipe)
     if problems:
         raise RecipeError(f"{len(problems)} problem(s) in the recipe:\n" + "\n".join(f"  {p}" for p in problems))
@@ -106,7 +109,11 @@ def _model_problems(model: Model, role: str) -> list[str]:
 
 
 def _matching_problems(recipe: Recipe) -> list[str]:
-    teacher, student = target_layers(recipe.teacher), target_layers(recipe.student)
+    student = target_layers(recipe.student)
+    chosen = recipe.interact.teacher_layers
+    if chosen is not None:
+        return [] if len(chosen) > len(student) else [f"interact.teacher_layers: {_too_few(len(chosen), len(student))}"]
+    teacher = target_layers(recipe.teacher)
     if len(teacher) > len(student):
         return []
     depth, wanted = number_of_layers(recipe.teacher.path), len(student) + 1
@@ -116,10 +123,26 @@ def _matching_problems(recipe: Recipe) -> list[str]:
         if len(spaced) == wanted
         else f"a teacher of {depth} layers has too few: name fewer student.layers"
     )
-    return [
-        f"teacher.layers: {len(teacher)} teacher targets for {len(student)} student targets; there must be more, or "
-        f"each search range is a single layer and matching does nothing; {advice}"
-    ]
+    return [f"teacher.layers: {_too_few(len(teacher), len(student))}; {advice}"]
+
+
+def _too_few(teacher: int, student: int) -> str:
+    return (
+        f"{teacher} teacher targets for {student} student targets; there must be more, or each search range is a "
+        "single layer and matching does nothing"
+    )
+
+
+def _recall_problems(recipe: Recipe) -> list[str]:
+    """What stage 2 asks of a cache that it can never give."""
+    problems, codec, points = [], recipe.cache.codec, recipe.interact.points
+    if points is not None and (codec.name != "sampled" or codec.points % points):
+        has = f"cache.codec.points: {codec.points}" if codec.name == "sampled" else f"cache.codec.name: {codec.name}"
+        problems.append(f"interact.points: {points} need a sampled cache of a multiple of points, found {has}")
+    chosen = recipe.interact.teacher_layers
+    if chosen is not None and list(chosen) != sorted(set(chosen)):
+        problems.append(f"interact.teacher_layers: expected increasing layers, found {list(chosen)}")
+    return problems
 
 
 def _training_problems(training: Training, step: str, world: int) -> list[str]:

@@ -94,8 +94,11 @@ class StudentTraining(Training):
 class Codec(Section):
     """How a teacher's distribution becomes bytes (docs/cache_format.md)."""
 
-    name: Literal["hidden", "topk"] = "topk"
-    """topk: the k likeliest ids and one bucket for the rest; hidden: the exact normed verbalizer output."""
+    name: Literal["sampled", "hidden", "topk"] = "sampled"
+    """sampled: systematic samples, unbiased; hidden: the exact normed verbalizer output, 2 d or 4 d bytes; topk: the k
+    likeliest ids and one bucket for the rest, biased, for comparison."""
+    points: Annotated[int, Field(ge=16, le=1024)] = 64
+    """sampled only: how many points are drawn from each distribution."""
     k: Positive = 64
     """topk only: how many ids are kept for each token and layer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -107,8 +110,8 @@ class Cache(Section):
 
     codec: Codec = Codec()
     """The codec and its parameters."""
-    batch_size: Positive = 8
-    """Samples in one teacher forward on one rank."""
+    batch_tokens: Positive = 16384
+    """Tokens in one teacher forward on one rank, image tokens and padding included; a longer sample goes alone."""
 
 
 class Interact(StudentTraining):
@@ -118,6 +121,13 @@ class Interact(StudentTraining):
     """Which teacher layer each student layer follows; adaptive is the paper's Algorithm 1."""
     cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the responses' cross-entropy beside the interaction loss. The paper finds that it hurts: 0."""
+    teacher_layers: tuple[Positive, ...] | None = None
+    """Which of the cached teacher layers may be matched; left out: all."""
+    points: Positive | None = None
+    """Of the cached points of each distribution (cache.codec.points, a multiple), use this many, other ones in each
+    epoch; left out: all of them, the same ones in every epoch."""
+    token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the response tokens that each epoch learns from, others in each."""
     train_verbalizers: bool = False
     """Whether the student's verb-FFNs train as well; in the paper they stay as stage 1 left them."""
 

@@ -25,7 +25,7 @@ def tiny_recipe(folder: Path, models: dict, kind: str, data: Path, zero: str = "
         "teacher": {"path": str(models[kind, "teacher"]), "layers": [1, 2, 3, 4]},
         "student": {"path": str(models[kind, "student"]), "layers": [1, 2]},
         "verbalize": dict(training),
-        "cache": {"codec": {"name": "topk", "k": 16}, "batch_size": 4},
+        "cache": {"codec": {"name": "sampled", "points": 16}, "batch_tokens": 512},
         "interact": dict(training),
         "reinforce": dict(training),
     }
@@ -37,6 +37,12 @@ def tiny_recipe(folder: Path, models: dict, kind: str, data: Path, zero: str = "
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def cache_folder(run: Path) -> Path:
+    """The one teacher cache of a run."""
+    (path,) = (file.parent for file in (run / "cache").glob("*/cache.json"))
     return path
 
 

@@ -40,6 +40,9 @@ MAY_IMPORT = {
 MAY_IMPORT |= {
     f"pipeline.steps.{step}": MAY_IMPORT["pipeline.steps"] for step in ("verbalize", "cache", "interact", "reinforce")
 }
+MAY_IMPORT["pipeline.steps.rehearsal"] = [*MAY_IMPORT["pipeline.steps"], "pipeline.steps.listening"]
+MAY_IMPORT["pipeline.steps.listening"] = MAY_IMPORT["pipeline.steps"]
+MAY_IMPORT["pipeline.steps.cache"] = [*MAY_IMPORT["pipeline.steps.rehearsal"], "pipeline.steps.rehearsal"]
 # Packages of others that only these may import.
 ONLY = {"deepspeed": ["pipeline.runtime.engine"]}
 NEVER = {"data_prep": ["torch", "transformers", "deepspeed"]}

@@ -21,7 +21,7 @@ the full bias: the total variation is rather too large than too small.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.matching import draw_probabilities, search_ranges
-from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
 
 HELD = 8
 """Floats of memory for each logit of a chunk: the log-probabilities in float64, and what one layer's errors take."""
@@ -138,24 +138,42 @@ def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Fidelit
         )
     if layers < 2:
         raise ValueError("fidelity needs two cached layers at least: one stands in for the student of the other")
-    window = _reference_window(layers - 1)
+    students = layers // 2  # every second of the first J - 1
+    window = search_ranges(students, layers - 1) if students < layers - 1 else []
     sums = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=hidden.device)
     matrices = torch.zeros(2, len(window), layers - 1, dtype=torch.float64, device=hidden.device)
     usable = hidden.isfinite().flatten(1).all(1).nonzero()[:, 0]
     for rows in usable.split(rows_per_chunk(HELD * layers * unembedding.vocab)):
-        logits = unembedding.logits(hidden[rows])
-        log_p = logits.double().log_softmax(-1)
-        for j in range(layers):
-            true, cached = _exact(log_p[:, j]), _stored(signal, rows, j, unembedding.vocab)
-            below = j - 1 if j else 1
-            sums[:, j] += _errors(true, cached, log_p[:, below], _slope(logits[:, below], unembedding), unembedding)
-            for row, columns in enumerate(window):
-                if j in columns:
-                    student = log_p[:, 2 * row]
-                    matrices[:, row, j] += torch.stack([true.kl(student).sum(), cached.kl(student).sum()])
+        _add_chunk(sums, matrices, window, hidden[rows], unembedding, _part(signal, rows))
     kl_true, kl_cached = matrices.cpu().numpy()
     named = dict(zip(SUMS, sums.cpu().numpy(), strict=True))
     return Fidelity(len(usable), **named, kl_true=kl_true, kl_cached=kl_cached)
+
+
+def _add_chunk(
+    sums: Tensor, matrices: Tensor, window: Sequence[range], hidden: Tensor, unembedding: Unembedding, signal: Signal
+) -> None:
+    """Add c tokens, hidden [c, J, d], into sums [6, J] and matrices [2, S, J - 1]."""
+    logits = unembedding.logits(hidden)
+    log_p = logits.double().log_softmax(-1)
+    weight = unembedding.weight[: unembedding.vocab]
+    gradients = []
+    for j in range(hidden.shape[1]):
+        below = j - 1 if j else 1
+        log_q, slope = log_p[:, below], _slope(logits[:, below], unembedding)
+        true, cached = _exact(log_p[:, j]), _stored(signal, j, unembedding.vocab)
+        error = cached.kl(log_q) - true.kl(log_q)
+        mass = torch.where(cached.probs > 0, true.probs, 0.0).sum(1)
+        sums[:4, j] += torch.stack((-true.neg_entropy, mass, error, error.square())).sum(1)
+        right = true.gradient(log_q)
+        # The difference first, the product after: in a low-precision weight's dtype two products would not cancel.
+        gradients += [(gradient * slope).to(weight.dtype) for gradient in (cached.gradient(log_q) - right, right)]
+        for row, columns in enumerate(window):
+            if j in columns:
+                student = log_p[:, 2 * row]
+                matrices[:, row, j] += torch.stack((true.kl(student), cached.kl(student))).sum(1)
+    norms = (torch.cat(gradients) @ weight).double().square().sum(1)  # one product: with few rows it is slow
+    sums[4:] += norms.view(-1, 2, len(hidden)).sum(2).T
 
 
 @dataclass(frozen=True)
@@ -193,26 +211,19 @@ def _exact(log_p: Tensor) -> _Target:
     return _Target(p, torch.zeros_like(p[:, :1]), (p * log_p).sum(-1))
 
 
-def _stored(signal: Signal, rows: Tensor, column: int, vocab: int) -> _Target:
+def _stored(signal: Signal, column: int, vocab: int) -> _Target:
     if isinstance(signal, HiddenSignal):
-        return _exact(signal.unembedding.logits(signal.hidden[rows, column]).double().log_softmax(-1))
-    ids, probs, tail, neg_entropy = (
-        values[rows, column] for values in (signal.ids, signal.probs, signal.tail, signal.neg_entropy)
-    )
-    dense = torch.zeros(len(rows), vocab, dtype=torch.float64, device=ids.device).scatter_add_(1, ids, probs.double())
-    return _Target(dense, tail.double()[:, None], neg_entropy.double())
+        return _exact(signal.unembedding.logits(signal.hidden[:, column]).double().log_softmax(-1))
+    ids, probs = signal.ids[:, column], signal.probs[:, column].double()
+    dense = torch.zeros(len(ids), vocab, dtype=torch.float64, device=ids.device).scatter_add_(1, ids, probs)
+    return _Target(dense, signal.tail[:, column, None].double(), signal.neg_entropy[:, column].double())
 
 
-def _errors(true: _Target, cached: _Target, log_q: Tensor, slope: Tensor | float, unembedding: Unembedding) -> Tensor:
-    """The SUMS of one layer and one chunk of tokens."""
-    error = cached.kl(log_q) - true.kl(log_q)
-    gradient = true.gradient(log_q)
-    # Differences first, the product after: in a low-precision weight's dtype two products would not cancel.
-    at_logits = torch.cat(((cached.gradient(log_q) - gradient) * slope, gradient * slope))
-    weight = unembedding.weight[: unembedding.vocab]
-    wrong, right = (at_logits.to(weight.dtype) @ weight).double().square().sum(1).chunk(2)
-    mass = torch.where(cached.probs > 0, true.probs, 0.0).sum(1)
-    return torch.stack([x.sum() for x in (-true.neg_entropy, mass, error, error.square(), wrong, right)])
+def _part(signal: Signal, rows: Tensor) -> Signal:
+    """The signal of some tokens."""
+    if isinstance(signal, HiddenSignal):
+        return HiddenSignal(signal.hidden[rows], signal.unembedding)
+    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
 
 
 def _slope(logits: Tensor, unembedding: Unembedding) -> Tensor | float:
@@ -220,12 +231,6 @@ def _slope(logits: Tensor, unembedding: Unembedding) -> Tensor | float:
     if unembedding.softcap is None:
         return unembedding.scale
     return unembedding.scale * (1 - (logits.double() / unembedding.softcap).square())
-
-
-def _reference_window(teachers: int) -> list[range]:
-    """The search ranges of the reference students, every second of the teacher layers; none where it is all of them."""
-    students = -(-teachers // 2)
-    return search_ranges(students, teachers) if students < teachers else []
 
 
 def _ratio(total: float, count: float) -> float | None:

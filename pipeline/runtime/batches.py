@@ -9,7 +9,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +27,13 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+class Place(NamedTuple):
+    """A sample of the data folder, and in which epoch it is read: what is drawn anew in each is drawn from it."""
+
+    sample: int
+    epoch: int = 0
+
+
 class DataOrder:
     """The endless stream of sample indices: each epoch is one permutation of all samples, drawn from (seed, epoch)."""
 
@@ -34,19 +41,19 @@ class DataOrder:
         self.samples, self.seed = samples, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def __getitem__(self, position: int) -> int:
-        """The sample at a position of the stream, from 0."""
+    def __getitem__(self, position: int) -> Place:
+        """The sample at a position of the stream, from 0, and its epoch."""
         epoch, place = divmod(position, self.samples)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
             self._epoch, self._order = epoch, torch.randperm(self.samples, generator=generator)
-        return int(self._order[place])
+        return Place(int(self._order[place]), epoch)
 
 
 def micro_batches(
     order: DataOrder, training: Training, first_update: int, last_update: int, ranks: Ranks
-) -> Iterator[list[int]]:
-    """This rank's sample indices, micro-step after micro-step, for updates first_update .. last_update - 1."""
+) -> Iterator[list[Place]]:
+    """This rank's samples, micro-step after micro-step, for updates first_update .. last_update - 1."""
     micro = training.micro_batch_size
     for update in range(first_update, last_update):
         start = update * training.batch_size
@@ -86,21 +93,26 @@ class Chats(Dataset):
         self,
         folder: ShardFolder,
         encoders: Mapping[str, ChatEncoder],
-        attach: Callable[[int, Encoded], Any] | None = None,
+        attach: Callable[[Place, Encoded], tuple[Encoded, Any]] | None = None,
     ):
-        """attach(index, encoded) gives what travels with a sample, such as its record in the teacher cache."""
+        """attach gives what travels with a sample, such as its record in the teacher cache; it may thin out the
+        response that carries loss. It sees the first encoder's form, and is for one encoder alone."""
         self.folder, self.encoders, self.attach = folder, dict(encoders), attach
 
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Encoded], Any] | Rejected:
-        raw = self.folder.read(index)
+    def __getitem__(self, place: Place) -> tuple[dict[str, Encoded], Any] | Rejected:
+        raw = self.folder.read(place.sample)
         try:
             encoded = self._encode(raw)
-            return encoded, self.attach(index, next(iter(encoded.values()))) if self.attach else None
+            if self.attach is None:
+                return encoded, None
+            ((role, only),) = encoded.items()
+            only, extra = self.attach(place, only)
+            return {role: only}, extra
         except SampleError as error:
-            shard = next(s.name for s in reversed(self.folder.shards) if s.first <= index)
+            shard = next(s.name for s in reversed(self.folder.shards) if s.first <= place.sample)
             return Rejected(raw.key, shard, str(error))
 
     def _encode(self, raw: Any) -> dict[str, Encoded]:
@@ -115,21 +127,40 @@ class Chats(Dataset):
         return encoded
 
 
-def load(
-    chats: Chats, indices: Sequence[Sequence[int]] | Iterator[list[int]], workers: int, device: str
-) -> Iterator[Loaded]:
-    """Load micro-batches of the given indices, in order, in worker processes."""
-    fillers = {role: encoder.filler() for role, encoder in chats.encoders.items()}
-    pads = {role: _pad_id(encoder) for role, encoder in chats.encoders.items()}
+def load(chats: Chats, places: Sequence[Sequence[Place]], workers: int, device: str) -> Iterator[Loaded]:
+    """Load micro-batches of the given samples, in order, in worker processes."""
+    return _load(chats, places, workers, device, functools.partial(_merge, **_padding(chats)))
+
+
+def load_grouped(
+    chats: Chats, windows: Sequence[Sequence[Place]], most_tokens: int, workers: int, device: str
+) -> Iterator[list[Loaded]]:
+    """Load windows of samples, in order, each as batches of samples alike in length, the longest first.
+
+    A batch has at most `most_tokens` tokens of the first encoder, padding included, or is a single longer sample. It
+    is a function of its window alone. Only a window without any good sample has an empty batch, for its rejects.
+    """
+    group = functools.partial(_group, most_tokens=most_tokens, **_padding(chats))
+    return _load(chats, windows, workers, device, group)
+
+
+def _load(chats: Chats, places: Sequence[Sequence[Place]], workers: int, device: str, collate: Callable) -> Iterator:
     return iter(
         DataLoader(
             chats,
-            batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of index lists
+            batch_sampler=places,  # type: ignore[arg-type]  # any iterable of lists of what Chats takes
             num_workers=workers,
-            collate_fn=functools.partial(_merge, fillers=fillers, pads=pads),
+            collate_fn=collate,
             pin_memory=device != "cpu",
         )
     )
+
+
+def _padding(chats: Chats) -> dict[str, Any]:
+    """What a batch is filled up with, for each encoder."""
+    fillers = {role: encoder.filler() for role, encoder in chats.encoders.items()}
+    pads = {role: _pad_id(encoder) for role, encoder in chats.encoders.items()}
+    return {"fillers": fillers, "pads": pads}
 
 
 class BadSamples:
@@ -159,6 +190,26 @@ def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str
     }
     rejected = [sample for sample in samples if isinstance(sample, Rejected)]
     return Loaded(batches, [extra for _, extra in used], rejected)
+
+
+def _group(
+    samples: list[Any], most_tokens: int, fillers: Mapping[str, Encoded], pads: Mapping[str, int]
+) -> list[Loaded]:
+    used = [sample for sample in samples if not isinstance(sample, Rejected)]
+    used.sort(key=_length, reverse=True)
+    batches: list[list[Any]] = []
+    for sample in used:
+        # The first of a batch is its longest: all others are padded to it.
+        if not batches or (len(batches[-1]) + 1) * _length(batches[-1][0]) > most_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    rejected = [sample for sample in samples if isinstance(sample, Rejected)]
+    first, *rest = batches or [[]]
+    return [_merge(batch, fillers, pads) for batch in ([*first, *rejected], *rest)]
+
+
+def _length(sample: tuple[dict[str, Encoded], Any]) -> int:
+    return len(next(iter(sample[0].values())).response)
 
 
 def _pad_id(encoder: ChatEncoder) -> int:

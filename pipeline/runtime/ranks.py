@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(items))
     return [item for part in gathered for item in part]
+
+
+def until_all_done(own: Iterator[Item], ranks: Ranks) -> Iterator[Item | None]:
+    """This rank's items, then None until every rank has run out: all take part as often, as ZeRO-3 needs."""
+    while True:
+        item = next(own, None)
+        left = sum_over_ranks(torch.tensor(float(item is not None), device=ranks.device))
+        if not left:
+            return
+        yield item
 
 
 def wait_for_all() -> None:

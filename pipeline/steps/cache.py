@@ -7,44 +7,39 @@ depend on the number of ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, SampleError
-from pipeline.loss.chunks import rows_per_chunk
-from pipeline.recipe import Codec as CodecRecipe
-from pipeline.runtime.batches import BadSamples, Chats, Loaded, Rejected, load
+from pipeline.loss.fidelity import Fidelity
+from pipeline.recipe import Recipe
+from pipeline.runtime.batches import BadSamples, Chats, Loaded, Place, Rejected
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress
-from pipeline.runtime.ranks import gather_lists, wait_for_all
-from pipeline.teacher.codec import make_codec
+from pipeline.runtime.ranks import gather_lists, until_all_done, wait_for_all
+from pipeline.steps.listening import WINDOW, Heard, Listener
+from pipeline.steps.rehearsal import Projection, find_order, project, refuse_without_room
+from pipeline.teacher.caches import folder_for
 from pipeline.teacher.fill import CacheFolder, CacheWriter
 from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
-from pipeline.teacher.folder import CacheIdentity
+from pipeline.teacher.folder import CacheIdentity, codec_params
+from pipeline.teacher.packing import to_numpy
 from pipeline.vlm.assemble import encoders, load_verb_ffns, verbalized
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import ChatEncoder
 
 NAME = "cache"
 
-
-@dataclass(frozen=True)
-class Part:
-    """One batch of one shard; a rank that has run out of shards takes part in the others' forwards with no samples."""
-
-    shard: str | None
-    indices: list[int]
-    last: bool
-    """Whether the shard is complete with it."""
+WRITES_WAITING = 2
+"""Batches that may wait for the writing thread before the teacher waits for it."""
 
 
 def run(
@@ -64,61 +59,84 @@ def run(
             f"no verbalizers in {recipe.run / 'verbalize'}; run: "
             "deepspeed launch/train.py --stage 1 --only verbalize --recipe R"
         )
-    identity = _identity(job, verbalize, made["teacher"])
-    cache = CacheFolder(recipe.run / NAME, identity, data, recipe.run / "recipe.yaml")
-    missing = _missing(job, cache, data, shards, only_missing)
-    lacks_head = bool(gather_lists([not cache.has_head])[0]) and make_codec(**identity.codec).needs_head
-    if missing or lacks_head:
+    cache = _open(job, _identity(recipe, verbalize, made["teacher"]), data)
+    lacks, missing = _work(job, cache, data, shards, only_missing)
+    if missing or lacks:
         engine = hosted or _load_teacher(job, verbalize["vocab"])
-        engine.eval()
-        chats = Chats(data, made)
-        if lacks_head:
-            _save_head(job, engine, chats, cache)
+        listener = Listener(job, engine, Chats(data, made), cache.identity.layers, cache.identity.vocab)
+        _prepare(job, listener, cache, lacks)
+        _, missing = _work(job, cache, data, shards, only_missing) if lacks else (lacks, missing)
         if missing:
-            _fill(job, engine, chats, cache, missing)
+            _fill(job, listener, cache, missing)
     wait_for_all()
     _finish(job, cache, len(data.shards))
 
 
-def codec_of(codec: CodecRecipe) -> dict[str, Any]:
-    """A codec's name and parameters, as a cache's identity holds them."""
-    params: dict[str, dict[str, Any]] = {"topk": {"k": codec.k}, "hidden": {"dtype": codec.dtype}}
-    return {"name": codec.name, **params[codec.name]}
+@dataclass(frozen=True)
+class Window:
+    """Neighbours in a shard, whose batches are formed together."""
+
+    shard: str
+    places: list[Place]
+    last: bool
+    """Whether the shard is complete with it."""
 
 
-def plan(data: ShardFolder, shards: list[str], batch_size: int, rank: int, world: int) -> list[Part]:
-    """This rank's batches: every world-th shard, padded with empty ones until all ranks have as many."""
+@dataclass(frozen=True)
+class Part:
+    """One batch of one shard."""
+
+    shard: str
+    loaded: Loaded
+    last: bool
+    """Whether the shard is complete with it."""
+
+
+def plan(data: ShardFolder, shards: Sequence[str], rank: int, world: int) -> list[Window]:
+    """This rank's windows: those of every world-th shard."""
     sizes = {shard.name: (shard.first, shard.samples) for shard in data.shards}
-    longest = max(sum(-(-sizes[name][1] // batch_size) for name in shards[r::world]) for r in range(world))
-    parts = []
+    windows = []
     for name in shards[rank::world]:
         first, count = sizes[name]
-        for start in range(0, count, batch_size):
-            stop = min(count, start + batch_size)
-            parts.append(Part(name, list(range(first + start, first + stop)), stop == count))
-    return parts + [Part(None, [], False)] * (longest - len(parts))
+        for start in range(0, count, WINDOW):
+            stop = min(count, start + WINDOW)
+            places = [Place(index) for index in range(first + start, first + stop)]
+            windows.append(Window(name, places, stop == count))
+    return windows
 
 
-def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
-    recipe = job.recipe
+def _identity(recipe: Recipe, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
     spoken = verbalize["teacher"]
     prints = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
     prints["verbalizers"] = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
     prints["max_length"] = str(recipe.data.max_length)
     layers = (*spoken["layers"], spoken["depth"])
-    return CacheIdentity(codec_of(recipe.cache.codec), layers, verbalize["vocab"], prints)
+    codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
+    return CacheIdentity(codec, layers, verbalize["vocab"], prints)
 
 
-def _missing(
+def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
+    """The folder of this making; rank 0 looks, for all."""
+    root = job.recipe.run / NAME
+    path = gather_lists([folder_for(root, identity, data) if job.ranks.first else None])[0]
+    return CacheFolder(path, identity, data, job.recipe.run / "recipe.yaml")
+
+
+def _work(
     job: Job, cache: CacheFolder, data: ShardFolder, shards: tuple[int, int] | None, verify: bool
-) -> list[str]:
-    """Rank 0 looks, for all: another job may be filling the same cache meanwhile."""
-    if not job.ranks.first:
-        return gather_lists([])
+) -> tuple[set[str], list[str]]:
+    """What the folder lacks before any shard, and the shards to be made.
+
+    Rank 0 looks, for all: another job may be filling the same cache meanwhile.
+    """
     first, last = shards or (0, len(data.shards) - 1)
     if last >= len(data.shards):
         raise CacheError(f"--shards {first}-{last}: {data.path} has shards 0-{len(data.shards) - 1}")
-    return gather_lists(list(cache.missing([s.name for s in data.shards[first : last + 1]], verify=verify)))
+    found: list[Any] = []
+    if job.ranks.first:
+        names = [shard.name for shard in data.shards[first : last + 1]]
+        found = [(cache.lacks, list(cache.missing(names, verify=verify)))]
+    return gather_lists(found)[0]
 
 
 def _load_teacher(job: Job, vocab: int) -> Engine:
@@ -130,95 +148,157 @@ def _load_teacher(job: Job, vocab: int) -> Engine:
     return Engine(module, recipe, None, job.ranks)
 
 
-def _save_head(job: Job, engine: Engine, chats: Chats, cache: CacheFolder) -> None:
-    def keep(_spoken: Tensor, unembedding: Any) -> dict[str, Tensor]:
+def _prepare(job: Job, listener: Listener, cache: CacheFolder, lacks: set[str]) -> None:
+    """What must be there before the first shard."""
+    if "head" in lacks:
+        head = listener.head()
         if job.ranks.first:
-            cache.save_head(unembedding)
-        return {}
+            cache.save_head(head)
+    if "order" in lacks:
+        order = find_order(listener)
+        if job.ranks.first:
+            cache.save_order(order)
+    wait_for_all()
 
-    (loaded,) = load(chats, [[]], 0, job.ranks.device)
-    engine({"teacher": loaded.batches["teacher"].to(engine.device, engine.dtype)}, encode=keep)
 
-
-def _fill(job: Job, engine: Engine, chats: Chats, cache: CacheFolder, missing: list[str]) -> None:
-    recipe = job.recipe
-    codec = make_codec(**cache.identity.codec)
-    encode = partial(codec.encode, chunk=rows_per_chunk(cache.identity.vocab))
-    parts = plan(chats.folder, missing, recipe.cache.batch_size, job.ranks.rank, job.ranks.world)
-    loaded = load(chats, [part.indices for part in parts], recipe.data.workers, job.ranks.device)
-    samples = sum(shard.samples for shard in chats.folder.shards if shard.name in missing)
+def _fill(job: Job, listener: Listener, cache: CacheFolder, missing: list[str]) -> None:
+    data, codec = listener.chats.folder, cache.codec()
+    samples = sum(shard.samples for shard in data.shards if shard.name in missing)
+    projection = project(listener, cache, samples)
+    job.say(f"{NAME}: {len(missing)} of {len(data.shards)} shards to make, about {projection}")
+    refuse_without_room(cache, projection)
+    windows = plan(data, missing, job.ranks.rank, job.ranks.world)
+    loaded = listener.batches([window.places for window in windows])
     with ExitStack() as stack:
-        log = _Log(job, stack, samples, len(missing))
-        writer: CacheWriter | None = None
-        for part, one in zip(parts, loaded, strict=True):
-            batch = one.batches["teacher"]
-            codes = engine({"teacher": batch.to(engine.device, engine.dtype)}, encode=encode)
-            if part.shard is None:
-                continue
-            if writer is None:
-                writer = stack.enter_context(cache.writer(part.shard))
-            bad = _write(writer, one, codes)
-            if part.last:
-                writer.commit()
-                writer = None
-            log.batch(part, len(batch.labels), bad)
+        log = _Log(job, stack, samples, projection)
+        writing = stack.enter_context(_Writing(cache))
+        for part in until_all_done(_parts(windows, loaded), job.ranks):
+            heard = listener.hear(part.loaded if part else listener.idle, codec)
+            if part:
+                log.written(writing.put(part, heard))
+        log.written(writing.rest())
 
 
-def _write(writer: CacheWriter, loaded: Loaded, codes: dict[str, Tensor]) -> list[Rejected]:
-    bad = list(loaded.rejected)
-    for rejected in loaded.rejected:
-        writer.skip(rejected.key, rejected.reason)
-    for key, tokens, arrays in _records(loaded, codes):
-        try:
-            writer.add(key, tokens, arrays)
-        except SampleError as error:
-            writer.skip(key, str(error))
-            bad.append(Rejected(key, writer.path.name, str(error)))
-    return bad
+def _parts(windows: list[Window], loaded: Iterator[list[Loaded]]) -> Iterator[Part]:
+    for window, batches in zip(windows, loaded, strict=True):
+        for number, batch in enumerate(batches, 1):
+            yield Part(window.shard, batch, window.last and number == len(batches))
 
 
-def _records(loaded: Loaded, codes: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    batch = loaded.batches["teacher"]
-    split = {name: array.cpu().split(list(batch.counts)) for name, array in codes.items()}
-    for place, (key, tokens) in enumerate(zip(batch.keys, batch.labels.split(list(batch.counts)), strict=True)):
-        yield key, tokens, {name: parts[place] for name, parts in split.items()}
+@dataclass(frozen=True)
+class Written:
+    """What came of one part."""
+
+    part: Part
+    bytes: int
+    bad: list[Rejected]
+
+
+class _Writing:
+    """Packs and writes in a thread of its own, behind the teacher's forwards. Leaves no half shard behind."""
+
+    def __init__(self, cache: CacheFolder):
+        self._cache, self._pool = cache, ThreadPoolExecutor(1)
+        self._waiting: deque[Future[Written]] = deque()
+        self._writer: CacheWriter | None = None
+        self._fidelity: list[Fidelity] = []
+
+    def __enter__(self) -> _Writing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._writer is not None:
+            self._writer.__exit__(*error)
+
+    def put(self, part: Part, heard: Heard) -> list[Written]:
+        """Hand over a batch; returns those that are written by now. Raises what writing an earlier one raised."""
+        self._waiting.append(self._pool.submit(self._write, part, heard))
+        return self._take(WRITES_WAITING)
+
+    def rest(self) -> list[Written]:
+        """All that was handed over and not returned yet."""
+        return self._take(0)
+
+    def _take(self, left: int) -> list[Written]:
+        return [self._waiting.popleft().result() for _ in range(len(self._waiting) - left)]
+
+    def _write(self, part: Part, heard: Heard) -> Written:
+        if self._writer is None:
+            self._writer, self._fidelity = self._cache.writer(part.shard), []
+        batch, bad, size = part.loaded.batches["teacher"], list(part.loaded.rejected), 0
+        self._fidelity.append(heard.fidelity)
+        for rejected in part.loaded.rejected:
+            self._writer.skip(rejected.key, rejected.reason)
+        arrays, labels, end = {n: to_numpy(a) for n, a in heard.codes.items()}, batch.labels.numpy(), 0
+        for key, count in zip(batch.keys, batch.counts, strict=True):
+            rows, end = slice(end, end + count), end + count
+            try:
+                size += self._writer.add(key, labels[rows], {name: array[rows] for name, array in arrays.items()})
+            except SampleError as error:
+                self._writer.skip(key, str(error))
+                bad.append(Rejected(key, part.shard, str(error)))
+        if part.last:
+            self._writer.commit(fidelity=_sum(self._fidelity).to_json())
+            self._writer.__exit__()
+            self._writer = None
+        return Written(part, size, bad)
 
 
 class _Log:
     """What is told while the cache grows: metrics a shard, progress a batch (this rank's, times the ranks)."""
 
-    def __init__(self, job: Job, stack: ExitStack, samples: int, shards: int):
-        self.job, self.tokens, self.begun = job, 0, time.monotonic()
+    def __init__(self, job: Job, stack: ExitStack, samples: int, projection: Projection):
+        self.job, self.projection, self.begun = job, projection, time.monotonic()
+        self.tokens = self.bytes = self.shards = 0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.progress = StepProgress(NAME, samples, shown=job.ranks.first)
         stack.callback(self.progress.close)
         self.metrics = Metrics(job.recipe.run, NAME, 0) if job.ranks.first else None
         if self.metrics is not None:
             stack.callback(self.metrics.close)
-        self.shards_done = 0
 
-    def batch(self, part: Part, tokens: int, bad: list[Rejected]) -> None:
-        self.tokens += tokens
-        speed = self.tokens * self.job.ranks.world / (time.monotonic() - self.begun)
-        if bad:
-            record_rejected(self.job.recipe.run, bad)
-        self.bad.count(len(part.indices), bad)
+    def written(self, done: list[Written]) -> None:
+        """Count what has been written. Raises DataError when too many samples are bad."""
+        for one in done:
+            self._count(one)
+
+    def _count(self, one: Written) -> None:
+        batch, world = one.part.loaded.batches["teacher"], self.job.ranks.world
+        read = len(batch.keys) + len(one.part.loaded.rejected)
+        self.tokens += len(batch.labels)
+        self.bytes += one.bytes
+        speed = self.tokens * world / (time.monotonic() - self.begun)
+        if one.bad:
+            record_rejected(self.job.recipe.run, one.bad)
+        self.bad.count(read, one.bad)
         left = self.progress.total - self.progress.done
-        self.progress.advance(f"{speed:,.0f} tokens/s", by=min(left, len(part.indices) * self.job.ranks.world))
-        if part.last:
-            self.shards_done += 1
+        size = f"{self.bytes * world / 1e9:,.3f} of about {self.projection.bytes / 1e9:,.3f} GB"
+        self.progress.advance(f"{speed:,.0f} tokens/s  {size}", by=min(left, read * world))
+        if one.part.last:
+            self.shards += 1
             if self.metrics is not None:
-                values = {"shard": part.shard, "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
-                self.metrics.write(self.shards_done, values)
+                values = {"tokens": self.tokens, "tokens_per_s": round(speed, 1), "bytes": self.bytes}
+                self.metrics.write(self.shards, {"shard": one.part.shard, **values})
 
 
 def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
     if not job.ranks.first:
         return
-    if cache.finish():
+    if cache.finish(_fidelity):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
-        mark_done(cache.path, {"shards": shards, "bytes": size})
+        mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size / 1e6:,.1f} MB in {cache.path}")
     else:
+        (job.recipe.run / NAME / "done.json").unlink(missing_ok=True)  # of a cache of other values, or of less data
         left = cache.missing()
         job.say(f"{NAME}: {shards - len(left)} of {shards} shards are there; other jobs make the rest")
+
+
+def _fidelity(sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's summary of what the shards' sidecars measured."""
+    return {"fidelity": _sum([Fidelity.from_json(sidecar["fidelity"]) for sidecar in sidecars]).summary()}
+
+
+def _sum(parts: list[Fidelity]) -> Fidelity:
+    return sum(parts[1:], parts[0])

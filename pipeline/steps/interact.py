@@ -6,7 +6,7 @@ S student target layers, J teacher target layers, T response tokens of the micro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,15 +19,18 @@ from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import STRATEGIES, Matching
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.recipe import Interact, Recipe
-from pipeline.runtime.batches import Chats, Loaded, derived_seed
+from pipeline.runtime.batches import Chats, Loaded, Place, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, Moment, Outcome, train
 from pipeline.runtime.ranks import sum_over_ranks, wait_for_all
+from pipeline.teacher.caches import open_cache
 from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
+from pipeline.teacher.folder import codec_params
+from pipeline.teacher.recall import Recall
 from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
-from pipeline.teacher.store import CacheRecord, TeacherCache
+from pipeline.teacher.store import CacheRecord
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import family
@@ -105,40 +108,30 @@ def run(job: Job) -> None:
         wait_for_all()
         return
     data = ShardFolder(recipe.data.train)
-    remembered = _open_cache(recipe, data)
+    recall = _open_cache(recipe, data)
     with sharded_loading(recipe):
         student = student_with_verbalizers(
-            recipe, remembered.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
+            recipe, recall.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
         )
-    head = StoredHead(remembered.cache.unembedding()) if remembered.cache.codec.needs_head else None
+    head = StoredHead(recall.cache.unembedding()) if recall.cache.codec.needs_head else None
     engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
-    chats = Chats(data, encoders(recipe, ["student"]), attach=remembered.record)
+    chats = Chats(data, encoders(recipe, ["student"]), attach=partial(_attach, recall))
     total = number_of_steps(recipe.interact, len(chats))
-    forward = _forward(engine, recipe.interact, recipe.seed, remembered, student.layers)
+    forward = _forward(engine, recipe.interact, recipe.seed, recall, student.layers)
     rest = family(student.backbone).seldom_used
     averages = train(job, NAME, recipe.interact, total, engine, chats, forward, may_rest=rest)
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
 
 
-@dataclass(frozen=True)
-class Remembered:
-    """The teacher as stage 2 knows it: its cache, and the layers that this run follows, the last one last."""
-
-    cache: TeacherCache
-    layers: tuple[int, ...]
-
-    def record(self, index: int, encoded: Encoded) -> CacheRecord:
-        """The record of a sample, made for exactly these response tokens. Runs in loader workers."""
-        record = self.cache.read(index)
-        self.cache.check_tokens(record, encoded.response_ids)
-        return record
-
-    def signal(self, records: list[CacheRecord], device: torch.device, head: Unembedding | None) -> Signal:
-        """What the layers say about the records' tokens."""
-        return self.cache.signal(records, self.layers, device, head)
+def _attach(recall: Recall, place: Place, encoded: Encoded) -> tuple[Encoded, CacheRecord]:
+    """A sample with its record in the cache; only tokens that both keep carry loss. Runs in loader workers."""
+    record, kept = recall.record(place.sample, place.epoch, encoded.response_ids.numpy())
+    response = encoded.response.clone()
+    response[encoded.response] = torch.from_numpy(kept)
+    return replace(encoded, response=response), record
 
 
-def _open_cache(recipe: Recipe, data: ShardFolder) -> Remembered:
+def _open_cache(recipe: Recipe, data: ShardFolder) -> Recall:
     """Open the run's cache, refused if anything that it was made from is no longer what it was.
 
     The teacher's folder is compared where it is still there; stage 2 does not need it.
@@ -153,17 +146,18 @@ def _open_cache(recipe: Recipe, data: ShardFolder) -> Remembered:
     if (recipe.teacher.path / "config.json").is_file():
         template = str(load_processor(recipe.teacher.path).chat_template)
         expected |= teacher_fingerprints(recipe.teacher.path, template)
-    layers = (*verbalize["teacher"]["layers"], verbalize["teacher"]["depth"])
-    cache = TeacherCache(recipe.run / "cache", data, expected, layers, recipe.run / "recipe.yaml")
-    return Remembered(cache, layers)
+    layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
+    codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
+    cache = open_cache(recipe.run / "cache", data, expected, codec, layers, recipe.run / "recipe.yaml")
+    return Recall(cache, layers, recipe.interact.points, recipe.interact.token_share)
 
 
-def _forward(engine: Engine, interact: Interact, seed: int, remembered: Remembered, layers: tuple[int, ...]):
+def _forward(engine: Engine, interact: Interact, seed: int, recall: Recall, layers: tuple[int, ...]):
     def forward(loaded: Loaded, moment: Moment) -> Outcome:
         generator = torch.Generator().manual_seed(derived_seed(seed, "match", moment.update, moment.micro))
         draw = Draw(STRATEGIES[interact.matching], generator, interact.cross_entropy_weight)
         batch = loaded.batches["student"].to(engine.device, engine.dtype)
-        signal_of = partial(remembered.signal, loaded.attached, engine.device)
+        signal_of = partial(recall.signal, loaded.attached, engine.device)
         losses = engine(batch, signal_of, draw)
         matched, last = losses["matched"], losses["last"]
         loss = matched.sum() + last
@@ -171,7 +165,7 @@ def _forward(engine: Engine, interact: Interact, seed: int, remembered: Remember
         if interact.cross_entropy_weight:
             loss = loss + interact.cross_entropy_weight * losses["cross_entropy"]
             sums["cross_entropy"] = losses["cross_entropy"]
-        return Outcome(loss, sums, {"match": _teacher_layers(losses["match"], remembered.layers)})
+        return Outcome(loss, sums, {"match": _teacher_layers(losses["match"], recall.layers)})
 
     return forward
 

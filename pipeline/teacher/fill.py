@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from data_prep.shards import ShardFolder, write_file, write_manifest, write_shard
 from pipeline.errors import CacheError, SampleError
-from pipeline.teacher.codec import make_codec, to_bytes
+from pipeline.teacher.codec import Codec, make_codec
 from pipeline.teacher.fingerprint import data_fingerprint, file_sha256
 from pipeline.teacher.folder import (
     IDENTITY,
-    TOKENS,
+    RECORD,
     CacheIdentity,
-    checksum,
+    cache_codec,
     missing_shards,
     other_maker,
     read_identity,
     read_sidecars,
 )
 from pipeline.teacher.head import HEAD, save_head
+from pipeline.teacher.order import has_order, save_order
+from pipeline.teacher.packing import pack_record, pack_skipped
 from pipeline.teacher.signal import Unembedding
+
+TAR_BLOCK = 512
 
 
 class CacheFolder:
@@ -45,6 +48,26 @@ class CacheFolder:
         if differing := identity.differences(read_identity(path, recipe)):
             raise CacheError(other_maker(path, differing, recipe))
 
+    @property
+    def lacks(self) -> set[str]:
+        """Which of "head" and "order" the codec needs and the folder has not; they come before any shard."""
+        codec = make_codec(**self.identity.codec)
+        there = {"head": (self.path / HEAD).is_file(), "order": has_order(self.path)}
+        needed = {"head": codec.needs_head, "order": codec.needs_order}
+        return {name for name in needed if needed[name] and not there[name]}
+
+    def save_head(self, unembedding: Unembedding) -> None:
+        """Store the teacher's head, which a codec with `needs_head` decodes through."""
+        save_head(self.path, unembedding)
+
+    def save_order(self, order: np.ndarray) -> None:
+        """Store the vocabulary's order, unless another job has done so meanwhile."""
+        save_order(self.path, order)
+
+    def codec(self) -> Codec:
+        """The codec, ready to write. Raises CacheError where it needs an order that is not there."""
+        return cache_codec(self.path, self.identity, self.recipe)
+
     def missing(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, str]:
         """{shard name: why} of the data's shards, or of some, that must be made; `verify` also hashes those there."""
         asked = self._shards if names is None else names
@@ -52,24 +75,16 @@ class CacheFolder:
 
     def writer(self, shard: str) -> CacheWriter:
         """A writer for the cache shard that mirrors this data shard."""
-        return CacheWriter(self.path / shard, self.identity, self._shards[shard])
+        return CacheWriter(self.path / shard, self.codec(), self.identity, self._shards[shard])
 
-    @property
-    def has_head(self) -> bool:
-        """Whether head.safetensors is there."""
-        return (self.path / HEAD).is_file()
-
-    def save_head(self, unembedding: Unembedding) -> None:
-        """Store the teacher's head, which a codec with `needs_head` decodes through."""
-        save_head(self.path, unembedding)
-
-    def finish(self) -> bool:
+    def finish(self, summary: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda sidecars: {}) -> bool:
         """Write the manifest if every shard is there; returns whether it is. Every job calls this at its end.
 
-        Raises ValueError when the codec decodes through a head that nobody saved.
+        `summary` makes further fields of all sidecars. Raises ValueError when the codec needs a head or an order that
+        nobody saved.
         """
-        if make_codec(**self.identity.codec).needs_head and not self.has_head:
-            raise ValueError(f"{self.path}: save_head comes before finish, for codec {self.identity.codec}")
+        if self.lacks:
+            raise ValueError(f"{self.path}: save {self.lacks} before finish, for codec {self.identity.codec}")
         if self.missing():
             return False
         sidecars = read_sidecars(self.path, self._shards)
@@ -77,10 +92,17 @@ class CacheFolder:
         fields["fingerprints"]["data"] = self._data_fingerprint
         fields["tokens"] = sum(sidecar["tokens"] for sidecar in sidecars.values())
         fields["skipped"] = sum(len(sidecar["skipped"]) for sidecar in sidecars.values())
-        if self.has_head:
+        fields |= summary(list(sidecars.values()))
+        if (self.path / HEAD).is_file():
             fields["head_sha256"] = file_sha256(self.path / HEAD)
         write_manifest(self.path, list(sidecars.values()), **fields)
         return True
+
+
+def record_bytes(codec: Codec, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+    """What a record takes on disk, its tar header and padding included."""
+    size = len(pack_record(tokens, codec.pack(arrays)))
+    return TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
 class CacheWriter:
@@ -90,11 +112,11 @@ class CacheWriter:
     the shard, so that memory holds one record at a time.
     """
 
-    def __init__(self, path: Path, identity: CacheIdentity, data: Mapping[str, Any]):
-        self.path, self._identity, self._data = path, identity, data
+    def __init__(self, path: Path, codec: Codec, identity: CacheIdentity, data: Mapping[str, Any]):
+        self.path, self._codec, self._identity, self._data = path, codec, identity, data
         self._expected = set(data["keys"])
         self._spill = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by __exit__
-        self._records: dict[str, dict[str, tuple[int, int]]] = {}
+        self._records: dict[str, tuple[int, int]] = {}
         self._skipped: dict[str, str] = {}
         self._tokens = 0
 
@@ -104,55 +126,49 @@ class CacheWriter:
     def __exit__(self, *error: object) -> None:
         self._spill.close()
 
-    def add(self, key: str, tokens: Tensor | Sequence[int], arrays: Mapping[str, Tensor]) -> None:
-        """A sample's T response token ids and the codec's arrays [T, J, ...].
+    def add(self, key: str, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+        """A sample's T response token ids and the codec's arrays [T, J, ...]; returns the bytes that they take.
 
         Raises SampleError where a number is NaN (the teacher overflowed): skip it then; ValueError for a foreign key,
         one that came already, or arrays of another T or J.
         """
-        ids = np.asarray(tokens, "<i4")
-        expected = (len(ids), len(self._identity.layers))
+        expected = (len(tokens), len(self._identity.layers))
         for name, array in arrays.items():
-            if tuple(array.shape[:2]) != expected or not len(ids):
-                raise ValueError(f"'{key}': {name} is {tuple(array.shape)} for {expected} tokens and layers")
-            if array.is_floating_point() and bool(array.isnan().any()):
+            if array.shape[:2] != expected or not len(tokens):
+                raise ValueError(f"'{key}': {name} is {array.shape} for {expected} tokens and layers")
+            if array.dtype.kind == "f" and np.isnan(array).any():
                 raise SampleError(f"what the teacher says is not a number ({name}): run it in bf16 or fp32")
-        members = {TOKENS: ids.tobytes(), **to_bytes(arrays)}
-        meta = {"tokens": len(ids), "crc32": checksum(members)}
-        self._keep(key, {"json": _json(meta), **members})
-        self._tokens += len(ids)
+        record = pack_record(tokens, self._codec.pack(arrays))
+        self._keep(key, record)
+        self._tokens += len(tokens)
+        return len(record)
 
     def skip(self, key: str, reason: str) -> None:
         """Record that a sample could not be used: it keeps its place, without words of the teacher."""
-        self._keep(key, {"json": _json({"tokens": 0, "skipped": reason})})
+        self._keep(key, pack_skipped(reason))
         self._skipped[key] = reason
 
-    def commit(self) -> None:
-        """Write the shard and then its sidecar. Raises ValueError when a key of the data shard has not come."""
+    def commit(self, **fields: Any) -> None:
+        """Write the shard and then its sidecar, with further fields. Raises ValueError when a key has not come."""
         absent = [key for key in self._data["keys"] if key not in self._records]
         if absent:
             raise ValueError(f"{self.path.name}: {len(absent)} samples have not come, the first '{absent[0]}'")
         sidecar = self.path.with_suffix(".json")
         sidecar.unlink(missing_ok=True)  # a shard that is being replaced is not done
-        entry = write_shard(self.path, ((key, self._recall(key)) for key in self._data["keys"]))
-        made = {"made_for": self._identity.digest, "data_sha256": self._data["sha256"]}
-        write_file(sidecar, _json({**entry, **made, "tokens": self._tokens, "skipped": self._skipped}))
+        entry = write_shard(self.path, ((key, {RECORD: self._recall(key)}) for key in self._data["keys"]))
+        made = {"made_for": self._identity.made_for(self.path.parent), "data_sha256": self._data["sha256"]}
+        write_file(sidecar, _json({**entry, **made, "tokens": self._tokens, "skipped": self._skipped, **fields}))
 
-    def _keep(self, key: str, members: Mapping[str, bytes]) -> None:
+    def _keep(self, key: str, record: bytes) -> None:
         if key in self._records or key not in self._expected:
             raise ValueError(f"'{key}' came twice or is not in {self.path.name}")
-        places = {}
-        for name, content in members.items():
-            places[name] = (self._spill.tell(), len(content))
-            self._spill.write(content)
-        self._records[key] = places
+        self._records[key] = (self._spill.tell(), len(record))
+        self._spill.write(record)
 
-    def _recall(self, key: str) -> dict[str, bytes]:
-        members = {}
-        for name, (offset, size) in self._records[key].items():
-            self._spill.seek(offset)
-            members[name] = self._spill.read(size)
-        return members
+    def _recall(self, key: str) -> bytes:
+        offset, size = self._records[key]
+        self._spill.seek(offset)
+        return self._spill.read(size)
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -1,17 +1,17 @@
 """What lies in a teacher cache's folder, whose it is, and what it still lacks (docs/cache_format.md).
 
-cache/cache.json         what the cache is made of: written first; every job that fills it must agree
-cache/000000.tar         mirrors data shard 000000.tar: same name, same keys, same order
-cache/000000.json        its sidecar, written after it: "this shard is done"
-cache/head.safetensors   the teacher's language head, where the codec needs it
-cache/manifest.json      written last, from all sidecars
+cache.json         what the cache is made of: written first; every job that fills it must agree
+order.int32        the vocabulary by the teacher's use, where the codec needs it
+head.safetensors   the teacher's language head, where the codec needs it
+000000.tar         mirrors data shard 000000.tar: same name, same keys, same order
+000000.json        its sidecar, written after it: "this shard is done"
+manifest.json      written last, from all sidecars
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CacheError
+from pipeline.teacher.codec import CODECS, Codec, make_codec
 from pipeline.teacher.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
+from pipeline.teacher.order import order_sha256, read_order
 
 FORMAT = "vlsi-cache"
-VERSION = 1
-IDENTITY, TOKENS = "cache.json", "tokens.int32"
+VERSION = 2
+IDENTITY, RECORD = "cache.json", "mp"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class CacheIdentity:
     """What a cache is made of; two that differ never share a folder."""
 
     codec: Mapping[str, Any]
-    """{"name": "topk", "k": 64}."""
+    """{"name": "sampled", "points": 64, "seed": 0}."""
     layers: tuple[int, ...]
     """The J teacher layers, counted from 1: the target layers, then the last layer."""
     vocab: int
@@ -52,8 +54,12 @@ class CacheIdentity:
 
     @property
     def digest(self) -> str:
-        """A hash of all of it, which each sidecar carries."""
+        """A hash of all of it, which names the cache's folder."""
         return text_fingerprint(json.dumps(self.to_json(), sort_keys=True))
+
+    def made_for(self, path: Path) -> str:
+        """The hash that each sidecar carries: of all of it, and of the vocabulary's order in the cache's folder."""
+        return text_fingerprint(f"{self.digest} {order_sha256(path)}")
 
     def differences(self, other: CacheIdentity) -> list[Mismatch]:
         """What `other` has differently from this one, the expected."""
@@ -76,6 +82,20 @@ def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
         raise CacheError(f"no teacher cache at {path}; make it: {command(recipe)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{file} is damaged ({error!r}); make it again: {command_anew(path, recipe)}") from None
+
+
+def codec_params(recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A recipe's cache.codec to a codec's name and parameters, as a cache's identity holds them."""
+    values = {**recipe, "seed": seed}
+    return {"name": recipe["name"], **{key: values[key] for key in CODECS[recipe["name"]].PARAMS}}
+
+
+def cache_codec(path: Path, identity: CacheIdentity, recipe: Path | str = "R") -> Codec:
+    """A cache's codec, with the vocabulary's order where it needs one. Raises CacheError where that is not there."""
+    order = None
+    if make_codec(**identity.codec).needs_order:
+        order = read_order(path, identity.vocab, f"Put it right: {command(recipe, '--only-missing')}")
+    return make_codec(**identity.codec, order=order)
 
 
 def read_sidecars(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -102,20 +122,14 @@ def missing_shards(
     """
     sidecars = read_sidecars(path, (shard["name"] for shard in data_shards)) if sidecars is None else sidecars
 
+    made_for = identity.made_for(path)
+
     def problem(shard: Mapping[str, Any]) -> str | None:
-        return _problem(path / shard["name"], identity, shard, sidecars.get(shard["name"]), verify)
+        return _problem(path / shard["name"], made_for, shard, sidecars.get(shard["name"]), verify)
 
     with ThreadPoolExecutor(8) as pool:
         problems = pool.map(problem, data_shards)
     return {shard["name"]: why for shard, why in zip(data_shards, problems, strict=True) if why}
-
-
-def checksum(members: Mapping[str, bytes]) -> int:
-    """CRC-32 over a record's members, in their order, all but its JSON."""
-    value = 0
-    for content in members.values():
-        value = zlib.crc32(content, value)
-    return value
 
 
 def command(recipe: Path | str, *flags: str) -> str:
@@ -124,7 +138,7 @@ def command(recipe: Path | str, *flags: str) -> str:
 
 
 def command_anew(path: Path, recipe: Path | str) -> str:
-    """The command that makes a cache anew beside an old one that no longer fits."""
+    """The command that makes a cache again where the old one is no good: moved aside, not removed."""
     old = shlex.quote(str(path))
     return f"mv {old} {shlex.quote(f'{path}.old')} && {command(recipe)}"
 
@@ -136,18 +150,18 @@ def other_maker(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, 
     return (
         f"{path} was made from something else ({names}):\n"
         + "\n".join(lines)
-        + f"\nBring back what it was made from, or make it again: {command_anew(path, recipe)}"
+        + f"\nBring back what it was made from, or make a new one beside it: {command(recipe)}"
     )
 
 
 def _problem(
-    file: Path, identity: CacheIdentity, data: Mapping[str, Any], sidecar: Mapping[str, Any] | None, verify: bool
+    file: Path, made_for: str, data: Mapping[str, Any], sidecar: Mapping[str, Any] | None, verify: bool
 ) -> str | None:
     """Why a cache shard has to be made (again), or None."""
     try:
         if sidecar is None:
             return "not made yet"
-        if sidecar["made_for"] != identity.digest:
+        if sidecar["made_for"] != made_for:
             return "made for another cache"
         if sidecar["data_sha256"] != data["sha256"]:
             return f"made from other data: expected SHA-256 {data['sha256']}, found {sidecar['data_sha256']}"

@@ -5,7 +5,6 @@ T response tokens, J cached teacher layers.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from data_prep.schema import DataError
 from data_prep.shards import MANIFEST, ShardFolder
-from pipeline.errors import CacheError, SampleError
-from pipeline.teacher.codec import Codec, from_bytes, make_codec
+from pipeline.errors import CacheError
 from pipeline.teacher.fingerprint import Mismatch, compare, data_fingerprint
 from pipeline.teacher.folder import (
     FORMAT,
-    TOKENS,
-    checksum,
+    RECORD,
+    VERSION,
+    cache_codec,
     command,
     command_anew,
     missing_shards,
@@ -33,6 +32,7 @@ from pipeline.teacher.folder import (
     read_sidecars,
 )
 from pipeline.teacher.head import check_head, read_head
+from pipeline.teacher.packing import join_arrays, unpack_record
 from pipeline.teacher.signal import Signal, Unembedding
 
 
@@ -44,15 +44,15 @@ class CacheRecord:
     tokens: np.ndarray
     """[T] int32, the response tokens that the arrays were made for."""
     arrays: Mapping[str, np.ndarray]
-    """The codec's arrays [T, J, ...]."""
+    """The codec's unpacked arrays [T, J, n]."""
 
 
 class TeacherCache:
     """A finished cache for the given data: what the teacher said about sample i of the data folder is record i here.
 
-    Opening checks, in this order: format version, codec, `expected` fingerprints (those given; a cache may hold more),
-    `layers` asked for, that every data shard is cached, whole in size, and made from this very data. Any of it wrong
-    raises CacheError with both values and the command that makes it right; `recipe` is what that command names.
+    Opening checks, in this order: format version, `codec` and `expected` fingerprints (those given; a cache may hold
+    more), `layers` asked for, that every data shard is cached, whole in size, and made from this very data. Any of it
+    wrong raises CacheError with both values and the command that makes it right; `recipe` is what that command names.
     Picklable, for loader workers.
     """
 
@@ -63,18 +63,19 @@ class TeacherCache:
         expected: Mapping[str, str] | None = None,
         layers: Sequence[int] = (),
         recipe: Path | str = "R",
+        codec: Mapping[str, Any] | None = None,
     ):
         self.path, self.recipe = path, recipe
         self.identity = read_identity(path, recipe)
-        self.codec: Codec = make_codec(**self.identity.codec)
-        if mismatches := compare(expected or {}, self.identity.fingerprints):
+        if mismatches := self._mismatches(expected or {}, codec):
             raise CacheError(other_maker(path, mismatches, recipe))
         self.columns(layers)
+        self.codec = cache_codec(path, self.identity, recipe)
         self._check_complete(data)
         if self.codec.needs_head:
             check_head(path, recipe)
         try:
-            self._folder = ShardFolder(path, format=FORMAT)
+            self._folder = ShardFolder(path, format=FORMAT, newest=VERSION)
         except DataError as error:
             raise CacheError(f"{error}. Put it right: {self._repair()}") from None
 
@@ -97,8 +98,8 @@ class TeacherCache:
         if absent:
             raise CacheError(
                 f"{self.path}: asked for teacher layers {list(layers)}, cached are {list(self.layers)}: {absent} "
-                f"missing. Ask for cached ones (teacher.layers), or make the cache again: "
-                f"{command_anew(self.path, self.recipe)}"
+                f"missing. Ask for cached ones (interact.teacher_layers), or make a cache that has them: "
+                f"{command(self.recipe)}"
             )
         return [self.layers.index(layer) for layer in layers]
 
@@ -110,19 +111,14 @@ class TeacherCache:
         key = self._folder.keys[index]
         try:
             members = self._folder.read_members(index)
-            meta = json.loads(members.pop("json"))
-            if "skipped" not in meta:
-                if checksum(members) != meta["crc32"]:
-                    raise ValueError("its checksum is not the one written with it")
-                tokens = np.frombuffer(members.pop(TOKENS), "<i4").copy()
-                return CacheRecord(key, tokens, from_bytes(members, len(tokens), len(self.layers)))
-        except (DataError, ValueError, KeyError, TypeError) as error:
+            tokens, streams = unpack_record(members[RECORD])
+            return CacheRecord(key, tokens, self.codec.unpack(streams, len(tokens), len(self.layers)))
+        except (DataError, ValueError, KeyError) as error:
             raise CacheError(
                 f"{self.path}: record '{key}' is damaged: {error}. Put it right: {self._repair()}"
             ) from None
-        raise SampleError(f"skipped when the teacher cache was made: {meta['skipped']}")
 
-    def check_tokens(self, record: CacheRecord, expected: Tensor | Sequence[int]) -> None:
+    def check_tokens(self, record: CacheRecord, expected: np.ndarray | Tensor | Sequence[int]) -> None:
         """Raise CacheError unless the record was made for exactly these response token ids."""
         wanted, found = np.asarray(expected).tolist(), record.tokens.tolist()
         if wanted == found:
@@ -150,24 +146,32 @@ class TeacherCache:
 
         `unembedding`, for a codec that needs the head, is what `self.unembedding(device)` gave.
         """
+        columns = self.columns(layers)
+        chosen = [{name: array[:, columns] for name, array in record.arrays.items()} for record in records]
+        return self.decode(chosen, len(columns), device, unembedding)
+
+    def decode(
+        self,
+        records: Sequence[Mapping[str, np.ndarray]],
+        layers: int,
+        device: torch.device | str = "cpu",
+        unembedding: Unembedding | None = None,
+    ) -> Signal:
+        """As `signal`, from records' arrays of which the layers were chosen already; none speak about no token."""
         if not records:
-            return self.codec.empty(len(self.columns(layers)), unembedding, device)
-        records = records or [self._no_tokens()]
-        names = records[0].arrays
-        joined = {name: np.concatenate([record.arrays[name] for record in records]) for name in names}
-        return self.codec.decode(joined, self.columns(layers), unembedding, device)
+            return self.codec.empty(layers, unembedding, device)
+        return self.codec.decode(join_arrays(list(records)), unembedding, device)
 
     def unembedding(self, device: torch.device | str = "cpu") -> Unembedding:
         """The teacher's stored language head. Raises CacheError where the file is gone or is not what was written."""
         return read_head(self.path, self.manifest.get("head_sha256"), device, self.recipe)
 
-    def _no_tokens(self) -> CacheRecord:
-        """A record of no token, shaped like the others: what a rank whose samples were all bad takes part with."""
-        for index in range(len(self)):
-            with contextlib.suppress(SampleError):
-                record = self.read(index)
-                return CacheRecord("", record.tokens[:0], {name: a[:0] for name, a in record.arrays.items()})
-        raise CacheError(f"{self.path}: every sample was skipped when the cache was made; see its *.json files")
+    def _mismatches(self, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
+        differing = compare(expected, self.identity.fingerprints)
+        if codec is not None and dict(codec) != dict(self.identity.codec):
+            said = [json.dumps(dict(one), sort_keys=True) for one in (codec, self.identity.codec)]
+            differing.append(Mismatch("codec", *said))
+        return differing
 
     def _check_complete(self, data: ShardFolder) -> None:
         shards = data.manifest["shards"]

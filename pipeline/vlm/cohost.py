@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.processing import Batch
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
-Encode = Callable[[Tensor, Unembedding], dict[str, Tensor]]
-"""(normed hidden states [T, L + 1, d], the teacher's head) -> coded arrays."""
+Encode = Callable[[Tensor, Unembedding], Any]
+"""(normed hidden states [T, L + 1, d], the teacher's head) -> what is made of them while the head is gathered."""
 
 
 class CoHost(nn.Module):
@@ -38,11 +39,11 @@ class CoHost(nn.Module):
             side.backbone.eval()  # type: ignore[union-attr]
         return self
 
-    def forward(self, batches: Mapping[str, Batch], encode: Encode | None = None) -> dict[str, Tensor]:
+    def forward(self, batches: Mapping[str, Batch], encode: Encode | None = None) -> Any:
         """Verbalization losses: for each side [L + 1], cross-entropy in nat summed over this batch's response tokens.
 
         The last entry is the backbone's own, through its last layer; nothing of it trains. With `encode`, instead:
-        what the teacher says about the batch, coded for the cache.
+        what it makes of what the teacher says about the batch.
         """
         if encode is not None:
             return _record(self.sides["teacher"], batches["teacher"], encode)  # type: ignore[arg-type]
@@ -59,8 +60,8 @@ class CoHost(nn.Module):
 
 
 @torch.no_grad()
-def _record(teacher: VerbalizedVLM, batch: Batch, encode: Encode) -> dict[str, Tensor]:
-    """What every target layer and the last say about the batch's response tokens, coded."""
+def _record(teacher: VerbalizedVLM, batch: Batch, encode: Encode) -> Any:
+    """What every target layer and the last say about the batch's response tokens, in the hands of `encode`."""
     hidden = run_backbone(teacher.backbone, batch.inputs, teacher.all_layers(), batch.positions)
     spoken = teacher.speak(hidden).transpose(0, 1)
     return teacher.head(encode, spoken)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import deepspeed, tiny_recipe
+from running import cache_folder, deepspeed, tiny_recipe
 from safetensors.torch import load_file, save_file
 from tiny import write_data
 
@@ -37,14 +37,14 @@ def copy(run: Path, to: Path, *parts: str) -> list[str]:
 
 
 def shards(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run / "cache").glob("*.tar"))}
+    return {path.name: path.read_bytes() for path in sorted(cache_folder(run).glob("*.tar"))}
 
 
 def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized, tmp_path):
     recipe, run = verbalized
     where = copy(run, tmp_path / "run", "verbalize")
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "1-2", *where)
-    assert "2 of 3 shards are there" in said and not (tmp_path / "run" / "cache" / "manifest.json").exists()
+    assert "2 of 3 shards are there" in said and not (cache_folder(tmp_path / "run") / "manifest.json").exists()
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "0", *where)
     assert "cache: complete, 3 shards" in said
     assert shards(tmp_path / "run") == shards(run), "two ranks and one, one engine with a student and one without"
@@ -53,7 +53,7 @@ def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized, tmp_pat
 def test_a_damaged_shard_is_named_and_made_again(verbalized, tmp_path):
     recipe, run = verbalized
     where = copy(run, tmp_path / "run", "verbalize", "cache")
-    shard = tmp_path / "run" / "cache" / "000001.tar"
+    shard = cache_folder(tmp_path / "run") / "000001.tar"
     flipped = bytearray(shard.read_bytes())
     flipped[3000] ^= 1
     shard.write_bytes(flipped)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import deepspeed, python, tiny_recipe
+from running import cache_folder, deepspeed, python, tiny_recipe
 from safetensors.torch import load_file
 from tiny import KINDS, chats, write_data
 
@@ -63,7 +63,7 @@ def test_verbalization_losses_fall_and_only_verb_ffns_are_kept(finished):
 
 def test_the_cache_mirrors_the_data(finished, data):
     _, folder, _, said = finished
-    ours = json.loads((folder / "run" / "cache" / "manifest.json").read_text())
+    ours = json.loads((cache_folder(folder / "run") / "manifest.json").read_text())
     theirs = json.loads((data / "manifest.json").read_text())
     assert [s["name"] for s in ours["shards"]] == [s["name"] for s in theirs["shards"]]
     assert [s["keys"] for s in ours["shards"]] == [s["keys"] for s in theirs["shards"]]

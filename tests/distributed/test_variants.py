@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from running import deepspeed, tiny_recipe
+from running import cache_folder, deepspeed, tiny_recipe
 from safetensors.torch import load_file
 
 from pipeline.vlm.backbone import load_vlm
@@ -43,7 +43,7 @@ def test_bfloat16_with_a_tied_student_and_unequal_vocabularies(tied_models, data
     deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
     run = tmp_path / "run"
-    assert json.loads((run / "cache" / "manifest.json").read_text())["vocab"] == 280
+    assert json.loads((cache_folder(run) / "manifest.json").read_text())["vocab"] == 280
     ours, original = load_file(run / "student" / "model.safetensors"), tied_models[KIND, "student"]
     assert set(ours) == set(load_file(original / "model.safetensors")) and "lm_head.weight" not in ours
     assert {w.dtype for w in ours.values()} == {torch.bfloat16}

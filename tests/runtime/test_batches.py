@@ -10,7 +10,7 @@ from tiny import write_data
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError
 from pipeline.recipe import Training
-from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Rejected, load, micro_batches
+from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Place, Rejected, load, micro_batches
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.vlm.processing import ChatEncoder, load_processor
@@ -41,19 +41,23 @@ def test_resuming_sees_the_same_remaining_batches_also_on_other_ranks():
 
 def test_every_epoch_is_a_permutation_of_its_own():
     order = DataOrder(30, seed=5)
-    epochs = [[order[e * 30 + i] for i in range(30)] for e in range(3)]
+    places = [[order[e * 30 + i] for i in range(30)] for e in range(3)]
+    assert all(place.epoch == e for e, epoch in enumerate(places) for place in epoch)
+    epochs = [[place.sample for place in epoch] for epoch in places]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [DataOrder(30, seed=6)[i] for i in range(30)] != epochs[0]
-    assert order[3] == epochs[0][3], "going back gives the same"
+    assert [DataOrder(30, seed=6)[i].sample for i in range(30)] != epochs[0]
+    assert order[3] == places[0][3], "going back gives the same"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_and_rejecting(tiny_models, tmp_path, workers):
     folder = ShardFolder(write_data(tmp_path / "train", 10))
     short = ChatEncoder(load_processor(tiny_models["qwen2_vl", "student"]), max_length=42)
-    chats = Chats(folder, {"student": short}, attach=lambda index, encoded: (index, len(encoded.response_ids)))
-    loaded = list(load(chats, [[0, 1, 2], [3, 4], [9, 8]], workers, "cpu"))
+    chats = Chats(
+        folder, {"student": short}, attach=lambda place, encoded: (encoded, (place.sample, len(encoded.response_ids)))
+    )
+    loaded = list(load(chats, [[Place(i) for i in some] for some in ([0, 1, 2], [3, 4], [9, 8])], workers, "cpu"))
     assert [len(one.attached) + len(one.rejected) for one in loaded] == [3, 2, 2], "read = used + rejected"
     for one in loaded:
         batch = one.batches["student"]
@@ -61,7 +65,7 @@ def test_loading_and_rejecting(tiny_models, tmp_path, workers):
         assert [folder.keys[index] for index, _ in one.attached] == list(batch.keys)
     whole = ChatEncoder(short.processor, 512)
     nothing = ChatEncoder(short.processor, 5)
-    (one,) = load(Chats(folder, {"a": whole, "b": nothing}), [[0, 1]], workers, "cpu")
+    (one,) = load(Chats(folder, {"a": whole, "b": nothing}), [[Place(0), Place(1)]], workers, "cpu")
     assert [r.key for r in one.rejected] == folder.keys[:2] and one.tokens() == 0
     assert one.rejected[0].shard == "000000.tar" and "max_length=5" in one.rejected[0].reason
     assert one.batches["a"].inputs["input_ids"].shape[0] == 1, "the filler row alone: the rank still takes part"

@@ -1,4 +1,4 @@
-"""How cache shards are shared out: whole shards a rank, as many forwards on every rank, batches within a shard."""
+"""How cache shards are shared out: whole shards a rank, batches alike in length, formed within a shard."""
 
 from __future__ import annotations
 
@@ -6,18 +6,38 @@ import pytest
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
+from pipeline.runtime import batches
+from pipeline.runtime.batches import Rejected
 from pipeline.steps.cache import plan
+from pipeline.steps.listening import WINDOW
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_sample_once_and_equal_numbers_of_forwards(tmp_path, world):
-    data = ShardFolder(write_data(tmp_path / "train", 23, shards=4))
+def test_every_sample_once_and_windows_that_do_not_depend_on_ranks(tmp_path, world):
+    data = ShardFolder(write_data(tmp_path / "train", 150, shards=4))
     names = [shard.name for shard in data.shards]
-    plans = [plan(data, names, batch_size=4, rank=rank, world=world) for rank in range(world)]
-    assert len({len(parts) for parts in plans}) == 1
-    seen = sorted(index for parts in plans for part in parts for index in part.indices)
-    assert seen == list(range(23))
-    assert sorted(part.shard for parts in plans for part in parts if part.last) == names
-    batches = {(part.shard, tuple(part.indices)) for parts in plans for part in parts if part.shard}
-    alone = {(part.shard, tuple(part.indices)) for part in plan(data, names, 4, 0, 1)}
-    assert batches == alone, "a shard's batches do not depend on the number of ranks"
+    plans = [plan(data, names, rank, world) for rank in range(world)]
+    assert sorted(place.sample for windows in plans for window in windows for place in window.places) == list(
+        range(150)
+    )
+    assert sorted(window.shard for windows in plans for window in windows if window.last) == names
+    assert all(0 < len(window.places) <= WINDOW for windows in plans for window in windows)
+    windows = [window for windows in plans for window in windows]
+    assert sorted(windows, key=lambda window: window.places) == plan(data, names, 0, 1)
+
+
+class Sized:
+    """As much of an encoded sample as grouping looks at."""
+
+    def __init__(self, length):
+        self.response = range(length)
+
+
+def test_a_batch_is_alike_in_length_and_within_its_tokens(monkeypatch):
+    monkeypatch.setattr(batches, "_merge", lambda samples, fillers, pads: samples)
+    bad = Rejected("k", "000000.tar", "broken")
+    samples = [({"teacher": Sized(length)}, None) for length in (5, 90, 7, 6, 200, 8, 30)]
+    found = batches._group([*samples, bad], most_tokens=100, fillers={}, pads={})
+    sizes = [[len(one[0]["teacher"].response) for one in batch if one is not bad] for batch in found]
+    assert sizes == [[200], [90], [30, 8, 7], [6, 5]] and found[0][-1] is bad
+    assert batches._group([bad], 100, {}, {}) == [[bad]], "rejects alone are a batch, so that they are not forgotten"

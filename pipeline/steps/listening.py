@@ -1,0 +1,111 @@
+"""Listening to the teacher for the cache: samples in batches of like length, through its engine, to coded arrays.
+
+T response tokens, J cached layers, d width of the teacher, V common vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.loss.chunks import rows_per_chunk
+from pipeline.loss.fidelity import Fidelity, measure
+from pipeline.runtime.batches import Chats, Loaded, Place, load, load_grouped
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.loop import Job
+from pipeline.teacher.codec import Codec
+from pipeline.teacher.draws import uniform
+from pipeline.teacher.packing import to_numpy
+from pipeline.teacher.signal import Unembedding
+
+WINDOW = 32
+"""Neighbours in a shard whose batches are formed together: enough to find samples of like length among."""
+
+MEASURED = 1 / 128
+"""Share of the response tokens whose coded distributions are compared with the dense ones."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the teacher said about a batch, still on the device where it was computed."""
+
+    codes: dict[str, Tensor]
+    """The codec's arrays [T, J, ...]."""
+    fidelity: Fidelity
+    """How far they are from the truth, on a few of the tokens."""
+
+
+class Listener:
+    """The teacher in its engine, and the samples that it reads."""
+
+    def __init__(self, job: Job, engine: Engine, chats: Chats, layers: tuple[int, ...], vocab: int):
+        engine.eval()
+        self.job, self.engine, self.chats, self.layers = job, engine, chats, layers
+        # A draw holds logits, probabilities and their sums in float64: four times a chunk of logits.
+        self._rows = max(1, rows_per_chunk(vocab) // 4)
+
+    def batches(self, windows: Sequence[Sequence[Place]]) -> Iterator[list[Loaded]]:
+        """Windows of samples, each as its batches."""
+        recipe = self.job.recipe
+        return load_grouped(self.chats, windows, recipe.cache.batch_tokens, recipe.data.workers, self.job.ranks.device)
+
+    def hear(self, loaded: Loaded, codec: Codec) -> Heard:
+        """One forward: what every cached layer says about the batch, coded. All ranks must call."""
+        batch, seed = loaded.batches["teacher"], self.job.recipe.seed
+        samples = list(zip(batch.keys, batch.counts, strict=True))
+        nothing = np.zeros((0, len(self.layers)))
+        drawn = np.concatenate([nothing, *(uniform(seed, "draw", key, self.layers, n) for key, n in samples)])
+        chance = np.concatenate([nothing[:, :1], *(uniform(seed, "measure", key, (0,), n) for key, n in samples)])
+        rows = torch.from_numpy(np.flatnonzero(chance < MEASURED))
+        return self._forward(loaded, partial(_code, codec, torch.from_numpy(drawn), rows, self._rows))
+
+    def use(self, loaded: Loaded) -> np.ndarray:
+        """One forward: [V] how often the layers say each id, as the sum of all their distributions."""
+        return self._forward(loaded, partial(_use, self._rows)).cpu().numpy()
+
+    def head(self) -> Unembedding:
+        """The teacher's head, whole, on the CPU. All ranks must call."""
+        return self._forward(self.idle, _head)
+
+    @cached_property
+    def idle(self) -> Loaded:
+        """A batch of no sample: what a rank that has run out takes part with."""
+        (nothing,) = load(self.chats, [[]], 0, self.job.ranks.device)
+        return nothing
+
+    def _forward(self, loaded: Loaded, encode):
+        batch = loaded.batches["teacher"].to(self.engine.device, self.engine.dtype)
+        return self.engine({"teacher": batch}, encode=encode)
+
+
+def _code(codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor, unembedding: Unembedding) -> Heard:
+    """Runs while the head is gathered. The rows measured are coded all the way to bytes and back."""
+    codes = codec.encode(hidden, unembedding, drawn, chunk)
+    some = {name: to_numpy(array[rows.to(array.device)]) for name, array in codes.items()}
+    layers = hidden.shape[1]
+    signal = (
+        codec.decode(codec.unpack(codec.pack(some), len(rows), layers), unembedding, hidden.device)
+        if len(rows)
+        else codec.empty(layers, unembedding, hidden.device)
+    )
+    return Heard(codes, measure(hidden[rows.to(hidden.device)], unembedding, signal))
+
+
+def _use(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
+    total = torch.zeros(unembedding.vocab, dtype=torch.float64, device=hidden.device)
+    for rows in hidden.reshape(-1, hidden.shape[-1]).split(chunk):
+        total += unembedding.logits(rows).softmax(1).sum(0, dtype=torch.float64)
+    return total
+
+
+def _head(hidden: Tensor, unembedding: Unembedding) -> Unembedding:
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor[: unembedding.vocab].detach().cpu().clone()
+
+    bias = None if unembedding.bias is None else whole(unembedding.bias)
+    return Unembedding(whole(unembedding.weight), unembedding.vocab, bias, unembedding.scale, unembedding.softcap)

@@ -1,0 +1,83 @@
+"""A run's teacher caches side by side: each making has a folder of its own, and none is ever mixed with another.
+
+RUN/cache/sampled-3f2a9c1b/    one cache: its codec, and a hash of what it is made of (folder.py: what lies in it)
+RUN/cache/done.json            which was finished last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import CacheError
+from pipeline.teacher.fingerprint import data_fingerprint, text_fingerprint
+from pipeline.teacher.folder import IDENTITY, CacheIdentity, command, read_identity, read_sidecars
+from pipeline.teacher.store import TeacherCache
+
+
+def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:
+    """Where the cache of this identity for this data lies, or is to lie.
+
+    Data that has grown by shards goes on in the folder where it began; a shard that has changed begins another one.
+    """
+    for path in _folders(root):
+        if _is(path, identity) and not _contradicts(path, data):
+            return path
+    name = text_fingerprint(identity.digest + data_fingerprint(data.manifest))
+    return root / f"{identity.codec['name']}-{name[:8]}"
+
+
+def open_cache(
+    root: Path,
+    data: ShardFolder,
+    expected: Mapping[str, str],
+    codec: Mapping[str, Any],
+    layers: Sequence[int],
+    recipe: Path | str,
+) -> TeacherCache:
+    """The one cache under `root` that fits, opened. Raises CacheError: none there, none fits (says why), or several."""
+    fitting, refusals = [], []
+    for path in _folders(root):
+        try:
+            fitting.append(TeacherCache(path, data, expected, layers, recipe, codec))
+        except CacheError as refusal:
+            refusals.append(refusal)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(str(cache.path) for cache in fitting)
+        raise CacheError(
+            f"expected one cache that fits, found {len(fitting)}: {names}; they differ in what this run does not know "
+            "(such as the teacher's weights, whose folder is gone). Move aside those that are not meant"
+        )
+    if not refusals:
+        raise CacheError(f"no teacher cache in {root}; make it: {command(recipe)}")
+    others = f"\n({len(refusals) - 1} older cache(s) in {root} do not fit either)" if len(refusals) > 1 else ""
+    raise CacheError(f"{refusals[-1]}{others}")
+
+
+def newest(root: Path) -> Path | None:
+    """The cache that was begun last; None where there is none."""
+    return next(reversed(_folders(root)), None)
+
+
+def _folders(root: Path) -> list[Path]:
+    """Folders of caches, the newest last."""
+    return [file.parent for file in sorted(root.glob(f"*/{IDENTITY}"), key=lambda file: file.stat().st_mtime_ns)]
+
+
+def _is(path: Path, identity: CacheIdentity) -> bool:
+    try:
+        return not identity.differences(read_identity(path))
+    except CacheError:  # of another version, or damaged: not ours
+        return False
+
+
+def _contradicts(path: Path, data: ShardFolder) -> bool:
+    """Whether a shard there was made from another data shard than the one of its name, or from one that is gone."""
+    made_from = {shard["name"]: shard["sha256"] for shard in data.manifest["shards"]}
+    names = sorted(file.name for file in path.glob("*.tar"))
+    sidecars = read_sidecars(path, names)
+    return any(made_from.get(name) != sidecar.get("data_sha256") for name, sidecar in sidecars.items())

@@ -1,0 +1,72 @@
+"""The normed verbalizer outputs themselves: the exact reference, at the price of the teacher's width.
+
+T response tokens, J teacher layers, d width of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.teacher.packing import raw_arrays, raw_stream
+from pipeline.teacher.signal import HiddenSignal, Unembedding
+
+
+class Hidden:
+    """The normed verbalizer output itself; the teacher's head, stored once a cache, makes logits of it. Exact.
+
+    dtype float32 loses nothing; bfloat16 loses nothing where the teacher runs in bfloat16.
+    """
+
+    name = "hidden"
+    PARAMS = ("dtype",)
+    needs_head = True
+    needs_order = False
+
+    def __init__(self, dtype: str = "bfloat16"):
+        if dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"hidden states are stored as bfloat16 or float32, asked for {dtype}")
+        self.dtype = dtype
+        self.params: dict[str, Any] = {"dtype": dtype}
+
+    @torch.no_grad()
+    def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
+        """[T, J, d] -> {"hidden": [T, J, d]}."""
+        return {"hidden": hidden.to(getattr(torch, self.dtype))}
+
+    def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+        """One record's hidden states as they are."""
+        return {f"hidden.{self.dtype}": raw_stream(arrays["hidden"], self.dtype)}
+
+    def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
+        """-> {"hidden": [T, J, d]}, bfloat16 as its bits. Raises ValueError where they do not fit."""
+        return raw_arrays(streams, tokens, layers)
+
+    def decode(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        unembedding: Unembedding | None = None,
+        device: torch.device | str = "cpu",
+    ) -> HiddenSignal:
+        """Raises ValueError without the teacher's head, which TeacherCache.unembedding has."""
+        hidden = torch.from_numpy(arrays["hidden"]).to(device)
+        hidden = hidden.view(torch.bfloat16) if self.dtype == "bfloat16" else hidden
+        return HiddenSignal(hidden, _required(unembedding))
+
+    def empty(
+        self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
+    ) -> HiddenSignal:
+        """No token, as wide as the head."""
+        head = _required(unembedding)
+        shape = (0, layers, head.weight.shape[1])
+        return HiddenSignal(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=device), head)
+
+
+def _required(unembedding: Unembedding | None) -> Unembedding:
+    if unembedding is None:
+        raise ValueError("the hidden codec decodes through the teacher's head: pass its unembedding")
+    return unembedding

@@ -1,0 +1,90 @@
+"""The k likeliest ids and one bucket for all others: what other systems store, kept for comparison, and honest.
+
+T response tokens, J teacher layers, K kept ids, V common vocabulary, d width of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.teacher.packing import narrowest, raw_arrays, raw_stream
+from pipeline.teacher.signal import SparseSignal, Unembedding
+
+
+class TopK:
+    """The k likeliest ids, and one bucket for all others.
+
+    Stored: ids by falling probability, float16 log-probabilities, and the bucket's mass in float32, computed from the
+    true distribution. float16 moves a probability by at most 0.05 % at p > 0.14 and 0.4 % at p > 1e-7. Decoding scales
+    the kept ones back to the mass that they truly hold, 1 - tail (never to 1), so entries and tail sum to 1 within
+    float32 rounding, no entry exceeds 1, and KL(p, p) = 0 with the negative entropy taken from the decoded numbers.
+    With k >= V the tail is exactly 0.
+    """
+
+    name = "topk"
+    PARAMS = ("k",)
+    needs_head = False
+    needs_order = False
+
+    def __init__(self, k: int = 64):
+        if k < 1:
+            raise ValueError(f"topk keeps at least one id, asked for k={k}")
+        self.k = k
+        self.params: dict[str, Any] = {"k": k}
+
+    @torch.no_grad()
+    def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
+        """[T, J, d] -> {"ids": [T, J, K] int32, "logprobs": [T, J, K] float16, "tail": [T, J] float32}."""
+        tokens, layers, width = hidden.shape
+        kept = min(self.k, unembedding.vocab)
+        rows = [self._encode_rows(part, unembedding, kept) for part in hidden.reshape(-1, width).split(chunk)]
+        ids, logprobs, tail = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return {
+            "ids": ids.view(tokens, layers, kept),
+            "logprobs": logprobs.view(tokens, layers, kept),
+            "tail": tail.view(tokens, layers),
+        }
+
+    @staticmethod
+    def _encode_rows(hidden: Tensor, unembedding: Unembedding, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+        logits = unembedding.logits(hidden)
+        top, ids = logits.topk(kept)
+        # Not 1 - sum of the kept: that would be rounding noise where the distribution is sharp.
+        rest = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1)
+        total = torch.logaddexp(rest, top.logsumexp(-1))
+        return ids.int(), (top - total[:, None]).half(), (rest - total).exp()
+
+    def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+        """One record's arrays as they are, ids in the narrowest type that holds them."""
+        ids = narrowest(int(arrays["ids"].max(initial=0)))
+        types = {"ids": ids, "logprobs": "float16", "tail": "float32"}
+        return {f"{name}.{dtype}": raw_stream(arrays[name], dtype) for name, dtype in types.items()}
+
+    def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
+        """-> {"ids": [T, J, K], "logprobs": [T, J, K], "tail": [T, J, 1]}. Raises ValueError where they do not fit."""
+        return raw_arrays(streams, tokens, layers)
+
+    def decode(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        unembedding: Unembedding | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SparseSignal:
+        """Unpacked arrays to a signal; the head is not needed."""
+        ids, logprobs, tail = (torch.from_numpy(arrays[name]).to(device) for name in ("ids", "logprobs", "tail"))
+        probs, tail = logprobs.float().exp(), tail[..., 0]
+        probs = (probs * ((1 - tail) / probs.sum(-1))[..., None]).clamp(max=1.0)
+        neg_entropy = torch.xlogy(probs, probs).sum(-1) + torch.xlogy(tail, tail)
+        return SparseSignal(ids.long(), probs, tail, neg_entropy)
+
+    def empty(
+        self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
+    ) -> SparseSignal:
+        """No token, k ids each."""
+        probs, tail = torch.zeros(0, layers, self.k, device=device), torch.zeros(0, layers, device=device)
+        return SparseSignal(probs.long(), probs, tail, tail)
