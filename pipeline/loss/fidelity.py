@@ -2,8 +2,8 @@
 
 J cached teacher layers (the last is the teacher's last), r tokens measured, V common vocabulary, d width, S reference
 students. A cache job has no student in memory, yet the errors that matter are those of a student's loss. So a teacher
-layer stands in for the student that would follow layer j: the cached layer below it (above, for the lowest), which is
-about as far from layer j as a student layer is. With p the teacher's distribution and q the stand-in's, one token:
+layer stands in for the student that would follow layer j: the cached layer below it (above, for the lowest), taken to
+be as far from layer j as a student layer typically is. With p the teacher's distribution and q the stand-in's, a token:
 
     true    = (p * (log_p - log_q)).sum()
     cached  = neg_entropy - (w * log_q).sum() - tail * log_q[rest].logsumexp()  # w: stored probabilities, in V places
@@ -14,9 +14,8 @@ about as far from layer j as a student layer is. With p the teacher's distributi
 
 These are the definitions of `sparse_kl`, made densely and in float64, without its floor under the student's tail.
 
-Algorithm 1's draw is compared through the KL from every second of the first J - 1 layers, as students, to all of these.
-A stand-in is then among its own candidates. Its KL is 0, where a biased codec is exact, while the other candidates have
-the full bias: the total variation is rather too large than too small.
+Algorithm 1's draw is compared with every second of the first J - 1 layers as a student, and all of these as candidates.
+A stand-in is then among its own candidates, at a true KL of 0.
 """
 
 from __future__ import annotations
@@ -173,7 +172,7 @@ def _add_chunk(
                 student = log_p[:, 2 * row]
                 matrices[:, row, j] += torch.stack((true.kl(student), cached.kl(student))).sum(1)
     norms = (torch.cat(gradients) @ weight).double().square().sum(1)  # one product: with few rows it is slow
-    sums[4:] += norms.view(-1, 2, len(hidden)).sum(2).T
+    sums[4:] += norms.view(hidden.shape[1], 2, len(hidden)).sum(2).T
 
 
 @dataclass(frozen=True)
