@@ -56,6 +56,7 @@ class Setting:
 class Spoken:
     """What the bench works on, all float32."""
 
+    setting: Setting
     teacher: Tensor
     """[T, J, d] normed verbalizer outputs on the evaluation tokens; J = the target layers and the last."""
     student: Tensor
@@ -86,6 +87,11 @@ class Spoken:
     """Weights of the follower's verb-FFN."""
 
     @property
+    def followed(self) -> int:
+        """The followed teacher layer's column."""
+        return self.setting.teacher_layers.index(self.setting.followed)
+
+    @property
     def unembedding(self) -> Unembedding:
         """The teacher's head."""
         return Unembedding(self.teacher_weight, vocab=len(self.teacher_weight))
@@ -106,7 +112,7 @@ def spoken(setting: Setting, progress: Progress) -> Spoken:
         aside.rename(file)
     tensors = load_file(file)
     follower = {name.removeprefix("follower."): tensors.pop(name) for name in list(tensors) if "follower." in name}
-    return Spoken(**tensors, follower=follower)
+    return Spoken(setting=setting, follower=follower, **tensors)
 
 
 def _speak(setting: Setting, progress: Progress) -> dict[str, Tensor]:

@@ -1,0 +1,163 @@
+"""What a codec takes on disk, and how fast it codes: through the project's own cache files, or a peer's packed records.
+
+T response tokens, J teacher layers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.spoken import Spoken
+from data_prep.shards import FORMAT, ShardFolder, shard_name, write_manifest, write_shard
+from pipeline.teacher.codec import CODECS, Codec
+from pipeline.teacher.draws import uniform
+from pipeline.teacher.fill import CacheFolder
+from pipeline.teacher.folder import CacheIdentity
+from pipeline.teacher.packing import join_arrays, pack_record, to_numpy, unpack_record
+from pipeline.teacher.signal import Signal, Unembedding
+from pipeline.teacher.store import TeacherCache
+
+RATE_TOKENS = 256
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A codec's words about the evaluation tokens."""
+
+    codec: Codec
+    signal: Signal
+    """Read back from what was packed."""
+    bytes_per_token_layer: float
+    fixed_bytes: int
+    """Beside that, once a cache, whatever its size: the vocabulary's order, the head."""
+    ids_per_token_layer: float | None
+    """Ids stored, distinct ones of a sample; None where none are."""
+
+
+def draws(spoken: Spoken, seed: int) -> Tensor:
+    """[T, J] numbers in [0, 1), a stream for each layer."""
+    layers = range(spoken.teacher.shape[1])
+    return torch.from_numpy(uniform(seed, "bench", "0", list(layers), len(spoken.labels)))
+
+
+def code(spoken: Spoken, codec: Codec, seed: int = 0) -> Coded:
+    """Encode, write, read back."""
+    arrays = {
+        name: to_numpy(tensor)
+        for name, tensor in codec.encode(spoken.teacher, spoken.unembedding, draws(spoken, seed), chunk=256).items()
+    }
+    records = list(_records(spoken, arrays))
+    ours = type(codec) is CODECS.get(codec.name)
+    signal, size, fixed = (_through_cache if ours else _through_records)(spoken, codec, records)
+    ids = None if not hasattr(signal, "probs") else float((signal.probs > 0).sum() / signal.tail.numel())
+    return Coded(codec, signal, size / spoken.teacher[..., 0].numel(), fixed, ids)
+
+
+def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, float]]:
+    """Token-layers a second, encoding (with the head's product in bfloat16, and packing) and decoding to tensors.
+
+    Medians of runs in turn, one thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    hidden, labels = spoken.teacher[:RATE_TOKENS], spoken.labels[:RATE_TOKENS].numpy()
+    head = Unembedding(spoken.teacher_weight.bfloat16(), vocab=len(spoken.teacher_weight))
+    u = draws(spoken, 0)[:RATE_TOKENS]
+    layers = hidden.shape[1]
+
+    def encode(codec: Codec) -> bytes:
+        arrays = codec.encode(hidden, head, u, chunk=256)
+        return pack_record(labels, codec.pack({name: to_numpy(tensor) for name, tensor in arrays.items()}))
+
+    def decode(codec: Codec, record: bytes) -> Signal:
+        tokens, streams = unpack_record(record)
+        return codec.decode(join_arrays([codec.unpack(streams, len(tokens), layers)]), head)
+
+    seconds: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": []} for name in codecs}
+    for _ in range(REPEATS):
+        for name, codec in codecs.items():
+            record, spent = _timed(lambda codec=codec: encode(codec))
+            seconds[name]["encode"].append(spent)
+            seconds[name]["decode"].append(_timed(lambda codec=codec, record=record: decode(codec, record))[1])
+    torch.set_num_threads(threads)
+    rows = hidden[..., 0].numel()
+    return {
+        name: {f"{what}_per_s": rows / median(spent) for what, spent in both.items()} for name, both in seconds.items()
+    }
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def _records(
+    spoken: Spoken, arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
+    """(key, tokens, arrays) of each evaluation answer."""
+    start = 0
+    for number, length in enumerate(spoken.lengths.tolist()):
+        rows = slice(start, start + length)
+        yield f"{number:09d}", spoken.labels[rows].numpy(), {name: array[rows] for name, array in arrays.items()}
+        start += length
+
+
+def _through_cache(
+    spoken: Spoken, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
+) -> tuple[Signal, int, int]:
+    """Signal, bytes of shards, sidecars and manifests, and bytes that a cache of any size has once."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = _data(Path(folder) / "data", [key for key, _, _ in records])
+        layers = (*spoken.setting.teacher_layers, spoken.setting.teacher_layers[-1] + 1)
+        identity = CacheIdentity({"name": codec.name, **codec.params}, layers, len(spoken.order))
+        path = Path(folder) / "cache"
+        path.mkdir()
+        making = CacheFolder(path, identity, data)
+        if "order" in making.lacks:
+            making.save_order(spoken.order.numpy())
+        if "head" in making.lacks:
+            making.save_head(spoken.unembedding)
+        with making.writer(shard_name(0)) as writer:
+            for key, tokens, arrays in records:
+                writer.add(key, tokens, arrays)
+            writer.commit()
+        making.finish()
+        cache = TeacherCache(path, data)
+        head = cache.unembedding() if codec.needs_head else None
+        signal = cache.signal([cache.read(index) for index in range(len(cache))], layers, unembedding=head)
+        sizes = {file.suffix: 0 for file in path.iterdir()}
+        for file in path.iterdir():
+            sizes[file.suffix] += file.stat().st_size
+        growing = sizes.pop(".tar") + sizes.pop(".json")
+        return signal, growing, sum(sizes.values())
+
+
+def _through_records(
+    spoken: Spoken, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
+) -> tuple[Signal, int, int]:
+    """A peer's packed records, each stream through zstd, no container around them."""
+    packed = [pack_record(tokens, codec.pack(arrays)) for _, tokens, arrays in records]
+    layers = spoken.teacher.shape[1]
+    read = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
+    return codec.decode(join_arrays(read)), sum(map(len, packed)), 0
+
+
+def _data(path: Path, keys: Sequence[str]) -> ShardFolder:
+    """The data folder that a cache mirrors; the samples themselves are of no interest."""
+    path.mkdir()
+    entry = write_shard(path / shard_name(0), ((key, {"json": json.dumps({"key": key}).encode()}) for key in keys))
+    write_manifest(path, [entry], format=FORMAT, version=1)
+    return ShardFolder(path)

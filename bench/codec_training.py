@@ -1,0 +1,102 @@
+"""A short training test: how much of what the dense teacher teaches does a student learn from a coded one?
+
+One student layer follows one teacher layer, as in the interaction step: an adapter on the student layer's output is
+trained on the KL to the coded teacher, through the layer's frozen verbalizer, with the project's own loss; then the
+dense KL is taken on held-out tokens. Batches, adapter and the number of updates are the same for all codecs.
+
+T training tokens, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.spoken import Spoken
+from pipeline.loss.sparse_kl import column_kl
+from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
+from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
+
+BATCH = 256
+UPDATES = 36
+LEARNING_RATE = 1e-3
+NORM_EPSILON = 1e-5
+
+Teacher = Callable[[int, Tensor], Signal]
+"""(epoch from 0, rows of the training tokens) -> what the coded teacher says there, J = 1."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained on: the first `tokens` training tokens, again and again for UPDATES updates."""
+
+    tokens: int = UPDATES * BATCH
+    updates: int = UPDATES
+
+
+def rows_of(signal: Signal, rows: Tensor) -> Signal:
+    """A signal's given tokens."""
+    if isinstance(signal, HiddenSignal):
+        return HiddenSignal(signal.hidden[rows], signal.unembedding)
+    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
+
+
+def fixed(signal: Signal) -> Teacher:
+    """The same words in every epoch."""
+    return lambda epoch, rows: rows_of(signal, rows)
+
+
+class Follower(nn.Module):
+    """Hidden states of the student layer to its normed verbalizer output; only the adapter trains."""
+
+    def __init__(self, spoken: Spoken, seed: int):
+        super().__init__()
+        width = spoken.norm_weight.shape[0]
+        self.adapter = initial_verb_ffns((0,), width, "residual", torch.float32, seed)["0"]
+        self.verb_ffn = VerbFFN(width)
+        self.verb_ffn.load_state_dict(spoken.follower)
+        self.verb_ffn.requires_grad_(False)
+        self.register_buffer("norm_weight", spoken.norm_weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, d] -> [T, d]."""
+        said = self.verb_ffn(self.adapter(hidden))
+        return F.rms_norm(said, self.norm_weight.shape, self.norm_weight, NORM_EPSILON)
+
+
+def train(spoken: Spoken, teacher: Teacher, lesson: Lesson, seed: int) -> float:
+    """Held-out dense KL in nats after training from this teacher."""
+    follower = Follower(spoken, seed)
+    head = Unembedding(spoken.student_weight.bfloat16(), vocab=len(spoken.student_weight))
+    optimizer = torch.optim.AdamW(follower.adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[tuple[int, Tensor]] = []
+    while len(order) < lesson.updates:
+        epoch = len(order) * BATCH // lesson.tokens
+        order += [(epoch, rows) for rows in torch.randperm(lesson.tokens, generator=generator).split(BATCH)]
+    for update, (epoch, rows) in enumerate(order[: lesson.updates]):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 - update / lesson.updates)
+        loss = column_kl(follower(spoken.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return held_out(spoken, follower)
+
+
+@torch.no_grad()
+def held_out(spoken: Spoken, follower: Follower) -> float:
+    """Dense KL on the evaluation tokens, in nats."""
+    said = follower(spoken.eval_student)
+    signal = HiddenSignal(spoken.teacher[:, spoken.followed : spoken.followed + 1], spoken.unembedding)
+    return float(column_kl(said, spoken.student_unembedding, signal, 0)) / len(said)
+
+
+def share_of_gain(start: float, ends: list[float], dense: list[float]) -> dict[str, object]:
+    """Of the fall in KL that the dense teacher brings, which share this one does: mean over seeds, and each."""
+    shares = [(start - end) / (start - best) for end, best in zip(ends, dense, strict=True)]
+    return {"mean": sum(shares) / len(shares), "each": shares, "held_out_kl_nats": ends}
