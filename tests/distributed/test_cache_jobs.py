@@ -89,6 +89,47 @@ def test_other_strategies_run_from_the_same_cache(verbalized, tmp_path, matching
     assert lines[-1]["match"] == expected and (tmp_path / "run" / "interact" / "student" / "config.json").is_file()
 
 
+def test_samples_are_the_same_on_any_ranks_and_lie_beside_another_codec(verbalized, tmp_path):
+    recipe, run = verbalized
+    sampled = ["cache.codec={name: sampled, points: 32}"]
+    one = copy(run, tmp_path / "one", "verbalize", "cache")
+    exact = shards(tmp_path / "one")
+    deepspeed(1, "cache.py", "--recipe", recipe, *one, *sampled)
+    beside = {path.name.split("-")[0]: path for path in (tmp_path / "one" / "cache").glob("*-*")}
+    assert sorted(beside) == ["hidden", "sampled"]
+    assert {path.name: path.read_bytes() for path in beside["hidden"].glob("*.tar")} == exact, "left as it was"
+    two = copy(run, tmp_path / "two", "verbalize")
+    deepspeed(2, "cache.py", "--recipe", recipe, *two, *sampled)
+    assert shards(tmp_path / "two") == {
+        path.name: path.read_bytes() for path in sorted(beside["sampled"].glob("*.tar"))
+    }
+    manifest = json.loads((beside["sampled"] / "manifest.json").read_text())
+    assert manifest["codec"] == {"name": "sampled", "points": 32, "seed": 0} and manifest["layers"] == [1, 2, 3, 4, 6]
+    less = ["interact.points=16", "interact.token_share=0.5", "interact.teacher_layers=[1, 3, 4]", "interact.steps=2"]
+    deepspeed(2, "train.py", "--stage", 2, "--only", "interact", "--recipe", recipe, *one, *sampled, *less)
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    interact = [line for line in lines if line["step"] == "interact"]
+    assert all(set(line["match"]) < {1, 3, 4} for line in interact)
+    assert 0 < interact[0]["tokens"] < 0.8 * manifest["tokens"] * 8 / 24, "half of the tokens of a batch of 8 of 24"
+
+
+def test_more_data_goes_on_in_the_same_cache(verbalized, tmp_path):
+    recipe, run = verbalized
+    where = [*copy(run, tmp_path / "run", "verbalize"), f"data.train={tmp_path / 'data'}"]
+    write_data(tmp_path / "data", 24, shards=3)
+    deepspeed(1, "cache.py", "--recipe", recipe, *where)
+    before = {name: (cache_folder(tmp_path / "run") / name).stat().st_mtime_ns for name in shards(tmp_path / "run")}
+    write_data(tmp_path / "more", 32, shards=4)
+    for name in ("000003.tar", "manifest.json"):
+        shutil.copy(tmp_path / "more" / name, tmp_path / "data" / name)
+    said = deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe, *where, check=1)
+    assert "has 3 of 4 shards, 24 of 32 keys" in said and "launch/cache.py" in said and "--only-missing" in said
+    said = deepspeed(1, "cache.py", "--recipe", recipe, *where)
+    assert "1 of 4 shards to make" in said and "cache: complete, 4 shards" in said
+    after = {name: (cache_folder(tmp_path / "run") / name).stat().st_mtime_ns for name in before}
+    assert before == after, "what was there is not touched"
+
+
 def test_stage_2_refuses_a_cache_of_other_verbalizers(verbalized, tmp_path):
     recipe, run = verbalized
     where = copy(run, tmp_path / "run", "verbalize", "cache")
