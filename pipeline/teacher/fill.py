@@ -114,6 +114,7 @@ class CacheWriter:
 
     def __init__(self, path: Path, codec: Codec, identity: CacheIdentity, data: Mapping[str, Any]):
         self.path, self._codec, self._identity, self._data = path, codec, identity, data
+        self._made_for = identity.made_for(path.parent)
         self._expected = set(data["keys"])
         self._spill = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by __exit__
         self._records: dict[str, tuple[int, int]] = {}
@@ -138,14 +139,14 @@ class CacheWriter:
                 raise ValueError(f"'{key}': {name} is {array.shape} for {expected} tokens and layers")
             if array.dtype.kind == "f" and np.isnan(array).any():
                 raise SampleError(f"what the teacher says is not a number ({name}): run it in bf16 or fp32")
-        record = pack_record(tokens, self._codec.pack(arrays))
+        record = pack_record(tokens, self._codec.pack(arrays), self._made_for)
         self._keep(key, record)
         self._tokens += len(tokens)
         return len(record)
 
     def skip(self, key: str, reason: str) -> None:
         """Record that a sample could not be used: it keeps its place, without words of the teacher."""
-        self._keep(key, pack_skipped(reason))
+        self._keep(key, pack_skipped(reason, self._made_for))
         self._skipped[key] = reason
 
     def commit(self, **fields: Any) -> None:
@@ -156,7 +157,7 @@ class CacheWriter:
         sidecar = self.path.with_suffix(".json")
         sidecar.unlink(missing_ok=True)  # a shard that is being replaced is not done
         entry = write_shard(self.path, ((key, {RECORD: self._recall(key)}) for key in self._data["keys"]))
-        made = {"made_for": self._identity.made_for(self.path.parent), "data_sha256": self._data["sha256"]}
+        made = {"made_for": self._made_for, "data_sha256": self._data["sha256"]}
         write_file(sidecar, _json({**entry, **made, "tokens": self._tokens, "skipped": self._skipped, **fields}))
 
     def _keep(self, key: str, record: bytes) -> None:

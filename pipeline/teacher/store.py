@@ -71,6 +71,7 @@ class TeacherCache:
             raise CacheError(other_maker(path, mismatches, recipe))
         self.columns(layers)
         self.codec = cache_codec(path, self.identity, recipe)
+        self._made_for = self.identity.made_for(path)
         self._check_complete(data)
         if self.codec.needs_head:
             check_head(path, recipe)
@@ -111,7 +112,7 @@ class TeacherCache:
         key = self._folder.keys[index]
         try:
             members = self._folder.read_members(index)
-            tokens, streams = unpack_record(members[RECORD])
+            tokens, streams = unpack_record(members[RECORD], self._made_for)
             return CacheRecord(key, tokens, self.codec.unpack(streams, len(tokens), len(self.layers)))
         except (DataError, ValueError, KeyError) as error:
             raise CacheError(
