@@ -94,7 +94,8 @@ class Sampled:
         """
         symbols = raw_array(streams["symbols"], "uint8", -1)
         classes, counts = (symbols // COUNTS).astype(np.int64), (symbols % COUNTS).astype(np.int64) + 1
-        counts[counts == COUNTS] += raw_array(streams["counts"], "uint16", -1)
+        large = counts == COUNTS
+        counts[large] += raw_array(streams["counts"], "uint16", int(large.sum()))
         ends = counts.cumsum()
         rows = tokens * layers
         if not rows or not len(ends) or ends[-1] != rows * self.points:
@@ -128,7 +129,7 @@ class Sampled:
         counts = counts.float()
         neg_entropy = entropy[..., 0].to(torch.float32) * (-math.log(len(self.order)) / ENTROPY_STEPS)
         probs = counts / counts.sum(-1, keepdim=True)
-        return SparseSignal(order[ranks.long()], probs, torch.zeros_like(neg_entropy), neg_entropy)
+        return SparseSignal(order[ranks.long()].long(), probs, torch.zeros_like(neg_entropy), neg_entropy)
 
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
@@ -165,8 +166,10 @@ def _draw(hidden: Tensor, unembedding: Unembedding, order: Tensor, u: Tensor, po
     entropy = -(p * log_p).sum(1)
     # float64: in float32 the steps near 1 are as coarse as the probabilities that stand there.
     mass = p[:, order].cumsum(1, dtype=torch.float64)
-    at = (torch.arange(points, device=u.device) + u[:, None]) / points * mass[:, -1:]
-    return torch.searchsorted(mass, at, right=True).clamp_(max=mass.shape[1] - 1).int(), entropy
+    whole = mass[:, -1:].contiguous()
+    at = (torch.arange(points, device=u.device) + u[:, None]) / points * whole
+    # The last point may be rounded up to the whole mass, behind which there are only ids of probability 0.
+    return torch.searchsorted(mass, at, right=True).clamp(max=torch.searchsorted(mass, whole)).int(), entropy
 
 
 def _distinct(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
