@@ -7,6 +7,7 @@ come from its beginning, which makes them cheap to store. Any order is right; ev
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def order_by_use(use: np.ndarray) -> np.ndarray:
 def save_order(path: Path, order: np.ndarray) -> None:
     """Give a cache folder its order. Of jobs that do so at once the first wins, and all must read what it wrote."""
     file = path / ORDER
-    aside = file.with_name(f"{ORDER}.{os.getpid()}.partial")
+    aside = file.with_name(f".{ORDER}.{secrets.token_hex(8)}.partial")
     write_file(aside, order.astype("<i4").tobytes())
     try:
         os.link(aside, file)
