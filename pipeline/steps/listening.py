@@ -46,8 +46,7 @@ class Listener:
     def __init__(self, job: Job, engine: Engine, chats: Chats, layers: tuple[int, ...], vocab: int):
         engine.eval()
         self.job, self.engine, self.chats, self.layers = job, engine, chats, layers
-        # A draw holds logits, probabilities and their sums in float64: four times a chunk of logits.
-        self._rows = max(1, rows_per_chunk(vocab) // 4)
+        self._rows = rows_per_chunk(vocab)
 
     def batches(self, windows: Sequence[Sequence[Place]]) -> Iterator[list[Loaded]]:
         """Windows of samples, each as its batches."""

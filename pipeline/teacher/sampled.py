@@ -28,6 +28,9 @@ from pipeline.teacher.signal import SparseSignal, Unembedding
 COUNTS = 12
 """A point's symbol says its gap's class and its count up to this; larger counts stand in a stream of their own."""
 
+DRAWN_AT_ONCE = 2**21
+"""Logits of one draw: what it makes of them, float64 sums included, fits a CPU's cache and costs a GPU little."""
+
 ENTROPY_STEPS = 2**16 - 1
 """The entropy is stored as a share of its largest value, ln V: exact to 1e-4 nat in two bytes."""
 
@@ -58,14 +61,16 @@ class Sampled:
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
         """[T, J, d] and u [T, J] -> {"ranks": [T, J, N] int32 ascending, "entropy": [T, J] float32 in nat}."""
         tokens, layers, width = hidden.shape
-        order = torch.from_numpy(self.order).to(hidden.device)
-        rows = [
-            _draw(part, unembedding, order, u, self.points)
-            for part, u in zip(
-                hidden.reshape(-1, width).split(chunk), uniform.to(hidden.device).reshape(-1).split(chunk), strict=True
-            )
+        order, at_once = torch.from_numpy(self.order).to(hidden.device), max(1, DRAWN_AT_ONCE // unembedding.vocab)
+        rows = zip(
+            hidden.reshape(-1, width).split(chunk), uniform.to(hidden.device).reshape(-1).split(chunk), strict=True
+        )
+        drawn = [
+            _draw(part, order, u, self.points)
+            for some, of_some in rows
+            for part, u in zip(unembedding.logits(some).split(at_once), of_some.split(at_once), strict=True)
         ]
-        ranks, entropy = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        ranks, entropy = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return {"ranks": ranks.view(tokens, layers, self.points), "entropy": entropy.view(tokens, layers)}
 
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
@@ -158,18 +163,16 @@ def every_nth(arrays: Mapping[str, np.ndarray], n: int, first: np.ndarray) -> di
     }
 
 
-def _draw(hidden: Tensor, unembedding: Unembedding, order: Tensor, u: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Rows [c, d] and u [c] -> ranks [c, N], entropy [c]."""
-    logits = unembedding.logits(hidden)
-    log_p = logits - logits.logsumexp(1, keepdim=True)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(1)
+def _draw(logits: Tensor, order: Tensor, u: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Logits [c, V] and u [c] -> ranks [c, N], entropy [c]."""
+    p = logits.softmax(1)
+    top = logits.amax(1)
+    # log-sum-exp - sum p z, both taken from the largest logit: its probability is 1 / sum exp(z - top).
+    entropy = top - p.amax(1).log() - (p * logits).sum(1)
     # float64: in float32 the steps near 1 are as coarse as the probabilities that stand there.
-    mass = p[:, order].cumsum(1, dtype=torch.float64)
-    whole = mass[:, -1:].contiguous()
-    at = (torch.arange(points, device=u.device) + u[:, None]) / points * whole
-    # The last point may be rounded up to the whole mass, behind which there are only ids of probability 0.
-    return torch.searchsorted(mass, at, right=True).clamp(max=torch.searchsorted(mass, whole)).int(), entropy
+    mass = p.index_select(1, order).cumsum(1, dtype=torch.float64)
+    at = (torch.arange(points, device=u.device) + u[:, None]) / points * mass[:, -1:]
+    return torch.searchsorted(mass, at, right=True).clamp_(max=mass.shape[1] - 1).int(), entropy.clamp_(min=0)
 
 
 def _distinct(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
