@@ -4,14 +4,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 STAMP  := $(VENV)/.installed
-EXTRAS := mpi,lora,easy-vqa,dev
+EXTRAS := mpi,lora,easy-vqa,bench,dev
 
 # The environment's programs first (also its ninja, with which DeepSpeed builds), and root may start MPI.
 RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test lint types clean
+.PHONY: help setup demo demo-models test bench-cache lint types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; AR
 
 test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+
+bench-cache: $(STAMP)  ## the cache's codecs beside other systems', bytes against error; ARGS=--quick tries the script
+	@$(RUN) python -m bench.cache $(ARGS)
 
 lint: $(STAMP)  ## ruff: style and formatting
 	@$(RUN) ruff check .
