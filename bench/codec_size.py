@@ -46,18 +46,22 @@ class Coded:
     """Ids stored, distinct ones of a sample; None where none are."""
 
 
-def draws(spoken: Spoken, seed: int) -> Tensor:
-    """[T, J] numbers in [0, 1), a stream for each layer."""
-    layers = range(spoken.teacher.shape[1])
-    return torch.from_numpy(uniform(seed, "bench", "0", list(layers), len(spoken.labels)))
+def encoded(codec: Codec, hidden: Tensor, head: Unembedding, seed: int = 0) -> dict[str, np.ndarray]:
+    """What the codec makes of hidden [T, J, d], with draws of its own for each seed, layer and token."""
+    tokens, layers, _ = hidden.shape
+    u = torch.from_numpy(uniform(seed, "draw", "bench", range(layers), tokens))
+    return {name: to_numpy(tensor) for name, tensor in codec.encode(hidden, head, u, chunk=256).items()}
 
 
-def code(spoken: Spoken, codec: Codec, seed: int = 0) -> Coded:
+def read_back(codec: Codec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays as they come back from what was packed."""
+    tokens, layers = next(iter(arrays.values())).shape[:2]
+    return join_arrays([codec.unpack(codec.pack(arrays), tokens, layers)])
+
+
+def code(spoken: Spoken, codec: Codec) -> Coded:
     """Encode, write, read back."""
-    arrays = {
-        name: to_numpy(tensor)
-        for name, tensor in codec.encode(spoken.teacher, spoken.unembedding, draws(spoken, seed), chunk=256).items()
-    }
+    arrays = encoded(codec, spoken.teacher, spoken.unembedding)
     records = list(_records(spoken, arrays))
     ours = type(codec) is CODECS.get(codec.name)
     signal, size, fixed = (_through_cache if ours else _through_records)(spoken, codec, records)
@@ -74,12 +78,10 @@ def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, fl
     torch.set_num_threads(1)
     hidden, labels = spoken.teacher[:RATE_TOKENS], spoken.labels[:RATE_TOKENS].numpy()
     head = Unembedding(spoken.teacher_weight.bfloat16(), vocab=len(spoken.teacher_weight))
-    u = draws(spoken, 0)[:RATE_TOKENS]
     layers = hidden.shape[1]
 
     def encode(codec: Codec) -> bytes:
-        arrays = codec.encode(hidden, head, u, chunk=256)
-        return pack_record(labels, codec.pack({name: to_numpy(tensor) for name, tensor in arrays.items()}))
+        return pack_record(labels, codec.pack(encoded(codec, hidden, head)))
 
     def decode(codec: Codec, record: bytes) -> Signal:
         tokens, streams = unpack_record(record)

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.codec_size import encoded, read_back
 from bench.spoken import Spoken
 from pipeline.loss.sparse_kl import column_kl
+from pipeline.teacher.codec import Codec
+from pipeline.teacher.sampled import Sampled, every_nth
 from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
 from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
 
@@ -48,6 +53,32 @@ def rows_of(signal: Signal, rows: Tensor) -> Signal:
 def fixed(signal: Signal) -> Teacher:
     """The same words in every epoch."""
     return lambda epoch, rows: rows_of(signal, rows)
+
+
+def heard(spoken: Spoken, codec: Codec, tokens: int, seed: int) -> Signal:
+    """What a codec keeps of the followed layer's words about the first training tokens."""
+    arrays = encoded(codec, spoken.train_teacher[:tokens, None], spoken.unembedding, seed)
+    return codec.decode(read_back(codec, arrays), spoken.unembedding)
+
+
+def dense(spoken: Spoken) -> Signal:
+    """The followed layer's words themselves."""
+    return HiddenSignal(spoken.train_teacher[:, None], spoken.unembedding)
+
+
+def subsets(spoken: Spoken, codec: Sampled, points: int, tokens: int, seed: int) -> Teacher:
+    """Of stored points other ones in each epoch, as stage 2 takes them."""
+    arrays = read_back(codec, encoded(codec, spoken.train_teacher[:tokens, None], spoken.unembedding, seed))
+    n = codec.points // points
+    first = np.random.default_rng(seed).integers(n, size=(tokens, 1))
+    signals = [codec.decode(every_nth(arrays, n, (first + epoch) % n)) for epoch in range(n)]
+    return lambda epoch, rows: rows_of(signals[epoch % n], rows)
+
+
+def redrawn(spoken: Spoken, codec: Sampled, tokens: int, epochs: int, seed: int) -> Teacher:
+    """A new sample in each epoch, as a live teacher would give."""
+    signals = [heard(spoken, codec, tokens, epochs * seed + epoch) for epoch in range(epochs)]
+    return lambda epoch, rows: rows_of(signals[epoch], rows)
 
 
 class Follower(nn.Module):
@@ -96,7 +127,8 @@ def held_out(spoken: Spoken, follower: Follower) -> float:
     return float(column_kl(said, spoken.student_unembedding, signal, 0)) / len(said)
 
 
-def share_of_gain(start: float, ends: list[float], dense: list[float]) -> dict[str, object]:
-    """Of the fall in KL that the dense teacher brings, which share this one does: mean over seeds, and each."""
-    shares = [(start - end) / (start - best) for end, best in zip(ends, dense, strict=True)]
-    return {"mean": sum(shares) / len(shares), "each": shares, "held_out_kl_nats": ends}
+def share_of_gain(starts: list[float], ends: list[float], dense_ends: list[float]) -> dict[str, Any]:
+    """Of the fall in held-out KL that the dense teacher brings, the share that this one does; one number a seed."""
+    pairs = zip(starts, ends, dense_ends, strict=True)
+    shares = [(start - end) / (start - best) for start, end, best in pairs]
+    return {"mean": sum(shares) / len(shares), "each": shares, "start_nats": starts, "end_nats": ends}

@@ -162,7 +162,7 @@ class RandomSampling(Sampled):
         return {"ranks": torch.cat(ranks).view(*shape, -1), "entropy": torch.cat(entropies).view(shape)}
 
 
-def published(vocab: int, order: np.ndarray) -> dict[str, Any]:
+def published(vocab: int, order: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """The peers at their published settings, by the names of the results' entries."""
     budget: dict[str, Any] = {"vocab": vocab, "k": 50, "exact": 1, "terms": (0, 1, "sqrt")}
     return {
@@ -171,7 +171,7 @@ def published(vocab: int, order: np.ndarray) -> dict[str, Any]:
         "distillkit_k50": DistillKit(**budget),
         "distillkit_k50_bucket": DistillKit(**budget, missing="symmetric_uniform"),
         "distillkit_k128": DistillKit(vocab=vocab, k=128, exact=16, terms=(0, 1, 2, 3, 4, "sqrt")),
-        "random_sampling64": RandomSampling(64, order=order),
+        "random_sampling64": RandomSampling(64, seed, order),
     }
 
 

@@ -1,0 +1,235 @@
+"""The cache's codecs beside other systems' on a real language model: bytes against error. `make bench-cache`.
+
+Leaves bench/results/cache.json: an entry for each codec (the project's default under "default"), the question of
+repeated epochs, and whether the goals are met. All numbers are of one teacher (SmolLM2-135M-Instruct), whose
+verbalizers were trained for 90 updates; they are flatter than well-trained ones, which is harder for every top-k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.codec_error import CodecError, batch_divergences, legal_pairs
+from bench.codec_size import Coded, code, rates
+from bench.codec_training import (
+    BATCH,
+    Lesson,
+    Teacher,
+    dense,
+    fixed,
+    heard,
+    redrawn,
+    share_of_gain,
+    subsets,
+    train,
+)
+from bench.peer_codecs import DistillKit, MegatronTopK, published
+from bench.spoken import Setting, Spoken, spoken
+from bench.timing import machine, write_results
+from pipeline.teacher.codec import Codec, make_codec
+from pipeline.teacher.sampled import Sampled
+
+GROUPS = {"shallow": range(0, 3), "middle": range(3, 6), "deep": range(6, 9), "last": range(9, 10)}
+"""Columns of the teacher: its target layers in thirds, and its last layer."""
+
+LARGE_VOCABULARY = 152_064
+EPOCHS = 4
+"""How often the repeated-epochs test sees its tokens."""
+
+QUICK = Setting(steps=4, eval_tokens=256, order_tokens=256)
+
+
+def codecs(said: Spoken, seed: int = 0) -> dict[str, Codec]:
+    """By the name of the entry; the project's first, the peers' at their published settings."""
+    order = said.order.numpy()
+    return {
+        "default": make_codec("sampled", points=64, seed=seed, order=order),
+        "sampled16": make_codec("sampled", points=16, seed=seed, order=order),
+        "sampled32": make_codec("sampled", points=32, seed=seed, order=order),
+        "sampled256": make_codec("sampled", points=256, seed=seed, order=order),
+        "topk64": make_codec("topk", k=64),
+        "hidden": make_codec("hidden"),
+        **published(len(said.teacher_weight), order, seed),
+    }
+
+
+def errors(said: Spoken, coded: Mapping[str, Coded], progress: Progress) -> dict[str, dict[str, Any]]:
+    """Each codec's error in KL, gradient and draw, over batches of 256 tokens."""
+    setting = said.setting
+    pairs = legal_pairs(len(setting.student_layers), len(setting.teacher_layers))
+    found = {name: CodecError(pairs) for name in coded}
+    starts = range(0, len(said.labels), setting.batch)
+    for start in progress.track(starts, description="errors"):
+        rows = slice(start, start + setting.batch)
+        true, of_codecs = batch_divergences(said, pairs, rows, {name: one.signal for name, one in coded.items()})
+        inputs = said.student[rows].transpose(0, 1)[[student for student, _ in pairs]]
+        for name, divergences in of_codecs.items():
+            found[name].add(true, divergences, inputs)
+    return {name: error.summary(GROUPS) for name, error in found.items()}
+
+
+def lessons(said: Spoken, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, dict[str, Any]]:
+    """The training test for each codec."""
+    names = list(codecs(said))
+    task = progress.add_task("training from each", total=len(seeds) * (len(names) + 1))
+    ends: dict[str, list[float]] = {name: [] for name in ("dense", *names)}
+    starts = [train(said, fixed(dense(said)), replace(lesson, updates=0), seed) for seed in seeds]
+    kept: dict[str, Teacher] = {"dense": fixed(dense(said))}
+    for seed in seeds:
+        for name, codec in codecs(said, seed).items():
+            if name not in kept or isinstance(codec, Sampled):  # the others draw nothing: the same for each seed
+                kept[name] = fixed(heard(said, codec, lesson.tokens, seed))
+        for name, teacher in kept.items():
+            progress.update(task, description=f"training from {name}")
+            ends[name].append(train(said, teacher, lesson, seed))
+            progress.advance(task)
+    return {name: share_of_gain(starts, ends[name], ends["dense"]) for name in ends}
+
+
+def repeated_epochs(said: Spoken, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, Any]:
+    """A few tokens again and again: the same 64 points, 64 others of 256 stored ones, or 64 new ones each time."""
+    order = said.order.numpy()
+
+    def teachers(seed: int) -> dict[str, Callable[[], Teacher]]:
+        few, many = (Sampled(points, seed, order) for points in (64, 256))
+        return {
+            "dense": lambda: fixed(dense(said)),
+            "same_64_points": lambda: fixed(heard(said, few, lesson.tokens, seed)),
+            "64_of_256_points": lambda: subsets(said, many, 64, lesson.tokens, seed),
+            "new_64_points": lambda: redrawn(said, few, lesson.tokens, EPOCHS, seed),
+        }
+
+    names = list(teachers(0))
+    task = progress.add_task("repeated epochs", total=len(seeds) * len(names))
+    ends: dict[str, list[float]] = {name: [] for name in names}
+    starts = [train(said, fixed(dense(said)), replace(lesson, updates=0), seed) for seed in seeds]
+    for seed in seeds:
+        for name, make in teachers(seed).items():
+            ends[name].append(train(said, make(), lesson, seed))
+            progress.advance(task)
+    shares = {name: share_of_gain(starts, ends[name], ends["dense"]) for name in names}
+    return {"tokens": lesson.tokens, "updates": lesson.updates, "epochs": EPOCHS, **shares}
+
+
+def projected_bytes(one: Coded, vocab: int) -> float | None:
+    """Arithmetic, not a measurement: what each id would take more in a vocabulary of 152,064. None: it cannot."""
+    if isinstance(one.codec, MegatronTopK):  # 17 bits an id
+        return None
+    bits = math.log2(LARGE_VOCABULARY / vocab)
+    if isinstance(one.codec, DistillKit):
+        bits = (LARGE_VOCABULARY - 1).bit_length() - one.codec.bits
+    return one.bytes_per_token_layer + (one.ids_per_token_layer or 0.0) * bits / 8
+
+
+def measure(setting: Setting, seeds: range, lesson: Lesson, again: Lesson, progress: Progress) -> dict[str, Any]:
+    """Everything, as it stands in the JSON."""
+    said = spoken(setting, progress)
+    every = codecs(said)
+    coded = {name: code(said, codec) for name, codec in progress.track(every.items(), description="coding and packing")}
+    error = errors(said, coded, progress)
+    speed = rates(said, every)
+    taught = lessons(said, seeds, lesson, progress)
+    entries = {}
+    for name, one in coded.items():
+        entries[name] = {
+            "codec": one.codec.name,
+            "params": one.codec.params,
+            "bytes_per_token_layer": one.bytes_per_token_layer,
+            "fixed_bytes_per_cache": one.fixed_bytes,
+            "ids_per_token_layer": one.ids_per_token_layer,
+            "projected_bytes_at_152k": projected_bytes(one, len(said.order)),
+            **error[name],
+            "share_of_dense_gain": taught[name]["mean"],
+            "training": taught[name],
+            **speed[name],
+        }
+    set_up = {
+        **asdict(setting),
+        "vocabulary": len(said.order),
+        "answers": len(said.lengths),
+        "teacher_cross_entropy_nats": said.teacher_loss.tolist(),
+        "student_cross_entropy_nats": said.student_loss.tolist(),
+        "training": {**asdict(lesson), "seeds": len(seeds), "dense": taught["dense"]},
+    }
+    return {
+        "set_up": set_up,
+        **entries,
+        "repeated_epochs": repeated_epochs(said, seeds, again, progress),
+        "goals": goals(entries["default"]),
+    }
+
+
+def goals(default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the default codec is to reach, and whether it does."""
+    limits = {"bytes_per_token_layer": 50.0, "projected_bytes_at_152k": 56.0}
+    met = {
+        name: {"at_most": limit, "is": default[name], "met": default[name] <= limit} for name, limit in limits.items()
+    }
+    bias, share = abs(default["kl_bias_nats"]), default["share_of_dense_gain"]
+    met["kl_bias_nats"] = {"below": 0.005, "is": bias, "met": bias < 0.005}
+    met["share_of_dense_gain"] = {"at_least": 0.98, "is": share, "met": share >= 0.98}
+    met["decode_per_s"] = {"at_least": 1e5, "is": default["decode_per_s"], "met": default["decode_per_s"] >= 1e5}
+    return met
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    """The table."""
+    table = Table(title="A teacher's distribution, coded: per token and layer")
+    columns = ("codec", "bytes", "at 152k", "KL bias", "KL RMS", "gradient error", "cosine", "draw TV", "dense gain")
+    for column in (*columns, "encode/s", "decode/s"):
+        table.add_column(column, justify="left" if column == "codec" else "right")
+    for name, entry in results.items():
+        if not isinstance(entry, dict) or "bytes_per_token_layer" not in entry:
+            continue
+        projected = entry["projected_bytes_at_152k"]
+        table.add_row(
+            name,
+            f"{entry['bytes_per_token_layer']:.1f}",
+            "-" if projected is None else f"{projected:.0f}",
+            f"{entry['kl_bias_nats']:+.4f}",
+            f"{entry['kl_rms_nats']:.3f}",
+            f"{entry['grad_relative_error_batch']:.3f}",
+            f"{entry['grad_cosine_batch']:.4f}",
+            f"{entry['draw_tv']:.4f}",
+            f"{entry['share_of_dense_gain']:.1%}",
+            f"{entry['encode_per_s']:,.0f}",
+            f"{entry['decode_per_s']:,.0f}",
+        )
+    console.print(table)
+    again = results["repeated_epochs"]
+    for name in ("same_64_points", "64_of_256_points", "new_64_points"):
+        console.print(f"{again['epochs']} epochs over {again['tokens']} tokens, {name}: {again[name]['mean']:.1%}")
+    for name, goal in results["goals"].items():
+        console.print(f"{'met' if goal['met'] else 'NOT met'}: {name} {goal}")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small share of everything, to try the script; no JSON")
+    quick = parser.parse_args().quick
+    console = Console()
+    torch.manual_seed(0)
+    with Progress(console=console) as progress:
+        if quick:
+            results = measure(QUICK, range(1), Lesson(BATCH, 2), Lesson(BATCH, EPOCHS), progress)
+        else:
+            seeds, lesson = range(3), Lesson()
+            again = Lesson(lesson.tokens // EPOCHS, lesson.updates)
+            results = measure(Setting(), seeds, lesson, again, progress)
+    show(results, console)
+    if not quick:
+        console.print(f"written: {write_results('cache', {**machine(), **results})}")
+
+
+if __name__ == "__main__":
+    main()
