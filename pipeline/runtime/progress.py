@@ -19,6 +19,12 @@ def say(text: str, first: bool = True) -> None:
         sys.stdout.flush()
 
 
+def size_text(size: float) -> str:
+    """Bytes as a person reads them: 1.5 MB."""
+    power = min(4, max(0, len(str(int(size))) - 1) // 3)
+    return f"{size / 1000**power:,.{1 if power else 0}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
+
+
 class StepProgress:
     """Progress of one step, with its rate and ETA."""
 

@@ -23,7 +23,7 @@ from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
-from pipeline.runtime.progress import StepProgress
+from pipeline.runtime.progress import StepProgress, size_text
 from pipeline.runtime.ranks import gather_lists, until_all_done, wait_for_all
 from pipeline.steps.listening import WINDOW, Heard, Listener
 from pipeline.steps.rehearsal import Projection, find_order, project, refuse_without_room
@@ -273,7 +273,7 @@ class _Log:
             record_rejected(self.job.recipe.run, one.bad)
         self.bad.count(read, one.bad)
         left = self.progress.total - self.progress.done
-        size = f"{self.bytes * world / 1e9:,.3f} of about {self.projection.bytes / 1e9:,.3f} GB"
+        size = f"{size_text(self.bytes * world)} of about {size_text(self.projection.bytes)}"
         self.progress.advance(f"{speed:,.0f} tokens/s  {size}", by=min(left, read * world))
         if one.part.last:
             self.shards += 1
@@ -288,7 +288,7 @@ def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
     if cache.finish(_fidelity):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
-        job.say(f"{NAME}: complete, {shards} shards, {size / 1e6:,.1f} MB in {cache.path}")
+        job.say(f"{NAME}: complete, {shards} shards, {size_text(size)} in {cache.path}")
     else:
         (job.recipe.run / NAME / "done.json").unlink(missing_ok=True)  # of a cache of other values, or of less data
         left = cache.missing()

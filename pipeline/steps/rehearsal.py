@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
 from pipeline.runtime.batches import Loaded, Place
+from pipeline.runtime.progress import size_text
 from pipeline.runtime.ranks import gather_lists
 from pipeline.steps.listening import WINDOW, Listener
 from pipeline.teacher.fill import CacheFolder, record_bytes
@@ -35,7 +36,7 @@ class Projection:
 
     def __str__(self) -> str:
         each = self.bytes / max(1.0, self.token_layers)
-        return f"{self.bytes / 1e9:,.3f} GB ({self.token_layers:,.0f} token-layers of {each:.0f} bytes)"
+        return f"{size_text(self.bytes)} ({self.token_layers:,.0f} token-layers of {each:.0f} bytes)"
 
 
 def find_order(listener: Listener) -> np.ndarray:
@@ -67,7 +68,7 @@ def refuse_without_room(cache: CacheFolder, projection: Projection) -> None:
     codec = cache.identity.codec
     knob = {"sampled": "cache.codec.points", "topk": "cache.codec.k"}.get(codec["name"], "cache.codec.name=sampled")
     raise CacheError(
-        f"{cache.path}: the cache would take {projection}, but {free / 1e9:,.3f} GB are free there. "
+        f"{cache.path}: the cache would take {projection}, but {size_text(free)} are free there. "
         f"Free some, put the run elsewhere (run=FOLDER), cache fewer layers (teacher.layers), or store less of each "
         f"({knob}; now {dict(codec)})"
     )

@@ -21,7 +21,7 @@ def test_a_cache_that_cannot_fit_is_refused_with_the_numbers(tmp_path):
     with pytest.raises(CacheError) as refused:
         refuse_without_room(cache, Projection(token_layers=4e17, bytes=2e19))
     said = str(refused.value)
-    assert "20,000,000,000.000 GB (400,000,000,000,000,000 token-layers of 50 bytes)" in said
+    assert "20,000,000.0 TB (400,000,000,000,000,000 token-layers of 50 bytes)" in said
     assert "are free there" in said and "teacher.layers" in said and "cache.codec.points" in said
 
 
