@@ -165,14 +165,18 @@ def every_nth(arrays: Mapping[str, np.ndarray], n: int, first: np.ndarray) -> di
 
 def _draw(logits: Tensor, order: Tensor, u: Tensor, points: int) -> tuple[Tensor, Tensor]:
     """Logits [c, V] and u [c] -> ranks [c, N], entropy [c]."""
-    p = logits.softmax(1)
-    top = logits.amax(1)
-    # log-sum-exp - sum p z, both taken from the largest logit: its probability is 1 / sum exp(z - top).
-    entropy = top - p.amax(1).log() - (p * logits).sum(1)
+    p, top = logits.softmax(1), logits.amax(1)
     # float64: in float32 the steps near 1 are as coarse as the probabilities that stand there.
     mass = p.index_select(1, order).cumsum(1, dtype=torch.float64)
-    at = (torch.arange(points, device=u.device) + u[:, None]) / points * mass[:, -1:]
-    return torch.searchsorted(mass, at, right=True).clamp_(max=mass.shape[1] - 1).int(), entropy.clamp_(min=0)
+    whole = mass[:, -1:].contiguous()
+    at = (torch.arange(points, device=u.device) + u[:, None]) / points * whole
+    # The last point may be rounded up to the whole mass, behind which there are only ids of probability 0.
+    ranks = torch.searchsorted(mass, at, right=True).clamp(max=torch.searchsorted(mass, whole))
+    # log-sum-exp - sum p z, both taken from the largest logit: its probability is 1 / sum exp(z - top). The float32 p
+    # sum to 1 only within 1e-5, which a large logit would multiply: so divided by what they do sum to.
+    total = whole[:, 0]
+    entropy = (total / p.amax(1)).log() + top - (p * logits).sum(1) / total
+    return ranks.int(), entropy.clamp(min=0).float()
 
 
 def _distinct(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
