@@ -1,0 +1,65 @@
+"""A teacher of random numbers: what it says about T tokens at J layers, over V ids, from hidden states of width D."""
+
+import numpy as np
+import torch
+
+from pipeline.teacher.codec import make_codec
+from pipeline.teacher.draws import uniform
+from pipeline.teacher.packing import pack_record, to_numpy, unpack_record
+from pipeline.teacher.signal import Unembedding
+
+T, J, D, V = 5, 3, 16, 40
+
+
+def speech(vocab=V, sharp=3.0, dtype=torch.float32, tokens=T):
+    """Hidden states [T, J, D] and a head with padding rows, a bias, a scale and a soft-cap."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = sharp * torch.randn(tokens, J, D, generator=generator)
+    weight = torch.randn(vocab + 3, D, generator=generator) / 4
+    bias = torch.randn(vocab + 3, generator=generator)
+    head = Unembedding(weight.to(dtype), vocab, bias.to(dtype), scale=1.5, softcap=20.0)
+    return hidden.to(dtype), head
+
+
+def order_of(vocab):
+    """Some order of the vocabulary."""
+    return np.random.default_rng(vocab).permutation(vocab).astype("<i4")
+
+
+def draw(tokens=T, layers=range(J), seed=0):
+    """One u for each token and layer [T, J]."""
+    return torch.from_numpy(uniform(seed, "draw", "k", layers, tokens))
+
+
+def packed(codec, hidden, head, u=None, **options):
+    """One record's streams."""
+    u = draw(hidden.shape[0], range(hidden.shape[1])) if u is None else u
+    return codec.pack({name: to_numpy(array) for name, array in codec.encode(hidden, head, u, **options).items()})
+
+
+def stored(codec, hidden, head, u=None, **options):
+    """Through a record's bytes and back: the codec's unpacked arrays."""
+    tokens, layers = hidden.shape[:2]
+    record = pack_record(np.arange(tokens), packed(codec, hidden, head, u, **options))
+    return codec.unpack(unpack_record(record)[1], tokens, layers)
+
+
+def sampled(vocab=V, points=64):
+    """The sampled codec over some order of the vocabulary."""
+    return make_codec("sampled", points=points, seed=0, order=order_of(vocab))
+
+
+def kl(signal, log_q):
+    """sum p log p - sum p log q - tail log(1 - sum q), float64, for log_q [T, J, V]."""
+    log_q = log_q.double()
+    kept = log_q.gather(-1, signal.ids)
+    rest = log_q.scatter(-1, signal.ids, -torch.inf).logsumexp(-1)
+    tail = signal.tail.double()
+    cross = (signal.probs.double() * kept).sum(-1) + torch.where(tail > 0, tail * rest, 0.0)
+    return signal.neg_entropy.double() - cross
+
+
+def dense(signal, vocab=V):
+    """[T, J, V] float64: the stored probabilities in their places."""
+    empty = torch.zeros(*signal.ids.shape[:2], vocab, dtype=torch.float64)
+    return empty.scatter_add(-1, signal.ids, signal.probs.double())

@@ -1,0 +1,118 @@
+"""Records: what comes out is what went in, and a byte that changed anywhere is an error."""
+
+import numpy as np
+import pytest
+import torch
+from speech import J, T, V, order_of, packed, speech
+
+from pipeline.errors import SampleError
+from pipeline.teacher.codec import CODECS, make_codec
+from pipeline.teacher.packing import (
+    join_arrays,
+    narrowest,
+    pack_record,
+    pack_skipped,
+    raw_array,
+    raw_stream,
+    to_numpy,
+    unpack_record,
+)
+
+STREAMS = {"ids": bytes(range(200)), "empty": b"", "long": bytes(5000)}
+
+
+@pytest.mark.parametrize("largest", [0, 255, 256, 65_535, 65_536, 2**31 - 1])
+def test_a_record_is_its_tokens_and_streams(largest):
+    tokens, streams = unpack_record(pack_record(np.array([0, largest]), STREAMS))
+    assert tokens.dtype == np.int32 and tokens.tolist() == [0, largest]
+    assert streams == STREAMS
+
+
+def test_the_same_record_has_the_same_bytes():
+    assert pack_record(np.arange(9), STREAMS, "a") == pack_record(np.arange(9), STREAMS, "a")
+
+
+def test_a_record_opens_only_for_the_cache_it_was_made_for():
+    record = pack_record(np.arange(3), STREAMS, "this cache")
+    assert unpack_record(record, "this cache")[1] == STREAMS
+    with pytest.raises(ValueError, match=r"expected checksum \d+, found \d+: changed, or of another cache"):
+        unpack_record(record, "another")
+    with pytest.raises(ValueError, match="of another cache"):
+        unpack_record(pack_skipped("broken", "this cache"), "another")
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_changed_byte_anywhere_is_an_error(name):
+    """Every bit of every byte, framing and names included."""
+    hidden, head = speech(tokens=2)
+    record = pack_record(np.arange(2), packed(make_codec(name, order=order_of(V)), hidden, head), "this")
+    for place in range(len(record)):
+        for bit in range(8):
+            changed = bytearray(record)
+            changed[place] ^= 1 << bit
+            with pytest.raises(ValueError):
+                unpack_record(bytes(changed), "this")
+
+
+def test_a_cut_record_is_an_error():
+    record = pack_record(np.arange(3), STREAMS)
+    for size in range(len(record)):
+        with pytest.raises(ValueError):
+            unpack_record(record[:size])
+    with pytest.raises(ValueError):
+        unpack_record(record + b"\0")
+
+
+@pytest.mark.parametrize(
+    "foreign", [b"\x80", b"\xc0", b"\x92\x01\x02", b"{}", b"\x93\x01\xc4\x00\x02", b"\x92\xc0\xc4\x00"]
+)
+def test_what_is_no_record_is_an_error(foreign):
+    with pytest.raises(ValueError, match=r"it does not unpack|expected checksum"):
+        unpack_record(foreign)
+
+
+def test_a_skipped_record_gives_its_reason():
+    record = pack_skipped("the image is broken: 'x'", "this")
+    with pytest.raises(SampleError, match="skipped when the teacher cache was made: the image is broken: 'x'"):
+        unpack_record(record, "this")
+    for place in range(len(record)):
+        with pytest.raises(ValueError):
+            unpack_record(record[:place] + bytes([record[place] ^ 1]) + record[place + 1 :], "this")
+
+
+def test_plain_streams_are_little_endian_numbers():
+    assert raw_stream(np.array([1, 258]), "uint16") == b"\1\0\2\1"
+    assert raw_array(b"\1\0\2\1", "uint16", -1).tolist() == [1, 258]
+    assert raw_array(b"\0\0\x80\x3f", "float32", 1)[0] == 1.0
+    with pytest.raises(ValueError, match="numbers of type object; expected one of uint8, uint16, int32"):
+        raw_array(b"", "object", -1)
+    with pytest.raises(ValueError):
+        raw_array(bytes(6), "uint16", 2, 2, -1)
+    torch.from_numpy(raw_array(bytes(4), "uint16", -1)).add_(1)  # a tensor may be written to
+
+
+def test_bfloat16_keeps_its_bits():
+    tensor = torch.tensor([1.0, -2.5, float("inf")], dtype=torch.bfloat16)
+    array = raw_array(raw_stream(to_numpy(tensor), "bfloat16"), "bfloat16", -1)
+    assert torch.equal(torch.from_numpy(array).view(torch.bfloat16), tensor)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(0, "uint8"), (255, "uint8"), (256, "uint16"), (65_536, "int32")])
+def test_numbers_take_the_smallest_type_that_holds_them(largest, dtype):
+    assert narrowest(largest) == dtype
+
+
+def test_joined_records_stand_one_after_the_other_and_are_padded_with_zeros():
+    generator = np.random.default_rng(0)
+    parts = [{"a": generator.integers(1, 9, (t, J, n)), "b": generator.random((t, J, 1))} for t, n in ((2, 3), (T, 7))]
+    joined = join_arrays(parts)
+    assert joined["a"].shape == (2 + T, J, 7) and joined["b"].shape == (2 + T, J, 1)
+    assert np.array_equal(joined["a"][:2, :, :3], parts[0]["a"]) and not joined["a"][:2, :, 3:].any()
+    assert np.array_equal(joined["a"][2:], parts[1]["a"])
+    assert np.array_equal(joined["b"], np.concatenate([part["b"] for part in parts]))
+
+
+def test_joined_records_keep_the_widest_numbers():
+    """One record's ids fit two bytes, another's do not."""
+    parts = [{"ids": np.full((1, 1, 2), number, dtype)} for number, dtype in ((7, "u1"), (70_000, "i4"), (300, "u2"))]
+    assert join_arrays(parts)["ids"][:, 0, 0].tolist() == [7, 70_000, 300]
