@@ -12,6 +12,15 @@ from running import cache_folder, deepspeed, tiny_recipe
 from safetensors.torch import load_file, save_file
 from tiny import write_data
 
+from data_prep.shards import ShardFolder
+from pipeline.loss.sparse_kl import column_kl
+from pipeline.resolve import load_recipe
+from pipeline.runtime.batches import DataOrder, derived_seed
+from pipeline.teacher.signal import HiddenSignal
+from pipeline.vlm.assemble import encoders, load_verb_ffns, shared_vocabulary, verbalized
+from pipeline.vlm.backbone import run_backbone
+from pipeline.vlm.processing import collate
+
 KIND = "qwen2_vl"
 
 
@@ -21,7 +30,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def verbalized(tmp_path_factory, tiny_models, data) -> tuple[Path, Path]:
+def verbalized_run(tmp_path_factory, tiny_models, data) -> tuple[Path, Path]:
     """(recipe, run) with verbalizers and a cache of the exact codec, all by stage 1."""
     folder = tmp_path_factory.mktemp("cache")
     codec = {"name": "hidden", "dtype": "float32"}
@@ -40,8 +49,8 @@ def shards(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(cache_folder(run).glob("*.tar"))}
 
 
-def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized, tmp_path):
-    recipe, run = verbalized
+def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
     where = copy(run, tmp_path / "run", "verbalize")
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "1-2", *where)
     assert "2 of 3 shards are there" in said and not (cache_folder(tmp_path / "run") / "manifest.json").exists()
@@ -50,8 +59,8 @@ def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized, tmp_pat
     assert shards(tmp_path / "run") == shards(run), "two ranks and one, one engine with a student and one without"
 
 
-def test_a_damaged_shard_is_named_and_made_again(verbalized, tmp_path):
-    recipe, run = verbalized
+def test_a_damaged_shard_is_named_and_made_again(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
     where = copy(run, tmp_path / "run", "verbalize", "cache")
     shard = cache_folder(tmp_path / "run") / "000001.tar"
     flipped = bytearray(shard.read_bytes())
@@ -63,8 +72,8 @@ def test_a_damaged_shard_is_named_and_made_again(verbalized, tmp_path):
     assert "has shards 0-2" in said
 
 
-def test_interaction_from_the_exact_codec(verbalized, tiny_models, tmp_path):
-    recipe, run = verbalized
+def test_interaction_from_the_exact_codec(verbalized_run, tiny_models, tmp_path):
+    recipe, run = verbalized_run
     where = copy(run, tmp_path / "run", "verbalize", "cache")
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, *where, "interact.cross_entropy_weight=0.5")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -75,8 +84,8 @@ def test_interaction_from_the_exact_codec(verbalized, tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("matching", ["last_only", "ordered_argmin"])
-def test_other_strategies_run_from_the_same_cache(verbalized, tmp_path, matching):
-    recipe, run = verbalized
+def test_other_strategies_run_from_the_same_cache(verbalized_run, tmp_path, matching):
+    recipe, run = verbalized_run
     where = copy(run, tmp_path / "run", "verbalize", "cache")
     also = [
         f"interact.matching={matching}",
@@ -89,8 +98,42 @@ def test_other_strategies_run_from_the_same_cache(verbalized, tmp_path, matching
     assert lines[-1]["match"] == expected and (tmp_path / "run" / "interact" / "student" / "config.json").is_file()
 
 
-def test_samples_are_the_same_on_any_ranks_and_lie_beside_another_codec(verbalized, tmp_path):
-    recipe, run = verbalized
+def live_losses(recipe, run: Path) -> dict[str, float]:
+    """The first update's interaction losses under the uniform match, with a live teacher in this one process."""
+    data = ShardFolder(recipe.data.train)
+    encoder = encoders(recipe, ["teacher", "student"])["student"]
+    order = DataOrder(len(data), derived_seed(recipe.seed, "interact"))
+    raw = [data.read(order[position].sample) for position in range(recipe.interact.batch_size)]
+    encoded = [encoder(one.key, one.record["messages"], one.images) for one in raw]
+    batch = collate(encoded, encoder.filler(), encoder.processor.tokenizer.pad_token_id)
+    vocab = shared_vocabulary(recipe, encoders(recipe, ["teacher", "student"]))
+    spoken, heads = {}, {}
+    for role in ("teacher", "student"):
+        side = verbalized(getattr(recipe, role), recipe, vocab, torch.float32, seed=0).eval()
+        load_verb_ffns(side, run / "verbalize" / f"{role}.safetensors")
+        with torch.no_grad():
+            spoken[role] = side.speak(run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions))
+        heads[role] = side.head(lambda hidden, unembedding: unembedding, None)
+    live = HiddenSignal(spoken["teacher"].transpose(0, 1), heads["teacher"])
+    pairs = {"layer/1": (0, 1), "layer/2": (1, 3), "last": (2, 4)}  # uniform: 2 students of 4 teachers take 1 and 3
+    return {
+        name: column_kl(spoken["student"][i], heads["student"], live, j).item() / len(batch.labels)
+        for name, (i, j) in pairs.items()
+    }
+
+
+def test_from_the_exact_codec_the_losses_are_those_of_a_live_teacher(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
+    where = copy(run, tmp_path / "run", "verbalize", "cache")
+    also = ["interact.matching=uniform", "interact.steps=2"]
+    deepspeed(2, "train.py", "--stage", 2, "--only", "interact", "--recipe", recipe, *where, *also)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    expected = live_losses(load_recipe(recipe).recipe, run)
+    assert {name: first[name] for name in expected} == pytest.approx(expected, rel=2e-6)
+
+
+def test_samples_are_the_same_on_any_ranks_and_lie_beside_another_codec(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
     sampled = ["cache.codec={name: sampled, points: 32}"]
     one = copy(run, tmp_path / "one", "verbalize", "cache")
     exact = shards(tmp_path / "one")
@@ -113,8 +156,8 @@ def test_samples_are_the_same_on_any_ranks_and_lie_beside_another_codec(verbaliz
     assert 0 < interact[0]["tokens"] < 0.8 * manifest["tokens"] * 8 / 24, "half of the tokens of a batch of 8 of 24"
 
 
-def test_more_data_goes_on_in_the_same_cache(verbalized, tmp_path):
-    recipe, run = verbalized
+def test_more_data_goes_on_in_the_same_cache(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
     where = [*copy(run, tmp_path / "run", "verbalize"), f"data.train={tmp_path / 'data'}"]
     write_data(tmp_path / "data", 24, shards=3)
     deepspeed(1, "cache.py", "--recipe", recipe, *where)
@@ -130,8 +173,8 @@ def test_more_data_goes_on_in_the_same_cache(verbalized, tmp_path):
     assert before == after, "what was there is not touched"
 
 
-def test_stage_2_refuses_a_cache_of_other_verbalizers(verbalized, tmp_path):
-    recipe, run = verbalized
+def test_stage_2_refuses_a_cache_of_other_verbalizers(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
     where = copy(run, tmp_path / "run", "verbalize", "cache")
     path = tmp_path / "run" / "verbalize" / "teacher.safetensors"
     weights = load_file(path)
