@@ -3,10 +3,11 @@
   python -m pipeline status runs/demo
   python -m pipeline evaluate --run runs/demo
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
+  python -m pipeline cache-info runs/demo
 
 status says which steps are done and what to run next; evaluate compares models on held-out data; trace shows what each
-layer of a model says. `python -m pipeline COMMAND --help` is the manual of one. Runs are made by launch/train.py, data
-by python -m data_prep.
+layer of a model says; cache-info what a teacher cache holds, and how true it is. `python -m pipeline COMMAND --help` is
+the manual of one. Runs are made by launch/train.py, data by python -m data_prep.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ What the run does not have yet is left out, with the command that makes it. The 
 memory. Time: one generation for each target layer of each model.
 """
 
+CACHE_INFO = """What a teacher cache is made of, how far it is, what it weighs, and how true it is to the teacher.
+
+  python -m pipeline cache-info runs/demo
+  python -m pipeline cache-info runs/demo/cache/sampled-3f2a9c1b --verify
+  python -m pipeline cache-info runs/demo --sample 000017
+
+CACHE is a cache's own folder, a run's cache/ or a run's folder; where several caches lie there, they are listed, and
+one has to be named.
+
+Shown: what it was made from, with all fingerprints; shards, samples, tokens, bytes, speed; and for each layer what was
+measured while it was written, on a small random share of the tokens, against the dense distributions: entropy,
+probability of the stored ids, bias and RMS of the KL, error of the gradient, and how far Algorithm 1's draw moves.
+
+With --verify every shard is hashed and every record decoded, one process for each core; what is wrong is listed by file
+and record, with the command that makes it right, and the exit code is 2. A cache that is not complete is verified as
+far as it goes. With --sample, each layer's likeliest id for each response token of a sample, in words, instead.
+"""
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; imports nothing heavy."""
@@ -68,6 +87,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         (_add_status, "status", "what a run has done, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
         (_add_trace, "trace", "what each layer says about one question", TRACE),
+        (_add_cache_info, "cache-info", "what a teacher cache holds, and how true it is", CACHE_INFO),
     ):
         command = _manual(commands.add_parser, name=name, help=summary, description=text)
         add(command)
@@ -84,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     hush(options.verbose)
     try:
-        {"status": _status, "evaluate": _evaluate, "trace": _trace}[options.command](options)
+        COMMANDS[options.command](options)
     except (UserError, ShardError, SampleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -131,6 +151,15 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_cache_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache's folder, a run's cache/ or a run's folder")
+    parser.add_argument("--verify", action="store_true", help="hash every shard again and decode every record")
+    parser.add_argument("--sample", metavar="KEY", help="what each layer said about this sample, in words")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="reads the ids of --sample (default: the run's teacher's)"
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
@@ -158,6 +187,15 @@ def _trace(options: argparse.Namespace) -> None:
     from pipeline.results import trace_run
 
     trace_run.run(options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens)
+
+
+def _cache_info(options: argparse.Namespace) -> None:
+    from pipeline.results import cache_info
+
+    cache_info.run(options.cache, options.verify, options.sample, options.tokenizer)
+
+
+COMMANDS = {"status": _status, "evaluate": _evaluate, "trace": _trace, "cache-info": _cache_info}
 
 
 if __name__ == "__main__":

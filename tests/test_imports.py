@@ -123,7 +123,13 @@ def test_a_planted_violation_is_caught(tmp_path, module, line, imported):
 @pytest.mark.parametrize(
     "command",
     [["data_prep"], ["data_prep", "shard"], ["data_prep", "lint"], ["data_prep", "preview"]]
-    + [["pipeline"], ["pipeline", "evaluate"], ["pipeline", "trace"], ["pipeline", "status"]]
+    + [
+        ["pipeline"],
+        ["pipeline", "evaluate"],
+        ["pipeline", "trace"],
+        ["pipeline", "status"],
+        ["pipeline", "cache-info"],
+    ]
     + [[str(path)] for path in sorted((ROOT / "launch").glob("*.py"))],
     ids=lambda command: "-".join(Path(word).name for word in command),
 )

@@ -17,6 +17,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import STEPS, Recipe
 from pipeline.resolve import load_recipe
 from pipeline.runtime.folder import begun_steps, done, read_metrics
+from pipeline.runtime.progress import size_text
 
 # What a line of metrics.jsonl holds beside losses.
 _NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
@@ -79,10 +80,11 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
         table.add_column(heading)
     table.add_column("on disk", justify="right")
     for step in steps:
-        table.add_row(step.name, step.state, step.progress, _shown(step.losses), _bytes(step.size) if step.size else "")
+        size = size_text(step.size) if step.size else ""
+        table.add_row(step.name, step.state, step.progress, _shown(step.losses), size)
     console.print(table)
-    parts = [f"{name} {_bytes(size)}" for name, size in _other_parts(run)]
-    console.print(f"on disk: {', '.join([*parts, f'total {_bytes(size_of(run))}'])}", markup=False, soft_wrap=True)
+    parts = [f"{name} {size_text(size)}" for name, size in _other_parts(run)]
+    console.print(f"on disk: {', '.join([*parts, f'total {size_text(size_of(run))}'])}", markup=False, soft_wrap=True)
     console.print(f"next:    {following}", markup=False, soft_wrap=True)
 
 
@@ -103,13 +105,20 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
     size = size_of(run / name)
     if name == "cache":
-        shards = len(list((run / name).glob("*.tar")))
-        progress = f"{shards} of {_planned(recipe, name)} shards" if shards else ""
+        progress = _shards(run / name, _planned(recipe, name)) if begun else ""
     elif summary is not None:
         progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
         progress = f"update {lines[-1]['update']} of {_planned(recipe, name)}" if lines else ""
     return StepStatus(name, state, progress, losses, size)
+
+
+def _shards(root: Path, planned: int | str) -> str:
+    """How far the cache is that was begun last."""
+    from pipeline.teacher.caches import newest  # imports torch, which a run without a cache need not wait for
+
+    cache = newest(root)
+    return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
 
 
 def _planned(recipe: Recipe, name: str) -> int | str:
@@ -141,8 +150,3 @@ def _other_parts(run: Path) -> Iterator[tuple[str, int]]:
     for path in sorted(run.iterdir()):
         if path.name not in STEPS:
             yield path.name, size_of(path)
-
-
-def _bytes(size: int) -> str:
-    power = min(4, (len(str(size)) - 1) // 3)
-    return f"{size / 1000**power:.{1 if power else 0}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"

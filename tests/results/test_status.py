@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from tiny_run import write_recipe
@@ -42,12 +43,17 @@ def test_a_recipe_alone_asks_for_stage_1(run):
 
 def test_a_half_run_shows_its_last_update_and_its_shards(run):
     mark_done(run / "verbalize", {"updates": 3, "losses": {"teacher/1": 2.0, "teacher/2": 1.5, "student/1": 2.5}})
-    (run / "cache").mkdir()
-    (run / "cache" / "000000.tar").write_bytes(b"x" * 2048)
+    for name, shards, begun in (("topk-1", 1, 200), ("sampled-2", 2, 100)):  # the other one was begun before
+        folder = run / "cache" / name
+        folder.mkdir(parents=True)
+        (folder / "cache.json").touch()
+        os.utime(folder / "cache.json", (begun, begun))
+        for shard in range(shards):
+            (folder / f"{shard:06d}.tar").write_bytes(b"x" * 2048)
     steps, following = status(run)
     assert [step.state for step in steps] == ["done", "begun", "not begun", "not begun"]
     assert steps[0].losses["teacher/2"] == 1.5
-    assert (steps[1].progress, steps[1].size) == ("1 of 1 shards", 2048)
+    assert (steps[1].progress, steps[1].size) == ("1 of 1 shards", 3 * 2048)
     assert "--stage 1" in following
     mark_done(run / "cache", {"samples": 12})
     lines = [

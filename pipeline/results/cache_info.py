@@ -1,0 +1,191 @@
+"""`python -m pipeline cache-info`: what a teacher cache is made of, how far it is, what it weighs, how true it is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.shards import MANIFEST
+from pipeline.errors import CacheError
+from pipeline.loss.fidelity import Fidelity
+from pipeline.results.cache_on_disk import CacheOnDisk, find_caches, look
+from pipeline.results.status import size_of
+from pipeline.runtime.folder import read_metrics
+from pipeline.runtime.progress import size_text
+from pipeline.teacher.caches import newest
+from pipeline.teacher.folder import IDENTITY
+
+MEASURES = ("entropy", "mass", "kl_bias", "kl_rms", "gradient_error")
+"""Of each layer, in the order of the table."""
+
+SHOWN_PROBLEMS = 8
+"""Shards that are missing or damaged, of which the reason is printed; --verify prints all."""
+
+
+def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> None:
+    """Print what a cache is, or what it says about a sample; with `check`, read all of it back.
+
+    Raises CacheError: no cache there, several of them, or anything wrong found by `check`.
+    """
+    if tokenizer is not None and sample is None:
+        raise CacheError("--tokenizer DIR turns ids into words for --sample KEY: give a key too")
+    folders = find_caches(path)
+    if len(folders) > 1:
+        _show_list(folders)
+        latest = newest(folders[0].parent) or folders[-1]
+        raise CacheError(
+            f"{len(folders)} caches in {path}: name one. The one begun last: "
+            f"python -m pipeline cache-info {shlex.quote(str(latest))}"
+        )
+    cache = look(folders[0])
+    if sample is None:
+        show(cache)
+    else:
+        from pipeline.results import cache_words  # reads words with transformers, which takes seconds to import
+
+        cache_words.show(cache, sample, tokenizer)
+    if check:
+        from pipeline.results import cache_verify
+
+        cache_verify.run(cache)
+
+
+def show(cache: CacheOnDisk) -> None:
+    """Print a cache's identity, its state, sizes and speed, and its fidelity."""
+    console = Console(highlight=False)
+    console.print(_narrow(str(cache.path), identity(cache)))
+    console.print()
+    console.print(_narrow("on disk", contents(cache)))
+    console.print()
+    for line in _remarks(cache):
+        console.print(line, markup=False, soft_wrap=True)
+    measured = fidelity(cache)
+    if measured is None or not measured.tokens:
+        console.print("fidelity: nothing measured")
+    else:
+        console.print(_fidelity_table(cache, measured))
+        for line in _legend(measured):
+            console.print(line, markup=False)
+
+
+def identity(cache: CacheOnDisk) -> dict[str, str]:
+    """What the cache is made of, name by name, fingerprints in full."""
+    made = cache.identity
+    params = ", ".join(f"{name} {value}" for name, value in made.codec.items() if name != "name")
+    layers = ", ".join(map(str, made.layers))
+    data = cache.manifest["fingerprints"].get("data") if cache.manifest else None
+    return {
+        "codec": f"{made.codec['name']} ({params})",
+        "layers": f"{layers} ({len(made.layers)}, the last is the teacher's own last layer)",
+        "vocabulary": f"{made.vocab:,} ids",
+        **made.fingerprints,
+        **({"data": data} if data else {}),
+    }
+
+
+def contents(cache: CacheOnDisk) -> dict[str, str]:
+    """State, numbers of things, bytes and speed."""
+    samples = sum(len(shard["keys"]) for shard in cache.whole)
+    tokens = sum(shard["tokens"] for shard in cache.whole)
+    skipped = sum(len(shard["skipped"]) for shard in cache.whole)
+    token_layers = tokens * len(cache.identity.layers)
+    size = size_of(cache.path)
+    rows = {
+        "state": cache.state,
+        "shards": f"{len(cache.whole):,}",
+        "samples": f"{samples:,}, of which skipped {skipped:,}",
+        "tokens": f"{tokens:,} response tokens, {token_layers:,} token-layers",
+        "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _parts(cache.path)),
+    }
+    if token_layers:
+        rows["bytes a token-layer"] = f"{size / token_layers:.2f}, all files counted"
+    speed = tokens_per_second(cache)
+    if speed is not None:
+        layers = speed * len(cache.identity.layers)
+        rows["speed"] = f"{speed:,.0f} tokens/s ({layers:,.0f} token-layers/s), the last job's average"
+    return rows
+
+
+def tokens_per_second(cache: CacheOnDisk) -> float | None:
+    """The average of the job that wrote last; None where the run does not tell, or tells of another cache."""
+    if cache.recipe is None or newest(cache.path.parent) != cache.path:
+        return None
+    lines = read_metrics(cache.recipe.parent, "cache")
+    return lines[-1].get("tokens_per_s") if lines else None
+
+
+def fidelity(cache: CacheOnDisk) -> Fidelity | None:
+    """What was measured while the shards were made, summed over them; None where nothing was."""
+    parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.whole if "fidelity" in shard]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _show_list(folders: Sequence[Path]) -> None:
+    table = Table("cache", "state")
+    table.add_column("on disk", justify="right")
+    for folder in folders:
+        try:
+            state = look(folder).state
+        except CacheError:
+            state = "cannot be read: name it to see why"
+        table.add_row(folder.name, state, size_text(size_of(folder)))
+    Console(highlight=False).print(table)
+
+
+def _narrow(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a fingerprint loses no digit on a narrow terminal
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _parts(path: Path) -> Iterator[tuple[str, int]]:
+    """Bytes of each kind of file that there is."""
+    kinds = {".tar": "records", ".json": "sidecars", ".int32": "order", ".safetensors": "head"}
+    sizes: dict[str, int] = {}
+    for file in sorted(path.iterdir()):
+        kind = "manifest" if file.name in (MANIFEST, IDENTITY) else kinds.get(file.suffix, "unfinished")
+        sizes[kind] = sizes.get(kind, 0) + size_of(file)
+    yield from sorted(sizes.items(), key=lambda item: -item[1])
+
+
+def _remarks(cache: CacheOnDisk) -> Iterator[str]:
+    """What is missing, and the command that makes it."""
+    broken = [f"  {name}: {why}" for name, why in cache.missing.items() if why != "not made yet"]
+    if broken:
+        yield "to be made again:"
+        yield from broken[:SHOWN_PROBLEMS]
+        if len(broken) > SHOWN_PROBLEMS:
+            yield f"  and {len(broken) - SHOWN_PROBLEMS} more"
+    if not cache.complete:
+        yield f"next: {cache.command()}\n"
+
+
+def _fidelity_table(cache: CacheOnDisk, measured: Fidelity) -> Table:
+    table = Table(title=f"fidelity, on {measured.tokens:,} tokens", title_justify="left")
+    for heading in ("layer", "entropy", "mass", "KL bias", "KL rms", "gradient error"):
+        table.add_column(heading, justify="right")
+    summary = measured.summary()
+    for layer, values in zip(cache.identity.layers, summary["layers"], strict=True):
+        table.add_row(str(layer), *(_number(values[name]) for name in MEASURES))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _legend(measured: Fidelity) -> Iterator[str]:
+    yield "entropy, KL: nat a token. mass: true probability of the stored ids."
+    yield "KL bias, rms: mean and root mean square of the cache's KL less the true one,"
+    yield "  with the cached layer below standing in for a student."
+    yield "gradient error: of that KL's gradient at the head's input, relative, by token."
+    moved = measured.draw_tv()
+    if moved is not None:
+        yield f"draw: cached KL moves Algorithm 1's draws by {moved:.4f} (total variation)."

@@ -1,0 +1,164 @@
+"""Teacher caches as they lie on disk, complete or not: where they are, and what sidecars and manifest say of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.schema import DataError
+from data_prep.shards import MANIFEST, read_manifest
+from pipeline.errors import CacheError, RecipeError
+from pipeline.resolve import load_recipe
+from pipeline.teacher.folder import (
+    FORMAT,
+    IDENTITY,
+    RECORD,
+    VERSION,
+    CacheIdentity,
+    command,
+    missing_shards,
+    read_identity,
+    read_sidecars,
+)
+
+SIDECAR = {"keys", "offsets", "end", "bytes", "sha256", "made_for", "data_sha256", "tokens", "skipped"}
+"""What every sidecar holds."""
+
+Shard = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CacheOnDisk:
+    """One cache's folder, by what its small files say and the sizes of the large ones."""
+
+    path: Path
+    identity: CacheIdentity
+    made_for: str
+    """What its sidecars and records have to be made for: the hash of the identity and the vocabulary's order."""
+    sidecars: Mapping[str, Shard]
+    """{shard: sidecar} of those made, whole or not; the manifest's entry where only the sidecar is gone."""
+    expected: Mapping[str, Shard]
+    """{shard: name, sha256 and keys of the data shard that it mirrors}, as far as known: all of `sidecars` at least."""
+    missing: Mapping[str, str]
+    """{shard: why} of the expected ones that have to be made (again)."""
+    manifest: Mapping[str, Any] | None
+    """None until the cache is complete for the first time."""
+    planned: int | None
+    """Shards that make it complete; None where neither the manifest nor the run's data tells."""
+    recipe: Path | None
+    """The recipe of the run that it lies in."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether stage 2 would find every shard, whole in size."""
+        return self.manifest is not None and not self.missing and len(self.manifest["shards"]) == self.planned
+
+    @property
+    def whole(self) -> list[Shard]:
+        """Sidecars of the shards that nothing is known against."""
+        return [sidecar for name, sidecar in self.sidecars.items() if name not in self.missing]
+
+    @property
+    def state(self) -> str:
+        """In words, for tables."""
+        if self.complete:
+            return "complete"
+        if self.planned is None:
+            return f"{len(self.whole)} shards, not complete"
+        return f"{len(self.whole)} of {self.planned} shards" + ("" if self.missing else f", no {MANIFEST} for them yet")
+
+    def only(self, name: str) -> CacheOnDisk:
+        """The same cache as if it had this shard alone: little to hand to another process."""
+        sidecars, expected = {name: self.sidecars[name]}, {name: self.expected[name]}
+        return replace(self, sidecars=sidecars, expected=expected, missing={}, manifest=None)
+
+    def command(self) -> str:
+        """What makes the shards that are missing or changed."""
+        return command(self.recipe or "R", "--only-missing")
+
+
+def find_caches(path: Path) -> list[Path]:
+    """Folders of the caches at a path: a cache's own, those of a run, or those side by side in the path.
+
+    Raises CacheError where there is none.
+    """
+    if (path / IDENTITY).is_file():
+        return [path]
+    for pattern in (f"cache/*/{IDENTITY}", f"*/{IDENTITY}"):
+        if found := sorted(file.parent for file in path.glob(pattern)):
+            return found
+    kind = "a folder without any" if path.is_dir() else "a file" if path.exists() else "no such folder"
+    own = path / "recipe.yaml"
+    raise CacheError(
+        f"no teacher cache at {path}: expected a cache's folder (with {IDENTITY} in it), a run's cache/ or a run's "
+        f"folder; found {kind}. Make one: {command(own if own.is_file() else 'R')}"
+    )
+
+
+def look(path: Path) -> CacheOnDisk:
+    """What a cache's folder holds. Raises CacheError: another format version, or cache.json or the manifest damaged."""
+    beside = Path(os.path.normpath(path / ".." / "..")) / "recipe.yaml"
+    recipe = beside if beside.is_file() else None
+    identity = read_identity(path, recipe or "R")
+    manifest = _manifest(path, recipe)
+    listed = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
+    sidecars = dict(sorted((listed | own_sidecars(path)).items()))
+    made_from = {name: {"name": name, "sha256": s["data_sha256"], "keys": s["keys"]} for name, s in sidecars.items()}
+    data = _data(recipe)
+    if any(data.get(name, {}).get("sha256") != shard["sha256"] for name, shard in made_from.items()):
+        data = {}  # the run has gone on to other data
+    planned = len(data) or (len(listed) if listed.keys() == sidecars.keys() and manifest else None)
+    expected = data or made_from
+    missing = missing_shards(path, identity, list(expected.values()), sidecars)
+    made_for = identity.made_for(path)
+    return CacheOnDisk(path, identity, made_for, sidecars, expected, missing, manifest, planned, recipe)
+
+
+def own_sidecars(path: Path) -> dict[str, Shard]:
+    """{shard: sidecar} of all whole sidecars in a folder; one that is damaged counts as none."""
+    names = [file.with_suffix(".tar").name for file in path.glob("*.json") if file.name not in (IDENTITY, MANIFEST)]
+    return {
+        name: sidecar
+        for name, sidecar in read_sidecars(path, names).items()
+        if isinstance(sidecar, dict) and sidecar.keys() >= SIDECAR and len(sidecar["keys"]) == len(sidecar["offsets"])
+    }
+
+
+def read_record(file: BinaryIO, sidecar: Shard, place: int) -> bytes:
+    """The bytes of a shard's record number `place`, from 0. Raises ValueError where the tar is damaged there."""
+    key, bounds = sidecar["keys"][place], [*sidecar["offsets"][place : place + 2], sidecar["end"]]
+    file.seek(bounds[0])
+    content = file.read(bounds[1] - bounds[0])
+    if len(content) < bounds[1] - bounds[0]:
+        raise ValueError("the file ends before the record does")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            member = tar.extractfile(f"{key}.{RECORD}")
+            if member is None:
+                raise KeyError("it is a link")
+            return member.read()
+    except (tarfile.TarError, KeyError) as error:
+        raise ValueError(f"its place in the tar is damaged: {error}") from None
+
+
+def _manifest(path: Path, recipe: Path | None) -> dict[str, Any] | None:
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        return read_manifest(path, FORMAT, VERSION)
+    except DataError as error:
+        raise CacheError(f"{error}. Put it right: {command(recipe or 'R', '--only-missing')}") from None
+
+
+def _data(recipe: Path | None) -> dict[str, Shard]:
+    """{shard: the data manifest's entry}; empty where recipe or data are not at hand."""
+    try:
+        manifest = read_manifest(load_recipe(recipe).recipe.data.train) if recipe else {"shards": []}
+    except (DataError, RecipeError):
+        return {}
+    return {shard["name"]: shard for shard in manifest["shards"]}

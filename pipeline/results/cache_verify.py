@@ -1,0 +1,200 @@
+"""`python -m pipeline cache-info --verify`: hash every shard again, and decode every record."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from data_prep.shards import MANIFEST
+from pipeline.errors import CacheError, SampleError
+from pipeline.results.cache_on_disk import CacheOnDisk, own_sidecars, read_record
+from pipeline.runtime.progress import StepProgress
+from pipeline.teacher.codec import CODECS, Codec
+from pipeline.teacher.folder import cache_codec, missing_shards
+from pipeline.teacher.head import HEAD, read_head
+from pipeline.teacher.packing import unpack_record
+from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+
+NO_HEAD = Unembedding(torch.zeros(0, 0), 0)
+"""Decoding hidden states only hands the head on; checking them does not look at it."""
+
+ROUNDING = 1e-3
+"""How far probabilities may sum from 1."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was written."""
+
+    file: str
+    key: str
+    """Empty where the file as a whole is meant."""
+    what: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One shard, read back."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    remade: bool
+    """Whether --only-missing sees by itself that it has to be made again."""
+    records: int
+    """Decoded without error."""
+    tokens: int
+    """In these records."""
+    seconds: float
+    """Spent unpacking and decoding them, in one process."""
+
+
+def run(cache: CacheOnDisk) -> None:
+    """Verify a cache and print what was found.
+
+    Raises CacheError, with the command that makes it right, where anything is wrong.
+    """
+    workers = max(1, min(os.cpu_count() or 1, len(cache.sidecars)))
+    begun = time.monotonic()
+    checked = check_shards(cache, workers)
+    took = time.monotonic() - begun
+    problems = [*beside_shards(cache), *(problem for shard in checked for problem in shard.problems)]
+    console = Console(highlight=False)
+    for line in _lines(problems):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(_rates(cache, checked, took, workers), markup=False, soft_wrap=True)
+    if problems:
+        raise CacheError(f"{cache.path}: {len(problems)} problem(s). Put it right: {repair(cache, checked)}")
+
+
+def check_shards(cache: CacheOnDisk, workers: int) -> list[Checked]:
+    """Every shard that was made, in order, each in one process. Raises CacheError where the codec lacks its order."""
+    if not cache.sidecars:
+        return []
+    codec = cache_codec(cache.path, cache.identity, cache.recipe or "R")
+    total = sum(len(sidecar["keys"]) for sidecar in cache.sidecars.values())
+    checked: dict[str, Checked] = {}
+    wrong = 0
+    # Forked before the progress bar has its thread; fresh interpreters would take seconds each to import torch.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        jobs: list[Future[Checked]] = [
+            pool.submit(check_shard, cache.only(name), codec, name) for name in cache.sidecars
+        ]
+        progress = StepProgress("verify", total)
+        try:
+            for job in as_completed(jobs):
+                shard = job.result()
+                checked[shard.name] = shard
+                wrong += bool(shard.problems)
+                progress.advance(f"{wrong} bad shards", by=len(cache.sidecars[shard.name]["keys"]))
+        finally:
+            progress.close()
+    return [checked[name] for name in cache.sidecars]
+
+
+def check_shard(cache: CacheOnDisk, codec: Codec, name: str) -> Checked:
+    """Hash a shard and decode its records, one in memory at a time."""
+    sidecar = cache.sidecars[name]
+    wrong = missing_shards(cache.path, cache.identity, [cache.expected[name]], cache.sidecars, verify=True)
+    problems = [Problem(name, "", why) for why in wrong.values()]
+    foreign = sidecar["made_for"] != cache.made_for  # its records would be read with a wrong codec
+    if foreign or not (cache.path / name).is_file():
+        return Checked(name, tuple(problems), True, 0, 0, 0.0)
+    tokens, skipped, seconds = 0, set(), 0.0
+    with open(cache.path / name, "rb") as file:
+        for place, key in enumerate(sidecar["keys"]):
+            try:
+                record, begun = read_record(file, sidecar, place), time.perf_counter()
+                tokens += decode(record, codec, cache)
+                seconds += time.perf_counter() - begun
+            except SampleError:
+                skipped.add(key)
+            except ValueError as error:
+                problems.append(Problem(name, key, str(error)))
+    if not problems and (tokens, skipped) != (sidecar["tokens"], sidecar["skipped"].keys()):
+        said, found = (
+            f"{t} tokens and {len(s)} skipped samples"
+            for t, s in ((sidecar["tokens"], sidecar["skipped"]), (tokens, skipped))
+        )
+        problems.append(Problem(name, "", f"its sidecar says {said}, its records {found}"))
+    bad = sum(bool(problem.key) for problem in problems)
+    return Checked(name, tuple(problems), bool(wrong), len(sidecar["keys"]) - len(skipped) - bad, tokens, seconds)
+
+
+def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
+    """Decode one record; returns its tokens. Raises SampleError where it was skipped, ValueError where it is wrong."""
+    tokens, streams = unpack_record(record, cache.made_for)
+    layers = len(cache.identity.layers)
+    try:
+        signal = codec.decode(codec.unpack(streams, len(tokens), layers), NO_HEAD)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"it does not decode: {error!r}") from None
+    _check_numbers(signal, cache.identity.vocab)
+    return len(tokens)
+
+
+def repair(cache: CacheOnDisk, checked: Sequence[Checked]) -> str:
+    """The command that makes all of it right: a sidecar that vouches for bad records has to go first."""
+    lying = [shard.name for shard in checked if shard.problems and not shard.remade]
+    files = " ".join(shlex.quote(str((cache.path / name).with_suffix(".json"))) for name in lying)
+    return f"rm {files} && {cache.command()}" if lying else cache.command()
+
+
+def _check_numbers(signal: Signal, vocab: int) -> None:
+    if isinstance(signal, HiddenSignal):
+        if not signal.hidden.isfinite().all():
+            raise ValueError("it has hidden states that are not finite")
+        return
+    if not 0 <= int(signal.ids.min()) <= int(signal.ids.max()) < vocab:
+        raise ValueError(f"it has ids outside of 0..{vocab - 1}")
+    total = signal.probs.sum(-1) + signal.tail
+    if not ((total - 1).abs() < ROUNDING).all() or not signal.neg_entropy.isfinite().all():
+        raise ValueError("its probabilities do not sum to 1")
+
+
+def beside_shards(cache: CacheOnDisk) -> list[Problem]:
+    """What is wrong with sidecars, the manifest and the head."""
+    listed = {shard["name"]: shard for shard in cache.manifest["shards"]} if cache.manifest else {}
+    own, problems = own_sidecars(cache.path), []
+    for name, entry in listed.items():
+        if name not in own:
+            file = str(Path(name).with_suffix(".json"))
+            problems.append(Problem(file, "", "the sidecar is gone or damaged; the manifest still has it"))
+        elif own[name] != entry:
+            problems.append(Problem(MANIFEST, "", f"it does not say of {name} what its sidecar says"))
+    if cache.sidecars and CODECS[cache.identity.codec["name"]].needs_head:
+        try:
+            read_head(cache.path, (cache.manifest or {}).get("head_sha256"), "cpu", cache.recipe or "R")
+        except CacheError as error:
+            problems.append(Problem(HEAD, "", str(error)))
+    return problems
+
+
+def _lines(problems: Sequence[Problem]) -> Iterator[str]:
+    """A line for each problem; neighbours that have the same one share it."""
+    for (file, what), group in groupby(problems, key=lambda problem: (problem.file, problem.what)):
+        keys = [problem.key for problem in group]
+        records = keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]} ({len(keys):,})"
+        yield ": ".join(filter(None, (file, records, what)))
+
+
+def _rates(cache: CacheOnDisk, checked: Sequence[Checked], took: float, workers: int) -> str:
+    records = sum(shard.records for shard in checked)
+    token_layers = sum(shard.tokens for shard in checked) * len(cache.identity.layers)
+    decoding = sum(shard.seconds for shard in checked)
+    line = f"verified {len(checked)} shards: {records:,} records, {token_layers:,} token-layers decoded"
+    if not token_layers:
+        return line
+    return (
+        f"{line} in {took:.1f} s: {token_layers / took:,.0f} token-layers/s with reading and hashing, on {workers} "
+        f"processes; decoding alone {token_layers / decoding:,.0f} token-layers/s a process"
+    )

@@ -1,0 +1,208 @@
+"""`python -m pipeline cache-info --sample`: what each cached layer of the teacher said about one sample, in words.
+
+T response tokens, J teacher layers.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from pipeline.errors import CacheError, RecipeError
+from pipeline.resolve import load_recipe
+from pipeline.results.cache_on_disk import CacheOnDisk, read_record
+from pipeline.teacher.fingerprint import TOKENIZER_FILES, tokenizer_fingerprint
+from pipeline.teacher.folder import cache_codec
+from pipeline.teacher.head import read_head
+from pipeline.teacher.packing import unpack_record
+from pipeline.teacher.sampled import Sampled
+from pipeline.teacher.signal import HiddenSignal, Signal
+
+SHOWN = 16
+"""Response tokens that are printed of a longer sample."""
+
+TEXT_WIDTH = 12
+"""Columns of the terminal that a token's words take at most."""
+
+PADDING = 2
+"""Columns of space beside each column of a table."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """One sample of a cache: its first tokens, and each layer's likeliest ids there."""
+
+    shard: str
+    tokens: Sequence[int]
+    """[T] all response token ids."""
+    likeliest: Sequence[Sequence[int]]
+    """[min(T, SHOWN), J] ids."""
+    shares: Sequence[Sequence[str]]
+    """[min(T, SHOWN), J] of the points that fell on them, or their probability."""
+
+
+def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
+    """Print a table of tokens and layers, several side by side where they are wider than the terminal.
+
+    Raises CacheError: no such key, a damaged record, no tokenizer; SampleError where the sample was skipped.
+    """
+    words = recall(cache, key)
+    place = folder or tokenizer_folder(cache)
+    tokenizer = _load_tokenizer(place)
+    console = Console(highlight=False)
+    console.print(Text(f"{key}, in {words.shard}: {len(words.tokens):,} response tokens", "bold"))
+    console.print(Text(_text(tokenizer, words.tokens)))
+    for table in _tables(cache, words, tokenizer, console.width):
+        console.print(table)
+    if len(words.tokens) > SHOWN:
+        console.print(f"and {len(words.tokens) - SHOWN:,} tokens more")
+    for line in _legend(cache, place):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def recall(cache: CacheOnDisk, key: str) -> Words:
+    """What the cache holds of a sample. Raises CacheError and SampleError as `show` does."""
+    name = next((name for name, sidecar in cache.sidecars.items() if key in sidecar["keys"]), None)
+    if name is None:
+        raise CacheError(_no_such_key(cache, key))
+    sidecar = cache.sidecars[name]
+    codec = cache_codec(cache.path, cache.identity, cache.recipe or "R")
+    head_sha256 = cache.manifest["head_sha256"] if cache.manifest and codec.needs_head else None
+    head = read_head(cache.path, head_sha256, "cpu", cache.recipe or "R") if codec.needs_head else None
+    try:
+        with open(cache.path / name, "rb") as file:
+            record = read_record(file, sidecar, sidecar["keys"].index(key))
+        tokens, streams = unpack_record(record, cache.made_for)
+        arrays = codec.unpack(streams, len(tokens), len(cache.identity.layers))
+        signal = codec.decode({name: array[:SHOWN] for name, array in arrays.items()}, head)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CacheError(
+            f"{cache.path / name}: record '{key}' is damaged: {error}. What else is: python -m pipeline cache-info "
+            f"{shlex.quote(str(cache.path))} --verify"
+        ) from None
+    ids, probs = likeliest(signal)
+    points = codec.points if isinstance(codec, Sampled) else None
+    shares = [[_share(p, points) for p in row] for row in probs.tolist()]
+    return Words(name, tokens.tolist(), ids.tolist(), shares)
+
+
+def likeliest(signal: Signal) -> tuple[Tensor, Tensor]:
+    """Of T tokens and J layers the likeliest id and its probability, [T, J] each; logits of one layer at a time."""
+    if isinstance(signal, HiddenSignal):
+        best = [signal.unembedding.logits(layer).softmax(-1).max(-1) for layer in signal.hidden.unbind(1)]
+        return torch.stack([b.indices for b in best], 1), torch.stack([b.values for b in best], 1)
+    top = signal.probs.max(-1)
+    return signal.ids.gather(-1, top.indices[..., None])[..., 0], top.values
+
+
+def tokenizer_folder(cache: CacheOnDisk) -> Path:
+    """Where the run has a tokenizer: its teacher's, its student's or its distilled student's folder.
+
+    Raises CacheError where there is none.
+    """
+    asked: list[Path] = []
+    if cache.recipe is not None:
+        try:
+            recipe = load_recipe(cache.recipe).recipe
+        except RecipeError as error:
+            raise CacheError(f"{error}\nGive --tokenizer DIR instead") from None
+        asked = [recipe.teacher.path, recipe.student.path, cache.recipe.parent / "student"]
+    for folder in asked:
+        if _has_tokenizer(folder):
+            return folder
+    looked = ", ".join(map(str, asked)) or "no recipe.yaml two folders above the cache to name one"
+    raise CacheError(f"no tokenizer to read ids with ({looked}); give the teacher's or student's: --tokenizer DIR")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for names in TOKENIZER_FILES for name in names)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not _has_tokenizer(folder):
+        raise CacheError(
+            f"no tokenizer in {folder}: expected a Hugging Face folder with tokenizer.json; --tokenizer DIR"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CacheError(
+            f"the tokenizer in {folder} cannot be loaded: {error}; give another: --tokenizer DIR"
+        ) from None
+
+
+def _tables(cache: CacheOnDisk, words: Words, tokenizer: Any, width: int) -> Iterator[Table]:
+    tokens = words.tokens[:SHOWN]
+    spoken = [Text(_cut(_text(tokenizer, [token]))) for token in tokens]
+    left = [[Text("#"), *(Text(str(place)) for place in range(1, len(tokens) + 1))], [Text("token"), *spoken]]
+    layers = [[Text(_name(cache, j)), *_cells(words, tokenizer, j)] for j in range(len(cache.identity.layers))]
+    room = width - sum(map(_width, left))
+    while layers:
+        count = 1
+        while count < len(layers) and sum(map(_width, layers[: count + 1])) <= room:
+            count += 1
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, PADDING // 2), pad_edge=False)
+        for column in (*left, *layers[:count]):
+            table.add_column(column[0], no_wrap=True)
+        for row in zip(*(column[1:] for column in (*left, *layers[:count])), strict=True):
+            table.add_row(*row)
+        yield table
+        layers = layers[count:]
+
+
+def _name(cache: CacheOnDisk, column: int) -> str:
+    layers = cache.identity.layers
+    return f"layer {layers[column]}" if column < len(layers) - 1 else "last layer"
+
+
+def _cells(words: Words, tokenizer: Any, column: int) -> Iterator[Text]:
+    for token, said, shares in zip(words.tokens, words.likeliest, words.shares, strict=False):
+        text = f"{_cut(_text(tokenizer, [said[column]]))} {shares[column]}"
+        yield Text(text, "bold" if said[column] == token else "")
+
+
+def _width(column: Sequence[Text]) -> int:
+    return max(cell.cell_len for cell in column) + PADDING
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """In quotes and escaped: a space counts in a token, and what data says must not steer a terminal."""
+    return repr(tokenizer.decode(list(ids)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_WIDTH else f"{text[: TEXT_WIDTH - 3]}..."
+
+
+def _share(probability: float, points: int | None) -> str:
+    return f"{probability:.2f}" if points is None else f"{round(probability * points)}/{points}"
+
+
+def _legend(cache: CacheOnDisk, folder: Path) -> Iterator[str]:
+    share = {
+        "sampled": "how many of its drawn points fell on it",
+        "hidden": "its probability, through the cached head",
+    }.get(cache.identity.codec["name"], "its probability")
+    yield f"Each layer's likeliest id where the token is predicted, and {share}; bold: the token itself."
+    expected = cache.identity.fingerprints.get("tokenizer")
+    if expected is not None and (found := tokenizer_fingerprint(folder)) != expected:
+        yield f"Words may be wrong: the cache was made with tokenizer {expected}, {folder} has {found}."
+
+
+def _no_such_key(cache: CacheOnDisk, key: str) -> str:
+    keys = [key for sidecar in cache.sidecars.values() for key in sidecar["keys"]]
+    first = f"; the first are {', '.join(keys[:3])}" if keys else ""
+    more = "" if cache.complete else f". The cache has {cache.state}; make the rest: {cache.command()}"
+    return f"--sample {key}: not among the {len(keys):,} keys of {cache.path}{first}{more}"
