@@ -1,0 +1,176 @@
+"""Filling a cache: shard by shard, by any jobs, each shard whole or not at all, and never two makings in one folder."""
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from cached import HEAD, LAYERS, MADE_BY, D, V, fill, full, identity, say, words, write_data
+from speech import order_of
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import CacheError, SampleError
+from pipeline.teacher.codec import CODECS
+from pipeline.teacher.fill import CacheFolder, record_bytes
+from pipeline.teacher.store import TeacherCache
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.tar"))}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_shards_mirror_the_data_and_are_the_same_bytes_again(tmp_path, data, codec):
+    one, two = (full(tmp_path / name, data, codec=codec) for name in ("one", "two"))
+    assert contents(one) == contents(two)
+    assert ShardFolder(one, format="vlsi-cache", newest=2).keys == data.keys
+    assert not list(one.glob("*.partial")) and not list(one.glob(".*"))
+
+
+def test_the_manifest_sums_the_sidecars(tmp_path, data):
+    folder = CacheFolder(tmp_path / "cache", identity("sampled", points=16), data)
+    fill(folder, data, skip={"k005"})
+    assert folder.finish(lambda sidecars: {"shards_seen": len(sidecars)})
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    sidecars = [json.loads((folder.path / f"{i:06d}.json").read_text()) for i in range(3)]
+    assert manifest["shards"] == sidecars and manifest["shards_seen"] == 3 and manifest["skipped"] == 1
+    tokens = [sum(len(words(key)[0]) for key in one["keys"] if key != "k005") for one in sidecars]
+    assert [one["tokens"] for one in sidecars] == tokens and manifest["tokens"] == sum(tokens)
+    assert manifest["version"] == 2 and manifest["codec"] == {"name": "sampled", "points": 16, "seed": 0}
+    assert manifest["fingerprints"].keys() == {*MADE_BY, "data"} and manifest["layers"] == list(LAYERS)
+
+
+def test_a_record_takes_what_it_was_projected_to(tmp_path, data):
+    folder = CacheFolder(tmp_path / "cache", identity("sampled", points=64), data)
+    fill(folder, data)
+    codec, sizes = folder.codec(), []
+    for key in data.manifest["shards"][0]["keys"]:
+        tokens, hidden = words(key)
+        sizes.append(record_bytes(codec, tokens, say(codec, key, hidden)))
+    entry = json.loads((folder.path / "000000.json").read_text())
+    assert sizes == np.diff([*entry["offsets"], entry["end"]]).tolist()
+
+
+def test_a_sample_skipped_because_the_teacher_overflowed(tmp_path, data):
+    folder = CacheFolder(tmp_path / "cache", identity("sampled"), data)
+    folder.save_order(order_of(V))
+    codec = folder.codec()
+    with folder.writer("000000.tar") as writer:
+        with pytest.raises(SampleError, match=r"not a number \(entropy\): run it in bf16 or fp32"):
+            writer.add("k000", np.array([1]), say(codec, "k000", torch.full((1, 3, D), torch.nan)))
+        with pytest.raises(ValueError, match="'k000': ranks is .* for .2, 3. tokens and layers"):
+            writer.add("k000", np.array([1, 2]), say(codec, "k000", torch.zeros(1, 3, D)))
+        with pytest.raises(ValueError, match="'k000': ranks is .* for .0, 3. tokens and layers"):
+            writer.add("k000", np.array([], int), {"ranks": np.zeros((0, 3, 64), np.int32)})
+        with pytest.raises(ValueError, match="'k004' came twice or is not in 000000.tar"):
+            writer.skip("k004", "foreign")
+        with pytest.raises(ValueError, match="4 samples have not come, the first 'k000'"):
+            writer.commit()
+    assert not list(folder.path.glob("*.tar"))
+
+
+def _fill_some(path, data, names):
+    fill(CacheFolder(path, identity("sampled"), data), data, names)
+
+
+def test_many_jobs_fill_one_cache(tmp_path, data):
+    path = tmp_path / "cache"
+    parts = (["000000.tar", "000002.tar"], ["000001.tar"])
+    jobs = [multiprocessing.get_context("fork").Process(target=_fill_some, args=(path, data, part)) for part in parts]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert len(TeacherCache(path, data)) == 12
+    assert contents(path) == contents(full(tmp_path / "alone", data, codec="sampled"))
+
+
+def test_only_what_is_missing_is_made_again(tmp_path, data):
+    path = full(tmp_path / "cache", data)
+    before = contents(path)
+    (path / "000001.tar").unlink()
+    (path / "000002.json").write_text('{"name": "0000')  # a sidecar cut off
+    folder = CacheFolder(path, identity(), data)
+    assert folder.missing() == {"000001.tar": "the file is gone", "000002.tar": "not made yet"}
+    assert folder.missing(["000000.tar", "000001.tar"]) == {"000001.tar": "the file is gone"}
+    assert fill(folder, data) and not folder.missing(verify=True)
+    assert contents(path) == before
+
+
+def test_a_killed_writer_leaves_no_shard(tmp_path, data):
+    folder = CacheFolder(tmp_path / "cache", identity(), data)
+    fill(folder, data, ["000000.tar"])
+    with pytest.raises(KeyboardInterrupt), folder.writer("000001.tar") as writer:
+        writer.skip("k004", "x")
+        raise KeyboardInterrupt
+    assert sorted(file.name for file in folder.path.iterdir()) == ["000000.json", "000000.tar", "cache.json"]
+    assert list(folder.missing()) == ["000001.tar", "000002.tar"]
+
+
+def test_what_was_there_stays_until_the_new_shard_is_whole(tmp_path, data):
+    path = full(tmp_path / "cache", data)
+    folder, before = CacheFolder(path, identity(), data), contents(path)
+    with pytest.raises(ValueError, match="samples have not come"), folder.writer("000001.tar") as writer:
+        writer.commit()
+    assert not folder.missing(verify=True) and contents(path) == before
+
+
+def test_a_flipped_bit_is_found_by_verify_and_made_again(tmp_path, data):
+    path = full(tmp_path / "cache", data)
+    before = contents(path)
+    flipped = bytearray(before["000001.tar"])
+    flipped[700] ^= 4
+    (path / "000001.tar").write_bytes(flipped)
+    folder = CacheFolder(path, identity(), data)
+    assert not folder.missing()
+    (name, why), *others = folder.missing(verify=True).items()
+    assert name == "000001.tar" and why.startswith("changed: expected SHA-256 ") and not others
+    with folder.writer(name):  # asking for a writer alone changes nothing
+        pass
+    assert fill(folder, data, [name]) and contents(path) == before
+
+
+def test_what_must_come_before_the_shards(tmp_path, data):
+    for codec, lacks in (("hidden", {"head"}), ("sampled", {"order"}), ("topk", set())):
+        folder = CacheFolder(tmp_path / codec, identity(codec), data)
+        assert folder.lacks == lacks
+        if lacks:
+            with pytest.raises(ValueError, match=f"save {lacks} before finish, for codec .*'{codec}'"):
+                folder.finish()
+    with pytest.raises(CacheError, match=r"no order.int32, the order of the vocabulary.*--recipe R --only-missing"):
+        CacheFolder(tmp_path / "sampled", identity("sampled"), data).writer("000000.tar")
+    CacheFolder(tmp_path / "hidden", identity("hidden"), data).save_head(HEAD)
+    assert not CacheFolder(tmp_path / "hidden", identity("hidden"), data).lacks
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"k": 7}, "codec"),
+        ({"codec": "sampled", "points": 32}, "codec"),
+        ({"layers": (1, 4, 6)}, "layers"),
+        ({"made_by": {**MADE_BY, "verbalizers": "zz"}}, "verbalizers"),
+        ({"made_by": {**MADE_BY, "processor": "zz"}}, "processor"),
+        ({"made_by": {"weights": "aa"}}, "verbalizers, tokenizer, chat_template"),
+    ],
+)
+def test_caches_of_different_making_never_mix(tmp_path, data, change, names):
+    path = full(tmp_path / "cache", data)
+    with pytest.raises(CacheError) as caught:
+        CacheFolder(path, identity(**change), data)
+    message = str(caught.value)
+    assert f"{path} was made from something else ({names})" in message and "expected" in message
+    assert message.endswith("or make a new one beside it: deepspeed launch/cache.py --recipe R")
+
+
+def test_the_seed_of_the_draw_is_part_of_the_making(tmp_path, data):
+    path = full(tmp_path / "cache", data, codec="sampled", seed=1)
+    with pytest.raises(CacheError, match=r'codec: expected .*"seed": 2.*, found .*"seed": 1'):
+        CacheFolder(path, identity("sampled", seed=2), data)
