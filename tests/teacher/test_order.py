@@ -1,0 +1,69 @@
+"""The order of the vocabulary: by use, one a cache, and never mistaken for another."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+from speech import V, order_of
+
+from pipeline.errors import CacheError
+from pipeline.teacher.order import ORDER, has_order, order_by_use, order_sha256, read_order, save_order
+
+
+def test_the_most_used_come_first_and_equals_by_id():
+    assert order_by_use(np.array([0.5, 3.0, 0.5, 7.0, 0.5])).tolist() == [3, 1, 0, 2, 4]
+    use = np.random.default_rng(0).random(1000)
+    order = order_by_use(use)
+    assert (np.diff(use[order]) <= 0).all() and np.array_equal(np.sort(order), np.arange(1000))
+
+
+def test_an_order_is_what_was_saved_and_the_first_stays(tmp_path):
+    assert not has_order(tmp_path) and order_sha256(tmp_path) is None
+    save_order(tmp_path, order_of(V))
+    first = order_sha256(tmp_path)
+    save_order(tmp_path, np.arange(V))
+    assert np.array_equal(read_order(tmp_path, V, "repair"), order_of(V))
+    assert has_order(tmp_path) and order_sha256(tmp_path) == first
+    assert [file.name for file in tmp_path.iterdir()] == [ORDER]
+
+
+def _save_and_read(path, number, barrier, answers):
+    order = np.roll(np.arange(V), number)
+    barrier.wait()
+    save_order(path, order)
+    answers.put(read_order(path, V, "repair")[0])
+
+
+def test_jobs_that_save_at_once_all_read_the_same(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(4), context.Queue()
+    jobs = [context.Process(target=_save_and_read, args=(tmp_path, n, barrier, answers)) for n in range(4)]
+    for job in jobs:
+        job.start()
+    read = {int(answers.get(timeout=60)) for _ in jobs}
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0] * 4 and len(read) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [ORDER]
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "twice", "beyond", "negative"])
+def test_a_damaged_order_is_refused(tmp_path, damage):
+    order = order_of(V)
+    order = {"cut": order[:-1], "longer": np.append(order, V)}.get(damage, order).astype("<i4")
+    if damage in ("twice", "beyond", "negative"):
+        order[3] = {"twice": order[4], "beyond": V, "negative": -1}[damage]
+    order.tofile(tmp_path / ORDER)
+    with pytest.raises(CacheError) as caught:
+        read_order(tmp_path, V, "Put it right: COMMAND")
+    assert str(caught.value) == (
+        f"{tmp_path / ORDER} is damaged: expected each of {V} ids once. Remove it. Put it right: COMMAND"
+    )
+
+
+def test_an_order_of_another_vocabulary_or_none_is_refused(tmp_path):
+    with pytest.raises(CacheError, match=r"no order.int32, the order of the vocabulary. Put it right: COMMAND$"):
+        read_order(tmp_path, V, "Put it right: COMMAND")
+    save_order(tmp_path, order_of(V))
+    with pytest.raises(CacheError, match=f"expected each of {V + 1} ids once"):
+        read_order(tmp_path, V + 1, "")
