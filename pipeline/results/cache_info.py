@@ -178,7 +178,7 @@ def _fidelity_table(cache: CacheOnDisk, measured: Fidelity) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{round(value, 4) + 0:.4f}"  # + 0: no -0.0000
 
 
 def _legend(measured: Fidelity) -> Iterator[str]:

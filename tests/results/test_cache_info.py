@@ -138,7 +138,7 @@ def test_fidelity_is_that_of_all_shards(made, capsys):
     _, out, _ = command(None, capsys, cache.path)
     for layer, values in zip(LAYERS, measured.summary()["layers"], strict=True):
         row = next(line for line in out.splitlines() if re.match(rf"│ +{layer} │", line))
-        assert [f"{values[name]:.4f}" for name in cache_info.MEASURES] == re.findall(r"-?\d\.\d{4}", row)
+        assert [f"{round(values[name], 4) + 0:.4f}" for name in cache_info.MEASURES] == re.findall(r"-?\d\.\d{4}", row)
     assert f"{measured.draw_tv():.4f}" in out
 
 
