@@ -78,9 +78,11 @@ def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cache_info")
     write_data(root / "shards" / "train", 12, shards=3)
     byte_tokenizer().save_pretrained(root / "teacher")
+    lines = [{"step": "cache", "update": n, "shard": "000000.tar", "tokens_per_s": 100.0 * n} for n in (1, 2)]
     for codec in CODECS:
         write_recipe(root / codec, root)
         write_cache(root / codec, root, codec)
+        (root / codec / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 
 
@@ -114,8 +116,6 @@ def sidecar_of(copied, name="000000") -> dict:
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_complete_cache_is_shown_with_its_sizes_and_fingerprints(made, capsys, codec):
     run = made / codec
-    lines = [{"step": "cache", "update": n, "shard": "000000.tar", "tokens_per_s": 100.0 * n} for n in (1, 2)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (cache,) = find_caches(run)
     code, out, _ = command(None, capsys, run)
     tokens = sum(len(words(f"s{n:05d}")[0]) for n in range(12) if n != 1)
