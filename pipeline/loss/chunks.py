@@ -9,11 +9,15 @@ What it equals, were memory no matter:
 
 Here nothing of size [T, V] exists beyond one chunk, and the gradients are made in the forward, while the chunk's logits
 are at hand: the backward only scales them. So it needs no weight, which under ZeRO-3 may be gone by then.
+
+What costs time is the two matrix products, so they get a whole chunk in the weight's dtype. The loss in between is made
+in float32 of a tile of it at a time, small enough for the caches, and its gradient takes the logits' place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,10 +26,16 @@ from torch.autograd.function import once_differentiable
 from pipeline.teacher.signal import Unembedding
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once: 256 MiB in float32."""
+"""Logits held at once, in the weight's dtype: 128 MiB in bfloat16."""
 
-ChunkLoss = Callable[[int, slice, Tensor], Tensor]
-"""(layer, rows, logits [c, V]) -> the loss of each row [c]. Overwrites the logits with that loss's gradient."""
+TILE_ELEMENTS = 2**20
+"""How many of them a CPU has in float32 at a time. An accelerator takes the whole chunk: there, launches cost."""
+
+SLICE_ELEMENTS = 2**23
+"""How many elements of a trained head's gradient, as large as the head, are added or scaled at a time."""
+
+TileLoss = Callable[[slice, Tensor], None]
+"""(rows, logits [c, V] in float32): overwrites the logits with the gradient at them."""
 
 
 def rows_per_chunk(vocab: int) -> int:
@@ -34,9 +44,15 @@ def rows_per_chunk(vocab: int) -> int:
 
 
 def row_chunks(total: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` rows that tile 0..total; none where there is nothing."""
-    for start in range(0, total, rows):
-        yield slice(start, min(start + rows, total))
+    """Slices of at most `rows` rows, nearly equal ones, that tile 0..total; none where there is nothing.
+
+    Nearly equal, because a product of few rows takes almost as long as one of many.
+    """
+    if total:
+        count = -(-total // rows)
+        size = -(-total // count)
+        for start in range(0, total, size):
+            yield slice(start, min(start + size, total))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -46,9 +62,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_logits(h: Tensor, unembedding: Unembedding) -> Tensor:
     """[c, d] -> [c, V] logits, as `Unembedding.logits`, in memory that may be overwritten, and float64 stays so."""
+    return _logits(_products(h, unembedding), unembedding)
+
+
+def _products(h: Tensor, unembedding: Unembedding) -> Tensor:
+    """h W^T + b [c, V] in the weight's dtype."""
     weight, vocab = unembedding.weight, unembedding.vocab
     bias = None if unembedding.bias is None else unembedding.bias[:vocab]
-    logits = torch.nn.functional.linear(h.to(weight.dtype), weight[:vocab], bias).to(accumulator(weight.dtype))
+    return torch.nn.functional.linear(h.to(weight.dtype), weight[:vocab], bias)
+
+
+def _logits(products: Tensor, unembedding: Unembedding) -> Tensor:
+    """The products [c, V] scaled and capped, in float32 or, where that is theirs, in their own memory."""
+    logits = products.to(accumulator(products.dtype))
     if unembedding.scale != 1.0:
         logits.mul_(unembedding.scale)
     if unembedding.softcap is not None:
@@ -75,16 +101,44 @@ def softmax_(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return shifted - total.log(), top + total.log()
 
 
+def product_gradients(
+    h: Tensor, unembedding: Unembedding, loss: TileLoss, chunk: int | None = None, tile: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """For each chunk of h [T, d]: its rows, and the gradient at h W^T + b [c, V] in the weight's dtype.
+
+    `loss` gives the gradient at the logits; that of the soft-cap and the scale is taken on here. `chunk` and `tile` are
+    in rows; without them, memory decides.
+    """
+    vocab = unembedding.vocab
+    chunk = chunk or rows_per_chunk(vocab)
+    tile = tile or (max(1, TILE_ELEMENTS // vocab) if h.device.type == "cpu" else chunk)
+    for rows in row_chunks(len(h), chunk):
+        products = _products(h[rows], unembedding)
+        for part in row_chunks(len(products), tile):
+            logits = _logits(products[part], unembedding)
+            slope = cap_slope(logits, unembedding)
+            loss(slice(rows.start + part.start, rows.start + part.stop), logits)
+            if slope is not None:
+                logits.mul_(slope)
+            if unembedding.scale != 1.0:
+                logits.mul_(unembedding.scale)
+            if logits.dtype != products.dtype:
+                products[part] = logits
+        yield rows, products
+
+
 class _HeadGradients:
     """Gradients at the head's inputs, filled chunk by chunk; None where nobody wants one."""
 
-    def __init__(self, h: Tensor, unembedding: Unembedding):
+    def __init__(self, h: Tensor, unembedding: Unembedding, chunk: int):
         enabled = torch.is_grad_enabled()
         wide = accumulator(unembedding.weight.dtype)
         weight, bias = unembedding.weight, unembedding.bias
         self.inputs: tuple[Tensor | None, ...] = (h, weight, bias)
+        self.dtype = weight.dtype
         self.h = torch.zeros_like(h) if enabled and h.requires_grad else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if enabled and weight.requires_grad else None
+        sum_dtype = weight.dtype if h.shape[1] <= chunk else wide  # one chunk is no sum
+        self.weight = torch.zeros_like(weight, dtype=sum_dtype) if enabled and weight.requires_grad else None
         self.bias = torch.zeros_like(bias, dtype=wide) if enabled and bias is not None and bias.requires_grad else None
         if (self.weight is not None or self.bias is not None) and len(h) != 1:
             raise ValueError(
@@ -93,49 +147,50 @@ class _HeadGradients:
                 "Call it layer by layer, or detach the weight."
             )
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anything is to be made."""
-        return any(gradient is not None for gradient in (self.h, self.weight, self.bias))
-
     def add(self, layer: int, rows: slice, gradient: Tensor) -> None:
         """Take in the gradient at h W^T + b [c, V] of one chunk. Rows beyond V, the padding, stay zero."""
         h, weight, _ = self.inputs
         assert h is not None and weight is not None
-        low = gradient.to(weight.dtype)
         vocab = gradient.shape[1]
         if self.h is not None:
-            self.h[layer, rows] = (low @ weight[:vocab]).to(h.dtype)
+            self.h[layer, rows] = (gradient @ weight[:vocab]).to(h.dtype)
         if self.weight is not None:
-            self.weight[:vocab] += low.T @ h[layer, rows].to(weight.dtype)
+            inputs = h[layer, rows].to(weight.dtype)
+            for ids in _slices(weight[:vocab]):
+                self.weight[ids] += gradient[:, ids].T @ inputs
         if self.bias is not None:
-            self.bias[:vocab] += gradient.sum(0)
+            self.bias[:vocab] += gradient.sum(0, dtype=self.bias.dtype)
 
     def attach(self, sums: Tensor) -> Tensor:
         """The sums [L], carrying these gradients."""
+        if self.weight is not None:
+            self.weight = self.weight.to(self.dtype)
         return attach_gradients(sums, self.inputs, (self.h, self.weight, self.bias))
 
 
-def head_loss(h: Tensor, unembedding: Unembedding, chunk_loss: ChunkLoss, chunk: int | None = None) -> Tensor:
+def head_loss(
+    h: Tensor,
+    unembedding: Unembedding,
+    loss: Callable[[int, slice, Tensor], Tensor],
+    chunk: int | None = None,
+    tile: int | None = None,
+) -> Tensor:
     """Sum over tokens of a loss on the logits of h [L, T, d]: [L], with gradient to h, weight and bias that want one.
 
+    loss: (layer, rows, logits [c, V]) -> the loss of each row [c]; overwrites the logits with that loss's gradient.
     Raises ValueError where a head that wants a gradient is given more than one layer.
     """
-    gradients = _HeadGradients(h, unembedding)
+    chunk = chunk or rows_per_chunk(unembedding.vocab)
+    gradients = _HeadGradients(h, unembedding, chunk)
     sums = torch.zeros(len(h), dtype=torch.float64, device=h.device)
+
+    def add(layer: int, rows: slice, logits: Tensor) -> None:
+        sums[layer] += loss(layer, rows, logits).sum(dtype=sums.dtype)
+
     with torch.no_grad():
         for layer in range(len(h)):
-            for rows in row_chunks(h.shape[1], chunk or rows_per_chunk(unembedding.vocab)):
-                logits = chunk_logits(h[layer, rows], unembedding)
-                slope = cap_slope(logits, unembedding) if gradients.wanted else None
-                sums[layer] += chunk_loss(layer, rows, logits).sum(dtype=torch.float64)
-                if not gradients.wanted:
-                    continue
-                if slope is not None:
-                    logits.mul_(slope)
-                if unembedding.scale != 1.0:
-                    logits.mul_(unembedding.scale)
-                gradients.add(layer, rows, logits)
+            for rows, gradient in product_gradients(h[layer], unembedding, partial(add, layer), chunk, tile):
+                gradients.add(layer, rows, gradient)
     return gradients.attach(sums.to(accumulator(unembedding.weight.dtype)))
 
 
@@ -151,13 +206,21 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        scaled: list[Tensor | None] = []
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            if gradient is None:
-                scaled.append(None)
-            else:
-                scaled.append((upstream.view(-1, *[1] * (gradient.dim() - 1)) * gradient).to(dtype))
-        return (None, None, *scaled)
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (None, None, *(None if x is None else _scaled(x, upstream, dtype) for x, dtype in pairs))
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """upstream [L] times gradient, which is [L, ...] or, where L is 1, anything; rounded to the dtype only then."""
+    factors = upstream.view(-1, *[1] * (gradient.dim() - 1)).expand(len(gradient), *gradient.shape[1:])
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    for rows in _slices(gradient):
+        scaled[rows] = factors[rows] * gradient[rows]
+    return scaled
+
+
+def _slices(tensor: Tensor) -> Iterator[slice]:
+    return row_chunks(len(tensor), max(1, SLICE_ELEMENTS // max(1, tensor[:1].numel())))
 
 
 def attach_gradients(values: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:

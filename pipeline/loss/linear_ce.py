@@ -24,13 +24,13 @@ def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, ch
     """
     _check(h, unembedding, labels)
 
-    def chunk_loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
+    def loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
         target = labels[rows, None]
         log_p, _ = softmax_(logits, target)
         logits.scatter_add_(1, target, torch.full_like(log_p, -1.0))
         return -log_p[:, 0]
 
-    return head_loss(h, unembedding, chunk_loss, chunk)
+    return head_loss(h, unembedding, loss, chunk)
 
 
 @torch.no_grad()

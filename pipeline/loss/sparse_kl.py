@@ -7,16 +7,18 @@ S student layers, J teacher layers, T response tokens, K kept ids, V common voca
     kl = (p * (log_p - log_q[ids])).sum() + r * (log(r) - log(1 - log_q[ids].exp().sum()))  # SparseSignal: r the rest
 
 The rest is one bucket: distributions that differ only inside it are alike, so the second is never above the first.
+Where the ids are samples there is no rest, r = 0.
 
 Two passes, because the match is drawn in between. `kl_matrix` needs one vocabulary product for the KL of every
 candidate, and makes, with a second one, what their gradients share. The gradient of a sparse KL at the head's input is
 
     alpha * E_q[W] - sum_k beta_k W[id_k]
-    beta_k = p_k - rho q_k,  rho = r / Q,  Q = 1 - sum_k q_k,  alpha = 1 - rho  (with sum_k p_k + r for the 1)
+    r = 0:  beta_k = p_k,  alpha = sum_k p_k, which is 1
+    r > 0:  beta_k = p_k - rho q_k,  rho = r / Q,  Q = 1 - sum_k q_k,  alpha = 1 - rho  (with sum_k p_k + r for the 1)
 
 where E_q[W] does not depend on the candidate. `matched_kl` then costs one embedding_bag. In bfloat16 a confident
-token's two terms would cancel down to the rounding of E_q[W]; so the HEAVY ids of largest q stay out of the product
-and enter with the kept ids, their coefficients summed in float32.
+token's two terms would cancel down to the rounding of E_q[W]; so the ids of largest q stay out of the product and enter
+with the kept ids, their coefficients summed in float32: the likeliest one, and HEAVY of them where rho may be large.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pipeline.loss.chunks import (
     cap_slope,
     chunk_logits,
     head_loss,
+    product_gradients,
     row_chunks,
     rows_per_chunk,
     softmax_,
@@ -43,7 +46,7 @@ TAIL_FLOOR = 1e-6
 """Least probability that the student's tail is taken to have: below it, 1 - sum of float32 probabilities is noise."""
 
 HEAVY = 16
-"""Ids of largest student probability that are kept out of the low-precision product."""
+"""Ids of largest student probability that are kept out of the low-precision product where the signal has a tail."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class _Candidates:
     """[T, 1] log-sum-exp of the student's logits."""
     heavy_ids: Tensor
     """[T, H]."""
-    heavy_q: Tensor
-    """[T, H] probabilities, times the soft-cap's slope."""
+    heavy_log_q: Tensor
+    """[T, H]."""
     light: Tensor
-    """[T, d] E_q[slope * W] over all ids but the heavy ones, in the weight's dtype."""
+    """[T, d] E_q[slope * W] over all ids but the heavy ones, in the weight's dtype; slope: of scale and soft-cap."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,15 @@ def kl_matrix(
     values = torch.full((len(h), teachers), torch.inf, dtype=torch.float64, device=h.device)
     for layer, columns in enumerate(window):
         values[layer, columns.start : columns.stop] = 0.0
-    chunk = chunk or rows_per_chunk(unembedding.vocab)
     if isinstance(signal, HiddenSignal):
-        _add_exact(values, h, unembedding, signal, window, chunk)
+        _add_exact(values, h, unembedding, signal, window, chunk or rows_per_chunk(unembedding.vocab))
         return KLMatrix(values, tuple(window), (None,) * len(h))
-    return KLMatrix(
-        values,
-        tuple(window),
-        tuple(
-            _search(values[layer], h[layer], unembedding, signal, columns, chunk) if len(columns) else None
-            for layer, columns in enumerate(window)
-        ),
+    tailed = _has_tail(signal)
+    candidates = tuple(
+        _search(values[layer], h[layer], unembedding, signal, columns, chunk, tailed) if len(columns) else None
+        for layer, columns in enumerate(window)
     )
+    return KLMatrix(values, tuple(window), candidates)
 
 
 def matched_kl(
@@ -128,11 +128,11 @@ def matched_kl(
         pairs = zip(h, match, strict=True)
         return torch.stack([zero if j is None else column_kl(x, frozen, signal, j, chunk) for x, j in pairs])
     sums = torch.zeros(len(h), dtype=accumulator(unembedding.weight.dtype), device=h.device)
-    gradient = torch.zeros_like(h)
+    gradient, tailed = torch.zeros_like(h), _has_tail(signal)
     with torch.no_grad():
         for layer, (column, candidates) in enumerate(zip(match, matrix.candidates, strict=True)):
             if column is not None and candidates is not None:
-                sums[layer] = _matched(gradient[layer], unembedding, signal, column, candidates)
+                sums[layer] = _matched(gradient[layer], unembedding, signal, column, candidates, tailed)
     return attach_gradients(sums, (h,), (gradient,))
 
 
@@ -142,24 +142,36 @@ def column_kl(h: Tensor, unembedding: Unembedding, signal: Signal, column: int, 
     This is the last layers' KL: gradients reach h, and the head's weight and bias where they require one.
     """
     _check(h[None], unembedding, signal, (column,))
+    if isinstance(signal, HiddenSignal):
+        return _exact_kl(h, unembedding, signal, column, chunk or rows_per_chunk(unembedding.vocab))
+    tailed = _has_tail(signal)
 
-    def exact(layer: int, rows: slice, logits: Tensor) -> Tensor:
-        assert isinstance(signal, HiddenSignal)
+    def loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
+        said = _part(signal, rows, column)
+        log_q, _ = softmax_(logits, said.ids)
+        kl, alpha, beta = _terms(log_q, said, tailed)
+        logits.mul_(alpha[:, None]).scatter_add_(1, said.ids, -beta)
+        return kl
+
+    return head_loss(h[None], unembedding, loss, chunk)[0]
+
+
+def _exact_kl(h: Tensor, unembedding: Unembedding, signal: HiddenSignal, column: int, chunk: int) -> Tensor:
+    """`column_kl` where the teacher's logits are made anew. One tile a chunk: that takes a product, too."""
+
+    def loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
         log_p = chunk_logits(signal.hidden[rows, column], signal.unembedding).to(logits.dtype).log_softmax(1)
         log_q = logits.log_softmax(1)
         p = log_p.exp()
         torch.sub(log_q.exp(), p, out=logits)
         return log_p.sub_(log_q).mul_(p).sum(1)
 
-    def sparse(layer: int, rows: slice, logits: Tensor) -> Tensor:
-        assert isinstance(signal, SparseSignal)
-        said = _part(signal, rows, column)
-        log_q, _ = softmax_(logits, said.ids)
-        kl, alpha, beta = _terms(log_q, said)
-        logits.mul_(alpha[:, None]).scatter_add_(1, said.ids, -beta)
-        return kl
+    return head_loss(h[None], unembedding, loss, chunk, tile=chunk)[0]
 
-    return head_loss(h[None], unembedding, exact if isinstance(signal, HiddenSignal) else sparse, chunk)[0]
+
+def _has_tail(signal: SparseSignal) -> bool:
+    """Whether any distribution leaves probability to ids that it does not name."""
+    return bool(signal.tail.any())
 
 
 def _part(signal: SparseSignal, rows: slice, columns: int | slice) -> SparseSignal:
@@ -172,74 +184,84 @@ def _part(signal: SparseSignal, rows: slice, columns: int | slice) -> SparseSign
     )
 
 
-def _terms(log_q: Tensor, said: SparseSignal) -> tuple[Tensor, Tensor, Tensor]:
+def _terms(log_q: Tensor, said: SparseSignal, tailed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """From log q at the kept ids [..., K]: the KL [...], alpha [...] and beta [..., K].
 
     The gradient at the logits is alpha q, minus beta at the ids. Where the student's tail is under its floor, the value
     stops growing and the ids of the tail get no gradient; the kept ones still get theirs, q - p, which makes room.
     """
-    p, tail = said.probs.to(log_q.dtype), said.tail.to(log_q.dtype)
+    p = said.probs.to(log_q.dtype)
+    kl, mass = said.neg_entropy.to(log_q.dtype) - (p * log_q).sum(-1), p.sum(-1)
+    if not tailed:
+        return kl, mass, p
+    tail = said.tail.to(log_q.dtype)
     q = log_q.exp().masked_fill_(p == 0, 0.0)
     student_tail = 1.0 - q.sum(-1)
     floored = student_tail.clamp_min(TAIL_FLOOR)
-    kl = said.neg_entropy.to(log_q.dtype) - (p * log_q).sum(-1) - tail * floored.log()
     rho = torch.where(student_tail > TAIL_FLOOR, tail / floored, 0.0)
-    return kl, p.sum(-1) + tail - rho, p - rho[..., None] * q
+    return kl - tail * floored.log(), mass + tail - rho, p - rho[..., None] * q
 
 
 def _search(
-    values: Tensor, h: Tensor, unembedding: Unembedding, signal: SparseSignal, columns: range, chunk: int
+    values: Tensor,
+    h: Tensor,
+    unembedding: Unembedding,
+    signal: SparseSignal,
+    columns: range,
+    chunk: int | None,
+    tailed: bool,
 ) -> _Candidates:
     """One student layer h [T, d]: add its KL to each candidate into values [J], and keep what their gradients share."""
     weight, (tokens, _), kept = unembedding.weight, h.shape, signal.ids.shape[2]
     wide = accumulator(weight.dtype)
-    heavy = min(HEAVY, unembedding.vocab)
+    heavy = min(HEAVY, unembedding.vocab) if tailed else 1
     found = _Candidates(
         columns=columns,
         log_q=h.new_empty(tokens, len(columns), kept, dtype=wide),
         log_sum=h.new_empty(tokens, 1, dtype=wide),
         heavy_ids=h.new_empty(tokens, heavy, dtype=torch.int64),
-        heavy_q=h.new_empty(tokens, heavy, dtype=wide),
+        heavy_log_q=h.new_empty(tokens, heavy, dtype=wide),
         light=h.new_empty(tokens, weight.shape[1], dtype=weight.dtype),
     )
     within = slice(columns.start, columns.stop)
-    for rows in row_chunks(tokens, chunk):
-        q = chunk_logits(h[rows], unembedding)
-        slope = cap_slope(q, unembedding)
+
+    def search(rows: slice, logits: Tensor) -> None:
         said = _part(signal, rows, within)
-        log_q, found.log_sum[rows] = softmax_(q, said.ids.flatten(1))
-        found.log_q[rows] = log_q.view(said.ids.shape)
-        values[within] += _terms(found.log_q[rows], said)[0].sum(0, dtype=values.dtype)
-        ids = found.heavy_ids[rows] = q.topk(heavy, sorted=False).indices
-        if slope is not None:
-            q.mul_(slope)
-        found.heavy_q[rows] = q.gather(1, ids)
-        found.light[rows] = q.scatter_(1, ids, 0.0).to(weight.dtype) @ weight[: unembedding.vocab]
+        ids = logits.argmax(1, keepdim=True) if heavy == 1 else logits.topk(heavy, sorted=False).indices
+        log_q, found.log_sum[rows] = softmax_(logits, torch.cat((ids, said.ids.flatten(1)), 1))
+        logits.scatter_(1, ids, 0.0)
+        found.heavy_ids[rows], found.heavy_log_q[rows] = ids, log_q[:, :heavy]
+        found.log_q[rows] = log_q[:, heavy:].view(said.ids.shape)
+        values[within] += _terms(found.log_q[rows], said, tailed)[0].sum(0, dtype=values.dtype)
+
+    for rows, light in product_gradients(h, unembedding, search, chunk):
+        found.light[rows] = light @ weight[: unembedding.vocab]
     return found
 
 
 def _matched(
-    gradient: Tensor, unembedding: Unembedding, signal: SparseSignal, column: int, found: _Candidates
+    gradient: Tensor, unembedding: Unembedding, signal: SparseSignal, column: int, found: _Candidates, tailed: bool
 ) -> Tensor:
     """KL of one student layer to one of its candidates, summed over tokens; fills in its gradient [T, d]."""
     said = _part(signal, slice(None), column)
     log_q = found.log_q[:, column - found.columns.start]
-    kl, alpha, beta = _terms(log_q, said)
-    slope = cap_slope(log_q + found.log_sum, unembedding)
-    if slope is not None:
-        beta = beta * slope
+    kl, alpha, beta = _terms(log_q, said, tailed)
+    at_heavy = alpha[:, None] * found.heavy_log_q.exp()
+    slope, heavy_slope = (cap_slope(x + found.log_sum, unembedding) for x in (log_q, found.heavy_log_q))
+    if slope is not None and heavy_slope is not None:
+        beta, at_heavy = beta * slope, at_heavy * heavy_slope
     for rows in row_chunks(len(gradient), rows_per_chunk(found.heavy_ids.shape[1] * beta.shape[1])):
-        ids, at_heavy = said.ids[rows], found.heavy_ids[rows]
-        same = at_heavy[:, :, None] == ids[:, None, :]
-        heavy = alpha[rows, None] * found.heavy_q[rows] - (same * beta[rows, None, :]).sum(2)
+        ids, heavy_ids = said.ids[rows], found.heavy_ids[rows]
+        same = heavy_ids[:, :, None] == ids[:, None, :]
+        heavy = at_heavy[rows] - (same * beta[rows, None, :]).sum(2)
         light = beta[rows].masked_fill(same.any(1), 0.0)
         sparse = torch.nn.functional.embedding_bag(
-            torch.cat((at_heavy, ids), 1),
+            torch.cat((heavy_ids, ids), 1),
             unembedding.weight,
             per_sample_weights=torch.cat((heavy, -light), 1).to(unembedding.weight.dtype),
             mode="sum",
         )
-        gradient[rows] = (unembedding.scale * (alpha[rows, None] * found.light[rows] + sparse)).to(gradient.dtype)
+        gradient[rows] = (alpha[rows, None] * found.light[rows] + unembedding.scale * sparse).to(gradient.dtype)
     return kl.sum(dtype=torch.float64)
 
 
