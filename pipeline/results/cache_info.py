@@ -16,8 +16,7 @@ from pipeline.results.cache_on_disk import CacheOnDisk, find_caches, look
 from pipeline.results.status import size_of
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.progress import size_text
-from pipeline.teacher.caches import newest
-from pipeline.teacher.folder import IDENTITY
+from pipeline.teacher.places import IDENTITY, newest
 
 MEASURES = ("entropy", "mass", "kl_bias", "kl_rms", "gradient_error")
 """Of each layer, in the order of the table."""
@@ -111,10 +110,10 @@ def contents(cache: CacheOnDisk) -> dict[str, str]:
 
 
 def tokens_per_second(cache: CacheOnDisk) -> float | None:
-    """The average of the job that wrote last; None where the run does not tell, or tells of another cache."""
-    if cache.recipe is None or newest(cache.path.parent) != cache.path:
+    """The average of the job that wrote last; None where the run does not tell, or tells of other caches alone."""
+    if cache.recipe is None:
         return None
-    lines = read_metrics(cache.recipe.parent, "cache")
+    lines = [line for line in read_metrics(cache.recipe.parent, "cache") if line.get("cache") == cache.path.name]
     return lines[-1].get("tokens_per_s") if lines else None
 
 

@@ -16,7 +16,6 @@ from pipeline.errors import CacheError, RecipeError
 from pipeline.resolve import load_recipe
 from pipeline.teacher.folder import (
     FORMAT,
-    IDENTITY,
     RECORD,
     VERSION,
     CacheIdentity,
@@ -25,6 +24,7 @@ from pipeline.teacher.folder import (
     read_identity,
     read_sidecars,
 )
+from pipeline.teacher.places import IDENTITY, cache_folders
 
 SIDECAR = {"keys", "offsets", "end", "bytes", "sha256", "made_for", "data_sha256", "tokens", "skipped"}
 """What every sidecar holds."""
@@ -89,8 +89,8 @@ def find_caches(path: Path) -> list[Path]:
     """
     if (path / IDENTITY).is_file():
         return [path]
-    for pattern in (f"cache/*/{IDENTITY}", f"*/{IDENTITY}"):
-        if found := sorted(file.parent for file in path.glob(pattern)):
+    for root in (path / "cache", path):
+        if found := sorted(cache_folders(root)):
             return found
     kind = "a folder without any" if path.is_dir() else "a file" if path.exists() else "no such folder"
     own = path / "recipe.yaml"

@@ -18,6 +18,7 @@ from pipeline.recipe import STEPS, Recipe
 from pipeline.resolve import load_recipe
 from pipeline.runtime.folder import begun_steps, done, read_metrics
 from pipeline.runtime.progress import size_text
+from pipeline.teacher.places import newest
 
 # What a line of metrics.jsonl holds beside losses.
 _NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
@@ -115,8 +116,6 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
 
 def _shards(root: Path, planned: int | str) -> str:
     """How far the cache is that was begun last."""
-    from pipeline.teacher.caches import newest  # imports torch, which a run without a cache need not wait for
-
     cache = newest(root)
     return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
 

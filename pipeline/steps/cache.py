@@ -170,7 +170,7 @@ def _fill(job: Job, listener: Listener, cache: CacheFolder, missing: list[str]) 
     windows = plan(data, missing, job.ranks.rank, job.ranks.world)
     loaded = listener.batches([window.places for window in windows])
     with ExitStack() as stack:
-        log = _Log(job, stack, samples, projection)
+        log = _Log(job, stack, cache.path.name, samples, projection)
         writing = stack.enter_context(_Writing(cache))
         for part in until_all_done(_parts(windows, loaded), job.ranks):
             heard = listener.hear(part.loaded if part else listener.idle, codec)
@@ -248,8 +248,8 @@ class _Writing:
 class _Log:
     """What is told while the cache grows: metrics a shard, progress a batch (this rank's, times the ranks)."""
 
-    def __init__(self, job: Job, stack: ExitStack, samples: int, projection: Projection):
-        self.job, self.projection, self.begun = job, projection, time.monotonic()
+    def __init__(self, job: Job, stack: ExitStack, folder: str, samples: int, projection: Projection):
+        self.job, self.folder, self.projection, self.begun = job, folder, projection, time.monotonic()
         self.tokens = self.bytes = self.shards = 0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.progress = StepProgress(NAME, samples, shown=job.ranks.first)
@@ -278,8 +278,9 @@ class _Log:
         if one.part.last:
             self.shards += 1
             if self.metrics is not None:
+                where = {"cache": self.folder, "shard": one.part.shard}
                 values = {"tokens": self.tokens, "tokens_per_s": round(speed, 1), "bytes": self.bytes}
-                self.metrics.write(self.shards, {"shard": one.part.shard, **values})
+                self.metrics.write(self.shards, where | values)
 
 
 def _finish(job: Job, cache: CacheFolder, shards: int) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
 from pipeline.teacher.fingerprint import data_fingerprint, text_fingerprint
-from pipeline.teacher.folder import IDENTITY, CacheIdentity, command, read_identity, read_sidecars
+from pipeline.teacher.folder import CacheIdentity, command, read_identity, read_sidecars
+from pipeline.teacher.places import cache_folders
 from pipeline.teacher.store import TeacherCache
 
 
@@ -22,7 +23,7 @@ def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:
 
     Data that has grown by shards goes on in the folder where it began; a shard that has changed begins another one.
     """
-    for path in _folders(root):
+    for path in cache_folders(root):
         if _is(path, identity) and not _contradicts(path, data):
             return path
     name = text_fingerprint(identity.digest + data_fingerprint(data.manifest))
@@ -39,7 +40,7 @@ def open_cache(
 ) -> TeacherCache:
     """The one cache under `root` that fits, opened. Raises CacheError: none there, none fits (says why), or several."""
     fitting, refusals = [], []
-    for path in _folders(root):
+    for path in cache_folders(root):
         try:
             fitting.append(TeacherCache(path, data, expected, layers, recipe, codec))
         except CacheError as refusal:
@@ -56,16 +57,6 @@ def open_cache(
         raise CacheError(f"no teacher cache in {root}; make it: {command(recipe)}")
     others = f"\n({len(refusals) - 1} older cache(s) in {root} do not fit either)" if len(refusals) > 1 else ""
     raise CacheError(f"{refusals[-1]}{others}")
-
-
-def newest(root: Path) -> Path | None:
-    """The cache that was begun last; None where there is none."""
-    return next(reversed(_folders(root)), None)
-
-
-def _folders(root: Path) -> list[Path]:
-    """Folders of caches, the newest last."""
-    return [file.parent for file in sorted(root.glob(f"*/{IDENTITY}"), key=lambda file: file.stat().st_mtime_ns)]
 
 
 def _is(path: Path, identity: CacheIdentity) -> bool:

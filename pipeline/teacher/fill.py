@@ -19,7 +19,6 @@ from pipeline.errors import CacheError, SampleError
 from pipeline.teacher.codec import Codec, make_codec
 from pipeline.teacher.fingerprint import data_fingerprint, file_sha256
 from pipeline.teacher.folder import (
-    IDENTITY,
     RECORD,
     CacheIdentity,
     cache_codec,
@@ -31,6 +30,7 @@ from pipeline.teacher.folder import (
 from pipeline.teacher.head import HEAD, save_head
 from pipeline.teacher.order import has_order, save_order
 from pipeline.teacher.packing import pack_record, pack_skipped
+from pipeline.teacher.places import IDENTITY
 from pipeline.teacher.signal import Unembedding
 
 TAR_BLOCK = 512

@@ -22,10 +22,11 @@ from pipeline.errors import CacheError
 from pipeline.teacher.codec import CODECS, Codec, make_codec
 from pipeline.teacher.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
 from pipeline.teacher.order import order_sha256, read_order
+from pipeline.teacher.places import IDENTITY
 
 FORMAT = "vlsi-cache"
 VERSION = 2
-IDENTITY, RECORD = "cache.json", "mp"
+RECORD = "mp"
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,14 @@ def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cache_info")
     write_data(root / "shards" / "train", 12, shards=3)
     byte_tokenizer().save_pretrained(root / "teacher")
-    lines = [{"step": "cache", "update": n, "shard": "000000.tar", "tokens_per_s": 100.0 * n} for n in (1, 2)]
     for codec in CODECS:
         write_recipe(root / codec, root)
         write_cache(root / codec, root, codec)
+        (cache,) = find_caches(root / codec)
+        line = {"step": "cache", "shard": "000000.tar"}
+        lines = [
+            {**line, "cache": name, "tokens_per_s": speed} for name, speed in ((cache.name, 200.0), ("other", 9.0))
+        ]
         (root / codec / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 

@@ -6,8 +6,9 @@ import pytest
 from cached import LAYERS, MADE_BY, fill, identity, write_data
 
 from pipeline.errors import CacheError
-from pipeline.teacher.caches import folder_for, newest, open_cache
+from pipeline.teacher.caches import folder_for, open_cache
 from pipeline.teacher.fill import CacheFolder
+from pipeline.teacher.places import newest
 
 AGAIN = "deepspeed launch/cache.py --recipe R"
 SAMPLED = {"name": "sampled", "points": 16, "seed": 0}
