@@ -4,7 +4,8 @@ import pytest
 import torch
 from dense_losses import as_dtype, assert_earned, dense_ce, dense_logits, make_h, make_head, truth_gradients
 
-from pipeline.loss.chunks import chunk_logits, rows_per_chunk
+from pipeline.loss import chunks
+from pipeline.loss.chunks import chunk_logits, row_chunks, rows_per_chunk
 from pipeline.loss.linear_ce import linear_cross_entropy, token_log_probs
 from pipeline.teacher.signal import Unembedding
 
@@ -102,6 +103,29 @@ def test_chunk_size_changes_no_number():
             rtol=1e-12,
             atol=1e-14,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tile_and_slice_size_change_no_number(dtype, monkeypatch):
+    head, labels, h = make_head(31, 6, dtype, padding=3, bias=True, scale=1.2), random_labels(12, 31), make_h(1, 12, 6)
+    trained = [h.to(dtype).requires_grad_(), head.weight.requires_grad_(), head.bias.requires_grad_()]
+    results = []
+    for tile, rows in ((1, 1), (5, 7), (12, 34)):
+        monkeypatch.setattr(chunks, "TILE_ELEMENTS", tile * 31)
+        monkeypatch.setattr(chunks, "SLICE_ELEMENTS", rows * 6)
+        loss = linear_cross_entropy(trained[0], head, labels, 9)
+        results.append((loss.detach(), *truth_gradients(0.7 * loss.sum(), *trained)))
+    for result in results[1:]:
+        for value, first in zip(result, results[0], strict=True):
+            torch.testing.assert_close(value, first)
+
+
+@pytest.mark.parametrize(("total", "rows"), [(0, 4), (1, 4), (4, 4), (5, 4), (450, 441), (7, 1)])
+def test_row_chunks_tile_the_rows_nearly_equally(total, rows):
+    sizes = [chunk.stop - chunk.start for chunk in row_chunks(total, rows)]
+    assert [i for chunk in row_chunks(total, rows) for i in range(total)[chunk]] == list(range(total))
+    assert len(sizes) == -(-total // rows)
+    assert max(sizes, default=0) <= rows and max(sizes, default=0) - min(sizes, default=0) <= len(sizes)
 
 
 def test_shifting_all_logits_changes_nothing():

@@ -13,8 +13,10 @@ from dense_losses import (
     topk_signal,
     truth_gradients,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.loss import sparse_kl
+from pipeline.loss import chunks, sparse_kl
 from pipeline.loss.matching import STRATEGIES
 from pipeline.loss.sparse_kl import TAIL_FLOOR, column_kl, kl_matrix, matched_kl
 from pipeline.teacher.signal import HiddenSignal, SparseSignal, Unembedding
@@ -89,6 +91,29 @@ def test_last_layer_with_a_trained_head_equals_dense_autograd(kind, options):
         torch.testing.assert_close(mine, theirs)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_ragged_shapes_equal_dense_autograd_in_float64(data):
+    """Any shape, chunk and tile: odd ones, single ones, none at all."""
+    tokens, vocab, width = (data.draw(st.integers(*ends)) for ends in ((0, 13), (2, 60), (1, 5)))
+    students = data.draw(st.integers(1, 3))
+    teachers = data.draw(st.integers(students, 5))
+    kept, tail = data.draw(st.integers(1, vocab)), data.draw(st.booleans())
+    signal = topk_signal(random_probs(tokens, teachers, vocab), kept, tail and kept < vocab)
+    head = make_head(vocab, width, **data.draw(st.sampled_from(HEADS)))
+    h = make_h(students, tokens, width, spread=0.5).requires_grad_()  # no student's tail under its floor
+    window = STRATEGIES["adaptive"].window(students, teachers)
+    match = [data.draw(st.sampled_from(columns)) for columns in window]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "TILE_ELEMENTS", vocab * data.draw(st.integers(1, 5)))
+        matrix = kl_matrix(h, head, signal, window, data.draw(st.integers(1, 14)))
+        ours = matched_kl(h, head, signal, match, matrix)
+    truth = torch.stack([dense_kl(x, head, signal, j).sum() for x, j in zip(h, match, strict=True)])
+    torch.testing.assert_close(ours, truth)
+    torch.testing.assert_close(matrix.values[range(students), match], truth.detach())
+    torch.testing.assert_close(*(truth_gradients(x.sum(), h)[0] for x in (ours, truth)))
+
+
 @pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
 def test_finite_differences(kind):
     signal = make_signal(kind, tokens=2, teachers=2, vocab=41)
@@ -137,18 +162,18 @@ def naive_low_dtype(h, head, signal):
     return dense_kl(dense_logits(h, head)[0].float(), identity, signal, 1).sum()
 
 
-def test_a_confident_token_in_bfloat16_keeps_its_gradient():
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_confident_token_in_bfloat16_keeps_its_gradient(tail):
     """Student and teacher agree that one id is all but certain: E_q[W] - W[id] would be nothing but rounding."""
     vocab, width, dtype = 300, 16, torch.bfloat16
     head = make_head(vocab, width, dtype)
     generator = torch.Generator().manual_seed(3)
     sure = torch.randint(vocab, (40,), generator=generator)
     h = (50 * torch.nn.functional.normalize(head.weight[sure].double())).to(dtype)[None]
-    probs = torch.softmax(dense_logits(h.double(), as_dtype(head, torch.float64))[0] * 0.8, -1)[:, None].expand(
-        -1, 2, -1
-    )
+    logits = dense_logits(h.double(), as_dtype(head, torch.float64))[0]
+    probs = torch.softmax(logits * 0.8, -1)[:, None].expand(-1, 2, -1)
     assert probs.amax(-1).median() > 0.999
-    assert_all_earned(h, head, topk_signal(probs, 12), dtype)
+    assert_all_earned(h, head, topk_signal(probs, 12, tail), dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,12 +189,35 @@ def test_chunk_size_changes_no_number(kind):
             torch.testing.assert_close(value, first, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", ["tail", "hidden"])
-def test_parts_of_a_batch_add_up_to_the_whole(kind):
-    head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6)
-    whole = kl_matrix(h, head, signal, WINDOW).values
-    parts = [kl_matrix(h[:, rows], head, part(signal, rows), WINDOW).values for rows in (slice(0, 3), slice(3, None))]
-    torch.testing.assert_close(sum(parts), whole)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tile_size_changes_no_number(kind, monkeypatch):
+    head, signal, h = make_head(VOCAB, 6, softcap=4.0), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
+    results = []
+    for rows in (1, 4, TOKENS):
+        monkeypatch.setattr(chunks, "TILE_ELEMENTS", rows * VOCAB)
+        matrix = kl_matrix(h, head, signal, WINDOW)
+        loss = matched_kl(h, head, signal, [1, 2, 4], matrix).sum() + column_kl(h[2], head, signal, 4)
+        results.append((matrix.values, loss.detach(), *truth_gradients(loss, h)))
+    for result in results[1:]:
+        for value, first in zip(result, results[0], strict=True):
+            torch.testing.assert_close(value, first, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
+def test_micro_batches_add_up_to_the_whole(kind):
+    """Also with unequal ones: the functions return sums, never means."""
+    head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
+
+    def value_loss_gradient(rows):
+        x, said = h[:, rows].detach().requires_grad_(), part(signal, rows)
+        matrix = kl_matrix(x, head, said, WINDOW)
+        loss = matched_kl(x, head, said, [0, 2, 3], matrix).sum() + column_kl(x[2], head, said, -1)
+        return matrix.values, loss.detach(), *truth_gradients(loss, x)
+
+    whole = value_loss_gradient(slice(None))
+    values, losses, gradients = zip(*map(value_loss_gradient, (slice(0, 3), slice(3, 4), slice(4, None))), strict=True)
+    for parts, one in zip((sum(values), sum(losses), torch.cat(gradients, 1)), whole, strict=True):
+        torch.testing.assert_close(parts, one)
 
 
 def part(signal, rows):
@@ -244,8 +292,9 @@ def test_tails_near_zero_stay_finite_and_bounded(tail, logit):
         assert gradient[1:].tolist() == pytest.approx([pull / 5] * 5, abs=noise)
 
 
-def test_a_token_that_says_nothing_has_exactly_no_loss_and_no_gradient():
-    head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(1, TOKENS, 6).requires_grad_()
+@pytest.mark.parametrize("kind", ["tail", "sampled"])
+def test_a_token_that_says_nothing_has_exactly_no_loss_and_no_gradient(kind):
+    head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(1, TOKENS, 6).requires_grad_()
     for field in (signal.probs, signal.tail, signal.neg_entropy):
         field[4] = 0.0
     loss = matched_kl(h, head, signal, [2], kl_matrix(h, head, signal, [range(5)])).sum()
@@ -297,7 +346,7 @@ def test_backward_needs_no_weight():
     torch.testing.assert_close(torch.autograd.grad(loss, h)[0], expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["all kept", "tail", "hidden"])
+@pytest.mark.parametrize("kind", ["all kept", "tail", "sampled", "hidden"])
 def test_the_adaptive_draw_is_the_one_of_dense_divergences(kind):
     head, signal, h = make_head(VOCAB, 6, torch.float32), make_signal(kind), make_h(3, TOKENS, 6, dtype=torch.float32)
     if kind == "hidden":
