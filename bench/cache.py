@@ -188,7 +188,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     for column in (*columns, "encode/s", "decode/s"):
         table.add_column(column, justify="left" if column == "codec" else "right")
     for name, entry in results.items():
-        if not isinstance(entry, dict) or "bytes_per_token_layer" not in entry:
+        if "codec" not in entry:
             continue
         projected = entry["projected_bytes_at_152k"]
         table.add_row(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -20,7 +22,7 @@ from bench.conversations import Conversation, conversations
 from bench.language_model import PACKAGE, bench_cache, smollm2
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.teacher.signal import Unembedding
-from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
+from pipeline.vlm.verbalizer import initial_verb_ffns
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Setting:
     batch: int = 256
     """Tokens an update."""
     eval_tokens: int = 1280
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
+    """At its height: it rises over `warmup` updates, and falls to zero at the end."""
+    warmup: int = 5
     order_tokens: int = 2560
     """Training tokens from which the teacher's use of each id is taken."""
     follower: int = 14
@@ -103,47 +107,123 @@ class Spoken:
 
 
 def spoken(setting: Setting, progress: Progress) -> Spoken:
-    """From the bench's cache where it is there; else about ten minutes of one core, once."""
-    key = hashlib.sha256(json.dumps(asdict(setting), sort_keys=True).encode()).hexdigest()[:16]
-    file = bench_cache() / f"spoken-{key}.safetensors"
-    if not file.is_file():
-        aside = file.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in _speak(setting, progress).items()}, aside)
-        aside.rename(file)
-    tensors = load_file(file)
+    """From the bench's cache where it is there; else about twelve minutes of one core, once."""
+    tensors = _kept("teacher", _teacher, setting, progress) | _kept("student", _student, setting, progress)
     follower = {name.removeprefix("follower."): tensors.pop(name) for name in list(tensors) if "follower." in name}
     return Spoken(setting=setting, follower=follower, **tensors)
 
 
-def _speak(setting: Setting, progress: Progress) -> dict[str, Tensor]:
+def _kept(role: str, make: Callable[[Setting, Progress], dict[str, Tensor]], *given: Any) -> dict[str, Tensor]:
+    """What `make` makes, from the bench's cache where it was made before from the same setting and text."""
+    setting = {**asdict(given[0]), "text": hashlib.sha256(json.dumps(topics).encode()).hexdigest()}
+    key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
+    file = bench_cache() / f"{role}-{key}.safetensors"
+    if not file.is_file():
+        aside = file.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in make(*given).items()}, aside)
+        aside.rename(file)
+    return load_file(file)
+
+
+def _teacher(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     model, tokenizer = smollm2()
     train, held_out = _split(conversations(tokenizer, setting.seed), setting)
-    labels = torch.cat([one.response for one in held_out])
-    found: dict[str, Tensor] = {"labels": labels, "lengths": torch.tensor([len(one.response) for one in held_out])}
-    for role, layers in (("teacher", setting.teacher_layers), ("student", setting.student_layers)):
-        if role == "student":
-            _add_noise(model, setting)
-        head = Unembedding(model.lm_head.weight, vocab=len(model.lm_head.weight))
-        states = _hidden_states(model, train, layers, progress, f"{role}: training tokens")
-        eval_states = _hidden_states(model, held_out, layers, progress, f"{role}: evaluation tokens")
-        ffns = _train(model, layers, states, torch.cat([one.response for one in train]), setting, progress, role)
-        with torch.no_grad():
-            said = _verbalize(model, ffns, eval_states)
-            loss = linear_cross_entropy(said, head, labels) / len(labels)
-        found |= {role: said.transpose(0, 1), f"{role}_weight": head.weight.clone(), f"{role}_loss": loss}
-        if role == "teacher":
-            layer = layers.index(setting.followed)
-            with torch.no_grad():
-                some = _verbalize(model, ffns, [state[: setting.order_tokens] for state in states])
-                found["train_teacher"] = model.model.norm(ffns[str(setting.followed)](states[layer]))
-            found["order"] = _order(some, head, progress)
-        else:
-            layer = layers.index(setting.follower)
-            found |= {"train_student": states[layer], "eval_student": eval_states[layer]}
-            found["norm_weight"] = model.model.norm.weight
-            weights = ffns[str(setting.follower)].state_dict()
-            found |= {f"follower.{name}": tensor for name, tensor in weights.items()}
-    return found
+    labels = _responses(held_out)
+    speaker = _Speaker(model, setting.teacher_layers, train, setting, progress, "teacher")
+    said = speaker.verbalize(speaker.hidden_states(held_out))
+    followed = setting.teacher_layers.index(setting.followed)
+    some = speaker.verbalize([state[: setting.order_tokens] for state in speaker.states])
+    return {
+        "labels": labels,
+        "lengths": torch.tensor([len(one.response) for one in held_out]),
+        "teacher": said.transpose(0, 1),
+        "teacher_weight": speaker.head.weight,
+        "teacher_loss": linear_cross_entropy(said, speaker.head, labels) / len(labels),
+        "order": _order(some, speaker.head, progress),
+        "train_teacher": speaker.verbalize_one(followed, speaker.states[followed]),
+    }
+
+
+def _student(setting: Setting, progress: Progress) -> dict[str, Tensor]:
+    model, tokenizer = smollm2()
+    _add_noise(model, setting)
+    train, held_out = _split(conversations(tokenizer, setting.seed), setting)
+    labels = _responses(held_out)
+    speaker = _Speaker(model, setting.student_layers, train, setting, progress, "student")
+    eval_states = speaker.hidden_states(held_out)
+    said = speaker.verbalize(eval_states)
+    follower = setting.student_layers.index(setting.follower)
+    weights = speaker.ffns[follower].state_dict()
+    return {
+        "student": said.transpose(0, 1),
+        "student_weight": speaker.head.weight,
+        "student_loss": linear_cross_entropy(said, speaker.head, labels) / len(labels),
+        "train_student": speaker.states[follower],
+        "eval_student": eval_states[follower],
+        "norm_weight": model.model.norm.weight,
+        **{f"follower.{name}": tensor for name, tensor in weights.items()},
+    }
+
+
+class _Speaker:
+    """A frozen model with verbalizers trained on its target layers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        train: Sequence[Conversation],
+        setting: Setting,
+        progress: Progress,
+        role: str,
+    ):
+        self.model, self.layers, self.progress, self.role = model, layers, progress, role
+        self.head = Unembedding(model.lm_head.weight, vocab=len(model.lm_head.weight))
+        self.states = self.hidden_states(train)
+        width = self.head.weight.shape[1]
+        by_layer = initial_verb_ffns(layers, width, "residual", torch.float32, setting.seed)
+        self.ffns = nn.ModuleList(by_layer.values())
+        self._train(_responses(train), setting)
+        self.ffns.requires_grad_(False)
+
+    @torch.no_grad()
+    def hidden_states(self, texts: Sequence[Conversation]) -> list[Tensor]:
+        """Of each layer, and of the last one normed: [T, d] at the positions that predict a response token."""
+        parts: list[list[Tensor]] = [[] for _ in range(len(self.layers) + 1)]
+        for one in self.progress.track(texts, description=f"{self.role}: reading"):
+            ids = torch.cat((one.prompt, one.response))[None, :-1]
+            states = self.model.model(ids, output_hidden_states=True).hidden_states  # the last of these is normed
+            for part, layer in zip(parts, (*self.layers, -1), strict=True):
+                part.append(states[layer][0, len(one.prompt) - 1 :].clone())
+        return [torch.cat(part) for part in parts]
+
+    def verbalize_one(self, column: int, state: Tensor) -> Tensor:
+        """Hidden states of one target layer to its normed outputs [T, d]."""
+        return self.model.model.norm(self.ffns[column](state))
+
+    def verbalize(self, states: Sequence[Tensor]) -> Tensor:
+        """Hidden states of the target layers, and of the last where it is given, to normed outputs [layers, T, d]."""
+        said = [self.verbalize_one(column, states[column]) for column in range(len(self.ffns))]
+        return torch.stack([*said, *states[len(said) :]])
+
+    def _train(self, labels: Tensor, setting: Setting) -> None:
+        """Cross-entropy of each verbalizer, each token once in random order."""
+        optimizer = torch.optim.AdamW(self.ffns.parameters(), lr=setting.learning_rate, weight_decay=0.0)
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(setting.seed))
+        task = self.progress.add_task(f"{self.role}: verbalizers", total=setting.steps)
+        for step, rows in enumerate(shuffled.split(setting.batch)):
+            for group in optimizer.param_groups:
+                group["lr"] = setting.learning_rate * min(1.0, (step + 1) / setting.warmup) * (1 - step / setting.steps)
+            losses = linear_cross_entropy(self.verbalize([s[rows] for s in self.states[:-1]]), self.head, labels[rows])
+            optimizer.zero_grad()
+            (losses.sum() / len(rows)).backward()
+            optimizer.step()
+            deepest = losses[-1].item() / len(rows)
+            self.progress.update(task, advance=1, description=f"{self.role}: verbalizers, deepest {deepest:.2f} nat")
+
+
+def _responses(texts: Sequence[Conversation]) -> Tensor:
+    return torch.cat([one.response for one in texts])
 
 
 def _split(all_of_them: Sequence[Conversation], setting: Setting) -> tuple[list[Conversation], list[Conversation]]:
@@ -168,55 +248,6 @@ def _add_noise(model: nn.Module, setting: Setting) -> None:
         if parameter.dim() == 2:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise, alpha=setting.noise * float(parameter.std()))
-
-
-@torch.no_grad()
-def _hidden_states(
-    model: nn.Module, texts: Sequence[Conversation], layers: Sequence[int], progress: Progress, title: str
-) -> list[Tensor]:
-    """Of each layer, and of the last one normed: [T, d] at the positions that predict a response token."""
-    parts: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
-    for one in progress.track(texts, description=title):
-        ids = torch.cat((one.prompt, one.response))[None, :-1]
-        states = model.model(ids, output_hidden_states=True).hidden_states  # the last of these is normed
-        for part, layer in zip(parts, (*layers, -1), strict=True):
-            part.append(states[layer][0, len(one.prompt) - 1 :].clone())
-    return [torch.cat(part) for part in parts]
-
-
-def _train(
-    model: nn.Module,
-    layers: Sequence[int],
-    states: Sequence[Tensor],
-    labels: Tensor,
-    setting: Setting,
-    progress: Progress,
-    role: str,
-) -> nn.ModuleDict:
-    """One verb-FFN a layer on cross-entropy, each token once in random order; the head's products in bfloat16."""
-    width = states[0].shape[1]
-    ffns = initial_verb_ffns(layers, width, "residual", torch.float32, setting.seed)
-    head = Unembedding(model.lm_head.weight.bfloat16(), vocab=len(model.lm_head.weight))
-    optimizer = torch.optim.AdamW(ffns.parameters(), lr=setting.learning_rate, weight_decay=0.0)
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(setting.seed))
-    task = progress.add_task(f"{role}: verbalizers", total=setting.steps)
-    for step, rows in enumerate(shuffled.split(setting.batch)):
-        for group in optimizer.param_groups:
-            group["lr"] = setting.learning_rate * (1 - step / setting.steps)
-        said = _verbalize(model, ffns, [state[rows] for state in states[:-1]])
-        losses = linear_cross_entropy(said, head, labels[rows]) / len(rows)
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
-        progress.update(task, advance=1, description=f"{role}: verbalizers, deepest at {losses[-1].item():.2f} nat")
-    return ffns.requires_grad_(False)
-
-
-def _verbalize(model: nn.Module, ffns: nn.ModuleDict, states: Sequence[Tensor]) -> Tensor:
-    """Hidden states of the target layers, and of the last where it is given, to normed outputs [layers, T, d]."""
-    blocks: list[VerbFFN] = list(ffns.values())  # type: ignore[arg-type]
-    said = [model.model.norm(block(state)) for block, state in zip(blocks, states, strict=False)]
-    return torch.stack([*said, *states[len(blocks) :]])
 
 
 def _order(said: Tensor, head: Unembedding, progress: Progress) -> Tensor:
