@@ -50,7 +50,7 @@ def read_order(path: Path, vocab: int, repair: str) -> np.ndarray:
         order = np.fromfile(path / ORDER, "<i4")
     except FileNotFoundError:
         raise CacheError(f"{path}: no {ORDER}, the order of the vocabulary. {repair}") from None
-    if len(order) != vocab or (np.bincount(order.clip(0, vocab - 1), minlength=vocab) != 1).any():
+    if not np.array_equal(np.sort(order), np.arange(vocab)):
         raise CacheError(f"{path / ORDER} is damaged: expected each of {vocab} ids once. Remove it. {repair}")
     return order
 
