@@ -104,6 +104,22 @@ def test_only_what_is_missing_is_made_again(tmp_path, data):
     assert contents(path) == before
 
 
+def test_a_sidecar_that_is_not_its_shards_is_not_believed(tmp_path, data):
+    path = full(tmp_path / "cache", data)
+    for number, change in enumerate(({"keys": ["k000", "k001", "k002", "k999"]}, {"bytes": 1})):
+        sidecar = path / f"{number:06d}.json"
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **change}))
+    (path / "000002.json").write_text('{"made_for": "x"}')
+    folder = CacheFolder(path, identity(), data)
+    why = folder.missing()
+    assert why["000000.tar"] == "its keys are not the data's"
+    assert why["000001.tar"].startswith("cut off or changed: expected 1 bytes, found ")
+    assert why["000002.tar"] == "made for another cache"
+    made_for = folder.identity.made_for(path)
+    (path / "000002.json").write_text(json.dumps({"made_for": made_for}))
+    assert folder.missing()["000002.tar"] == "its sidecar is damaged (KeyError('data_sha256'))"
+
+
 def test_a_killed_writer_leaves_no_shard(tmp_path, data):
     folder = CacheFolder(tmp_path / "cache", identity(), data)
     fill(folder, data, ["000000.tar"])
