@@ -158,6 +158,7 @@ def measure(setting: Setting, seeds: range, lesson: Lesson, again: Lesson, progr
         "answers": len(said.lengths),
         "teacher_cross_entropy_nats": said.teacher_loss.tolist(),
         "student_cross_entropy_nats": said.student_loss.tolist(),
+        "head_product_per_s": speed["head_product"]["encode_per_s"],
         "training": {**asdict(lesson), "seeds": len(seeds), "dense": taught["dense"]},
     }
     return {

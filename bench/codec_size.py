@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.spoken import Spoken
+from bench.timing import interleaved
 from data_prep.shards import FORMAT, ShardFolder, shard_name, write_manifest, write_shard
 from pipeline.teacher.codec import CODECS, Codec
 from pipeline.teacher.draws import uniform
@@ -29,7 +29,7 @@ from pipeline.teacher.signal import Signal, Unembedding
 from pipeline.teacher.store import TeacherCache
 
 RATE_TOKENS = 256
-REPEATS = 5
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,12 @@ def code(spoken: Spoken, codec: Codec) -> Coded:
 
 
 def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, float]]:
-    """Token-layers a second, encoding (with the head's product in bfloat16, and packing) and decoding to tensors.
+    """Token-layers a second: encoding, with the head's product and packing, and decoding to tensors.
 
-    Medians of runs in turn, one thread.
+    Medians of runs in turn, one thread, everything in float32. "head_product" is the product alone, which nobody can
+    do without.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    hidden, labels = spoken.teacher[:RATE_TOKENS], spoken.labels[:RATE_TOKENS].numpy()
-    head = Unembedding(spoken.teacher_weight.bfloat16(), vocab=len(spoken.teacher_weight))
+    hidden, labels, head = spoken.teacher[:RATE_TOKENS], spoken.labels[:RATE_TOKENS].numpy(), spoken.unembedding
     layers = hidden.shape[1]
 
     def encode(codec: Codec) -> bytes:
@@ -87,23 +85,20 @@ def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, fl
         tokens, streams = unpack_record(record)
         return codec.decode(join_arrays([codec.unpack(streams, len(tokens), layers)]), head)
 
-    seconds: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": []} for name in codecs}
-    for _ in range(REPEATS):
-        for name, codec in codecs.items():
-            record, spent = _timed(lambda codec=codec: encode(codec))
-            seconds[name]["encode"].append(spent)
-            seconds[name]["decode"].append(_timed(lambda codec=codec, record=record: decode(codec, record))[1])
-    torch.set_num_threads(threads)
-    rows = hidden[..., 0].numel()
-    return {
-        name: {f"{what}_per_s": rows / median(spent) for what, spent in both.items()} for name, both in seconds.items()
+    forms: dict[tuple[str, str], Callable[[], object]] = {
+        ("head_product", "encode"): lambda: [head.logits(rows) for rows in hidden.flatten(0, 1).split(RATE_TOKENS)]
     }
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start
+    for name, codec in codecs.items():
+        forms[name, "encode"] = partial(encode, codec)
+        forms[name, "decode"] = partial(decode, codec, encode(codec))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = interleaved(forms, ROUNDS)
+    torch.set_num_threads(threads)
+    found: dict[str, dict[str, float]] = {}
+    for (name, what), spent in seconds.items():
+        found.setdefault(name, {})[f"{what}_per_s"] = hidden[..., 0].numel() / median(spent)
+    return found
 
 
 def _records(
