@@ -28,7 +28,7 @@ from pipeline.teacher.signal import Unembedding
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in the weight's dtype: 128 MiB in bfloat16."""
 
-TILE_ELEMENTS = 2**20
+TILE_ELEMENTS = 2**21
 """How many of them a CPU has in float32 at a time. An accelerator takes the whole chunk: there, launches cost."""
 
 SLICE_ELEMENTS = 2**23
@@ -89,12 +89,14 @@ def cap_slope(logits: Tensor, unembedding: Unembedding) -> Tensor | None:
     return (logits / unembedding.softcap).square_().neg_().add_(1.0)
 
 
-def softmax_(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Turn logits [c, V] into probabilities in place; return log-probabilities of ids [c, n] and log-sum-exp [c, 1].
 
-    The maximum is taken off before anything is read: near 30 a float32 is 2e-6 coarse, and so would a probability be.
+    The maximum, `top` [c, 1] where it is known, is taken off before anything is read: near 30 a float32 is 2e-6 coarse,
+    and so would a probability be.
     """
-    top = logits.amax(1, keepdim=True)
+    if top is None:
+        top = logits.amax(1, keepdim=True)
     shifted = logits.sub_(top).gather(1, ids)
     total = logits.exp_().sum(1, keepdim=True)
     logits.div_(total)
@@ -155,11 +157,17 @@ class _HeadGradients:
         if self.h is not None:
             self.h[layer, rows] = (gradient @ weight[:vocab]).to(h.dtype)
         if self.weight is not None:
-            inputs = h[layer, rows].to(weight.dtype)
-            for ids in _slices(weight[:vocab]):
-                self.weight[ids] += gradient[:, ids].T @ inputs
+            self._add_to_weight(self.weight[:vocab], gradient.T, h[layer, rows].to(weight.dtype))
         if self.bias is not None:
             self.bias[:vocab] += gradient.sum(0, dtype=self.bias.dtype)
+
+    @staticmethod
+    def _add_to_weight(total: Tensor, left: Tensor, right: Tensor) -> None:
+        if total.dtype == left.dtype:
+            torch.addmm(total, left, right, out=total)
+        else:
+            for ids in _slices(total):
+                total[ids] += left[ids] @ right
 
     def attach(self, sums: Tensor) -> Tensor:
         """The sums [L], carrying these gradients."""

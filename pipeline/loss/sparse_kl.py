@@ -227,8 +227,8 @@ def _search(
 
     def search(rows: slice, logits: Tensor) -> None:
         said = _part(signal, rows, within)
-        ids = logits.argmax(1, keepdim=True) if heavy == 1 else logits.topk(heavy, sorted=False).indices
-        log_q, found.log_sum[rows] = softmax_(logits, torch.cat((ids, said.ids.flatten(1)), 1))
+        top, ids = logits.topk(heavy) if heavy > 1 else logits.max(1, keepdim=True)
+        log_q, found.log_sum[rows] = softmax_(logits, torch.cat((ids, said.ids.flatten(1)), 1), top[:, :1])
         logits.scatter_(1, ids, 0.0)
         found.heavy_ids[rows], found.heavy_log_q[rows] = ids, log_q[:, :heavy]
         found.log_q[rows] = log_q[:, heavy:].view(said.ids.shape)
