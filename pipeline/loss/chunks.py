@@ -130,24 +130,30 @@ def product_gradients(
 
 
 class _HeadGradients:
-    """Gradients at the head's inputs, filled chunk by chunk; None where nobody wants one."""
+    """Gradients at the head's inputs, filled chunk by chunk; None where nobody wants one.
+
+    That of the weight is a sum over chunks in float32. Of a single chunk, its two factors are kept instead: they are
+    smaller, and the backward makes the product with what comes from above already in the smaller factor.
+    """
 
     def __init__(self, h: Tensor, unembedding: Unembedding, chunk: int):
-        enabled = torch.is_grad_enabled()
-        wide = accumulator(unembedding.weight.dtype)
         weight, bias = unembedding.weight, unembedding.bias
         self.inputs: tuple[Tensor | None, ...] = (h, weight, bias)
-        self.dtype = weight.dtype
-        self.h = torch.zeros_like(h) if enabled and h.requires_grad else None
-        sum_dtype = weight.dtype if h.shape[1] <= chunk else wide  # one chunk is no sum
-        self.weight = torch.zeros_like(weight, dtype=sum_dtype) if enabled and weight.requires_grad else None
-        self.bias = torch.zeros_like(bias, dtype=wide) if enabled and bias is not None and bias.requires_grad else None
-        if (self.weight is not None or self.bias is not None) and len(h) != 1:
+        wants_h, wants_weight, wants_bias = (
+            torch.is_grad_enabled() and x is not None and x.requires_grad for x in self.inputs
+        )
+        if (wants_weight or wants_bias) and len(h) != 1:
             raise ValueError(
                 f"a trained head takes one layer a call, got {len(h)}: the gradient of its weight is made in the "
                 "forward, before it is known how the layers' losses will be weighted. "
                 "Call it layer by layer, or detach the weight."
             )
+        self.h = torch.zeros_like(h) if wants_h else None
+        wide = accumulator(weight.dtype)
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
+        several = wants_weight and h.shape[1] > chunk
+        self.weight = torch.zeros_like(weight, dtype=wide) if several else None
+        self.factors = (weight.new_empty(0, unembedding.vocab), h[0, :0]) if wants_weight and not several else None
 
     def add(self, layer: int, rows: slice, gradient: Tensor) -> None:
         """Take in the gradient at h W^T + b [c, V] of one chunk. Rows beyond V, the padding, stay zero."""
@@ -156,24 +162,18 @@ class _HeadGradients:
         vocab = gradient.shape[1]
         if self.h is not None:
             self.h[layer, rows] = (gradient @ weight[:vocab]).to(h.dtype)
+        if self.factors is not None:
+            self.factors = (gradient, h[layer, rows])
         if self.weight is not None:
-            self._add_to_weight(self.weight[:vocab], gradient.T, h[layer, rows].to(weight.dtype))
+            inputs = h[layer, rows].to(weight.dtype)
+            for ids in _slices(weight[:vocab]):
+                self.weight[ids] += gradient[:, ids].T @ inputs
         if self.bias is not None:
             self.bias[:vocab] += gradient.sum(0, dtype=self.bias.dtype)
 
-    @staticmethod
-    def _add_to_weight(total: Tensor, left: Tensor, right: Tensor) -> None:
-        if total.dtype == left.dtype:
-            torch.addmm(total, left, right, out=total)
-        else:
-            for ids in _slices(total):
-                total[ids] += left[ids] @ right
-
     def attach(self, sums: Tensor) -> Tensor:
         """The sums [L], carrying these gradients."""
-        if self.weight is not None:
-            self.weight = self.weight.to(self.dtype)
-        return attach_gradients(sums, self.inputs, (self.h, self.weight, self.bias))
+        return attach_gradients(sums, self.inputs, (self.h, self.weight, self.bias), self.factors)
 
 
 def head_loss(
@@ -203,19 +203,38 @@ def head_loss(
 
 
 class _Attach(torch.autograd.Function):
-    """Values whose gradients are already known."""
+    """Values whose gradients are already known; that of the second input, a weight, perhaps only by its factors."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+    def forward(
+        ctx,
+        values: Tensor,
+        gradients: Sequence[Tensor | None],
+        factors: tuple[Tensor, Tensor] | None,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*(factors or (None, None)), *gradients)
+        ctx.like = [(torch.Size(), torch.float32) if x is None else (x.shape, x.dtype) for x in inputs]
         return values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (None, None, *(None if x is None else _scaled(x, upstream, dtype) for x, dtype in pairs))
+        left, right, *gradients = ctx.saved_tensors
+        pairs = zip(gradients, ctx.like, strict=True)
+        scaled = [None if x is None else _scaled(x, upstream, dtype) for x, (_, dtype) in pairs]
+        if left is not None:
+            scaled[1] = _product(left, upstream * right, *ctx.like[1])
+        return (None, None, None, *scaled)
+
+
+def _product(left: Tensor, right: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """left^T [V, c] times right [c, d], with rows of zeros below: [rows, d]."""
+    product = torch.empty(shape, dtype=dtype, device=left.device)
+    vocab = left.shape[1]
+    torch.mm(left.T, right.to(left.dtype), out=product[:vocab])
+    product[vocab:] = 0
+    return product
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,6 +250,14 @@ def _slices(tensor: Tensor) -> Iterator[slice]:
     return row_chunks(len(tensor), max(1, SLICE_ELEMENTS // max(1, tensor[:1].numel())))
 
 
-def attach_gradients(values: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Values [L] that carry a ready gradient for each input: first dimension L, or any shape where L is 1."""
-    return _Attach.apply(values, gradients, *inputs)
+def attach_gradients(
+    values: Tensor,
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Values [L] that carry a ready gradient for each input: first dimension L, or any shape where L is 1.
+
+    factors: the second input's, [c, V] and [c, d], where its gradient is yet to be made of them.
+    """
+    return _Attach.apply(values, gradients, factors, *inputs)
