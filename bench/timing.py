@@ -1,0 +1,95 @@
+"""How the benches measure: what is compared runs in turn in one process, ratios are medians over the rounds.
+
+On a shared machine another program slows a whole round, not one side of a ratio; seconds are reported beside the ratios
+but only those of one round may be compared.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What a number was measured on, and when."""
+    with open("/proc/meminfo") as file:
+        kib = int(file.readline().split()[1])
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {kib / 2**20:.0f} GiB",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each form in each round: one after the other, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median over the rounds of the ratio of two forms' seconds."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
+    """By how many MiB a process's resident memory grows at its peak while it runs what `prepare` hands it.
+
+    In a fresh process, so that nothing is left over from another form; `prepare` must be importable there. The peak is
+    the kernel's (VmHWM), set back once the inputs are there: nothing has to look at the right moment.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(prepare, sending))
+    process.start()
+    sending.close()
+    grown = receiving.recv()  # EOFError if the process died
+    process.join()
+    return grown
+
+
+def _measure(prepare: Callable[[], Callable[[], object]], sending: Any) -> None:
+    form = prepare()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_mib("VmRSS")
+    form()
+    sending.send(_status_mib("VmHWM") - before)
+
+
+def _status_mib(field: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) / 1024
+
+
+def write_results(name: str, results: Mapping[str, Any]) -> Path:
+    """Leave them in bench/results/NAME.json, and say where that is."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
