@@ -11,7 +11,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALL
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test bench-cache bench-losses lint types clean
+.PHONY: help setup demo demo-models test bench-cache bench-losses bench-steps lint types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ bench-cache: $(STAMP)  ## the cache's codecs beside other systems', bytes agains
 bench-losses: $(STAMP)  ## the losses beside their matrix products, dense torch and other packages, 5 minutes; ARGS=--quick
 	@test -d build/peers || $(PIP) install --quiet --no-deps --target build/peers trl==1.16.0 liger-kernel==0.8.5
 	@$(RUN) PYTHONPATH=build/peers python -m bench.losses $(ARGS)
+
+bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
+	@$(RUN) python -m bench.steps $(ARGS)
 
 lint: $(STAMP)  ## ruff: style and formatting
 	@$(RUN) ruff check .

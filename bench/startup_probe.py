@@ -1,0 +1,72 @@
+"""launch/train.py --stage 2 with a clock in its hand, up to the first update: what bench/startup.py runs in its place.
+
+Writes {phase: [seconds since boot at its end, CPU seconds of this process until then]} to the file that the environment
+variable STAMPS names, then leaves.
+"""
+
+import time
+
+BEGUN = time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()
+
+import json  # noqa: E402  # nothing before the clock
+import os  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+stamps: dict[str, tuple[float, float]] = {}
+
+
+def stamp(phase: str) -> None:
+    stamps.setdefault(phase, (time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()))
+
+
+def process_start() -> float:
+    """Seconds since boot."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def stamped(call: Callable[..., Any], phase: str) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        stamp(phase)
+        return result
+
+    return wrapped
+
+
+def leave(call: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        call(*args, **kwargs)
+        stamp("first update")
+        Path(os.environ["STAMPS"]).write_text(json.dumps(stamps), "utf-8")
+        os._exit(0)
+
+    return wrapped
+
+
+def main() -> int:
+    stamps["process"] = (process_start(), 0.0)
+    stamps["interpreter"] = BEGUN
+    from launch import train
+    from pipeline.runtime.quiet import hush
+
+    hush()
+    from pipeline.runtime import engine, loop
+    from pipeline.steps import interact
+
+    stamp("imports")
+    engine.start = stamped(engine.start, "distributed init")
+    interact._open_cache = stamped(interact._open_cache, "cache opened")
+    interact.student_with_verbalizers = stamped(interact.student_with_verbalizers, "model loaded")
+    interact.Engine = stamped(interact.Engine, "engine")  # type: ignore[misc,assignment]
+    loop._Loop.resume_and_load = stamped(loop._Loop.resume_and_load, "data and log opened")  # type: ignore[method-assign]
+    loop._Loop.run_update = leave(loop._Loop.run_update)  # type: ignore[method-assign]
+    return train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

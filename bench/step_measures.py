@@ -1,0 +1,139 @@
+"""All that bench/steps.py measures on one pair of models."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.startup import one_rank, start_up, train
+from bench.step_pairs import prepare
+from bench.step_ratios import Opened, Runs, cache_passes, sizes, student_steps, verbalize_steps
+from bench.timing import interleaved, peak_mib, ratio
+from pipeline.resolve import load_recipe
+from pipeline.runtime import engine
+from pipeline.runtime.folder import read_metrics
+from pipeline.runtime.ranks import Ranks
+
+FIRST_UPDATES = 3
+"""Not counted when stage 2 is watched for its data wait: loader workers start meanwhile."""
+
+RATIOS = {
+    "interact_over_finetune": ("interact", "finetune"),
+    "verbalize_over_forwards": ("verbalize", "forwards"),
+    "live_teacher_over_cache": ("interact_live", "interact"),
+    "cache_speed_over_forward": ("forward", "cache"),
+    "cache_speed_over_forward_and_heads": ("forward_and_heads", "cache"),
+}
+"""Name of a ratio: what is above and below."""
+
+
+def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any]:
+    """A pair's entry in the JSON; the demo's also has the start-up. updates: of stage 2, to see its data wait."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        recipe = folder / "recipe.yaml"
+        entry = prepare(name, folder, ranks.device)
+        train("--stage", "1", "--recipe", str(recipe))
+        entry = {"set_up": entry | sizes(Opened(recipe, ranks)), "rounds": rounds}
+        entry["peak_mib"] = {
+            "cache": _peak_mib(recipe, ranks, live=False),
+            "live_teacher": _peak_mib(recipe, ranks, live=True),
+        }
+        entry |= _ratios(recipe, ranks, folder / "written", rounds)
+        entry["data_wait_share"] = {f"{workers}_workers": _data_wait(recipe, workers, updates) for workers in (1, 2)}
+        if name == "demo":
+            entry["start_up"] = start_up(recipe)
+        return entry
+
+
+def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str, Any]:
+    """Times and operations of everything, and the ratios of both."""
+    seconds: dict[str, list[float]] = {}
+    operations: dict[str, int] = {}
+    for make in (student_steps, verbalize_steps, partial(cache_passes, scratch=scratch)):
+        runs = {name: _finished(run, ranks) for name, run in make(Opened(recipe, ranks)).items()}
+        operations |= _operations(runs)  # and so each has run once before it is timed
+        seconds |= interleaved(runs, rounds)
+        del runs
+        _free(ranks)
+    ratios = {
+        name: {
+            "time": round(ratio(seconds[above], seconds[below]), 3),
+            "operations": round(operations[above] / operations[below], 3),
+        }
+        for name, (above, below) in RATIOS.items()
+    }
+    return {**ratios, "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()}}
+
+
+def _operations(runs: Runs) -> dict[str, int]:
+    """Additions and multiplications in matrix products, the floor under each time."""
+    counts = {}
+    for name, run in runs.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts[name] = counter.get_total_flops()
+    return counts
+
+
+def _finished(run: Callable[[], object], ranks: Ranks) -> Callable[[], object]:
+    """A run that has ended when it returns."""
+    if ranks.device == "cpu":
+        return run
+
+    def wait() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return wait
+
+
+def _peak_mib(recipe: Path, ranks: Ranks, live: bool) -> float:
+    """Memory that stage 2a takes, model and optimizer included: resident on a CPU, allocated on an accelerator."""
+    if ranks.device == "cpu":
+        return round(peak_mib(partial(_in_a_process, recipe, live)))
+    _free(ranks)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _two_updates(recipe, ranks, live)
+    peak = torch.cuda.max_memory_allocated() - before
+    _free(ranks)
+    return round(peak / 2**20)
+
+
+def _in_a_process(recipe: Path, live: bool) -> Callable[[], object]:
+    os.environ |= one_rank()
+    return partial(_two_updates, recipe, engine.start(), live)
+
+
+def _two_updates(recipe: Path, ranks: Ranks, live: bool) -> None:
+    run = student_steps(Opened(recipe, ranks), live)["interact_live" if live else "interact"]
+    run()
+    run()
+
+
+def _free(ranks: Ranks) -> None:
+    gc.collect()
+    if ranks.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _data_wait(recipe: Path, workers: int, updates: int) -> float:
+    """Share of stage 2a's time that it waits for its loader."""
+    run = load_recipe(recipe).recipe.run
+    shutil.rmtree(run / "interact", ignore_errors=True)
+    steps = ["--stage", "2", "--only", "interact", "--recipe", str(recipe)]
+    train(*steps, "--set", f"interact.steps={FIRST_UPDATES + updates}", f"data.workers={workers}")
+    counted = [line for line in read_metrics(run) if line["step"] == "interact"][FIRST_UPDATES:]
+    waited = sum(line["data_wait"] * line["update_s"] for line in counted)
+    return round(waited / sum(line["update_s"] for line in counted), 4)

@@ -1,0 +1,202 @@
+"""What bench/steps.py times: each step of the project beside what it is to be compared with, on one loaded batch.
+
+The steps are the project's own, private functions included: a copy would measure the copy. All run in the project's
+Engine, on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.shards import ShardFolder
+from pipeline.loss.chunks import rows_per_chunk
+from pipeline.resolve import load_recipe
+from pipeline.runtime.batches import Chats, Loaded, Place, derived_seed, load
+from pipeline.runtime.engine import Engine, dtype_of
+from pipeline.runtime.folder import done
+from pipeline.runtime.loop import Job, Moment, Outcome
+from pipeline.runtime.ranks import Ranks
+from pipeline.steps import cache, interact, reinforce, verbalize
+from pipeline.steps.listening import Listener
+from pipeline.steps.verbalize import ROLES
+from pipeline.teacher.fill import CacheFolder
+from pipeline.teacher.recall import Recall
+from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+from pipeline.vlm.assemble import encoders, student_with_verbalizers, verbalized
+from pipeline.vlm.backbone import run_backbone
+from pipeline.vlm.cohost import CoHost
+
+Runs = dict[str, Callable[[], object]]
+"""By name, what is timed."""
+
+
+class Opened:
+    """A run that stage 1 has been through, and its first micro-batch."""
+
+    def __init__(self, recipe: Path, ranks: Ranks):
+        self.job = Job(load_recipe(recipe).recipe, ranks)
+        self.recipe = self.job.recipe
+        self.data = ShardFolder(self.recipe.data.train)
+        self.recall = interact._open_cache(self.recipe, self.data)
+        self.vocab = self.recall.cache.identity.vocab
+
+    def load(self, chats: Chats) -> Loaded:
+        """The first samples of the data."""
+        places = [Place(index) for index in range(self.recipe.interact.micro_batch_size)]
+        return next(load(chats, [places], 0, self.job.ranks.device))
+
+
+def sizes(opened: Opened) -> dict[str, Any]:
+    """What decides the ratios, for the record."""
+    loaded = opened.load(Chats(opened.data, encoders(opened.recipe, ["student"])))
+    verbalizers = done(opened.recipe.run / "verbalize") or {}
+    return {
+        "tokens": loaded.batches["student"].inputs["input_ids"].numel(),
+        "response_tokens": loaded.tokens(),
+        "vocabulary": opened.vocab,
+        "layers": {role: [*verbalizers[role]["layers"], verbalizers[role]["depth"]] for role in ROLES},
+    }
+
+
+def student_steps(opened: Opened, live: bool = True) -> Runs:
+    """Stage 2's steps: "finetune", "interact" from the cache and, if asked for, "interact_live" with a live teacher.
+
+    One engine and one optimizer for all: they train the same weights.
+    """
+    recipe, recall = opened.recipe, opened.recall
+    student = student_with_verbalizers(
+        recipe, opened.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
+    )
+    both = _Student(interact.Interaction(student, None), reinforce.Finetuned(student.backbone, opened.vocab))
+    engine = Engine(both, recipe, recipe.interact, opened.job.ranks)
+    engine.module.train()
+    attach = partial(interact._attach, recall)
+    loaded = opened.load(Chats(opened.data, encoders(recipe, ["student"]), attach))
+
+    def interaction(teacher: Recall | _LiveTeacher) -> Callable[[Loaded, Moment], Outcome]:
+        part = _Part(engine, "interaction")
+        return interact._forward(part, recipe.interact, recipe.seed, teacher, student.layers)  # type: ignore[arg-type]
+
+    finetune = reinforce._forward(_Part(engine, "finetuned"))  # type: ignore[arg-type]
+    runs: Runs = {
+        "finetune": partial(_update, engine, finetune, loaded),
+        "interact": partial(_update, engine, interaction(recall), loaded),
+    }
+    if live:
+        teacher = _LiveTeacher(cache._load_teacher(opened.job, opened.vocab), recall.layers)
+        heard = replace(loaded, attached=[loaded.batches["student"]])
+        runs["interact_live"] = partial(_update, engine, interaction(teacher), heard)
+    return runs
+
+
+def verbalize_steps(opened: Opened) -> Runs:
+    """Stage 1a's step, and "forwards": the two frozen backbones alone, without heads."""
+    recipe = opened.recipe
+    sides = {
+        role: verbalized(getattr(recipe, role), recipe, opened.vocab, dtype_of(recipe), derived_seed(recipe.seed, role))
+        for role in ROLES
+    }
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, opened.job.ranks)
+    engine.module.train()
+    loaded = opened.load(Chats(opened.data, encoders(recipe, ROLES)))
+    batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}
+
+    @torch.no_grad()
+    def forwards() -> None:
+        for role, side in sides.items():
+            run_backbone(side.backbone, batches[role].inputs, side.all_layers(), batches[role].positions)
+
+    return {"forwards": forwards, "verbalize": partial(_update, engine, verbalize._forward(engine), loaded)}
+
+
+def cache_passes(opened: Opened, scratch: Path) -> Runs:
+    """Once over the data: "forward" of the teacher alone, "forward_and_heads", and "cache", written into `scratch`."""
+    identity, codec = opened.recall.cache.identity, opened.recall.cache.codec
+    engine = cache._load_teacher(opened.job, opened.vocab)
+    teacher = engine.module.sides["teacher"]
+    chats = Chats(opened.data, encoders(opened.recipe, ["teacher"]))
+    listener = Listener(opened.job, engine, chats, identity.layers, identity.vocab)
+    shards = [shard.name for shard in opened.data.shards]
+    windows = cache.plan(opened.data, shards, 0, 1)
+    parts = list(cache._parts(windows, listener.batches([window.places for window in windows])))
+    batches = [part.loaded.batches["teacher"].to(engine.device, engine.dtype) for part in parts]
+    scratch.mkdir()
+    folder = CacheFolder(scratch, identity, opened.data)
+    folder.save_order(codec.order)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in batches:
+            run_backbone(teacher.backbone, batch.inputs, teacher.all_layers(), batch.positions)
+
+    def forward_and_heads() -> None:
+        for batch in batches:
+            engine({"teacher": batch}, encode=_logits)
+
+    def write() -> None:
+        with cache._Writing(folder) as writing:
+            for part in parts:
+                writing.put(part, listener.hear(part.loaded, codec))
+            writing.rest()
+
+    return {"forward": forward, "forward_and_heads": forward_and_heads, "cache": write}
+
+
+class _Student(nn.Module):
+    """One student, interacting or finetuned."""
+
+    def __init__(self, interaction: interact.Interaction, finetuned: reinforce.Finetuned):
+        super().__init__()
+        self.interaction, self.finetuned = interaction, finetuned
+
+    def forward(self, part: str, *args: Any) -> Any:
+        return getattr(self, part)(*args)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of an engine's module, called as if it were the whole."""
+
+    engine: Engine
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(self.name, *args)
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.dtype
+
+
+@dataclass(frozen=True)
+class _LiveTeacher:
+    """A teacher in memory that answers as `Recall` does; what is attached to a batch is the batch itself."""
+
+    engine: Engine
+    layers: tuple[int, ...]
+
+    def signal(self, attached: list[Any], device: torch.device, head: Unembedding | None) -> Signal:
+        (batch,) = attached
+        return self.engine({"teacher": batch.to(device, self.engine.dtype)}, encode=HiddenSignal)
+
+
+def _update(engine: Engine, forward: Callable[[Loaded, Moment], Outcome], loaded: Loaded) -> None:
+    engine.backward(forward(loaded, Moment(0, 0)).loss, loaded.tokens())
+    engine.step(1e-6)
+
+
+def _logits(hidden: Tensor, unembedding: Unembedding) -> None:
+    """Every distribution once, as anybody would have to who wants to know it."""
+    for rows in hidden.flatten(0, 1).split(rows_per_chunk(unembedding.vocab)):
+        unembedding.logits(rows)

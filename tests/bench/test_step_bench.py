@@ -1,0 +1,45 @@
+"""The step bench's own parts: what it refuses, and whether the pairs and data that it makes are what they say."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import step_pairs, steps
+from data_prep.shards import ShardFolder
+from pipeline.resolve import load_recipe
+from pipeline.runtime.batches import Chats, Place, load
+from pipeline.vlm.assemble import encoders, vocabulary_rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="real shapes run here")
+def test_real_shapes_are_refused_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["steps", "--shape", "real"])
+    with pytest.raises(SystemExit):
+        steps.main()
+    assert "--shape real needs a GPU with 80 GB, and torch finds none" in capsys.readouterr().err
+
+
+def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
+    tiny = replace(
+        step_pairs.RANDOM_PAIRS["real-2b"],
+        teacher=step_pairs.Size(layers=4, width=64, inner=64, heads=4, kv_heads=2, rows=1100, tied=False),
+        student=step_pairs.Size(layers=3, width=32, inner=64, heads=4, kv_heads=2, rows=1000),
+        tower=step_pairs.Tower(blocks=1, width=16, heads=2, patch=14),
+        teacher_layers=(1, 3),
+        student_layers=(2,),
+        image_side=6,
+        samples=8,
+    )
+    monkeypatch.setitem(step_pairs.RANDOM_PAIRS, "tiny", tiny)
+    step_pairs.prepare("tiny", tmp_path, "cpu")
+    recipe = load_recipe(tmp_path / "recipe.yaml").recipe
+    assert [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)] == [1100, 1000]
+    chats = Chats(ShardFolder(recipe.data.train), encoders(recipe, ["student"]))
+    (loaded,) = load(chats, [[Place(index) for index in range(tiny.samples)]], 0, "cpu")
+    batch = loaded.batches["student"]
+    assert loaded.rejected == []
+    image = chats.encoders["student"].processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert (batch.inputs["input_ids"] == image).sum(1).tolist() == [tiny.image_side**2] * tiny.samples
+    assert all(tiny.words[0] <= count - 1 <= tiny.words[1] for count in batch.counts)
