@@ -62,17 +62,17 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_logits(h: Tensor, unembedding: Unembedding) -> Tensor:
     """[c, d] -> [c, V] logits, as `Unembedding.logits`, in memory that may be overwritten, and float64 stays so."""
-    return _logits(_products(h, unembedding), unembedding)
+    return logits_of(chunk_products(h, unembedding), unembedding)
 
 
-def _products(h: Tensor, unembedding: Unembedding) -> Tensor:
+def chunk_products(h: Tensor, unembedding: Unembedding) -> Tensor:
     """h W^T + b [c, V] in the weight's dtype."""
     weight, vocab = unembedding.weight, unembedding.vocab
     bias = None if unembedding.bias is None else unembedding.bias[:vocab]
     return torch.nn.functional.linear(h.to(weight.dtype), weight[:vocab], bias)
 
 
-def _logits(products: Tensor, unembedding: Unembedding) -> Tensor:
+def logits_of(products: Tensor, unembedding: Unembedding) -> Tensor:
     """The products [c, V] scaled and capped, in float32 or, where that is theirs, in their own memory."""
     logits = products.to(accumulator(products.dtype))
     if unembedding.scale != 1.0:
@@ -115,9 +115,9 @@ def product_gradients(
     chunk = chunk or rows_per_chunk(vocab)
     tile = tile or (max(1, TILE_ELEMENTS // vocab) if h.device.type == "cpu" else chunk)
     for rows in row_chunks(len(h), chunk):
-        products = _products(h[rows], unembedding)
+        products = chunk_products(h[rows], unembedding)
         for part in row_chunks(len(products), tile):
-            logits = _logits(products[part], unembedding)
+            logits = logits_of(products[part], unembedding)
             slope = cap_slope(logits, unembedding)
             loss(slice(rows.start + part.start, rows.start + part.stop), logits)
             if slope is not None:

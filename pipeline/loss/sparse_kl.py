@@ -35,11 +35,11 @@ from pipeline.loss.chunks import (
     cap_slope,
     chunk_logits,
     head_loss,
-    product_gradients,
     row_chunks,
     rows_per_chunk,
     softmax_,
 )
+from pipeline.loss.probabilities import probability_chunks
 from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
 
 TAIL_FLOOR = 1e-6
@@ -225,16 +225,14 @@ def _search(
     )
     within = slice(columns.start, columns.stop)
 
-    def search(rows: slice, logits: Tensor) -> None:
+    def note(rows: slice, heavy_ids: Tensor, log_q: Tensor, log_sum: Tensor) -> None:
         said = _part(signal, rows, within)
-        top, ids = logits.topk(heavy) if heavy > 1 else logits.max(1, keepdim=True)
-        log_q, found.log_sum[rows] = softmax_(logits, torch.cat((ids, said.ids.flatten(1)), 1), top[:, :1])
-        logits.scatter_(1, ids, 0.0)
-        found.heavy_ids[rows], found.heavy_log_q[rows] = ids, log_q[:, :heavy]
+        found.heavy_ids[rows], found.heavy_log_q[rows], found.log_sum[rows] = heavy_ids, log_q[:, :heavy], log_sum
         found.log_q[rows] = log_q[:, heavy:].view(said.ids.shape)
         values[within] += _terms(found.log_q[rows], said, tailed)[0].sum(0, dtype=values.dtype)
 
-    for rows, light in product_gradients(h, unembedding, search, chunk):
+    ids = signal.ids[:, within].flatten(1)
+    for rows, light in probability_chunks(h, unembedding, ids, heavy, note, chunk):
         found.light[rows] = light @ weight[: unembedding.vocab]
     return found
 

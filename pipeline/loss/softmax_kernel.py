@@ -1,0 +1,80 @@
+"""The two passes between a chunk's matrix products as one Triton kernel: what a GPU's memory would else be busy with.
+
+Plain torch goes over the logits seven times, 44 bytes each where the weight is bfloat16; this reads them twice and
+writes them once, 6 bytes (docs/numerics.md counts both beside the products). Imported only where it is to be used.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.teacher.signal import Unembedding
+
+BLOCK = 4096
+"""Ids a program holds at a time; one program a row."""
+
+
+@triton.jit
+def _softmax(
+    products, top_ids, top_log_qs, log_sums, vocab, stride, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    first = products + row * stride
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    top_id = lanes
+    for start in range(0, vocab, BLOCK):  # each lane keeps its own maximum, the id of it, and sum of exp(z - maximum)
+        ids = start + lanes
+        z = tl.load(first + ids, mask=ids < vocab, other=0.0).to(tl.float32) * scale
+        if CAPPED:
+            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+        z = tl.where(ids < vocab, z, float("-inf"))
+        above = z > top
+        total = tl.where(above, total * tl.exp(top - z) + 1.0, total + tl.where(ids < vocab, tl.exp(z - top), 0.0))
+        top_id = tl.where(above, ids, top_id)
+        top = tl.where(above, z, top)
+    best = tl.max(top, 0)
+    best_id = tl.min(tl.where(top == best, top_id, vocab), 0)
+    log_total = tl.log(tl.sum(total * tl.exp(top - best), 0))
+    log_sum = best + log_total
+    tl.store(top_ids + row, best_id)
+    tl.store(top_log_qs + row, -log_total)
+    tl.store(log_sums + row, log_sum)
+    for start in range(0, vocab, BLOCK):
+        ids = start + lanes
+        z = tl.load(first + ids, mask=ids < vocab, other=0.0).to(tl.float32) * scale
+        slope = scale
+        if CAPPED:
+            bent = 2 * tl.sigmoid(2 * z / softcap) - 1
+            z, slope = softcap * bent, scale * (1 - bent * bent)
+        q = tl.where(ids == best_id, 0.0, tl.exp(z - log_sum) * slope)
+        tl.store(first + ids, q.to(products.dtype.element_ty), mask=ids < vocab)
+
+
+def softmax_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn h W^T + b [c, V] into probabilities in place, each times the slope of scale and soft-cap, the likeliest 0.
+
+    Returns the likeliest id (of equal ones the lowest), its log-probability, and the log-sum-exp of the logits: [c, 1].
+    """
+    rows, vocab = products.shape
+    top_id = torch.empty(rows, 1, dtype=torch.int64, device=products.device)
+    top_log_q, log_sum = (torch.empty(rows, 1, device=products.device) for _ in range(2))
+    capped, softcap = unembedding.softcap is not None, unembedding.softcap or 0.0
+    _softmax[(rows,)](
+        products,
+        top_id,
+        top_log_q,
+        log_sum,
+        vocab,
+        products.stride(0),
+        unembedding.scale,
+        softcap,
+        CAPPED=capped,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return top_id, top_log_q, log_sum

@@ -1,0 +1,98 @@
+"""The fused kernel against plain torch: on a GPU where there is one, else in Triton's interpreter.
+
+Only where Triton is installed, as the kernel is used only there.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from dense_losses import as_dtype, assert_earned, dense_kl, dense_logits, make_h, make_head, topk_signal
+
+from pipeline.loss import probabilities
+from pipeline.loss.chunks import chunk_products
+from pipeline.loss.sparse_kl import kl_matrix, matched_kl
+from pipeline.teacher.signal import Unembedding
+
+if find_spec("triton") is None:
+    pytest.skip("the kernel is used only where Triton is installed", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # lanes beyond the vocabulary
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS = [{}, {"padding": 5, "bias": True}, {"scale": 0.3}, {"scale": 1.7, "softcap": 4.0}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")  # read when Triton is imported, and where the kernel is defined
+        from pipeline.loss import softmax_kernel
+
+        yield softmax_kernel
+
+
+def on_device(head):
+    bias = None if head.bias is None else head.bias.to(DEVICE)
+    return Unembedding(head.weight.to(DEVICE), head.vocab, bias, head.scale, head.softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize("vocab", [1, 83, 4096, 9001])
+def test_it_is_the_softmax_without_its_likeliest_id(kernel, vocab, options, dtype):
+    head = on_device(make_head(vocab, 6, dtype, **options))
+    products = chunk_products(make_h(3, 6, dtype=dtype).to(DEVICE), head)
+    bare = Unembedding(torch.eye(vocab, dtype=torch.float64, device=DEVICE), vocab, None, head.scale, head.softcap)
+    logits = dense_logits(products.double(), bare)
+    slope = head.scale * (1 if head.softcap is None else 1 - (logits / head.softcap) ** 2)
+    top_id, top_log_q, log_sum = kernel.softmax_without_top_(products, head)
+    torch.testing.assert_close(log_sum.double(), logits.logsumexp(1, keepdim=True), rtol=1e-6, atol=1e-6)
+    assert (logits.gather(1, top_id) >= logits.amax(1, keepdim=True) - 1e-6).all()
+    expected = logits.log_softmax(1).gather(1, top_id)
+    torch.testing.assert_close(top_log_q.double(), expected, rtol=1e-6, atol=2e-6)
+    q = (logits.softmax(1) * slope).scatter(1, top_id, 0.0)
+    torch.testing.assert_close(products.double(), q, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 12.0])
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(kernel, options, spread, monkeypatch):
+    tokens, vocab, dtype = 10, 507, torch.bfloat16
+    head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=spread)
+    h64 = h.double().requires_grad_()
+    probs = torch.softmax(dense_logits(make_h(2, tokens, 9, spread=3.0, seed=7), make_head(vocab, 9, seed=8)), -1)
+    signal = topk_signal(probs.transpose(0, 1), 12, tail=False)
+    truth = dense_kl(h64[0], as_dtype(head, torch.float64), signal, 1).sum()
+    results = {}
+    for fused in (False, True):
+        monkeypatch.setattr(probabilities, "fusible", lambda weight, fused=fused: fused)
+        x, there = h.to(DEVICE).requires_grad_(), type(signal)(*(field.to(DEVICE) for field in vars(signal).values()))
+        matrix = kl_matrix(x, on_device(head), there, [range(2)], chunk=4)
+        loss = matched_kl(x, on_device(head), there, [1], matrix)[0]
+        results[fused] = (loss.detach().cpu(), torch.autograd.grad(loss, x)[0].cpu())
+    for ours, plain, exact in zip(
+        results[True], results[False], (truth.detach(), torch.autograd.grad(truth, h64)[0]), strict=True
+    ):
+        assert_earned(ours, plain, exact, tiny=2e-3)  # a rounding of bfloat16 that falls otherwise
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capped", [False, True])
+def test_it_compiles_for_cards_that_are_not_here(capability, capped):
+    program = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pipeline.loss.softmax_kernel import BLOCK, _softmax
+types = dict(products="*bf16", top_ids="*i64", top_log_qs="*fp32", log_sums="*fp32", vocab="i32", stride="i32",
+             scale="fp32", softcap="fp32", CAPPED="constexpr", BLOCK="constexpr")
+source = ASTSource(fn=_softmax, signature=types, constexprs=dict(CAPPED={capped}, BLOCK=BLOCK))
+assert triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=8)).asm["cubin"]
+"""
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=compiling, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
