@@ -28,7 +28,7 @@ from pipeline.teacher.packing import join_arrays, pack_record, to_numpy, unpack_
 from pipeline.teacher.signal import Signal, Unembedding
 from pipeline.teacher.store import TeacherCache
 
-RATE_TOKENS = 256
+RATE_TOKENS = 64
 ROUNDS = 5
 
 
@@ -40,6 +40,8 @@ class Coded:
     signal: Signal
     """Read back from what was packed."""
     bytes_per_token_layer: float
+    in_container: bool
+    """Whether that counts a cache folder (tar, sidecars, manifest), or packed records alone."""
     fixed_bytes: int
     """Beside that, once a cache, whatever its size: the vocabulary's order, the head."""
     ids_per_token_layer: float | None
@@ -66,7 +68,7 @@ def code(spoken: Spoken, codec: Codec) -> Coded:
     ours = type(codec) is CODECS.get(codec.name)
     signal, size, fixed = (_through_cache if ours else _through_records)(spoken, codec, records)
     ids = None if not hasattr(signal, "probs") else float((signal.probs > 0).sum() / signal.tail.numel())
-    return Coded(codec, signal, size / spoken.teacher[..., 0].numel(), fixed, ids)
+    return Coded(codec, signal, size / spoken.teacher[..., 0].numel(), ours, fixed, ids)
 
 
 def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, float]]:
