@@ -37,6 +37,12 @@ SLICE_ELEMENTS = 2**23
 TileLoss = Callable[[slice, Tensor], None]
 """(rows, logits [c, V] in float32): overwrites the logits with the gradient at them."""
 
+Gradients = Iterator[tuple[slice, Tensor]]
+"""For each chunk of h [T, d]: its rows, and the gradient at h W^T + b [c, V] in the weight's dtype."""
+
+Walk = Callable[[Tensor, Callable[[Tensor], None], int], Gradients]
+"""(h [T, d], add, chunk) -> the gradients of a loss; `add` is called with the rows' losses, a few [c] at a time."""
+
 
 def rows_per_chunk(vocab: int) -> int:
     """How many rows of a vocabulary's width are held at once, so that memory does not grow with the vocabulary."""
@@ -105,8 +111,8 @@ def softmax_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Te
 
 def product_gradients(
     h: Tensor, unembedding: Unembedding, loss: TileLoss, chunk: int | None = None, tile: int | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """For each chunk of h [T, d]: its rows, and the gradient at h W^T + b [c, V] in the weight's dtype.
+) -> Gradients:
+    """The gradients of a loss that is made of a tile of the logits at a time.
 
     `loss` gives the gradient at the logits; that of the soft-cap and the scale is taken on here. `chunk` and `tile` are
     in rows; without them, memory decides.
@@ -176,28 +182,21 @@ class _HeadGradients:
         return attach_gradients(sums, self.inputs, (self.h, self.weight, self.bias), self.factors)
 
 
-def head_loss(
-    h: Tensor,
-    unembedding: Unembedding,
-    loss: Callable[[int, slice, Tensor], Tensor],
-    chunk: int | None = None,
-    tile: int | None = None,
-) -> Tensor:
+def head_loss(h: Tensor, unembedding: Unembedding, walk: Walk, chunk: int | None = None) -> Tensor:
     """Sum over tokens of a loss on the logits of h [L, T, d]: [L], with gradient to h, weight and bias that want one.
 
-    loss: (layer, rows, logits [c, V]) -> the loss of each row [c]; overwrites the logits with that loss's gradient.
-    Raises ValueError where a head that wants a gradient is given more than one layer.
+    `walk` goes over one layer. Raises ValueError where a head that wants a gradient is given more than one layer.
     """
     chunk = chunk or rows_per_chunk(unembedding.vocab)
     gradients = _HeadGradients(h, unembedding, chunk)
     sums = torch.zeros(len(h), dtype=torch.float64, device=h.device)
 
-    def add(layer: int, rows: slice, logits: Tensor) -> None:
-        sums[layer] += loss(layer, rows, logits).sum(dtype=sums.dtype)
+    def add(layer: int, losses: Tensor) -> None:
+        sums[layer] += losses.sum(dtype=sums.dtype)
 
     with torch.no_grad():
         for layer in range(len(h)):
-            for rows, gradient in product_gradients(h[layer], unembedding, partial(add, layer), chunk, tile):
+            for rows, gradient in walk(h[layer], partial(add, layer), chunk):
                 gradients.add(layer, rows, gradient)
     return gradients.attach(sums.to(accumulator(unembedding.weight.dtype)))
 

@@ -8,10 +8,13 @@ L layers, T response tokens, d width, V common vocabulary, c rows of a chunk. Wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from pipeline.loss.chunks import chunk_logits, head_loss, row_chunks, rows_per_chunk, softmax_
+from pipeline.loss.chunks import Gradients, head_loss
+from pipeline.loss.probabilities import surprise_chunks
 from pipeline.teacher.signal import Unembedding
 
 
@@ -24,13 +27,10 @@ def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, ch
     """
     _check(h, unembedding, labels)
 
-    def loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
-        target = labels[rows, None]
-        log_p, _ = softmax_(logits, target)
-        logits.scatter_add_(1, target, torch.full_like(log_p, -1.0))
-        return -log_p[:, 0]
+    def walk(h: Tensor, add: Callable[[Tensor], None], chunk: int) -> Gradients:
+        return surprise_chunks(h, unembedding, labels, lambda rows, log_q: add(-log_q), chunk)
 
-    return head_loss(h, unembedding, loss, chunk)
+    return head_loss(h, unembedding, walk, chunk)
 
 
 @torch.no_grad()
@@ -38,10 +38,9 @@ def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: 
     """Log-probability in nats of each token's label, without gradient: h [L, T, d], labels [T] -> [L, T] float32."""
     _check(h, unembedding, labels)
     log_probs = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device)
-    for layer in range(len(h)):
-        for rows in row_chunks(h.shape[1], chunk or rows_per_chunk(unembedding.vocab)):
-            log_p, _ = softmax_(chunk_logits(h[layer, rows], unembedding), labels[rows, None])
-            log_probs[layer, rows] = log_p[:, 0].float()
+    for layer, noted in zip(h, log_probs, strict=True):
+        for _ in surprise_chunks(layer, unembedding, labels, noted.__setitem__, chunk):
+            pass  # what it makes of the logits is not needed
     return log_probs
 
 

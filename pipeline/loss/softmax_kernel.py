@@ -19,7 +19,17 @@ BLOCK = 4096
 
 @triton.jit
 def _softmax(
-    products, top_ids, top_log_qs, log_sums, vocab, stride, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+    products,
+    marked_ids,
+    marked_log_qs,
+    log_sums,
+    vocab,
+    stride,
+    scale,
+    softcap,
+    LABELLED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     first = products + row * stride
@@ -38,12 +48,13 @@ def _softmax(
         top_id = tl.where(above, ids, top_id)
         top = tl.where(above, z, top)
     best = tl.max(top, 0)
-    best_id = tl.min(tl.where(top == best, top_id, vocab), 0)
     log_total = tl.log(tl.sum(total * tl.exp(top - best), 0))
-    log_sum = best + log_total
-    tl.store(top_ids + row, best_id)
-    tl.store(top_log_qs + row, -log_total)
-    tl.store(log_sums + row, log_sum)
+    if LABELLED:
+        marked_id = tl.load(marked_ids + row)
+    else:
+        marked_id = tl.min(tl.where(top == best, top_id, vocab), 0).to(tl.int64)
+        tl.store(marked_ids + row, marked_id)
+    marked_log_q = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         ids = start + lanes
         z = tl.load(first + ids, mask=ids < vocab, other=0.0).to(tl.float32) * scale
@@ -51,8 +62,13 @@ def _softmax(
         if CAPPED:
             bent = 2 * tl.sigmoid(2 * z / softcap) - 1
             z, slope = softcap * bent, scale * (1 - bent * bent)
-        q = tl.where(ids == best_id, 0.0, tl.exp(z - log_sum) * slope)
-        tl.store(first + ids, q.to(products.dtype.element_ty), mask=ids < vocab)
+        log_q = z - best - log_total
+        q, marked = tl.exp(log_q), ids == marked_id
+        marked_log_q += tl.where(marked, log_q, 0.0)
+        q = tl.where(marked, q - 1.0 if LABELLED else 0.0, q)
+        tl.store(first + ids, (q * slope).to(products.dtype.element_ty), mask=ids < vocab)
+    tl.store(marked_log_qs + row, tl.sum(marked_log_q, 0))
+    tl.store(log_sums + row, best + log_total)
 
 
 def softmax_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,21 +76,33 @@ def softmax_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Te
 
     Returns the likeliest id (of equal ones the lowest), its log-probability, and the log-sum-exp of the logits: [c, 1].
     """
+    top_id = torch.empty(len(products), 1, dtype=torch.int64, device=products.device)
+    return top_id, *_launch(products, unembedding, top_id, labelled=False)
+
+
+def softmax_minus_label_(products: Tensor, unembedding: Unembedding, labels: Tensor) -> Tensor:
+    """Turn h W^T + b [c, V] into probabilities in place, 1 taken off at the labels [c], times the slope.
+
+    Returns the labels' log-probabilities [c].
+    """
+    return _launch(products, unembedding, labels, labelled=True)[0][:, 0]
+
+
+def _launch(products: Tensor, unembedding: Unembedding, marked: Tensor, labelled: bool) -> tuple[Tensor, Tensor]:
     rows, vocab = products.shape
-    top_id = torch.empty(rows, 1, dtype=torch.int64, device=products.device)
-    top_log_q, log_sum = (torch.empty(rows, 1, device=products.device) for _ in range(2))
-    capped, softcap = unembedding.softcap is not None, unembedding.softcap or 0.0
+    log_q, log_sum = (torch.empty(rows, 1, device=products.device) for _ in range(2))
     _softmax[(rows,)](
         products,
-        top_id,
-        top_log_q,
+        marked,
+        log_q,
         log_sum,
         vocab,
         products.stride(0),
         unembedding.scale,
-        softcap,
-        CAPPED=capped,
+        unembedding.softcap or 0.0,
+        LABELLED=labelled,
+        CAPPED=unembedding.softcap is not None,
         BLOCK=BLOCK,
         num_warps=8,
     )
-    return top_id, top_log_q, log_sum
+    return log_q, log_sum

@@ -23,18 +23,22 @@ with the kept ids, their coefficients summed in float32: the likeliest one, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipeline.loss.chunks import (
+    Gradients,
+    Walk,
     accumulator,
     attach_gradients,
     cap_slope,
     chunk_logits,
     head_loss,
+    product_gradients,
     row_chunks,
     rows_per_chunk,
     softmax_,
@@ -143,30 +147,40 @@ def column_kl(h: Tensor, unembedding: Unembedding, signal: Signal, column: int, 
     """
     _check(h[None], unembedding, signal, (column,))
     if isinstance(signal, HiddenSignal):
-        return _exact_kl(h, unembedding, signal, column, chunk or rows_per_chunk(unembedding.vocab))
+        walk: Walk = partial(_exact_gradients, unembedding, signal, column)
+    else:
+        walk = partial(_sparse_gradients, unembedding, signal, column)
+    return head_loss(h[None], unembedding, walk, chunk)[0]
+
+
+def _sparse_gradients(
+    unembedding: Unembedding, signal: SparseSignal, column: int, h: Tensor, add: Callable[[Tensor], None], chunk: int
+) -> Gradients:
     tailed = _has_tail(signal)
 
-    def loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
+    def loss(rows: slice, logits: Tensor) -> None:
         said = _part(signal, rows, column)
         log_q, _ = softmax_(logits, said.ids)
         kl, alpha, beta = _terms(log_q, said, tailed)
         logits.mul_(alpha[:, None]).scatter_add_(1, said.ids, -beta)
-        return kl
+        add(kl)
 
-    return head_loss(h[None], unembedding, loss, chunk)[0]
+    return product_gradients(h, unembedding, loss, chunk)
 
 
-def _exact_kl(h: Tensor, unembedding: Unembedding, signal: HiddenSignal, column: int, chunk: int) -> Tensor:
-    """`column_kl` where the teacher's logits are made anew. One tile a chunk: that takes a product, too."""
+def _exact_gradients(
+    unembedding: Unembedding, signal: HiddenSignal, column: int, h: Tensor, add: Callable[[Tensor], None], chunk: int
+) -> Gradients:
+    """The teacher's logits are made anew. One tile a chunk: that takes a product, too."""
 
-    def loss(layer: int, rows: slice, logits: Tensor) -> Tensor:
+    def loss(rows: slice, logits: Tensor) -> None:
         log_p = chunk_logits(signal.hidden[rows, column], signal.unembedding).to(logits.dtype).log_softmax(1)
         log_q = logits.log_softmax(1)
         p = log_p.exp()
         torch.sub(log_q.exp(), p, out=logits)
-        return log_p.sub_(log_q).mul_(p).sum(1)
+        add(log_p.sub_(log_q).mul_(p).sum(1))
 
-    return head_loss(h[None], unembedding, loss, chunk, tile=chunk)[0]
+    return product_gradients(h, unembedding, loss, chunk, tile=chunk)
 
 
 def _has_tail(signal: SparseSignal) -> bool:

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from dense_losses import as_dtype, assert_earned, dense_kl, dense_logits, make_h, make_head, topk_signal
+from dense_losses import as_dtype, assert_earned, dense_ce, dense_kl, dense_logits, make_h, make_head, topk_signal
 
 from pipeline.loss import probabilities
 from pipeline.loss.chunks import chunk_products
+from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
 from pipeline.teacher.signal import Unembedding
 
@@ -40,15 +41,31 @@ def on_device(head):
     return Unembedding(head.weight.to(DEVICE), head.vocab, bias, head.scale, head.softcap)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("options", HEADS, ids=str)
-@pytest.mark.parametrize("vocab", [1, 83, 4096, 9001])
-def test_it_is_the_softmax_without_its_likeliest_id(kernel, vocab, options, dtype):
+def products_and_logits(vocab, options, dtype):
+    """(head, what the kernel works on, the logits that it stands for and their slope in float64)."""
     head = on_device(make_head(vocab, 6, dtype, **options))
     products = chunk_products(make_h(3, 6, dtype=dtype).to(DEVICE), head)
     bare = Unembedding(torch.eye(vocab, dtype=torch.float64, device=DEVICE), vocab, None, head.scale, head.softcap)
     logits = dense_logits(products.double(), bare)
-    slope = head.scale * (1 if head.softcap is None else 1 - (logits / head.softcap) ** 2)
+    return head, products, logits, head.scale * (1 if head.softcap is None else 1 - (logits / head.softcap) ** 2)
+
+
+CASES = [
+    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32]),
+    pytest.mark.parametrize("options", HEADS, ids=str),
+    pytest.mark.parametrize("vocab", [1, 83, 4096, 9001]),
+]
+
+
+def every_case(test):
+    for mark in CASES:
+        test = mark(test)
+    return test
+
+
+@every_case
+def test_the_softmax_without_its_likeliest_id(kernel, vocab, options, dtype):
+    head, products, logits, slope = products_and_logits(vocab, options, dtype)
     top_id, top_log_q, log_sum = kernel.softmax_without_top_(products, head)
     torch.testing.assert_close(log_sum.double(), logits.logsumexp(1, keepdim=True), rtol=1e-6, atol=1e-6)
     assert (logits.gather(1, top_id) >= logits.amax(1, keepdim=True) - 1e-6).all()
@@ -56,6 +73,37 @@ def test_it_is_the_softmax_without_its_likeliest_id(kernel, vocab, options, dtyp
     torch.testing.assert_close(top_log_q.double(), expected, rtol=1e-6, atol=2e-6)
     q = (logits.softmax(1) * slope).scatter(1, top_id, 0.0)
     torch.testing.assert_close(products.double(), q, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@every_case
+def test_the_softmax_minus_the_label(kernel, vocab, options, dtype):
+    head, products, logits, slope = products_and_logits(vocab, options, dtype)
+    labels = torch.tensor([0, vocab // 2, vocab - 1], device=DEVICE)
+    log_q = kernel.softmax_minus_label_(products, head, labels)
+    expected = logits.log_softmax(1).gather(1, labels[:, None])
+    torch.testing.assert_close(log_q.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
+    gradient = logits.softmax(1).scatter_add(1, labels[:, None], torch.full_like(expected, -1.0)) * slope
+    torch.testing.assert_close(products.double(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_cross_entropy_with_it_is_as_near_to_the_truth_as_without(kernel, options, monkeypatch):
+    tokens, vocab, dtype = 10, 507, torch.bfloat16
+    labels = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(2))
+    head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=4.0)
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(probabilities, "fusible", lambda weight, fused=fused: fused)
+        x, there = h.to(DEVICE).requires_grad_(), on_device(head)
+        there.weight.requires_grad_()
+        loss = linear_cross_entropy(x, there, labels.to(DEVICE), chunk=4)[0]
+        results.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, (x, there.weight)))])
+    x, exact = h.double().requires_grad_(), as_dtype(head, torch.float64)
+    exact.weight.requires_grad_()
+    truth = dense_ce(x, exact, labels)[0]
+    results.append([truth.detach(), *torch.autograd.grad(truth, (x, exact.weight))])
+    for ours, plain, true in zip(*results, strict=True):
+        assert_earned(ours, plain, true, tiny=2e-3)  # a rounding of bfloat16 that falls otherwise
 
 
 @pytest.mark.parametrize("spread", [1.0, 12.0])
@@ -80,17 +128,17 @@ def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(kernel,
         assert_earned(ours, plain, exact, tiny=2e-3)  # a rounding of bfloat16 that falls otherwise
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("capped", [False, True])
-def test_it_compiles_for_cards_that_are_not_here(capability, capped):
+@pytest.mark.parametrize(("capability", "labelled", "capped"), [(80, False, True), (80, True, False), (90, True, True)])
+def test_it_compiles_for_cards_that_are_not_here(capability, labelled, capped):
     program = f"""
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pipeline.loss.softmax_kernel import BLOCK, _softmax
-types = dict(products="*bf16", top_ids="*i64", top_log_qs="*fp32", log_sums="*fp32", vocab="i32", stride="i32",
-             scale="fp32", softcap="fp32", CAPPED="constexpr", BLOCK="constexpr")
-source = ASTSource(fn=_softmax, signature=types, constexprs=dict(CAPPED={capped}, BLOCK=BLOCK))
+types = dict(products="*bf16", marked_ids="*i64", marked_log_qs="*fp32", log_sums="*fp32", vocab="i32", stride="i32",
+             scale="fp32", softcap="fp32", LABELLED="constexpr", CAPPED="constexpr", BLOCK="constexpr")
+constants = dict(LABELLED={labelled}, CAPPED={capped}, BLOCK=BLOCK)
+source = ASTSource(fn=_softmax, signature=types, constexprs=constants)
 assert triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=8)).asm["cubin"]
 """
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
