@@ -1,4 +1,4 @@
-"""The fused kernel against plain torch: on a GPU where there is one, else in Triton's interpreter.
+"""The fused kernel against plain torch, in Triton's interpreter; with TRITON_INTERPRET=0 and a GPU, on that.
 
 Only where Triton is installed, as the kernel is used only there.
 """
@@ -6,7 +6,6 @@ Only where Triton is installed, as the kernel is used only there.
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,22 +17,12 @@ from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
 from pipeline.teacher.signal import Unembedding
 
-if find_spec("triton") is None:
-    pytest.skip("the kernel is used only where Triton is installed", allow_module_level=True)
+pytest.importorskip("triton", reason="the kernel is used only where Triton is installed")
+from pipeline.loss import softmax_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # lanes beyond the vocabulary
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 HEADS = [{}, {"padding": 5, "bias": True}, {"scale": 0.3}, {"scale": 1.7, "softcap": 4.0}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernel():
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")  # read when Triton is imported, and where the kernel is defined
-        from pipeline.loss import softmax_kernel
-
-        yield softmax_kernel
 
 
 def on_device(head):
@@ -64,9 +53,9 @@ def every_case(test):
 
 
 @every_case
-def test_the_softmax_without_its_likeliest_id(kernel, vocab, options, dtype):
+def test_the_softmax_without_its_likeliest_id(vocab, options, dtype):
     head, products, logits, slope = products_and_logits(vocab, options, dtype)
-    top_id, top_log_q, log_sum = kernel.softmax_without_top_(products, head)
+    top_id, top_log_q, log_sum = softmax_kernel.softmax_without_top_(products, head)
     torch.testing.assert_close(log_sum.double(), logits.logsumexp(1, keepdim=True), rtol=1e-6, atol=1e-6)
     assert (logits.gather(1, top_id) >= logits.amax(1, keepdim=True) - 1e-6).all()
     expected = logits.log_softmax(1).gather(1, top_id)
@@ -76,10 +65,10 @@ def test_the_softmax_without_its_likeliest_id(kernel, vocab, options, dtype):
 
 
 @every_case
-def test_the_softmax_minus_the_label(kernel, vocab, options, dtype):
+def test_the_softmax_minus_the_label(vocab, options, dtype):
     head, products, logits, slope = products_and_logits(vocab, options, dtype)
     labels = torch.tensor([0, vocab // 2, vocab - 1], device=DEVICE)
-    log_q = kernel.softmax_minus_label_(products, head, labels)
+    log_q = softmax_kernel.softmax_minus_label_(products, head, labels)
     expected = logits.log_softmax(1).gather(1, labels[:, None])
     torch.testing.assert_close(log_q.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
     gradient = logits.softmax(1).scatter_add(1, labels[:, None], torch.full_like(expected, -1.0)) * slope
@@ -87,7 +76,7 @@ def test_the_softmax_minus_the_label(kernel, vocab, options, dtype):
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_cross_entropy_with_it_is_as_near_to_the_truth_as_without(kernel, options, monkeypatch):
+def test_cross_entropy_with_it_is_as_near_to_the_truth_as_without(options, monkeypatch):
     tokens, vocab, dtype = 10, 507, torch.bfloat16
     labels = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(2))
     head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=4.0)
@@ -108,7 +97,7 @@ def test_cross_entropy_with_it_is_as_near_to_the_truth_as_without(kernel, option
 
 @pytest.mark.parametrize("spread", [1.0, 12.0])
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(kernel, options, spread, monkeypatch):
+def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(options, spread, monkeypatch):
     tokens, vocab, dtype = 10, 507, torch.bfloat16
     head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=spread)
     h64 = h.double().requires_grad_()
