@@ -107,7 +107,7 @@ class Spoken:
 
 
 def spoken(setting: Setting, progress: Progress) -> Spoken:
-    """From the bench's cache where it is there; else about twelve minutes of one core, once."""
+    """From the bench's cache where it is there; else about twenty minutes of one core, once."""
     tensors = _kept("teacher", _teacher, setting, progress) | _kept("student", _student, setting, progress)
     follower = {name.removeprefix("follower."): tensors.pop(name) for name in list(tensors) if "follower." in name}
     return Spoken(setting=setting, follower=follower, **tensors)
