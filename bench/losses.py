@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import linear
 
 from bench.other_losses import liger_pair, naive, naive_cross_entropy, naive_shared, trl_pair
 from bench.timing import interleaved, machine, peak_mib, ratio, write_results
@@ -98,13 +97,15 @@ def interaction(problem: Problem) -> tuple[Tensor, list[int]]:
 
 
 def products(problem: Problem, layers: int, trained: bool = False) -> None:
-    """The floor: two products a student layer, three where the head is trained."""
-    with torch.no_grad():
-        for h in problem.h[:layers]:
-            logits = linear(h, problem.weight)
-            logits @ problem.weight
-            if trained:
-                logits.T @ h
+    """The floor: two products a student layer, three where the head is trained, into memory that is there already."""
+    case, weight = problem.case, problem.weight.detach()
+    logits, gradient = weight.new_empty(case.tokens, case.vocab), weight.new_empty(case.tokens, case.width)
+    of_weight = torch.empty_like(weight) if trained else None
+    for h in problem.h.detach()[:layers]:
+        torch.mm(h, weight.T, out=logits)
+        torch.mm(logits, weight, out=gradient)
+        if of_weight is not None:
+            torch.mm(logits.T, h, out=of_weight)
 
 
 def dense_form(problem: Problem, form: Callable[..., Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from pipeline.teacher.signal import Unembedding
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in the weight's dtype: 128 MiB in bfloat16."""
 
-TILE_ELEMENTS = 2**21
+TILE_ELEMENTS = 2**20
 """How many of them a CPU has in float32 at a time. An accelerator takes the whole chunk: there, launches cost."""
 
 SLICE_ELEMENTS = 2**23
@@ -40,8 +40,8 @@ TileLoss = Callable[[slice, Tensor], None]
 Gradients = Iterator[tuple[slice, Tensor]]
 """For each chunk of h [T, d]: its rows, and the gradient at h W^T + b [c, V] in the weight's dtype."""
 
-Walk = Callable[[Tensor, Callable[[Tensor], None], int], Gradients]
-"""(h [T, d], add, chunk) -> the gradients of a loss; `add` is called with the rows' losses, a few [c] at a time."""
+Walk = Callable[[Tensor, Callable[[Tensor], None], "Workspace"], Gradients]
+"""(h [T, d], add, workspace) -> the gradients of a loss; `add` is called with the rows' losses, a few [c] at a time."""
 
 
 def rows_per_chunk(vocab: int) -> int:
@@ -80,12 +80,52 @@ def chunk_products(h: Tensor, unembedding: Unembedding) -> Tensor:
 
 def logits_of(products: Tensor, unembedding: Unembedding) -> Tensor:
     """The products [c, V] scaled and capped, in float32 or, where that is theirs, in their own memory."""
-    logits = products.to(accumulator(products.dtype))
+    return _scale_and_cap(products.to(accumulator(products.dtype)), unembedding)
+
+
+def _scale_and_cap(logits: Tensor, unembedding: Unembedding) -> Tensor:
     if unembedding.scale != 1.0:
         logits.mul_(unembedding.scale)
     if unembedding.softcap is not None:
         logits.div_(unembedding.softcap).tanh_().mul_(unembedding.softcap)
     return logits
+
+
+class Workspace:
+    """A head, and the memory for a chunk of its logits: the same from chunk to chunk and from layer to layer.
+
+    On a CPU fresh memory costs more, page by page, than the passes over it.
+    """
+
+    def __init__(self, unembedding: Unembedding, chunk: int | None = None):
+        """`chunk` is in rows; without it, memory decides."""
+        self.unembedding = unembedding
+        self.chunk = chunk or rows_per_chunk(unembedding.vocab)
+        self._products = self._tile = unembedding.weight.new_empty(0, unembedding.vocab)
+
+    def products(self, h: Tensor) -> Tensor:
+        """h W^T + b [c, V] in the weight's dtype, until the next call. Without gradient."""
+        weight, vocab, bias = self.unembedding.weight, self.unembedding.vocab, self.unembedding.bias
+        if len(self._products) < len(h):
+            self._products = weight.new_empty(len(h), vocab)
+        out, h = self._products[: len(h)], h.to(weight.dtype)
+        if bias is None:
+            return torch.mm(h, weight[:vocab].T, out=out)
+        return torch.addmm(bias[:vocab], h, weight[:vocab].T, out=out)
+
+    def logits(self, products: Tensor) -> Tensor:
+        """As `logits_of`, in memory that is good until the next call."""
+        wide = accumulator(products.dtype)
+        if products.dtype == wide:
+            return _scale_and_cap(products, self.unembedding)
+        if len(self._tile) < len(products):
+            self._tile = products.new_empty(products.shape, dtype=wide)
+        return _scale_and_cap(self._tile[: len(products)].copy_(products), self.unembedding)
+
+    def tile_rows(self) -> int:
+        """How many rows of a chunk are in float32 at a time."""
+        on_cpu = self.unembedding.weight.device.type == "cpu"
+        return max(1, TILE_ELEMENTS // self.unembedding.vocab) if on_cpu else self.chunk
 
 
 def cap_slope(logits: Tensor, unembedding: Unembedding) -> Tensor | None:
@@ -95,9 +135,10 @@ def cap_slope(logits: Tensor, unembedding: Unembedding) -> Tensor | None:
     return (logits / unembedding.softcap).square_().neg_().add_(1.0)
 
 
-def softmax_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Turn logits [c, V] into probabilities in place; return log-probabilities of ids [c, n] and log-sum-exp [c, 1].
+def exp_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits [c, V] into exp(logits - maximum) in place.
 
+    Returns the log-probabilities of ids [c, n], the log-sum-exp [c, 1], and the sum of what the logits became [c, 1].
     The maximum, `top` [c, 1] where it is known, is taken off before anything is read: near 30 a float32 is 2e-6 coarse,
     and so would a probability be.
     """
@@ -105,25 +146,28 @@ def softmax_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Te
         top = logits.amax(1, keepdim=True)
     shifted = logits.sub_(top).gather(1, ids)
     total = logits.exp_().sum(1, keepdim=True)
+    log_total = total.log()
+    return shifted.sub_(log_total), top + log_total, total
+
+
+def softmax_(logits: Tensor, ids: Tensor) -> Tensor:
+    """Turn logits [c, V] into probabilities in place; return log-probabilities of ids [c, n]."""
+    log_q, _, total = exp_(logits, ids)
     logits.div_(total)
-    return shifted - total.log(), top + total.log()
+    return log_q
 
 
-def product_gradients(
-    h: Tensor, unembedding: Unembedding, loss: TileLoss, chunk: int | None = None, tile: int | None = None
-) -> Gradients:
+def product_gradients(h: Tensor, workspace: Workspace, loss: TileLoss, tile: int | None = None) -> Gradients:
     """The gradients of a loss that is made of a tile of the logits at a time.
 
-    `loss` gives the gradient at the logits; that of the soft-cap and the scale is taken on here. `chunk` and `tile` are
-    in rows; without them, memory decides.
+    `loss` gives the gradient at the logits; that of the soft-cap and the scale is taken on here. `tile` is in rows. A
+    chunk's gradient is good until the next one is asked for.
     """
-    vocab = unembedding.vocab
-    chunk = chunk or rows_per_chunk(vocab)
-    tile = tile or (max(1, TILE_ELEMENTS // vocab) if h.device.type == "cpu" else chunk)
-    for rows in row_chunks(len(h), chunk):
-        products = chunk_products(h[rows], unembedding)
+    unembedding, tile = workspace.unembedding, tile or workspace.tile_rows()
+    for rows in row_chunks(len(h), workspace.chunk):
+        products = workspace.products(h[rows])
         for part in row_chunks(len(products), tile):
-            logits = logits_of(products[part], unembedding)
+            logits = workspace.logits(products[part])
             slope = cap_slope(logits, unembedding)
             loss(slice(rows.start + part.start, rows.start + part.stop), logits)
             if slope is not None:
@@ -187,8 +231,8 @@ def head_loss(h: Tensor, unembedding: Unembedding, walk: Walk, chunk: int | None
 
     `walk` goes over one layer. Raises ValueError where a head that wants a gradient is given more than one layer.
     """
-    chunk = chunk or rows_per_chunk(unembedding.vocab)
-    gradients = _HeadGradients(h, unembedding, chunk)
+    workspace = Workspace(unembedding, chunk)
+    gradients = _HeadGradients(h, unembedding, workspace.chunk)
     sums = torch.zeros(len(h), dtype=torch.float64, device=h.device)
 
     def add(layer: int, losses: Tensor) -> None:
@@ -196,7 +240,7 @@ def head_loss(h: Tensor, unembedding: Unembedding, walk: Walk, chunk: int | None
 
     with torch.no_grad():
         for layer in range(len(h)):
-            for rows, gradient in walk(h[layer], partial(add, layer), chunk):
+            for rows, gradient in walk(h[layer], partial(add, layer), workspace):
                 gradients.add(layer, rows, gradient)
     return gradients.attach(sums.to(accumulator(unembedding.weight.dtype)))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.loss.chunks import Gradients, head_loss
+from pipeline.loss.chunks import Gradients, Workspace, head_loss
 from pipeline.loss.probabilities import surprise_chunks
 from pipeline.teacher.signal import Unembedding
 
@@ -27,8 +27,8 @@ def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, ch
     """
     _check(h, unembedding, labels)
 
-    def walk(h: Tensor, add: Callable[[Tensor], None], chunk: int) -> Gradients:
-        return surprise_chunks(h, unembedding, labels, lambda rows, log_q: add(-log_q), chunk)
+    def walk(h: Tensor, add: Callable[[Tensor], None], workspace: Workspace) -> Gradients:
+        return surprise_chunks(h, workspace, labels, lambda rows, log_q: add(-log_q))
 
     return head_loss(h, unembedding, walk, chunk)
 
@@ -38,8 +38,9 @@ def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: 
     """Log-probability in nats of each token's label, without gradient: h [L, T, d], labels [T] -> [L, T] float32."""
     _check(h, unembedding, labels)
     log_probs = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device)
+    workspace = Workspace(unembedding, chunk)
     for layer, noted in zip(h, log_probs, strict=True):
-        for _ in surprise_chunks(layer, unembedding, labels, noted.__setitem__, chunk):
+        for _ in surprise_chunks(layer, workspace, labels, noted.__setitem__):
             pass  # what it makes of the logits is not needed
     return log_probs
 

@@ -12,49 +12,39 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pipeline.loss.chunks import (
-    Gradients,
-    chunk_products,
-    logits_of,
-    product_gradients,
-    row_chunks,
-    rows_per_chunk,
-    softmax_,
-)
-from pipeline.teacher.signal import Unembedding
+from pipeline.loss.chunks import Gradients, Workspace, exp_, logits_of, product_gradients, row_chunks, softmax_
+
+BLOCK = 128
+"""Ids of which the largest logit is found first, when the largest of all is sought."""
 
 Note = Callable[[slice, Tensor, Tensor, Tensor], None]
 """(rows, heavy ids [c, H], log q of them and of the ids asked for [c, H + n], log-sum-exp [c, 1])."""
 
 
-def probability_chunks(
-    h: Tensor, unembedding: Unembedding, ids: Tensor, heavy: int, note: Note, chunk: int | None = None
-) -> Gradients:
-    """q times the slope, 0 at the ids of largest q; log q of those and of `ids` [T, n] is noted. What it equals:
+def probability_chunks(h: Tensor, workspace: Workspace, ids: Tensor, heavy: int, note: Note) -> Gradients:
+    """q / max q times the slope, 0 at the ids of largest q; log q of those and of `ids` [T, n] is noted.
 
-    logits = unembedding.logits(h)                                          # [T, V]
-    heavy_ids = logits.topk(heavy).indices
-    note(heavy_ids, logits.log_softmax(1).gather(1, cat(heavy_ids, ids)), logits.logsumexp(1))
-    logits.softmax(1).scatter(1, heavy_ids, 0) * slope
+    What it equals:
+
+        logits = unembedding.logits(h)                                          # [T, V]
+        heavy_ids = logits.topk(heavy).indices                                  # the likeliest first
+        note(heavy_ids, logits.log_softmax(1).gather(1, cat(heavy_ids, ids)), logits.logsumexp(1))
+        (logits - logits.amax(1)).exp().scatter(1, heavy_ids, 0) * slope
     """
-    if heavy == 1 and fusible(unembedding.weight):
-        return _fused_probabilities(h, unembedding, ids, note, chunk)
+    if heavy == 1 and fusible(workspace.unembedding.weight):
+        return _fused_probabilities(h, workspace, ids, note)
 
-    def softmax(rows: slice, logits: Tensor) -> None:
-        top, heavy_ids = logits.topk(heavy) if heavy > 1 else logits.max(1, keepdim=True)
-        noted = softmax_(logits, torch.cat((heavy_ids, ids[rows]), 1), top[:, :1])
+    def over_the_largest(rows: slice, logits: Tensor) -> None:
+        top, heavy_ids = logits.topk(heavy) if heavy > 1 else likeliest(logits)
+        log_q, log_sum, _ = exp_(logits, torch.cat((heavy_ids, ids[rows]), 1), top[:, :1])
         logits.scatter_(1, heavy_ids, 0.0)
-        note(rows, heavy_ids, *noted)
+        note(rows, heavy_ids, log_q, log_sum)
 
-    return product_gradients(h, unembedding, softmax, chunk)
+    return product_gradients(h, workspace, over_the_largest)
 
 
 def surprise_chunks(
-    h: Tensor,
-    unembedding: Unembedding,
-    labels: Tensor,
-    note: Callable[[slice, Tensor], None],
-    chunk: int | None = None,
+    h: Tensor, workspace: Workspace, labels: Tensor, note: Callable[[slice, Tensor], None]
 ) -> Gradients:
     """(q - onehot(label)) times the slope; log q of the labels [T] is noted: cross-entropy's gradient and loss.
 
@@ -64,16 +54,31 @@ def surprise_chunks(
         note(logits.log_softmax(1).gather(1, labels))
         (logits.softmax(1) - onehot(labels)) * slope
     """
-    if fusible(unembedding.weight):
-        return _fused_surprise(h, unembedding, labels, note, chunk)
+    if fusible(workspace.unembedding.weight):
+        return _fused_surprise(h, workspace, labels, note)
 
     def softmax(rows: slice, logits: Tensor) -> None:
         target = labels[rows, None]
-        log_q, _ = softmax_(logits, target)
+        log_q = softmax_(logits, target)
         logits.scatter_add_(1, target, torch.full_like(log_q, -1.0))
         note(rows, log_q[:, 0])
 
-    return product_gradients(h, unembedding, softmax, chunk)
+    return product_gradients(h, workspace, softmax)
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest value and an id of it, [c, 1] each: `logits.max(1, keepdim=True)` at a third of its time.
+
+    That looks at one number at a time. The maxima of blocks are vectorised; an index is then sought in one block only.
+    """
+    vocab = logits.shape[1]
+    whole = vocab - vocab % BLOCK
+    tops = [logits[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)] if whole else []
+    if whole < vocab:
+        tops.append(logits[:, whole:].amax(1, keepdim=True))
+    top, block = torch.cat(tops, 1).max(1, keepdim=True)
+    ids = (block * BLOCK + torch.arange(BLOCK, device=logits.device)).clamp_(max=vocab - 1)
+    return top, ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))
 
 
 def fusible(weight: Tensor) -> bool:
@@ -81,23 +86,23 @@ def fusible(weight: Tensor) -> bool:
     return weight.is_cuda and weight.dtype != torch.float64 and find_spec("triton") is not None
 
 
-def _fused_probabilities(h: Tensor, unembedding: Unembedding, ids: Tensor, note: Note, chunk: int | None) -> Gradients:
-    from pipeline.loss.softmax_kernel import softmax_without_top_  # only here: Triton may be missing
+def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, note: Note) -> Gradients:
+    from pipeline.loss.softmax_kernel import exp_without_top_  # only here: Triton may be missing
 
-    for rows in row_chunks(len(h), chunk or rows_per_chunk(unembedding.vocab)):
-        products = chunk_products(h[rows], unembedding)
-        asked = logits_of(products.gather(1, ids[rows]), unembedding)
-        top_id, top_log_q, log_sum = softmax_without_top_(products, unembedding)
+    for rows in row_chunks(len(h), workspace.chunk):
+        products = workspace.products(h[rows])
+        asked = logits_of(products.gather(1, ids[rows]), workspace.unembedding)
+        top_id, top_log_q, log_sum = exp_without_top_(products, workspace.unembedding)
         note(rows, top_id, torch.cat((top_log_q, asked - log_sum), 1), log_sum)
         yield rows, products
 
 
 def _fused_surprise(
-    h: Tensor, unembedding: Unembedding, labels: Tensor, note: Callable[[slice, Tensor], None], chunk: int | None
+    h: Tensor, workspace: Workspace, labels: Tensor, note: Callable[[slice, Tensor], None]
 ) -> Gradients:
     from pipeline.loss.softmax_kernel import softmax_minus_label_
 
-    for rows in row_chunks(len(h), chunk or rows_per_chunk(unembedding.vocab)):
-        products = chunk_products(h[rows], unembedding)
-        note(rows, softmax_minus_label_(products, unembedding, labels[rows]))
+    for rows in row_chunks(len(h), workspace.chunk):
+        products = workspace.products(h[rows])
+        note(rows, softmax_minus_label_(products, workspace.unembedding, labels[rows]))
         yield rows, products

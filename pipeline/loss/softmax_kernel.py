@@ -1,6 +1,6 @@
 """The two passes between a chunk's matrix products as one Triton kernel: what a GPU's memory would else be busy with.
 
-Plain torch goes over the logits seven times, 44 bytes each where the weight is bfloat16; this reads them twice and
+Plain torch goes over the logits six times, 36 bytes each where the weight is bfloat16; this reads them twice and
 writes them once, 6 bytes (docs/numerics.md counts both beside the products). Imported only where it is to be used.
 """
 
@@ -63,16 +63,16 @@ def _softmax(
             bent = 2 * tl.sigmoid(2 * z / softcap) - 1
             z, slope = softcap * bent, scale * (1 - bent * bent)
         log_q = z - best - log_total
-        q, marked = tl.exp(log_q), ids == marked_id
+        marked = ids == marked_id
         marked_log_q += tl.where(marked, log_q, 0.0)
-        q = tl.where(marked, q - 1.0 if LABELLED else 0.0, q)
-        tl.store(first + ids, (q * slope).to(products.dtype.element_ty), mask=ids < vocab)
+        gradient = tl.exp(log_q) - tl.where(marked, 1.0, 0.0) if LABELLED else tl.where(marked, 0.0, tl.exp(z - best))
+        tl.store(first + ids, (gradient * slope).to(products.dtype.element_ty), mask=ids < vocab)
     tl.store(marked_log_qs + row, tl.sum(marked_log_q, 0))
     tl.store(log_sums + row, best + log_total)
 
 
-def softmax_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn h W^T + b [c, V] into probabilities in place, each times the slope of scale and soft-cap, the likeliest 0.
+def exp_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn h W^T + b [c, V] in place into exp(logit - largest) times the slope of scale and soft-cap, the likeliest 0.
 
     Returns the likeliest id (of equal ones the lowest), its log-probability, and the log-sum-exp of the logits: [c, 1].
     """

@@ -33,6 +33,7 @@ from torch import Tensor
 from pipeline.loss.chunks import (
     Gradients,
     Walk,
+    Workspace,
     accumulator,
     attach_gradients,
     cap_slope,
@@ -67,7 +68,8 @@ class _Candidates:
     heavy_log_q: Tensor
     """[T, H]."""
     light: Tensor
-    """[T, d] E_q[slope * W] over all ids but the heavy ones, in the weight's dtype; slope: of scale and soft-cap."""
+    """[T, d] E_q[slope * W] over all ids but the heavy ones, as a multiple of the likeliest id's q, in the weight's
+    dtype; slope: of scale and soft-cap."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ def kl_matrix(
     if isinstance(signal, HiddenSignal):
         _add_exact(values, h, unembedding, signal, window, chunk or rows_per_chunk(unembedding.vocab))
         return KLMatrix(values, tuple(window), (None,) * len(h))
-    tailed = _has_tail(signal)
+    tailed, workspace = _has_tail(signal), Workspace(unembedding, chunk)
     candidates = tuple(
-        _search(values[layer], h[layer], unembedding, signal, columns, chunk, tailed) if len(columns) else None
+        _search(values[layer], h[layer], workspace, signal, columns, tailed) if len(columns) else None
         for layer, columns in enumerate(window)
     )
     return KLMatrix(values, tuple(window), candidates)
@@ -147,40 +149,45 @@ def column_kl(h: Tensor, unembedding: Unembedding, signal: Signal, column: int, 
     """
     _check(h[None], unembedding, signal, (column,))
     if isinstance(signal, HiddenSignal):
-        walk: Walk = partial(_exact_gradients, unembedding, signal, column)
+        walk: Walk = partial(_exact_gradients, signal, column)
     else:
-        walk = partial(_sparse_gradients, unembedding, signal, column)
+        walk = partial(_sparse_gradients, signal, column)
     return head_loss(h[None], unembedding, walk, chunk)[0]
 
 
 def _sparse_gradients(
-    unembedding: Unembedding, signal: SparseSignal, column: int, h: Tensor, add: Callable[[Tensor], None], chunk: int
+    signal: SparseSignal, column: int, h: Tensor, add: Callable[[Tensor], None], workspace: Workspace
 ) -> Gradients:
     tailed = _has_tail(signal)
 
     def loss(rows: slice, logits: Tensor) -> None:
         said = _part(signal, rows, column)
-        log_q, _ = softmax_(logits, said.ids)
+        log_q = softmax_(logits, said.ids)
         kl, alpha, beta = _terms(log_q, said, tailed)
         logits.mul_(alpha[:, None]).scatter_add_(1, said.ids, -beta)
         add(kl)
 
-    return product_gradients(h, unembedding, loss, chunk)
+    return product_gradients(h, workspace, loss)
 
 
 def _exact_gradients(
-    unembedding: Unembedding, signal: HiddenSignal, column: int, h: Tensor, add: Callable[[Tensor], None], chunk: int
+    signal: HiddenSignal, column: int, h: Tensor, add: Callable[[Tensor], None], workspace: Workspace
 ) -> Gradients:
-    """The teacher's logits are made anew. One tile a chunk: that takes a product, too."""
+    """The teacher's logits are made anew, as the student's are: on itself KL is 0 to the last bit.
+
+    One tile a chunk: that takes a product, too.
+    """
+    teacher = Workspace(signal.unembedding, workspace.chunk)
 
     def loss(rows: slice, logits: Tensor) -> None:
-        log_p = chunk_logits(signal.hidden[rows, column], signal.unembedding).to(logits.dtype).log_softmax(1)
+        said = teacher.logits(teacher.products(signal.hidden[rows, column]))
+        log_p = said.to(logits.dtype).log_softmax(1)
         log_q = logits.log_softmax(1)
         p = log_p.exp()
         torch.sub(log_q.exp(), p, out=logits)
         add(log_p.sub_(log_q).mul_(p).sum(1))
 
-    return product_gradients(h, unembedding, loss, chunk, tile=chunk)
+    return product_gradients(h, workspace, loss, tile=workspace.chunk)
 
 
 def _has_tail(signal: SparseSignal) -> bool:
@@ -219,16 +226,16 @@ def _terms(log_q: Tensor, said: SparseSignal, tailed: bool) -> tuple[Tensor, Ten
 def _search(
     values: Tensor,
     h: Tensor,
-    unembedding: Unembedding,
+    workspace: Workspace,
     signal: SparseSignal,
     columns: range,
-    chunk: int | None,
     tailed: bool,
 ) -> _Candidates:
     """One student layer h [T, d]: add its KL to each candidate into values [J], and keep what their gradients share."""
-    weight, (tokens, _), kept = unembedding.weight, h.shape, signal.ids.shape[2]
+    weight, vocab = workspace.unembedding.weight, workspace.unembedding.vocab
+    (tokens, _), kept = h.shape, signal.ids.shape[2]
     wide = accumulator(weight.dtype)
-    heavy = min(HEAVY, unembedding.vocab) if tailed else 1
+    heavy = min(HEAVY, vocab) if tailed else 1
     found = _Candidates(
         columns=columns,
         log_q=h.new_empty(tokens, len(columns), kept, dtype=wide),
@@ -240,14 +247,13 @@ def _search(
     within = slice(columns.start, columns.stop)
 
     def note(rows: slice, heavy_ids: Tensor, log_q: Tensor, log_sum: Tensor) -> None:
-        said = _part(signal, rows, within)
         found.heavy_ids[rows], found.heavy_log_q[rows], found.log_sum[rows] = heavy_ids, log_q[:, :heavy], log_sum
-        found.log_q[rows] = log_q[:, heavy:].view(said.ids.shape)
-        values[within] += _terms(found.log_q[rows], said, tailed)[0].sum(0, dtype=values.dtype)
+        found.log_q[rows] = log_q[:, heavy:].unflatten(1, (len(columns), kept))
 
     ids = signal.ids[:, within].flatten(1)
-    for rows, light in probability_chunks(h, unembedding, ids, heavy, note, chunk):
-        found.light[rows] = light @ weight[: unembedding.vocab]
+    for rows, light in probability_chunks(h, workspace, ids, heavy, note):
+        torch.mm(light, weight[:vocab], out=found.light[rows])
+    values[within] += _terms(found.log_q, _part(signal, slice(None), within), tailed)[0].sum(0, dtype=values.dtype)
     return found
 
 
@@ -258,7 +264,8 @@ def _matched(
     said = _part(signal, slice(None), column)
     log_q = found.log_q[:, column - found.columns.start]
     kl, alpha, beta = _terms(log_q, said, tailed)
-    at_heavy = alpha[:, None] * found.heavy_log_q.exp()
+    heavy_q = found.heavy_log_q.exp()
+    at_light, at_heavy = alpha * heavy_q[:, 0], alpha[:, None] * heavy_q
     slope, heavy_slope = (cap_slope(x + found.log_sum, unembedding) for x in (log_q, found.heavy_log_q))
     if slope is not None and heavy_slope is not None:
         beta, at_heavy = beta * slope, at_heavy * heavy_slope
@@ -273,7 +280,7 @@ def _matched(
             per_sample_weights=torch.cat((heavy, -light), 1).to(unembedding.weight.dtype),
             mode="sum",
         )
-        gradient[rows] = (alpha[rows, None] * found.light[rows] + unembedding.scale * sparse).to(gradient.dtype)
+        gradient[rows] = (at_light[rows, None] * found.light[rows] + unembedding.scale * sparse).to(gradient.dtype)
     return kl.sum(dtype=torch.float64)
 
 

@@ -1,0 +1,47 @@
+"""The likeliest id, found by blocks, and what a chunk is turned into."""
+
+import pytest
+import torch
+from dense_losses import dense_logits, make_h, make_head
+
+from pipeline.loss.chunks import Workspace
+from pipeline.loss.probabilities import BLOCK, likeliest, probability_chunks
+
+
+@pytest.mark.parametrize("vocab", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 5])
+@pytest.mark.parametrize("place", ["anywhere", "first", "last", "everywhere"])
+def test_the_likeliest_is_the_maximum_and_an_id_of_it(vocab, place):
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
+    if place == "everywhere":
+        logits.fill_(-3.0)
+    elif place != "anywhere":
+        logits[:, 0 if place == "first" else -1] = 9.0
+    top, ids = likeliest(logits)
+    torch.testing.assert_close(top, logits.amax(1, keepdim=True), rtol=0, atol=0)
+    torch.testing.assert_close(logits.gather(1, ids), top, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [83, 2 * BLOCK, 2 * BLOCK + 3])
+@pytest.mark.parametrize("heavy", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7, "softcap": 5.0}, {"bias": True, "padding": 3}], ids=str)
+def test_what_a_chunk_becomes(vocab, heavy, options):
+    """As its docstring has it, in float64, over chunks that share one memory."""
+    tokens = 11
+    head, h = make_head(vocab, 6, **options), make_h(tokens, 6)
+    ids = torch.randint(vocab, (tokens, 5), generator=torch.Generator().manual_seed(3))
+    logits = dense_logits(h, head)
+    expected_ids = logits.topk(heavy).indices
+    slope = head.scale * (1 if head.softcap is None else 1 - (logits / head.softcap) ** 2)
+    expected = (logits - logits.amax(1, keepdim=True)).exp().scatter(1, expected_ids, 0) * slope
+    log_q, found = torch.zeros(tokens, heavy + 5, dtype=torch.float64), []
+
+    def note(rows, heavy_ids, of_ids, log_sum):
+        torch.testing.assert_close(heavy_ids, expected_ids[rows])
+        torch.testing.assert_close(log_sum, logits[rows].logsumexp(1, keepdim=True))
+        log_q[rows] = of_ids
+
+    for rows, gradient in probability_chunks(h, Workspace(head, 4), ids, heavy, note):
+        torch.testing.assert_close(gradient, expected[rows])
+        found += range(rows.start, rows.stop)
+    assert found == list(range(tokens))
+    torch.testing.assert_close(log_q, logits.log_softmax(1).gather(1, torch.cat((expected_ids, ids), 1)))
