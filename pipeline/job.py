@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.schema import DataError as ShardError
+from data_prep.shards import write_file
 from pipeline.checks import check_recipe
 from pipeline.errors import UserError
 from pipeline.resolve import Resolved, load_recipe, refuse_changes
@@ -60,7 +61,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     ranks = engine.start(verbose)
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
-        _record(resolved)
+        write_file(resolved.recipe.run / "recipe.yaml", resolved.to_yaml().encode())
     for line in resolved.inherited():
         job.say(line)
     hosted = None
@@ -75,14 +76,6 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     except Stopped as stopped:
         job.say(str(stopped))
     engine.stop()
-
-
-def _record(resolved: Resolved) -> None:
-    run = resolved.recipe.run
-    run.mkdir(parents=True, exist_ok=True)
-    aside = run / "recipe.yaml.partial"
-    aside.write_text(resolved.to_yaml(), encoding="utf-8")
-    aside.replace(run / "recipe.yaml")
 
 
 def _leave(code: int) -> int:

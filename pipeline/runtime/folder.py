@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards import write_file
 from pipeline.recipe import STEPS
 
 
@@ -42,8 +43,5 @@ def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Write JSON whole or not at all, also where other jobs write the same file."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -10,17 +10,22 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.shards import write_file
 from pipeline.runtime.folder import read_metrics
 
 
 class Metrics:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard/STEP; a resumed step goes on after its checkpoint."""
 
-    def __init__(self, run: Path, step: str, first_update: int):
-        """Lines of this step after first_update are dropped: a stopped job wrote them, this one makes them again."""
+    def __init__(self, run: Path, step: str, first_update: int | None):
+        """Lines of this step after first_update are dropped: a stopped job wrote them, this one makes them again.
+
+        None for a step that many jobs share: all lines stay, and the file too, in which others are writing.
+        """
         run.mkdir(parents=True, exist_ok=True)
         self.step = step
-        _drop_after(run / "metrics.jsonl", step, first_update)
+        if first_update is not None:
+            _drop_after(run / "metrics.jsonl", step, first_update)
         self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard" / step), purge_step=first_update or None)
 
@@ -42,9 +47,7 @@ def _drop_after(path: Path, step: str, first_update: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in read_metrics(path.parent) if line["step"] != step or line["update"] <= first_update]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = ""):

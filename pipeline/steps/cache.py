@@ -254,7 +254,7 @@ class _Log:
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.progress = StepProgress(NAME, samples, shown=job.ranks.first)
         stack.callback(self.progress.close)
-        self.metrics = Metrics(job.recipe.run, NAME, 0) if job.ranks.first else None
+        self.metrics = Metrics(job.recipe.run, NAME, None) if job.ranks.first else None
         if self.metrics is not None:
             stack.callback(self.metrics.close)
 
