@@ -205,12 +205,15 @@ def chats(count: int, seed: int = 0) -> list[tuple[str, dict, list[bytes]]]:
     return made
 
 
-def write_data(folder: Path, count: int, shards: int = 2, seed: int = 0) -> Path:
-    """A shard folder of `chats`, as `data_prep shard` would leave it."""
+def write_data(folder: Path, count: int, shards: int = 2, seed: int = 0, good: int = 1) -> Path:
+    """A shard folder of `chats`, as `data_prep shard` would leave it; of every `good` samples one can be used."""
     samples = [
         (key, {"json": json.dumps(record).encode(), **{f"{i}.png": data for i, data in enumerate(images)}})
         for key, record, images in chats(count, seed)
     ]
+    for number, (_, members) in enumerate(samples):
+        if number % good:
+            members["0.png"] = b"no picture"
     folder.mkdir(parents=True)
     size = -(-count // shards)
     entries = [

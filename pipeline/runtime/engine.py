@@ -102,6 +102,10 @@ class Engine:
         """The module's forward, its weights gathered as it goes."""
         return self._engine(*args, **kwargs)
 
+    def train(self) -> None:
+        """From here on, updates: what from_pretrained gives is in eval mode, where no layer is recomputed."""
+        self._engine.train()
+
     def eval(self) -> None:
         """From here on, forwards only."""
         self._engine.eval()

@@ -80,6 +80,7 @@ def train(
 
     Raises Stopped at --stop-after, DataError when too many samples are bad.
     """
+    engine.train()
     loop = _Loop(job, name, training, total, engine, forward)
     watch = Watch(engine, may_rest)
     loaded = loop.resume_and_load(chats)

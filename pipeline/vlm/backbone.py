@@ -5,7 +5,7 @@ T response positions of the batch, d width, L number of layers asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,16 @@ def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[i
 
     Only the given positions are kept, so that nothing [B, S, d] outlives its layer for the sake of the heads.
     """
-    with _captured(model, layers, positions) as states:
+
+    def gather(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1)[positions]
+
+    # With gradients autograd keeps the layers' outputs anyway, and what a hook does to them may lie inside the part
+    # that gradient checkpointing runs again, without the hook: so they are gathered behind the model.
+    late = torch.is_grad_enabled()
+    with _captured(model, layers, (lambda hidden: hidden) if late else gather) as states:
         model.model(**inputs, use_cache=False)  # type: ignore[operator]  # the model without its head
-    return [states[layer] for layer in layers]
+    return [gather(states[layer]) if late else states[layer] for layer in layers]
 
 
 def _forget_unused_renamings(model: Any) -> None:
@@ -73,8 +80,10 @@ def _forget_unused_renamings(model: Any) -> None:
 
 
 @contextmanager
-def _captured(model: nn.Module, layers: Sequence[int], positions: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Collect layer outputs through forward hooks.
+def _captured(
+    model: nn.Module, layers: Sequence[int], keep_of: Callable[[Tensor], Tensor]
+) -> Iterator[dict[int, Tensor]]:
+    """Collect what is to be kept of layers' outputs through forward hooks.
 
     transformers' own hidden_states would keep every layer whole, and its last entry is already normed.
     """
@@ -83,7 +92,7 @@ def _captured(model: nn.Module, layers: Sequence[int], positions: Tensor) -> Ite
     def keep(layer: int):
         def hook(_module, _inputs, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            states[layer] = hidden.flatten(0, 1)[positions]
+            states[layer] = keep_of(hidden)
 
         return hook
 
