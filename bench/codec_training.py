@@ -24,7 +24,7 @@ from bench.spoken import Spoken
 from pipeline.loss.sparse_kl import column_kl
 from pipeline.teacher.codec import Codec
 from pipeline.teacher.sampled import Sampled, every_nth
-from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
+from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
 
 BATCH = 256
@@ -45,16 +45,9 @@ class Lesson:
     updates: int = UPDATES
 
 
-def rows_of(signal: Signal, rows: Tensor) -> Signal:
-    """A signal's given tokens."""
-    if isinstance(signal, HiddenSignal):
-        return HiddenSignal(signal.hidden[rows], signal.unembedding)
-    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
-
-
 def fixed(signal: Signal) -> Teacher:
     """The same words in every epoch."""
-    return lambda epoch, rows: rows_of(signal, rows)
+    return lambda epoch, rows: signal.part(rows)
 
 
 def heard(spoken: Spoken, codec: Codec, tokens: int, seed: int) -> Signal:
@@ -74,13 +67,13 @@ def subsets(spoken: Spoken, codec: Sampled, points: int, tokens: int, seed: int)
     n = codec.points // points
     first = np.random.default_rng(seed).integers(n, size=(tokens, 1))
     signals = [codec.decode(every_nth(arrays, n, (first + epoch) % n)) for epoch in range(n)]
-    return lambda epoch, rows: rows_of(signals[epoch % n], rows)
+    return lambda epoch, rows: signals[epoch % n].part(rows)
 
 
 def redrawn(spoken: Spoken, codec: Sampled, tokens: int, epochs: int, seed: int) -> Teacher:
     """A new sample in each epoch, as a live teacher would give."""
     signals = [heard(spoken, codec, tokens, epochs * seed + epoch) for epoch in range(epochs)]
-    return lambda epoch, rows: rows_of(signals[epoch], rows)
+    return lambda epoch, rows: signals[epoch].part(rows)
 
 
 class Follower(nn.Module):

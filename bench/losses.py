@@ -79,7 +79,7 @@ class Problem:
         said = (case.tokens, case.teachers, case.kept)
         ids = torch.randint(case.vocab, said, generator=generator)
         probs = torch.full(said, 1 / case.kept)
-        self.signal = SparseSignal(ids, probs, torch.zeros(said[:2]), probs.log().mean(-1))
+        self.signal = SparseSignal(ids, probs, torch.zeros(said[:2]), probs.log().mean(-1), tailed=False)
         self.labels = ids[:, 0, 0].contiguous()
         self.windows = search_ranges(case.students, case.teachers)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.matching import draw_probabilities, search_ranges
-from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
+from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
 
 HELD = 8
 """Floats of memory for each logit of a chunk: the log-probabilities in float64, and what one layer's errors take."""
@@ -143,7 +143,7 @@ def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Fidelit
     matrices = torch.zeros(2, len(window), layers - 1, dtype=torch.float64, device=hidden.device)
     usable = hidden.isfinite().flatten(1).all(1).nonzero()[:, 0]
     for rows in usable.split(rows_per_chunk(HELD * layers * unembedding.vocab)):
-        _add_chunk(sums, matrices, window, hidden[rows], unembedding, _part(signal, rows))
+        _add_chunk(sums, matrices, window, hidden[rows], unembedding, signal.part(rows))
     kl_true, kl_cached = matrices.cpu().numpy()
     named = dict(zip(SUMS, sums.cpu().numpy(), strict=True))
     return Fidelity(len(usable), **named, kl_true=kl_true, kl_cached=kl_cached)
@@ -216,13 +216,6 @@ def _stored(signal: Signal, column: int, vocab: int) -> _Target:
     ids, probs = signal.ids[:, column], signal.probs[:, column].double()
     dense = torch.zeros(len(ids), vocab, dtype=torch.float64, device=ids.device).scatter_add_(1, ids, probs)
     return _Target(dense, signal.tail[:, column, None].double(), signal.neg_entropy[:, column].double())
-
-
-def _part(signal: Signal, rows: Tensor) -> Signal:
-    """The signal of some tokens."""
-    if isinstance(signal, HiddenSignal):
-        return HiddenSignal(signal.hidden[rows], signal.unembedding)
-    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
 
 
 def _slope(logits: Tensor, unembedding: Unembedding) -> Tensor | float:

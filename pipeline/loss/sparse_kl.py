@@ -100,9 +100,9 @@ def kl_matrix(
     if isinstance(signal, HiddenSignal):
         _add_exact(values, h, unembedding, signal, window, chunk or rows_per_chunk(unembedding.vocab))
         return KLMatrix(values, tuple(window), (None,) * len(h))
-    tailed, workspace = _has_tail(signal), Workspace(unembedding, chunk)
+    workspace = Workspace(unembedding, chunk)
     candidates = tuple(
-        _search(values[layer], h[layer], workspace, signal, columns, tailed) if len(columns) else None
+        _search(values[layer], h[layer], workspace, signal, columns) if len(columns) else None
         for layer, columns in enumerate(window)
     )
     return KLMatrix(values, tuple(window), candidates)
@@ -134,11 +134,11 @@ def matched_kl(
         pairs = zip(h, match, strict=True)
         return torch.stack([zero if j is None else column_kl(x, frozen, signal, j, chunk) for x, j in pairs])
     sums = torch.zeros(len(h), dtype=accumulator(unembedding.weight.dtype), device=h.device)
-    gradient, tailed = torch.zeros_like(h), _has_tail(signal)
+    gradient = torch.zeros_like(h)
     with torch.no_grad():
         for layer, (column, candidates) in enumerate(zip(match, matrix.candidates, strict=True)):
             if column is not None and candidates is not None:
-                sums[layer] = _matched(gradient[layer], unembedding, signal, column, candidates, tailed)
+                sums[layer] = _matched(gradient[layer], unembedding, signal, column, candidates)
     return attach_gradients(sums, (h,), (gradient,))
 
 
@@ -158,12 +158,10 @@ def column_kl(h: Tensor, unembedding: Unembedding, signal: Signal, column: int, 
 def _sparse_gradients(
     signal: SparseSignal, column: int, h: Tensor, add: Callable[[Tensor], None], workspace: Workspace
 ) -> Gradients:
-    tailed = _has_tail(signal)
-
     def loss(rows: slice, logits: Tensor) -> None:
-        said = _part(signal, rows, column)
+        said = signal.part(rows, column)
         log_q = softmax_(logits, said.ids)
-        kl, alpha, beta = _terms(log_q, said, tailed)
+        kl, alpha, beta = _terms(log_q, said)
         logits.mul_(alpha[:, None]).scatter_add_(1, said.ids, -beta)
         add(kl)
 
@@ -190,22 +188,7 @@ def _exact_gradients(
     return product_gradients(h, workspace, loss, tile=workspace.chunk)
 
 
-def _has_tail(signal: SparseSignal) -> bool:
-    """Whether any distribution leaves probability to ids that it does not name."""
-    return bool(signal.tail.any())
-
-
-def _part(signal: SparseSignal, rows: slice, columns: int | slice) -> SparseSignal:
-    """The signal of some tokens and columns; with a number for the column, that dimension is gone."""
-    return SparseSignal(
-        ids=signal.ids[rows, columns],
-        probs=signal.probs[rows, columns],
-        tail=signal.tail[rows, columns],
-        neg_entropy=signal.neg_entropy[rows, columns],
-    )
-
-
-def _terms(log_q: Tensor, said: SparseSignal, tailed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _terms(log_q: Tensor, said: SparseSignal) -> tuple[Tensor, Tensor, Tensor]:
     """From log q at the kept ids [..., K]: the KL [...], alpha [...] and beta [..., K].
 
     The gradient at the logits is alpha q, minus beta at the ids. Where the student's tail is under its floor, the value
@@ -213,7 +196,7 @@ def _terms(log_q: Tensor, said: SparseSignal, tailed: bool) -> tuple[Tensor, Ten
     """
     p = said.probs.to(log_q.dtype)
     kl, mass = said.neg_entropy.to(log_q.dtype) - (p * log_q).sum(-1), p.sum(-1)
-    if not tailed:
+    if not said.tailed:
         return kl, mass, p
     tail = said.tail.to(log_q.dtype)
     q = log_q.exp().masked_fill_(p == 0, 0.0)
@@ -229,13 +212,12 @@ def _search(
     workspace: Workspace,
     signal: SparseSignal,
     columns: range,
-    tailed: bool,
 ) -> _Candidates:
     """One student layer h [T, d]: add its KL to each candidate into values [J], and keep what their gradients share."""
     weight, vocab = workspace.unembedding.weight, workspace.unembedding.vocab
     (tokens, _), kept = h.shape, signal.ids.shape[2]
     wide = accumulator(weight.dtype)
-    heavy = min(HEAVY, vocab) if tailed else 1
+    heavy = min(HEAVY, vocab) if signal.tailed else 1
     found = _Candidates(
         columns=columns,
         log_q=h.new_empty(tokens, len(columns), kept, dtype=wide),
@@ -253,17 +235,17 @@ def _search(
     ids = signal.ids[:, within].flatten(1)
     for rows, light in probability_chunks(h, workspace, ids, heavy, note):
         torch.mm(light, weight[:vocab], out=found.light[rows])
-    values[within] += _terms(found.log_q, _part(signal, slice(None), within), tailed)[0].sum(0, dtype=values.dtype)
+    values[within] += _terms(found.log_q, signal.part(slice(None), within))[0].sum(0, dtype=values.dtype)
     return found
 
 
 def _matched(
-    gradient: Tensor, unembedding: Unembedding, signal: SparseSignal, column: int, found: _Candidates, tailed: bool
+    gradient: Tensor, unembedding: Unembedding, signal: SparseSignal, column: int, found: _Candidates
 ) -> Tensor:
     """KL of one student layer to one of its candidates, summed over tokens; fills in its gradient [T, d]."""
-    said = _part(signal, slice(None), column)
+    said = signal.part(slice(None), column)
     log_q = found.log_q[:, column - found.columns.start]
-    kl, alpha, beta = _terms(log_q, said, tailed)
+    kl, alpha, beta = _terms(log_q, said)
     heavy_q = found.heavy_log_q.exp()
     at_light, at_heavy = alpha * heavy_q[:, 0], alpha[:, None] * heavy_q
     slope, heavy_slope = (cap_slope(x + found.log_sum, unembedding) for x in (log_q, found.heavy_log_q))

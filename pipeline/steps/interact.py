@@ -63,10 +63,12 @@ class Interaction(nn.Module):
 
         kl is the global micro-batch's mean in nat; match counts teacher targets from 0, -1 where there is none.
         """
+        # The signal first, where it needs no head: its copies to the device would wait for the whole backbone.
+        signal = signal_of(None) if self.teacher_head is None else None
         hidden = run_backbone(self.student.backbone, batch.inputs, self.student.all_layers(), batch.positions)
         spoken = self.student.speak(hidden)
         if self.teacher_head is None:
-            return self.student.head(interaction_losses, spoken, signal_of(None), batch.labels, draw)
+            return self.student.head(interaction_losses, spoken, signal, batch.labels, draw)
         # The hidden codec computes the teacher's logits anew, so both heads are gathered at once.
         return self.teacher_head(_with_teacher_head, spoken, self.student.head, signal_of, batch.labels, draw)
 

@@ -134,14 +134,14 @@ class Sampled:
         counts = counts.float()
         neg_entropy = entropy[..., 0].to(torch.float32) * (-math.log(len(self.order)) / ENTROPY_STEPS)
         probs = counts / counts.sum(-1, keepdim=True)
-        return SparseSignal(order[ranks.long()].long(), probs, torch.zeros_like(neg_entropy), neg_entropy)
+        return SparseSignal(order[ranks.long()].long(), probs, torch.zeros_like(neg_entropy), neg_entropy, tailed=False)
 
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
     ) -> SparseSignal:
         """No token, N ids each."""
         probs, tail = torch.zeros(0, layers, self.points, device=device), torch.zeros(0, layers, device=device)
-        return SparseSignal(probs.long(), probs, tail, tail)
+        return SparseSignal(probs.long(), probs, tail, tail, tailed=False)
 
 
 def every_nth(arrays: Mapping[str, np.ndarray], n: int, first: np.ndarray) -> dict[str, np.ndarray]:

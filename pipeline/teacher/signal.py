@@ -5,10 +5,13 @@ T response tokens, J teacher layers, K kept ids, V common vocabulary, d width of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+Rows = slice | Tensor
+"""Some of the tokens: a slice, their indices, or a mask."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class SparseSignal:
     """[T, J] float32: probability of all other ids together; 0 where the codec has no such bucket."""
     neg_entropy: Tensor
     """[T, J] float32, nat: sum p log p over the entries and the tail, so that KL(p, p) = 0."""
+    tailed: bool = True
+    """False where the codec has no such bucket: nobody then needs to look at the numbers on the device."""
+
+    def part(self, rows: Rows, columns: int | slice = slice(None)) -> SparseSignal:
+        """What is said of some tokens, by some layers; with a number for the layer, that dimension is gone."""
+        some = {name: getattr(self, name)[rows][:, columns] for name in ("ids", "probs", "tail", "neg_entropy")}
+        return replace(self, **some)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,10 @@ class HiddenSignal:
     hidden: Tensor
     """[T, J, d]."""
     unembedding: Unembedding
+
+    def part(self, rows: Rows, columns: int | slice = slice(None)) -> HiddenSignal:
+        """As that of SparseSignal."""
+        return replace(self, hidden=self.hidden[rows][:, columns])
 
 
 Signal = SparseSignal | HiddenSignal

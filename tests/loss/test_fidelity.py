@@ -173,16 +173,10 @@ def test_sums_add_over_batches_of_any_size(kind, monkeypatch):
     signal = make_signal(kind, hidden, head)
     whole = measure(hidden, head, signal)
     for cut in (0, 2, TOKENS):
-        parts = (measure(hidden[rows], head, part(signal, rows)) for rows in (slice(0, cut), slice(cut, None)))
+        parts = (measure(hidden[rows], head, signal.part(rows)) for rows in (slice(0, cut), slice(cut, None)))
         assert_same(next(parts) + next(parts), whole)
     monkeypatch.setattr(fidelity, "HELD", 2**40)  # memory for one token at a time
     assert_same(measure(hidden, head, signal), whole)
-
-
-def part(signal, rows):
-    if isinstance(signal, HiddenSignal):
-        return HiddenSignal(signal.hidden[rows], signal.unembedding)
-    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
 
 
 def assert_same(found: Fidelity, expected: Fidelity):
@@ -204,7 +198,7 @@ def test_json_keeps_every_digit(layers):
 def test_no_token_says_nothing_and_adds_nothing():
     hidden, head = make_hidden(), make_head(VOCAB, WIDTH)
     signal = make_signal("tail", hidden, head)
-    none, some = measure(hidden[:0], head, part(signal, slice(0))), measure(hidden, head, signal)
+    none, some = measure(hidden[:0], head, signal.part(slice(0))), measure(hidden, head, signal)
     assert none.tokens == 0 and none.summary()["draw_tv"] is None
     assert set(none.summary()["layers"][0].values()) == {None}
     assert (none + some).to_json() == some.to_json()
@@ -216,7 +210,7 @@ def test_a_token_that_is_not_finite_is_left_out():
     broken = hidden.clone()
     broken[1, 2, 0], broken[3, 0, 1] = torch.nan, torch.inf
     rest = [0, 2, 4]
-    assert measure(broken, head, signal).to_json() == measure(hidden[rest], head, part(signal, rest)).to_json()
+    assert measure(broken, head, signal).to_json() == measure(hidden[rest], head, signal.part(rest)).to_json()
 
 
 def test_one_target_layer_has_no_draw():

@@ -5,7 +5,7 @@ import torch
 from dense_losses import as_dtype, assert_earned, dense_ce, dense_logits, make_h, make_head, truth_gradients
 
 from pipeline.loss import chunks
-from pipeline.loss.chunks import chunk_logits, row_chunks, rows_per_chunk
+from pipeline.loss.chunks import ROW_BLOCK, chunk_logits, row_chunks, rows_per_chunk
 from pipeline.loss.linear_ce import linear_cross_entropy, token_log_probs
 from pipeline.teacher.signal import Unembedding
 
@@ -126,6 +126,11 @@ def test_row_chunks_tile_the_rows_nearly_equally(total, rows):
     assert [i for chunk in row_chunks(total, rows) for i in range(total)[chunk]] == list(range(total))
     assert len(sizes) == -(-total // rows)
     assert max(sizes, default=0) <= rows and max(sizes, default=0) - min(sizes, default=0) <= len(sizes)
+
+
+def test_chunks_of_whole_blocks_stay_so():
+    assert [chunk.stop - chunk.start for chunk in row_chunks(4096, 13 * ROW_BLOCK)] == [1408, 1408, 1280]
+    assert [chunk.stop - chunk.start for chunk in row_chunks(600, 13 * ROW_BLOCK)] == [600]
 
 
 def test_shifting_all_logits_changes_nothing():

@@ -6,6 +6,7 @@ Only where Triton is installed, as the kernel is used only there.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(options
     results = {}
     for fused in (False, True):
         monkeypatch.setattr(probabilities, "fusible", lambda weight, fused=fused: fused)
-        x, there = h.to(DEVICE).requires_grad_(), type(signal)(*(field.to(DEVICE) for field in vars(signal).values()))
+        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "tailed"}
+        x, there = h.to(DEVICE).requires_grad_(), replace(signal, **moved)
         matrix = kl_matrix(x, on_device(head), there, [range(2)], chunk=4)
         loss = matched_kl(x, on_device(head), there, [1], matrix)[0]
         results[fused] = (loss.detach().cpu(), torch.autograd.grad(loss, x)[0].cpu())

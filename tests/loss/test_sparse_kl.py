@@ -42,7 +42,7 @@ def make_signal(kind, tokens=TOKENS, teachers=TEACHERS, vocab=VOCAB):
     if kind == "sampled":  # ids drawn with replacement: some come twice, none stands for the rest
         ids = torch.multinomial(probs.flatten(0, 1), 9, True, generator=torch.Generator().manual_seed(5))
         p = torch.full((tokens, teachers, 9), 1 / 9, dtype=torch.float64)
-        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1))
+        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1), tailed=False)
     signal = topk_signal(probs, {"all kept": vocab, "no tail": 6}.get(kind, 9), tail=kind != "no tail")
     if kind == "padded":
         pad = torch.zeros_like(signal.ids[..., :4])
@@ -209,7 +209,7 @@ def test_micro_batches_add_up_to_the_whole(kind):
     head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
 
     def value_loss_gradient(rows):
-        x, said = h[:, rows].detach().requires_grad_(), part(signal, rows)
+        x, said = h[:, rows].detach().requires_grad_(), signal.part(rows)
         matrix = kl_matrix(x, head, said, WINDOW)
         loss = matched_kl(x, head, said, [0, 2, 3], matrix).sum() + column_kl(x[2], head, said, -1)
         return matrix.values, loss.detach(), *truth_gradients(loss, x)
@@ -218,12 +218,6 @@ def test_micro_batches_add_up_to_the_whole(kind):
     values, losses, gradients = zip(*map(value_loss_gradient, (slice(0, 3), slice(3, 4), slice(4, None))), strict=True)
     for parts, one in zip((sum(values), sum(losses), torch.cat(gradients, 1)), whole, strict=True):
         torch.testing.assert_close(parts, one)
-
-
-def part(signal, rows):
-    if isinstance(signal, HiddenSignal):
-        return HiddenSignal(signal.hidden[rows], signal.unembedding)
-    return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows], signal.neg_entropy[rows])
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "sampled"])
@@ -306,7 +300,7 @@ def test_a_token_that_says_nothing_has_exactly_no_loss_and_no_gradient(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tokens_give_zeros_and_gradients_of_zero(kind):
-    head, signal, h = make_head(VOCAB, 6), part(make_signal(kind), slice(0, 0)), make_h(3, 0, 6).requires_grad_()
+    head, signal, h = make_head(VOCAB, 6), make_signal(kind).part(slice(0, 0)), make_h(3, 0, 6).requires_grad_()
     head.weight.requires_grad_()
     matrix = kl_matrix(h, head, signal, WINDOW)
     assert matrix.values[0].tolist() == [0, 0, 0, torch.inf, torch.inf]
