@@ -28,8 +28,14 @@ from pipeline.teacher.signal import Unembedding
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in the weight's dtype: 128 MiB in bfloat16."""
 
+ACCELERATOR_CHUNK_ELEMENTS = 2**28
+"""The same on an accelerator, whose products want more rows to be fast: 512 MiB."""
+
 TILE_ELEMENTS = 2**20
-"""How many of them a CPU has in float32 at a time. An accelerator takes the whole chunk: there, launches cost."""
+"""How many logits a CPU has in float32 at a time, for its caches. An accelerator has CHUNK_ELEMENTS: launches cost."""
+
+ROW_BLOCK = 128
+"""Rows of an accelerator's matrix product are computed in blocks of this many: a chunk of fewer leaves some idle."""
 
 SLICE_ELEMENTS = 2**23
 """How many elements of a trained head's gradient, as large as the head, are added or scaled at a time."""
@@ -52,11 +58,11 @@ def rows_per_chunk(vocab: int) -> int:
 def row_chunks(total: int, rows: int) -> Iterator[slice]:
     """Slices of at most `rows` rows, nearly equal ones, that tile 0..total; none where there is nothing.
 
-    Nearly equal, because a product of few rows takes almost as long as one of many.
+    Nearly equal, because a product of few rows takes almost as long as one of many; of whole ROW_BLOCKs if `rows` is.
     """
     if total:
-        count = -(-total // rows)
-        size = -(-total // count)
+        count, block = -(-total // rows), 1 if rows % ROW_BLOCK else ROW_BLOCK
+        size = -(-total // (count * block)) * block
         for start in range(0, total, size):
             yield slice(start, min(start + size, total))
 
@@ -100,7 +106,12 @@ class Workspace:
     def __init__(self, unembedding: Unembedding, chunk: int | None = None):
         """`chunk` is in rows; without it, memory decides."""
         self.unembedding = unembedding
-        self.chunk = chunk or rows_per_chunk(unembedding.vocab)
+        self._on_cpu = unembedding.weight.device.type == "cpu"
+        self.chunk = chunk or (
+            rows_per_chunk(unembedding.vocab)
+            if self._on_cpu
+            else max(1, ACCELERATOR_CHUNK_ELEMENTS // unembedding.vocab // ROW_BLOCK) * ROW_BLOCK
+        )
         self._products = self._tile = unembedding.weight.new_empty(0, unembedding.vocab)
 
     def products(self, h: Tensor) -> Tensor:
@@ -124,8 +135,7 @@ class Workspace:
 
     def tile_rows(self) -> int:
         """How many rows of a chunk are in float32 at a time."""
-        on_cpu = self.unembedding.weight.device.type == "cpu"
-        return max(1, TILE_ELEMENTS // self.unembedding.vocab) if on_cpu else self.chunk
+        return max(1, (TILE_ELEMENTS if self._on_cpu else CHUNK_ELEMENTS) // self.unembedding.vocab)
 
 
 def cap_slope(logits: Tensor, unembedding: Unembedding) -> Tensor | None:
@@ -231,6 +241,8 @@ def head_loss(h: Tensor, unembedding: Unembedding, walk: Walk, chunk: int | None
 
     `walk` goes over one layer. Raises ValueError where a head that wants a gradient is given more than one layer.
     """
+    if chunk is None and unembedding.weight.requires_grad and h.shape[1] <= h.shape[2]:
+        chunk = max(1, h.shape[1])  # a trained head's two factors then take less memory than a sum of its gradient
     workspace = Workspace(unembedding, chunk)
     gradients = _HeadGradients(h, unembedding, workspace.chunk)
     sums = torch.zeros(len(h), dtype=torch.float64, device=h.device)

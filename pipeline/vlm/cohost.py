@@ -50,13 +50,19 @@ class CoHost(nn.Module):
         losses = {}
         for role, side in self.sides.items():
             spoken = self._speak(side, batches[role])  # type: ignore[arg-type]
-            losses[role] = side.head(linear_cross_entropy, spoken, labels=batches[role].labels)  # type: ignore
+            losses[role] = side.head(_cross_entropies, spoken, labels=batches[role].labels)  # type: ignore[operator]
         return losses
 
     def _speak(self, side: VerbalizedVLM, batch: Batch) -> Tensor:
         with torch.no_grad():
             hidden = run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
         return side.speak(hidden)
+
+
+def _cross_entropies(spoken: Tensor, unembedding: Unembedding, labels: Tensor) -> Tensor:
+    """[L + 1]; the last one is without gradient, which would cost a product."""
+    targets, last = spoken[:-1], spoken[-1:].detach()
+    return torch.cat([linear_cross_entropy(part, unembedding, labels) for part in (targets, last)])
 
 
 @torch.no_grad()

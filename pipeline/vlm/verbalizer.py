@@ -97,7 +97,8 @@ class VerbalizedVLM(nn.Module):
         """Hidden states of the target layers and of the last, each [T, d], to normed head inputs [L + 1, T, d]."""
         *targets, last = hidden
         spoken = [self.verb_ffns[str(layer)](state) for layer, state in zip(self.layers, targets, strict=True)]
-        return final_norm(self.backbone)(torch.stack([*spoken, last]))
+        norm = final_norm(self.backbone)
+        return torch.stack([norm(state) for state in (*spoken, last)])  # a layer at a time: norms compute in float32
 
     def all_layers(self) -> tuple[int, ...]:
         """The target layers and the last one."""
