@@ -7,24 +7,37 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
-from pipeline.errors import DataError, SampleError
+from pipeline.errors import DataError, SampleError, UserError
 from pipeline.recipe import Training
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed from (seed, purpose, numbers...), the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def each_once(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict[str, Made]:
+    """make(thing) under each name, called once for what is one and the same: models with one processor share work."""
+    made: dict[int, Made] = {}
+    for thing in things.values():
+        if id(thing) not in made:
+            made[id(thing)] = make(thing)
+    return {name: made[id(thing)] for name, thing in things.items()}
 
 
 class Place(NamedTuple):
@@ -75,7 +88,7 @@ class Loaded:
     """A micro-batch as the loader hands it over."""
 
     batches: Mapping[str, Batch]
-    """One batch for each encoder, such as {"teacher": ..., "student": ...}."""
+    """One batch for each encoder, such as {"teacher": ..., "student": ...}; the same one for models that share it."""
     attached: list[Any]
     """What `attach` gave for each used sample, in order."""
     rejected: list[Rejected] = field(default_factory=list)
@@ -84,6 +97,10 @@ class Loaded:
     def tokens(self) -> int:
         """Response tokens of the micro-batch."""
         return len(next(iter(self.batches.values())).labels)
+
+    def pin_memory(self) -> Loaded:
+        """With its batches in page-locked memory; the loader looks for this name. What is attached is numpy's."""
+        return replace(self, batches=each_once(Batch.pin_memory, self.batches))
 
 
 class Chats(Dataset):
@@ -102,7 +119,15 @@ class Chats(Dataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, place: Place) -> tuple[dict[str, Encoded], Any] | Rejected:
+    def __getitem__(self, place: Place) -> tuple[dict[str, Encoded], Any] | Rejected | Exception:
+        """A sample; what is wrong with it; or an error that ends the job, for `load` to raise: a worker that raises
+        would have torch wrap the message in its traceback."""
+        try:
+            return self._read(place)
+        except (UserError, ShardError) as error:
+            return error
+
+    def _read(self, place: Place) -> tuple[dict[str, Encoded], Any] | Rejected:
         raw = self.folder.read(place.sample)
         try:
             encoded = self._encode(raw)
@@ -116,49 +141,61 @@ class Chats(Dataset):
             return Rejected(raw.key, shard, str(error))
 
     def _encode(self, raw: Any) -> dict[str, Encoded]:
-        done: dict[int, Encoded] = {}
-        for encoder in self.encoders.values():
-            if id(encoder) not in done:  # models with one processor share the work
-                done[id(encoder)] = encoder(raw.key, raw.record["messages"], raw.images)
-        encoded = {role: done[id(encoder)] for role, encoder in self.encoders.items()}
+        encoded = each_once(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):
             raise SampleError("teacher and student tokenize the response differently (cut at max_length, most likely)")
         return encoded
 
 
-def load(chats: Chats, places: Sequence[Sequence[Place]], workers: int, device: str) -> Iterator[Loaded]:
-    """Load micro-batches of the given samples, in order, in worker processes."""
+def load(chats: Chats, places: Iterable[Sequence[Place]], workers: int, device: str) -> Iterator[Loaded]:
+    """Load micro-batches of the given samples, in order, in worker processes.
+
+    Raises what reading a sample raised: CacheError, RecipeError, DataError.
+    """
     return _load(chats, places, workers, device, functools.partial(_merge, **_padding(chats)))
 
 
 def load_grouped(
-    chats: Chats, windows: Sequence[Sequence[Place]], most_tokens: int, workers: int, device: str
+    chats: Chats, windows: Iterable[Sequence[Place]], most_tokens: int, workers: int, device: str
 ) -> Iterator[list[Loaded]]:
     """Load windows of samples, in order, each as batches of samples alike in length, the longest first.
 
     A batch has at most `most_tokens` tokens of the first encoder, padding included, or is a single longer sample. It
     is a function of its window alone. Only a window without any good sample has an empty batch, for its rejects.
+    Each worker is one window ahead, no more: a window is many samples, and its images lie in memory as pixels.
     """
     group = functools.partial(_group, most_tokens=most_tokens, **_padding(chats))
-    return _load(chats, windows, workers, device, group)
+    return _load(chats, windows, workers, device, group, ahead=1)
 
 
-def _load(chats: Chats, places: Sequence[Sequence[Place]], workers: int, device: str, collate: Callable) -> Iterator:
-    return iter(
-        DataLoader(
-            chats,
-            batch_sampler=places,  # type: ignore[arg-type]  # any iterable of lists of what Chats takes
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=device != "cpu",
-        )
+def _load(
+    chats: Chats, places: Iterable[Sequence[Place]], workers: int, device: str, collate: Callable, ahead: int = 2
+) -> Iterator:
+    loader = DataLoader(
+        chats,
+        batch_sampler=places,  # type: ignore[arg-type]  # any iterable of lists of what Chats takes
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        collate_fn=functools.partial(_collate_or_error, collate),
+        pin_memory=device != "cpu",
     )
+    return map(_raise_error, iter(loader))
+
+
+def _collate_or_error(collate: Callable, samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)
+
+
+def _raise_error(loaded: Any) -> Any:
+    if isinstance(loaded, Exception):
+        raise loaded
+    return loaded
 
 
 def _padding(chats: Chats) -> dict[str, Any]:
-    """What a batch is filled up with, for each encoder."""
-    fillers = {role: encoder.filler() for role, encoder in chats.encoders.items()}
+    """What a batch is filled up with, for each encoder: one and the same where they are."""
+    fillers = each_once(ChatEncoder.filler, chats.encoders)
     pads = {role: _pad_id(encoder) for role, encoder in chats.encoders.items()}
     return {"fillers": fillers, "pads": pads}
 
@@ -185,9 +222,11 @@ class BadSamples:
 
 def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str, int]) -> Loaded:
     used = [sample for sample in samples if not isinstance(sample, Rejected)]
-    batches = {
-        role: collate([encoded[role] for encoded, _ in used], filler, pads[role]) for role, filler in fillers.items()
-    }
+    made: dict[int, Batch] = {}
+    for role, filler in fillers.items():
+        if id(filler) not in made:  # models with one encoder share the batch
+            made[id(filler)] = collate([encoded[role] for encoded, _ in used], filler, pads[role])
+    batches = {role: made[id(filler)] for role, filler in fillers.items()}
     rejected = [sample for sample in samples if isinstance(sample, Rejected)]
     return Loaded(batches, [extra for _, extra in used], rejected)
 

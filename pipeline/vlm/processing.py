@@ -6,7 +6,7 @@ B samples, S tokens of the longest, T response tokens of the batch.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,16 @@ class Batch:
     """Response tokens of each sample; they sum to T."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """Move to a device, floating point inputs to the model's number format."""
-        moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.inputs.items()}
-        return replace(self, inputs=moved, positions=self.positions.to(device), labels=self.labels.to(device))
+        """Move to a device, floating point inputs to the model's number format; pinned ones beside its computation."""
+        return self._each(lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, without which a copy to a GPU waits for what the GPU computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=changed, positions=change(self.positions), labels=change(self.labels))
 
 
 def load_processor(folder: Path | str) -> Any:

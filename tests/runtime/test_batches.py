@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from tiny import write_data
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
-from pipeline.errors import DataError
+from pipeline.errors import CacheError, DataError
 from pipeline.recipe import Training
-from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Place, Rejected, load, micro_batches
+from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Place, Rejected, load, load_grouped, micro_batches
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.vlm.processing import ChatEncoder, load_processor
@@ -69,6 +72,62 @@ def test_loading_and_rejecting(tiny_models, tmp_path, workers):
     assert [r.key for r in one.rejected] == folder.keys[:2] and one.tokens() == 0
     assert one.rejected[0].shard == "000000.tar" and "max_length=5" in one.rejected[0].reason
     assert one.batches["a"].inputs["input_ids"].shape[0] == 1, "the filler row alone: the rank still takes part"
+
+
+@pytest.fixture
+def encoder(tiny_models):
+    return ChatEncoder(load_processor(tiny_models["qwen2_vl", "student"]), max_length=512)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_read_as_it_was_raised(encoder, tmp_path, workers):
+    def refuse(place, encoded):
+        raise CacheError(f"cache/000000.tar: damaged. Run: deepspeed launch/cache.py (asked for {place.sample})")
+
+    data = write_data(tmp_path / "train", 4)
+    with pytest.raises(CacheError) as raised:
+        next(load(Chats(ShardFolder(data), {"student": encoder}, refuse), [[Place(2)]], workers, "cpu"))
+    assert str(raised.value) == "cache/000000.tar: damaged. Run: deepspeed launch/cache.py (asked for 2)"
+    (data / "000001.tar").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"^.*000001.tar: cannot read sample 's00003': the file ends \d+ bytes early"):
+        next(load(Chats(ShardFolder(data), {"student": encoder}), [[Place(0), Place(3)]], workers, "cpu"))
+
+
+def test_models_with_one_encoder_share_a_batch(encoder, tmp_path):
+    chats = Chats(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
+    for workers in (0, 1):
+        (one,) = load(chats, [[Place(0), Place(1)]], workers, "cpu")
+        assert one.batches["teacher"] is one.batches["student"] and one.batches["student"].keys == ("s00000", "s00001")
+
+
+def test_a_batch_is_pinned_where_the_loader_looks_for_it(encoder, tmp_path, monkeypatch):
+    """What DataLoader does with pin_memory=True, but for the memory itself: that needs a GPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    chats = Chats(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
+    ((one,),) = load_grouped(chats, [[Place(0), Place(1)]], 512, 0, "cpu")
+    (again,) = pin_memory([one])
+    batch, copied = one.batches["teacher"], again.batches["teacher"]
+    expected = [*batch.inputs.values(), batch.positions, batch.labels]
+    assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in expected} and len(pinned) == len(expected)
+    assert copied is again.batches["student"] and copied.labels is not batch.labels
+    assert torch.equal(copied.labels, batch.labels) and copied.keys == batch.keys
+
+
+def test_a_worker_is_one_window_ahead(encoder, tmp_path):
+    asked = []
+
+    def windows():
+        for index in range(8):
+            asked.append(index)
+            yield [Place(index)]
+
+    loaded = load_grouped(
+        Chats(ShardFolder(write_data(tmp_path / "train", 8)), {"a": encoder}), windows(), 512, 2, "cpu"
+    )
+    next(loaded)
+    assert len(asked) == 3, "one in hand, and one each of two workers"
+    assert len(list(loaded)) == 7
 
 
 def test_too_many_bad_samples_stop_the_run():
