@@ -1,18 +1,19 @@
 """The losses beside the matrix products that they cannot do without, dense torch, and other packages.
 
-`make bench-losses` leaves bench/results/losses.json. Times are wall seconds, forms run in turn, ratios are medians over
-the rounds; memory is by how much a fresh process's resident peak grows. One student layer with its candidates is the
-unit in which ours, dense torch and the peers are compared; the floor is compared with all student layers. Weights are
-frozen but where an entry says "trained".
+`make bench-losses` leaves bench/results/losses.json (losses_gpu.json where torch finds a GPU). Times are wall seconds,
+forms run in turn, ratios are medians over the rounds; memory is by how much its peak grows. One student layer with its
+candidates is the unit in which ours, dense torch and the peers are compared; the floor, products into memory that is
+there already, is compared with all student layers. Weights are frozen but where an entry says "trained".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,92 +21,53 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.other_losses import liger_pair, naive, naive_cross_entropy, naive_shared, trl_pair
+from bench.loss_problem import DEVICE, Case, Problem, interaction
+from bench.other_losses import (
+    cut_cross_entropy,
+    liger_cross_entropy,
+    liger_pair,
+    naive,
+    naive_cross_entropy,
+    naive_frugal,
+    naive_shared,
+    trl_pair,
+)
 from bench.timing import interleaved, machine, peak_mib, ratio, write_results
 from pipeline.loss.linear_ce import linear_cross_entropy
-from pipeline.loss.matching import adaptive, search_ranges
-from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
-from pipeline.teacher.signal import SparseSignal, Unembedding
+from pipeline.loss.sparse_kl import column_kl
 
-FEWER = 2
+ON_GPU = DEVICE == "cuda"
+
+FEWER = 4
 """Rounds of what is slow or not near its goal."""
 
-NOT_RUN = {
-    "liger_fused": "its fused kernels are Triton's: they need a GPU",
-    "cut_cross_entropy": "its kernels are Triton's: they need a GPU",
-}
-"""Peers that this bench has no figures for, and why."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured: by default a small student's head beside a large teacher's layers."""
-
-    tokens: int = 256
-    width: int = 1536
-    vocab: int = 151_936
-    students: int = 7
-    teachers: int = 20
-    kept: int = 64
-    """Ids a teacher layer names for a token; no tail, as the default codec."""
+FUSED = {"liger_fused": liger_cross_entropy, "cut_cross_entropy": cut_cross_entropy}
+"""Other packages' cross-entropy of a language head; their kernels are Triton's."""
 
 
 QUICK = Case(tokens=32, width=64, vocab=5_000)
+GPU_CASES = {
+    "interaction": Case(tokens=4096, teachers=14),
+    "interaction_wide": Case(tokens=4096, width=3584, teachers=14),
+}
+GPU_DENSE_TOKENS = 512
+"""Of the comparison with dense torch there: for 4,096 it would want more memory than a card has."""
 
 
-def normal(*shape: int, spread: float, seed: int) -> Tensor:
-    """Random numbers in bfloat16, without a float32 copy in between."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=spread, generator=generator)
-
-
-@cache
-def head_weight(vocab: int, width: int) -> Tensor:
-    """[V, d]; drawing it takes seconds, and all problems may have the same."""
-    return normal(vocab, width, spread=width**-0.5, seed=0)
-
-
-class Problem:
-    """Tensors of a case, in bfloat16; the student's distributions have an entropy of about ln V - 8 nat."""
-
-    def __init__(self, case: Case, trained: bool = False):
-        generator = torch.Generator().manual_seed(0)
-
-        self.case = case
-        self.h = normal(case.students, case.tokens, case.width, spread=4.0, seed=1).requires_grad_()
-        self.hidden = normal(case.tokens, case.width, spread=4.0, seed=2)
-        self.weight = head_weight(case.vocab, case.width).detach().requires_grad_(trained)
-        self.head = Unembedding(self.weight, case.vocab)
-        said = (case.tokens, case.teachers, case.kept)
-        ids = torch.randint(case.vocab, said, generator=generator)
-        probs = torch.full(said, 1 / case.kept)
-        self.signal = SparseSignal(ids, probs, torch.zeros(said[:2]), probs.log().mean(-1), tailed=False)
-        self.labels = ids[:, 0, 0].contiguous()
-        self.windows = search_ranges(case.students, case.teachers)
-
-    def clear(self) -> None:
-        """Forget gradients, so that every run allocates its own."""
-        self.h.grad = self.weight.grad = None
-
-
-def interaction(problem: Problem) -> tuple[Tensor, list[int]]:
-    """Ours: search, draw, and the gradient of what was drawn, for all student layers. KL [S, J] and the match."""
-    matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.windows)
-    match = adaptive(matrix.values / problem.case.tokens, torch.Generator().manual_seed(0))
-    matched_kl(problem.h, problem.head, problem.signal, match, matrix).sum().backward()
-    return matrix.values, [column for column in match if column is not None]
-
-
-def products(problem: Problem, layers: int, trained: bool = False) -> None:
+def products(problem: Problem, layers: int, trained: bool = False) -> Callable[[], None]:
     """The floor: two products a student layer, three where the head is trained, into memory that is there already."""
-    case, weight = problem.case, problem.weight.detach()
+    case, weight, h = problem.case, problem.weight.detach(), problem.h.detach()
     logits, gradient = weight.new_empty(case.tokens, case.vocab), weight.new_empty(case.tokens, case.width)
     of_weight = torch.empty_like(weight) if trained else None
-    for h in problem.h.detach()[:layers]:
-        torch.mm(h, weight.T, out=logits)
-        torch.mm(logits, weight, out=gradient)
-        if of_weight is not None:
-            torch.mm(logits.T, h, out=of_weight)
+
+    def run() -> None:
+        for layer in h[:layers]:
+            torch.mm(layer, weight.T, out=logits)
+            torch.mm(logits, weight, out=gradient)
+            if of_weight is not None:
+                torch.mm(logits.T, layer, out=of_weight)
+
+    return run
 
 
 def dense_form(problem: Problem, form: Callable[..., Tensor]) -> Tensor:
@@ -145,44 +107,46 @@ def fresh(problem: Problem, work: Callable[[Problem], object]) -> Callable[[], N
     return run
 
 
-def compare_interaction(case: Case, rounds: int, threads: int) -> dict[str, dict[str, Any]]:
-    """The interaction loss beside its floor, dense torch, and what TRL and Liger have for a pair of layers."""
-    whole, layer = Problem(case), Problem(replace(case, students=1, teachers=case.teachers - case.students + 1))
-    floor = interleaved({"floor": partial(products, whole, case.students), "ours": fresh(whole, interaction)}, rounds)
-    forms: dict[str, Callable[[], object]] = {
-        "ours": fresh(layer, interaction),
-        "naive": fresh(layer, partial(dense_form, form=naive)),
-        "naive_shared": fresh(layer, partial(dense_form, form=naive_shared)),
-    }
-    peers, absent = peer_forms(layer)
-    seconds = interleaved({**forms, **peers}, FEWER)
-    memory = {
-        "ours": peak_mib(partial(ready, case, threads, interaction)),
-        "naive": peak_mib(partial(ready, layer.case, threads, partial(dense_form, form=naive))),
-        "naive_shared": peak_mib(partial(ready, layer.case, threads, partial(dense_form, form=naive_shared))),
-    }
-    entry = {
+NAIVE = {"naive": naive, "naive_shared": naive_shared, "naive_frugal": naive_frugal}
+"""Dense torch: as every library has it; with one log-softmax for all candidates; and only one of them with a graph."""
+
+
+def compare_floor(case: Case, rounds: int, threads: int) -> dict[str, Any]:
+    """The interaction loss of all student layers beside its products."""
+    whole = Problem(case)
+    floor = interleaved({"floor": products(whole, case.students), "ours": fresh(whole, interaction)}, rounds)
+    return {
         **asdict(case),
         "dtype": "bfloat16",
         "time_over_floor": ratio(floor["ours"], floor["floor"]),
-        "naive_over_ours_time": ratio(seconds["naive"], seconds["ours"]),
-        "naive_over_ours_memory": memory["naive"] / memory["ours"],
-        "naive_shared_over_ours_time": ratio(seconds["naive_shared"], seconds["ours"]),
-        "naive_shared_over_ours_memory": memory["naive_shared"] / memory["ours"],
         "seconds": {name: statistics.median(times) for name, times in floor.items()},
-        "seconds_one_layer": {name: statistics.median(seconds[name]) for name in forms},
         "ratios_by_round": [o / f for o, f in zip(floor["ours"], floor["floor"], strict=True)],
-        "peak_mib": memory,
-        "memory_note": "ours: all student layers; dense torch: one of them, the others would add to it",
-        **agreement(layer),
+        "peak_mib": {"ours": peak_mib(partial(ready, case, threads, interaction))},
     }
-    return {"interaction": entry, **peer_entries(layer, seconds, absent)}
+
+
+def compare_dense(case: Case, threads: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """One student layer beside dense torch, and beside what TRL and Liger have for a pair of layers."""
+    layer = Problem(replace(case, students=1, teachers=case.teachers - case.students + 1))
+    works = {name: partial(dense_form, form=form) for name, form in NAIVE.items()}
+    peers, absent = peer_forms(layer)
+    forms = {name: fresh(layer, work) for name, work in {"ours": interaction, **works}.items()}
+    seconds = interleaved({**forms, **peers}, FEWER)
+    ours = peak_mib(partial(ready, case, threads, interaction))
+    peak = {name: peak_mib(partial(ready, layer.case, threads, work)) for name, work in works.items()}
+    entry: dict[str, Any] = {"seconds_one_layer": {name: statistics.median(seconds[name]) for name in forms}}
+    for name in NAIVE:
+        entry[f"{name}_over_ours_time"] = ratio(seconds[name], seconds["ours"])
+        entry[f"{name}_over_ours_memory"] = peak[name] / ours
+    note = "ours: all student layers; dense torch: one of them, the others would add to it"
+    entry |= {"dense_peak_mib": {"ours": ours, **peak}, "memory_note": note, **agreement(layer)}
+    return entry, peer_entries(layer, seconds, absent)
 
 
 def peer_forms(layer: Problem) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What can be timed of other packages here, and why the rest cannot."""
     forms: dict[str, Callable[[], object]] = {}
-    absent = dict(NOT_RUN)
+    absent: dict[str, str] = {}
     h, weight, hidden = layer.h[0], layer.weight, layer.hidden
     try:
         trl = trl_pair(h, weight, hidden)
@@ -208,7 +172,8 @@ def peer_entries(layer: Problem, seconds: dict[str, list[float]], absent: dict[s
         entries["trl_chunked"] = {
             "over_ours_time": ratio(searched, seconds["ours"]),
             "seconds_a_pair": statistics.median(seconds["trl_both"]),
-            "note": f"one pair timed; {candidates} forwards and one backward counted; float32 products on a CPU",
+            "note": f"one pair timed; {candidates} forwards and one backward counted"
+            + ("" if ON_GPU else "; float32 products on a CPU, where it is not at home"),
         }
     if "liger_both" in seconds:
         searched = [candidates * both for both in seconds["liger_both"]]
@@ -243,11 +208,11 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
     ):
         problem = Problem(case, trained)
         forms: dict[str, Callable[[], object]] = {
-            "floor": partial(products, problem, 1, trained),
+            "floor": products(problem, 1, trained),
             "ours": fresh(problem, work),
         }
         if work is cross_entropy:
-            forms["naive"] = fresh(problem, dense_cross_entropy)
+            forms |= {"naive": fresh(problem, dense_cross_entropy), **fused_forms(problem)}
         seconds = interleaved(forms, FEWER)
         peak = {"ours": peak_mib(partial(ready, case, threads, work, trained))}
         entries[name] = {
@@ -261,8 +226,19 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
             entries[name] |= {
                 "naive_over_ours_time": ratio(seconds["naive"], seconds["ours"]),
                 "naive_over_ours_memory": peak["naive"] / peak["ours"],
+                **{f"{name}_over_ours_time": ratio(seconds[name], seconds["ours"]) for name in FUSED if name in forms},
             }
     return entries
+
+
+def fused_forms(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Other packages' fused cross-entropy, where there is a GPU and they are installed."""
+    forms: dict[str, Callable[[], object]] = {}
+    for name, make in FUSED.items() if ON_GPU else ():
+        with contextlib.suppress(ImportError):
+            run = make(problem.h[0], problem.weight, problem.labels)
+            forms[name] = fresh(problem, lambda _, run=run: run())  # type: ignore[misc]
+    return forms
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -278,25 +254,29 @@ def show(results: dict[str, Any], console: Console) -> None:
     for name, entry in entries.items():
         if "not_run" in entry:
             console.print(f"{name}: not run, {entry['not_run']}")
+    if not ON_GPU:
+        console.print(f"{', '.join(FUSED)}: not run, their kernels are Triton's and need a GPU")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of the interaction loss and its floor (4)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of the interaction loss and its floor (10)")
     parser.add_argument("--quick", action="store_true", help="a small case, to try the script; writes nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    case = QUICK if arguments.quick else Case()
-    results: dict[str, Any] = {
-        **machine(),
-        **compare_interaction(case, arguments.rounds, arguments.threads),
-        **compare_one_layer(case, arguments.threads),
-    }
+    cases = {"interaction": QUICK} if arguments.quick else GPU_CASES if ON_GPU else {"interaction": Case()}
+    results: dict[str, Any] = machine()
+    for name, case in cases.items():
+        results[name] = compare_floor(case, arguments.rounds, arguments.threads)
+    case = cases["interaction"]
+    dense, peers = compare_dense(replace(case, tokens=min(case.tokens, GPU_DENSE_TOKENS)), arguments.threads)
+    results["interaction"] |= dense
+    results |= {**peers, **compare_one_layer(case, arguments.threads)}
     console = Console()
     show(results, console)
     if not arguments.quick:
-        console.print(f"written: {write_results('losses', results)}")
+        console.print(f"written: {write_results('losses_gpu' if ON_GPU else 'losses', results)}")
 
 
 if __name__ == "__main__":

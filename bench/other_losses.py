@@ -17,7 +17,7 @@ from pipeline.teacher.signal import SparseSignal
 
 def dense(signal: SparseSignal, column: int, vocab: int) -> Tensor:
     """One teacher layer's probabilities [T, V] float32."""
-    probs = torch.zeros(len(signal.ids), vocab)
+    probs = torch.zeros(len(signal.ids), vocab, device=signal.ids.device)
     return probs.scatter_add_(1, signal.ids[:, column], signal.probs[:, column])
 
 
@@ -39,6 +39,17 @@ def naive_shared(h: Tensor, weight: Tensor, signal: SparseSignal, columns: range
     values = torch.stack([kl_div(log_q, dense(signal, column, len(weight)), reduction="sum") for column in columns])
     values[columns.index(drawn)].backward()
     return values.detach()
+
+
+def naive_frugal(h: Tensor, weight: Tensor, signal: SparseSignal, columns: range, drawn: int) -> Tensor:
+    """The same, and only what is drawn leaves a graph behind: dense torch at its best."""
+    log_q = linear(h, weight).float().log_softmax(-1)
+    values = []
+    for column in columns:
+        with torch.set_grad_enabled(column == drawn):
+            values.append(kl_div(log_q, dense(signal, column, len(weight)), reduction="sum"))
+    values[columns.index(drawn)].backward()
+    return torch.stack(values).detach()
 
 
 def naive_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -73,10 +84,36 @@ def liger_pair(h: Tensor, weight: Tensor, hidden: Tensor) -> Callable[[], Tensor
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss_of = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=False, chunk_size=256)
-    labels = torch.zeros(len(h), dtype=torch.int64)
+    labels = torch.zeros(len(h), dtype=torch.int64, device=h.device)
 
     def run() -> Tensor:
         loss = loss_of(h, weight, hidden, weight, labels)
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def liger_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Liger's fused linear cross-entropy, summed: its kernel is Triton's and needs a GPU."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss_of = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def run() -> Tensor:
+        loss = loss_of(weight, h, labels)
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def cut_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Apple's cut cross-entropy, summed, every logit's gradient kept: its kernels are Triton's and need a GPU."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run() -> Tensor:
+        loss = linear_cross_entropy(h, weight, labels, reduction="sum", filter_eps=None)
         loss.backward()
         return loss.detach()
 

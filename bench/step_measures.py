@@ -61,8 +61,8 @@ def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str,
     seconds: dict[str, list[float]] = {}
     operations: dict[str, int] = {}
     for make in (student_steps, verbalize_steps, partial(cache_passes, scratch=scratch)):
-        runs = {name: _finished(run, ranks) for name, run in make(Opened(recipe, ranks)).items()}
-        operations |= _operations(runs)  # and so each has run once before it is timed
+        runs = make(Opened(recipe, ranks))
+        operations |= _operations(runs)
         seconds |= interleaved(runs, rounds)
         del runs
         _free(ranks)
@@ -86,34 +86,20 @@ def _operations(runs: Runs) -> dict[str, int]:
     return counts
 
 
-def _finished(run: Callable[[], object], ranks: Ranks) -> Callable[[], object]:
-    """A run that has ended when it returns."""
-    if ranks.device == "cpu":
-        return run
-
-    def wait() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return wait
-
-
 def _peak_mib(recipe: Path, ranks: Ranks, live: bool) -> float:
     """Memory that stage 2a takes, model and optimizer included: resident on a CPU, allocated on an accelerator."""
-    if ranks.device == "cpu":
-        return round(peak_mib(partial(_in_a_process, recipe, live)))
     _free(ranks)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _two_updates(recipe, ranks, live)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_mib(partial(_prepared_updates, recipe, live, ranks if ranks.device != "cpu" else None))
     _free(ranks)
-    return round(peak / 2**20)
+    return round(peak)
 
 
-def _in_a_process(recipe: Path, live: bool) -> Callable[[], object]:
-    os.environ |= one_rank()
-    return partial(_two_updates, recipe, engine.start(), live)
+def _prepared_updates(recipe: Path, live: bool, ranks: Ranks | None) -> Callable[[], object]:
+    """Two updates; without ranks, this is a process of its own that has yet to become one."""
+    if ranks is None:
+        os.environ |= one_rank()
+        ranks = engine.start()
+    return partial(_two_updates, recipe, ranks, live)
 
 
 def _two_updates(recipe: Path, ranks: Ranks, live: bool) -> None:

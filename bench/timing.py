@@ -1,7 +1,8 @@
 """How the benches measure: what is compared runs in turn in one process, ratios are medians over the rounds.
 
 On a shared machine another program slows a whole round, not one side of a ratio; seconds are reported beside the ratios
-but only those of one round may be compared.
+but only those of one round may be compared. Everything runs once before it is timed, and every other round runs
+backwards, so that nobody is always the one who comes after another.
 """
 
 from __future__ import annotations
@@ -45,12 +46,22 @@ def _processor() -> str:
 def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Wall seconds of each form in each round: one after the other, round by round."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
+    for form in forms.values():
+        form()
+    for number in range(rounds):
+        for name in list(forms)[:: -1 if number % 2 else 1]:
+            _finish()
             start = time.perf_counter()
-            form()
+            forms[name]()
+            _finish()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _finish() -> None:
+    """Wait for what an accelerator still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -59,11 +70,14 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
-    """By how many MiB a process's resident memory grows at its peak while it runs what `prepare` hands it.
+    """By how many MiB memory grows at its peak while what `prepare` hands out runs.
 
-    In a fresh process, so that nothing is left over from another form; `prepare` must be importable there. The peak is
-    the kernel's (VmHWM), set back once the inputs are there: nothing has to look at the right moment.
+    On a CPU resident memory in a fresh process, so that nothing is left over from another form; `prepare` must be
+    importable there. The peak is the kernel's (VmHWM), set back once the inputs are there: nothing has to look at the
+    right moment. On an accelerator what torch has allocated there.
     """
+    if torch.cuda.is_available():
+        return _allocated_peak_mib(prepare())
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(prepare, sending))
@@ -72,6 +86,15 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     grown = receiving.recv()  # EOFError if the process died
     process.join()
     return grown
+
+
+def _allocated_peak_mib(form: Callable[[], object]) -> float:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    form()
+    _finish()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _measure(prepare: Callable[[], Callable[[], object]], sending: Any) -> None:
