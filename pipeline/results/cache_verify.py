@@ -21,7 +21,7 @@ from pipeline.results.cache_on_disk import CacheOnDisk, own_sidecars, read_recor
 from pipeline.runtime.progress import StepProgress
 from pipeline.teacher.codec import CODECS, Codec
 from pipeline.teacher.folder import cache_codec, missing_shards
-from pipeline.teacher.head import HEAD, read_head
+from pipeline.teacher.head import HEAD, head_sha256, read_head
 from pipeline.teacher.packing import unpack_record
 from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
 
@@ -172,11 +172,18 @@ def beside_shards(cache: CacheOnDisk) -> list[Problem]:
         elif own[name] != entry:
             problems.append(Problem(MANIFEST, "", f"it does not say of {name} what its sidecar says"))
     if cache.sidecars and CODECS[cache.identity.codec["name"]].needs_head:
-        try:
-            read_head(cache.path, (cache.manifest or {}).get("head_sha256"), "cpu", cache.recipe or "R")
-        except CacheError as error:
-            problems.append(Problem(HEAD, "", str(error)))
+        problems += _head_problems(cache)
     return problems
+
+
+def _head_problems(cache: CacheOnDisk) -> Iterator[Problem]:
+    written = head_sha256(cache.path)
+    if cache.manifest and cache.manifest.get("head_sha256") != written:
+        yield Problem(MANIFEST, "", "it does not say of the head what its sidecar says")
+    try:
+        read_head(cache.path, written or "none recorded", "cpu", cache.recipe or "R")
+    except CacheError as error:
+        yield Problem(HEAD, "", str(error))
 
 
 def _lines(problems: Sequence[Problem]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from data_prep.shards import ShardFolder, write_file, write_manifest, write_shard
 from pipeline.errors import CacheError, SampleError
 from pipeline.teacher.codec import Codec, make_codec
-from pipeline.teacher.fingerprint import data_fingerprint, file_sha256
+from pipeline.teacher.fingerprint import data_fingerprint
 from pipeline.teacher.folder import (
     RECORD,
     CacheIdentity,
@@ -27,7 +27,7 @@ from pipeline.teacher.folder import (
     read_identity,
     read_sidecars,
 )
-from pipeline.teacher.head import HEAD, save_head
+from pipeline.teacher.head import has_head, head_sha256, save_head
 from pipeline.teacher.order import has_order, save_order
 from pipeline.teacher.packing import pack_record, pack_skipped
 from pipeline.teacher.places import IDENTITY
@@ -50,9 +50,12 @@ class CacheFolder:
 
     @property
     def lacks(self) -> set[str]:
-        """Which of "head" and "order" the codec needs and the folder has not; they come before any shard."""
+        """Which of "head" and "order" the codec needs and the folder has not; they come before any shard.
+
+        A head that is not what was written is lacking: it is hashed, once a job.
+        """
         codec = make_codec(**self.identity.codec)
-        there = {"head": (self.path / HEAD).is_file(), "order": has_order(self.path)}
+        there = {"head": has_head(self.path), "order": has_order(self.path)}
         needed = {"head": codec.needs_head, "order": codec.needs_order}
         return {name for name in needed if needed[name] and not there[name]}
 
@@ -93,8 +96,8 @@ class CacheFolder:
         fields["tokens"] = sum(sidecar["tokens"] for sidecar in sidecars.values())
         fields["skipped"] = sum(len(sidecar["skipped"]) for sidecar in sidecars.values())
         fields |= summary(list(sidecars.values()))
-        if (self.path / HEAD).is_file():
-            fields["head_sha256"] = file_sha256(self.path / HEAD)
+        if (written := head_sha256(self.path)) is not None:
+            fields["head_sha256"] = written
         write_manifest(self.path, list(sidecars.values()), **fields)
         return True
 

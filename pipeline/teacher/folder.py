@@ -3,6 +3,7 @@
 cache.json         what the cache is made of: written first; every job that fills it must agree
 order.int32        the vocabulary by the teacher's use, where the codec needs it
 head.safetensors   the teacher's language head, where the codec needs it
+head.json          its sidecar: its hash when it was written
 000000.tar         mirrors data shard 000000.tar: same name, same keys, same order
 000000.json        its sidecar, written after it: "this shard is done"
 manifest.json      written last, from all sidecars

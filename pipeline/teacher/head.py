@@ -1,7 +1,12 @@
-"""The teacher's language head, stored with a cache whose codec decodes through it: stage 2 has no teacher."""
+"""The teacher's language head, stored with a cache whose codec decodes through it: stage 2 has no teacher.
+
+Its hash is taken of what is written, before the disk has it: whatever becomes of the file is then seen.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -15,17 +20,33 @@ from pipeline.teacher.folder import command
 from pipeline.teacher.signal import Unembedding
 
 HEAD = "head.safetensors"
+SIDECAR = "head.json"
 
 
 def save_head(path: Path, unembedding: Unembedding) -> None:
-    """Write a cache folder's head.safetensors, cut to the common vocabulary."""
+    """Write a cache folder's head.safetensors, cut to the common vocabulary, and then its hash."""
     tensors = {"weight": unembedding.weight[: unembedding.vocab].detach().cpu().contiguous()}
     if unembedding.bias is not None:
         tensors["bias"] = unembedding.bias[: unembedding.vocab].detach().cpu().contiguous()
     meta = {"vocab": str(unembedding.vocab), "scale": repr(unembedding.scale)}
     if unembedding.softcap is not None:
         meta["softcap"] = repr(unembedding.softcap)
-    write_file(path / HEAD, save(tensors, meta))
+    content = _in_order(save(tensors, meta))
+    write_file(path / HEAD, content)
+    write_file(path / SIDECAR, json.dumps({"sha256": hashlib.sha256(content).hexdigest()}).encode())
+
+
+def head_sha256(path: Path) -> str | None:
+    """The hash of a cache's head as it was written; None where its sidecar is gone or damaged."""
+    try:
+        return json.loads((path / SIDECAR).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def has_head(path: Path) -> bool:
+    """Whether a cache folder has its head, byte for byte as it was written."""
+    return (path / HEAD).is_file() and file_sha256(path / HEAD) == head_sha256(path)
 
 
 def check_head(path: Path, recipe: Path | str = "R") -> None:
@@ -40,7 +61,7 @@ def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe
     check_head(path, recipe)
     found = file_sha256(file)
     if sha256 is not None and found != sha256:
-        raise CacheError(f"{file} is damaged: expected SHA-256 {sha256}, found {found}. Remove it. {_repair(recipe)}")
+        raise CacheError(f"{file} is damaged: expected SHA-256 {sha256}, found {found}. {_repair(recipe)}")
     try:
         with safe_open(file, framework="pt", device=str(device)) as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not a dict
@@ -50,7 +71,14 @@ def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe
             tensors["weight"], int(meta["vocab"]), tensors.get("bias"), float(meta["scale"]), softcap
         )  # fmt: skip
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{file} is damaged: {error!r}. Remove it. {_repair(recipe)}") from None
+        raise CacheError(f"{file} is damaged: {error!r}. {_repair(recipe)}") from None
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its header sorted, which comes in an order of chance: jobs write the same bytes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    return b"".join((content[:8], header.ljust(end - 8), memoryview(content)[end:]))
 
 
 def _repair(recipe: Path | str) -> str:

@@ -40,7 +40,7 @@ def words(key: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, 2 * torch.randn(len(tokens), len(LAYERS), D, generator=generator)
 
 
-def write_cache(run: Path, root: Path, codec: str, names: list[str] | None = None) -> Path:
+def write_cache(run: Path, root: Path, codec: str, names: list[str] | None = None, verify: bool = False) -> Path:
     """A cache as a job leaves it, in RUN/cache/NAME, of all data shards or some; the second sample is skipped."""
     data = ShardFolder(root / "shards" / "train")
     made_by = {"weights": "a" * 64, "tokenizer": tokenizer_fingerprint(root / "teacher"), "max_length": "512"}
@@ -50,7 +50,7 @@ def write_cache(run: Path, root: Path, codec: str, names: list[str] | None = Non
         folder.save_head(HEAD)
     if "order" in folder.lacks:
         folder.save_order(order_by_use(HEAD.weight.sum(1).numpy()))
-    for name in folder.missing(names):
+    for name in folder.missing(names, verify=verify):
         write_shard(folder, name)
     folder.finish(lambda sidecars: {"fidelity": Fidelity.from_json(sidecars[0]["fidelity"]).summary()})
     return folder.path
@@ -111,6 +111,11 @@ def flip(file: Path, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 4
     file.write_bytes(content)
+
+
+def repaired(copied, made) -> None:
+    """What --only-missing does."""
+    assert write_cache(copied.run, made, look(copied.cache).identity.codec["name"], verify=True) == copied.cache
 
 
 def sidecar_of(copied, name="000000") -> dict:
@@ -281,10 +286,26 @@ def test_a_sidecar_that_miscounts(copied):
 
 
 @pytest.mark.parametrize("copied", ["hidden"], indirect=True)
-def test_verify_finds_a_damaged_head(copied, capsys):
+def test_verify_finds_a_damaged_head_and_a_job_makes_it_again(copied, made, capsys):
     flip(copied.cache / "head.safetensors", -1)
-    code, out, _ = command(copied, capsys, copied.cache, "--verify")
+    code, out, err = command(copied, capsys, copied.cache, "--verify")
     assert code == 2 and "head.safetensors is damaged: expected SHA-256" in out
+    assert err.endswith(f"Put it right: deepspeed launch/cache.py --recipe {copied.recipe} --only-missing\n")
+    repaired(copied, made)
+    assert command(copied, capsys, copied.cache, "--verify")[0] == 0
+
+
+@pytest.mark.parametrize("copied", ["hidden"], indirect=True)
+def test_verify_finds_a_head_whose_hash_is_lost_or_another(copied, made, capsys):
+    manifest = copied.cache / "manifest.json"
+    said = json.loads(manifest.read_text())["head_sha256"]
+    manifest.write_text(manifest.read_text().replace(said, "0" * 64))
+    assert "manifest.json: it does not say of the head" in command(copied, capsys, copied.cache, "--verify")[1]
+    repaired(copied, made)
+    (copied.cache / "head.json").unlink()
+    assert "expected SHA-256 none recorded" in command(copied, capsys, copied.cache, "--verify")[1]
+    repaired(copied, made)
+    assert command(copied, capsys, copied.cache, "--verify")[0] == 0
 
 
 def test_a_foreign_shard_is_named(copied, made):

@@ -166,6 +166,23 @@ def test_what_must_come_before_the_shards(tmp_path, data):
     assert not CacheFolder(tmp_path / "hidden", identity("hidden"), data).lacks
 
 
+def test_a_damaged_head_is_lacking_and_never_blessed(tmp_path, data):
+    path = full(tmp_path / "cache", data, codec="hidden")
+    head, said = path / "head.safetensors", json.loads((path / "manifest.json").read_text())["head_sha256"]
+    whole = head.read_bytes()
+    folder = CacheFolder(path, identity("hidden"), data)
+    for file in (head, path / "head.json"):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        assert folder.lacks == {"head"}
+        with pytest.raises(ValueError, match="save {'head'} before finish"):
+            folder.finish()
+        assert fill(folder, data) and not folder.lacks and head.read_bytes() == whole
+    assert json.loads((path / "manifest.json").read_text())["head_sha256"] == said
+    assert torch.equal(TeacherCache(path, data).unembedding().weight, HEAD.weight[:V])
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
