@@ -11,7 +11,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALL
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test bench-cache bench-losses bench-steps lint types clean
+.PHONY: help setup demo demo-models test peers bench-cache bench-losses bench-steps lint types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,9 +31,12 @@ test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/
 bench-cache: $(STAMP)  ## the cache's codecs beside other systems', bytes against error; ARGS=--quick tries the script
 	@$(RUN) python -m bench.cache $(ARGS)
 
-# The packages that the losses are compared with lie apart: nothing else here needs them.
-bench-losses: $(STAMP)  ## the losses beside their matrix products, dense torch and other packages, 5 minutes; ARGS=--quick
-	@test -d build/peers || $(PIP) install --quiet --no-deps --target build/peers trl==1.16.0 liger-kernel==0.8.5
+# The packages that the losses are compared with lie apart: the project needs none of them.
+peers: $(STAMP)  ## install them into build/peers; the tests that compare with them are skipped without
+	@test -d build/peers/trl || $(PIP) install --quiet --no-deps --target build/peers \
+	  trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+
+bench-losses: peers  ## the losses beside their matrix products, dense torch and other packages, 5 minutes; ARGS=--quick
 	@$(RUN) PYTHONPATH=build/peers python -m bench.losses $(ARGS)
 
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU

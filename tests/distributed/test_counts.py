@@ -1,4 +1,4 @@
-"""What a step does and how often, on two ranks under ZeRO-3: layers recomputed, heads gathered, a rank without words."""
+"""What a step does and how often, on two ranks under ZeRO-3: layers recomputed, heads gathered, ranks without words."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The divergence is the one that others compute: their arithmetic, restated, and what each divides by.
+"""The divergence is the one that others compute, and what each divides by.
 
-TRL 1.16: `GKDTrainer.generalized_jsd_loss` at beta = 0. ModelOpt 0.47: `modelopt.torch.distill.LogitsDistillationLoss`.
+TRL 1.16 itself (`make peers` puts it beside the project): `GKDTrainer.generalized_jsd_loss` at beta = 0, and the
+chunked kernel of its DistillationTrainer. ModelOpt 0.47, whose package wants more than this project has, restated:
+`modelopt.torch.distill.LogitsDistillationLoss`.
 """
 
 import pytest
@@ -13,12 +15,6 @@ from pipeline.teacher.signal import HiddenSignal
 
 TOKENS, VOCAB = 13, 50
 LABELS = torch.arange(TOKENS).where(torch.arange(TOKENS) % 3 != 1, -100)
-
-
-def trl_generalized_jsd(student, teacher, labels):
-    """Mean over the tokens whose label counts (`num_items_in_batch`, or "batchmean" with labels)."""
-    jsd = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), reduction="none", log_target=True)
-    return jsd[labels != -100].sum() / (labels != -100).sum()
 
 
 def modelopt_logits_loss(student, teacher, reduction):
@@ -38,11 +34,13 @@ def pair(request):
     return h, student_head, teacher, topk_signal(teacher.softmax(-1)[:, None], VOCAB)
 
 
+@pytest.mark.filterwarnings("ignore")  # TRL's own, about its experimental parts
 def test_trl_s_generalized_jsd_at_beta_zero_is_ours_over_the_response_tokens(pair):
+    gkd = pytest.importorskip("trl.experimental.gkd", reason="TRL is installed by `make peers`", exc_type=ImportError)
     h, head, teacher, signal = pair
     counted = LABELS != -100
     ours = column_kl(h[counted], head, signal.part(counted), 0) / counted.sum()
-    theirs = trl_generalized_jsd(dense_logits(h, head), teacher, LABELS)
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(dense_logits(h, head), teacher, LABELS, beta=0.0)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(truth_gradients(loss, h)[0] for loss in (ours, theirs)))
 
@@ -55,3 +53,17 @@ def test_modelopt_s_logits_loss_is_ours_but_for_what_it_divides_by(pair, reducti
     theirs = modelopt_logits_loss(dense_logits(h, head), teacher, reduction).sum()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(truth_gradients(loss, h)[0] for loss in (ours, theirs)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_s_chunked_divergence_at_beta_zero_is_ours_a_token():
+    chunked = pytest.importorskip(
+        "trl.kernels.chunked_divergence", reason="TRL is installed by `make peers`", exc_type=ImportError
+    )
+    head, teacher_head = make_head(VOCAB, 6, torch.float32), make_head(VOCAB, 9, torch.float32, seed=5)
+    h, hidden = make_h(TOKENS, 6, dtype=torch.float32).requires_grad_(), make_h(TOKENS, 9, dtype=torch.float32, seed=6)
+    ours = column_kl(h, head, HiddenSignal(hidden[:, None], teacher_head), 0)
+    there = chunked.ChunkedDivergenceFunction
+    theirs = there.apply(h, head.weight, None, hidden, teacher_head.weight, None, 0.0)[0].sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(truth_gradients(loss, h)[0] for loss in (ours, theirs)), rtol=1e-4, atol=1e-5)
