@@ -72,29 +72,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def chunk_logits(h: Tensor, unembedding: Unembedding) -> Tensor:
+def wide_logits(h: Tensor, unembedding: Unembedding) -> Tensor:
     """[c, d] -> [c, V] logits, as `Unembedding.logits`, in memory that may be overwritten, and float64 stays so."""
-    return logits_of(chunk_products(h, unembedding), unembedding)
-
-
-def chunk_products(h: Tensor, unembedding: Unembedding) -> Tensor:
-    """h W^T + b [c, V] in the weight's dtype."""
-    weight, vocab = unembedding.weight, unembedding.vocab
-    bias = None if unembedding.bias is None else unembedding.bias[:vocab]
-    return torch.nn.functional.linear(h.to(weight.dtype), weight[:vocab], bias)
-
-
-def logits_of(products: Tensor, unembedding: Unembedding) -> Tensor:
-    """The products [c, V] scaled and capped, in float32 or, where that is theirs, in their own memory."""
-    return _scale_and_cap(products.to(accumulator(products.dtype)), unembedding)
-
-
-def _scale_and_cap(logits: Tensor, unembedding: Unembedding) -> Tensor:
-    if unembedding.scale != 1.0:
-        logits.mul_(unembedding.scale)
-    if unembedding.softcap is not None:
-        logits.div_(unembedding.softcap).tanh_().mul_(unembedding.softcap)
-    return logits
+    products = unembedding.products(h)
+    return unembedding.bend_(products.to(accumulator(products.dtype)))
 
 
 class Workspace:
@@ -116,22 +97,18 @@ class Workspace:
 
     def products(self, h: Tensor) -> Tensor:
         """h W^T + b [c, V] in the weight's dtype, until the next call. Without gradient."""
-        weight, vocab, bias = self.unembedding.weight, self.unembedding.vocab, self.unembedding.bias
         if len(self._products) < len(h):
-            self._products = weight.new_empty(len(h), vocab)
-        out, h = self._products[: len(h)], h.to(weight.dtype)
-        if bias is None:
-            return torch.mm(h, weight[:vocab].T, out=out)
-        return torch.addmm(bias[:vocab], h, weight[:vocab].T, out=out)
+            self._products = self.unembedding.weight.new_empty(len(h), self.unembedding.vocab)
+        return self.unembedding.products(h, self._products[: len(h)])
 
     def logits(self, products: Tensor) -> Tensor:
-        """As `logits_of`, in memory that is good until the next call."""
+        """The products [c, V] scaled and capped, in float32, until the next call; or, where they are wide, in place."""
         wide = accumulator(products.dtype)
         if products.dtype == wide:
-            return _scale_and_cap(products, self.unembedding)
+            return self.unembedding.bend_(products)
         if len(self._tile) < len(products):
             self._tile = products.new_empty(products.shape, dtype=wide)
-        return _scale_and_cap(self._tile[: len(products)].copy_(products), self.unembedding)
+        return self.unembedding.bend_(self._tile[: len(products)].copy_(products))
 
     def tile_rows(self) -> int:
         """How many rows of a chunk are in float32 at a time."""

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pipeline.loss.chunks import Gradients, Workspace, exp_, logits_of, product_gradients, row_chunks, softmax_
+from pipeline.loss.chunks import Gradients, Workspace, exp_, product_gradients, row_chunks, softmax_
 
 BLOCK = 128
 """Ids of which the largest logit is found first, when the largest of all is sought."""
@@ -91,7 +91,7 @@ def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, note: Not
 
     for rows in row_chunks(len(h), workspace.chunk):
         products = workspace.products(h[rows])
-        asked = logits_of(products.gather(1, ids[rows]), workspace.unembedding)
+        asked = workspace.unembedding.bend_(products.gather(1, ids[rows]).float())
         top_id, top_log_q, log_sum = exp_without_top_(products, workspace.unembedding)
         note(rows, top_id, torch.cat((top_log_q, asked - log_sum), 1), log_sum)
         yield rows, products

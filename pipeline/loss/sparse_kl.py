@@ -37,12 +37,12 @@ from pipeline.loss.chunks import (
     accumulator,
     attach_gradients,
     cap_slope,
-    chunk_logits,
     head_loss,
     product_gradients,
     row_chunks,
     rows_per_chunk,
     softmax_,
+    wide_logits,
 )
 from pipeline.loss.probabilities import probability_chunks
 from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
@@ -272,9 +272,9 @@ def _add_exact(
     """Add the exact KL of each pair in the window into values [S, J]; teacher logits are made once a chunk."""
     wide = accumulator(unembedding.weight.dtype)
     for rows in row_chunks(h.shape[1], max(1, chunk // (len(h) + 1))):
-        log_q = [chunk_logits(layer[rows], unembedding).log_softmax(1) for layer in h]
+        log_q = [wide_logits(layer[rows], unembedding).log_softmax(1) for layer in h]
         for column in sorted({column for columns in window for column in columns}):
-            log_p = chunk_logits(signal.hidden[rows, column], signal.unembedding).to(wide).log_softmax(1)
+            log_p = wide_logits(signal.hidden[rows, column], signal.unembedding).to(wide).log_softmax(1)
             p = log_p.exp()
             for layer, columns in enumerate(window):
                 if column in columns:

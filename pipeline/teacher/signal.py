@@ -28,10 +28,23 @@ class Unembedding:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] normed hidden states -> [..., V] logits in float32 (the product itself in the weight's dtype)."""
+        return self.bend_(self.products(hidden).float())
+
+    def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """h W^T + b [..., V] in the weight's dtype; in `out`, if given, for hidden [c, d] and without gradient."""
+        hidden, weight = hidden.to(self.weight.dtype), self.weight[: self.vocab]
         bias = None if self.bias is None else self.bias[: self.vocab]
-        product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight[: self.vocab], bias)
-        logits = product.float() * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if out is None:
+            return torch.nn.functional.linear(hidden, weight, bias)
+        return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+    def bend_(self, products: Tensor) -> Tensor:
+        """What is made of the products [..., V], in place: scaled, then capped."""
+        if self.scale != 1.0:
+            products.mul_(self.scale)
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products
 
 
 @dataclass(frozen=True)

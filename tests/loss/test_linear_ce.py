@@ -5,7 +5,7 @@ import torch
 from dense_losses import as_dtype, assert_earned, dense_ce, dense_logits, make_h, make_head, truth_gradients
 
 from pipeline.loss import chunks
-from pipeline.loss.chunks import ROW_BLOCK, chunk_logits, row_chunks, rows_per_chunk
+from pipeline.loss.chunks import ROW_BLOCK, row_chunks, rows_per_chunk, wide_logits
 from pipeline.loss.linear_ce import linear_cross_entropy, token_log_probs
 from pipeline.teacher.signal import Unembedding
 
@@ -165,10 +165,10 @@ def test_token_log_probs_sum_to_the_loss(options):
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_chunk_logits_are_the_unembedding_s(options):
+def test_wide_logits_are_the_unembedding_s(options):
     head, h = make_head(31, 6, torch.float32, **options), make_h(12, 6, dtype=torch.float32)
-    torch.testing.assert_close(chunk_logits(h, head), head.logits(h))
-    torch.testing.assert_close(chunk_logits(h, head), dense_logits(h, head))
+    torch.testing.assert_close(wide_logits(h, head), head.logits(h))
+    torch.testing.assert_close(wide_logits(h, head), dense_logits(h, head))
 
 
 def test_rows_per_chunk_bounds_the_elements():

@@ -13,7 +13,6 @@ import torch
 from dense_losses import as_dtype, assert_earned, dense_ce, dense_kl, dense_logits, make_h, make_head, topk_signal
 
 from pipeline.loss import probabilities
-from pipeline.loss.chunks import chunk_products
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
 from pipeline.teacher.signal import Unembedding
@@ -34,7 +33,7 @@ def on_device(head):
 def products_and_logits(vocab, options, dtype):
     """(head, what the kernel works on, the logits that it stands for and their slope in float64)."""
     head = on_device(make_head(vocab, 6, dtype, **options))
-    products = chunk_products(make_h(3, 6, dtype=dtype).to(DEVICE), head)
+    products = head.products(make_h(3, 6, dtype=dtype).to(DEVICE))
     bare = Unembedding(torch.eye(vocab, dtype=torch.float64, device=DEVICE), vocab, None, head.scale, head.softcap)
     logits = dense_logits(products.double(), bare)
     return head, products, logits, head.scale * (1 if head.softcap is None else 1 - (logits / head.softcap) ** 2)
