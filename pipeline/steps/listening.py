@@ -21,6 +21,7 @@ from pipeline.runtime.loop import Job
 from pipeline.teacher.codec import Codec
 from pipeline.teacher.draws import uniform
 from pipeline.teacher.packing import to_numpy
+from pipeline.teacher.rows import row_states
 from pipeline.teacher.signal import Unembedding
 
 WINDOW = 32
@@ -83,9 +84,14 @@ class Listener:
 
 
 def _code(codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor, unembedding: Unembedding) -> Heard:
-    """Runs while the head is gathered. The rows measured are coded all the way to bytes and back."""
+    """Runs while the head is gathered. The rows measured are coded all the way to bytes and back.
+
+    Those that are not finite are not measured: they cannot be coded, and their samples will be skipped.
+    """
     codes = codec.encode(hidden, unembedding, drawn, chunk)
     some = {name: to_numpy(array[rows.to(array.device)]) for name, array in codes.items()}
+    finite = codec.finite(some)
+    rows, some = rows[torch.from_numpy(finite)], {name: array[finite] for name, array in some.items()}
     layers = hidden.shape[1]
     signal = (
         codec.decode(codec.unpack(codec.pack(some), len(rows), layers), unembedding, hidden.device)
@@ -97,8 +103,9 @@ def _code(codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor,
 
 def _use(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
     total = torch.zeros(unembedding.vocab, dtype=torch.float64, device=hidden.device)
-    for rows in hidden.reshape(-1, hidden.shape[-1]).split(chunk):
-        total += unembedding.logits(rows).softmax(1).sum(0, dtype=torch.float64)
+    for states in row_states(hidden, chunk):
+        # A row that is not finite says nothing; left in, its NaN would be the use of every id.
+        total += unembedding.logits(states).softmax(1).nan_to_num_(0.0).sum(0, dtype=torch.float64)
     return total
 
 

@@ -38,6 +38,13 @@ class Codec(Protocol):
         """
         ...
 
+    def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[T] bool: the tokens of whose arrays, as encode gave them, all numbers come from finite ones.
+
+        The others can be neither packed nor decoded: their samples are skipped.
+        """
+        ...
+
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         """One record's arrays, as encode gave them, to named streams of bytes, not yet compressed."""
         ...

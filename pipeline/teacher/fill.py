@@ -133,15 +133,18 @@ class CacheWriter:
     def add(self, key: str, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
         """A sample's T response token ids and the codec's arrays [T, J, ...]; returns the bytes that they take.
 
-        Raises SampleError where a number is NaN (the teacher overflowed): skip it then; ValueError for a foreign key,
-        one that came already, or arrays of another T or J.
+        Raises SampleError where a number is not finite (the teacher overflowed): skip it then; ValueError for a foreign
+        key, one that came already, or arrays of another T or J.
         """
         expected = (len(tokens), len(self._identity.layers))
         for name, array in arrays.items():
             if array.shape[:2] != expected or not len(tokens):
                 raise ValueError(f"'{key}': {name} is {array.shape} for {expected} tokens and layers")
-            if array.dtype.kind == "f" and np.isnan(array).any():
-                raise SampleError(f"what the teacher says is not a number ({name}): run it in bf16 or fp32")
+        if bad := int((~self._codec.finite(arrays)).sum()):
+            raise SampleError(
+                f"what the teacher says about {bad} of {len(tokens)} tokens is not finite. If many samples are so in "
+                "bf16, set precision: fp32"
+            )
         record = pack_record(tokens, self._codec.pack(arrays), self._made_for)
         self._keep(key, record)
         self._tokens += len(tokens)

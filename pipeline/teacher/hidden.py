@@ -38,6 +38,10 @@ class Hidden:
         """[T, J, d] -> {"hidden": [T, J, d]}."""
         return {"hidden": hidden.to(getattr(torch, self.dtype))}
 
+    def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[T] bool: the hidden states are looked at, not the logits, which nobody makes here."""
+        return self._states(arrays).isfinite().flatten(1).all(1).numpy()
+
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         """One record's hidden states as they are."""
         return {f"hidden.{self.dtype}": raw_stream(arrays["hidden"], self.dtype)}
@@ -53,9 +57,7 @@ class Hidden:
         device: torch.device | str = "cpu",
     ) -> HiddenSignal:
         """Raises ValueError without the teacher's head, which TeacherCache.unembedding has."""
-        hidden = torch.from_numpy(arrays["hidden"]).to(device)
-        hidden = hidden.view(torch.bfloat16) if self.dtype == "bfloat16" else hidden
-        return HiddenSignal(hidden, _required(unembedding))
+        return HiddenSignal(self._states(arrays).to(device), _required(unembedding))
 
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
@@ -64,6 +66,9 @@ class Hidden:
         head = _required(unembedding)
         shape = (0, layers, head.weight.shape[1])
         return HiddenSignal(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=device), head)
+
+    def _states(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        return torch.from_numpy(arrays["hidden"]).view(getattr(torch, self.dtype))
 
 
 def _required(unembedding: Unembedding | None) -> Unembedding:

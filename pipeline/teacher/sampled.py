@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.teacher.packing import narrowest, raw_array, raw_stream
+from pipeline.teacher.rows import row_states
 from pipeline.teacher.signal import SparseSignal, Unembedding
 
 COUNTS = 12
@@ -60,18 +61,20 @@ class Sampled:
     @torch.no_grad()
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
         """[T, J, d] and u [T, J] -> {"ranks": [T, J, N] int32 ascending, "entropy": [T, J] float32 in nat}."""
-        tokens, layers, width = hidden.shape
+        tokens, layers, _ = hidden.shape
         order, at_once = torch.from_numpy(self.order).to(hidden.device), max(1, DRAWN_AT_ONCE // unembedding.vocab)
-        rows = zip(
-            hidden.reshape(-1, width).split(chunk), uniform.to(hidden.device).reshape(-1).split(chunk), strict=True
-        )
+        u = uniform.to(hidden.device).reshape(-1).split(chunk)
         drawn = [
-            _draw(part, order, u, self.points)
-            for some, of_some in rows
-            for part, u in zip(unembedding.logits(some).split(at_once), of_some.split(at_once), strict=True)
+            _draw(part, order, of_part, self.points)
+            for states, of_chunk in zip(row_states(hidden, chunk), u, strict=True)
+            for part, of_part in zip(unembedding.logits(states).split(at_once), of_chunk.split(at_once), strict=True)
         ]
         ranks, entropy = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return {"ranks": ranks.view(tokens, layers, self.points), "entropy": entropy.view(tokens, layers)}
+
+    def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[T] bool: the entropy of logits that are not all finite is NaN."""
+        return np.isfinite(arrays["entropy"]).all(1)
 
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         """One record's ranks and entropies to streams: one symbol for each distinct id, and the bits below it.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.teacher.packing import narrowest, raw_arrays, raw_stream
+from pipeline.teacher.rows import row_states
 from pipeline.teacher.signal import SparseSignal, Unembedding
 
 
@@ -40,9 +41,9 @@ class TopK:
     @torch.no_grad()
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
         """[T, J, d] -> {"ids": [T, J, K] int32, "logprobs": [T, J, K] float16, "tail": [T, J] float32}."""
-        tokens, layers, width = hidden.shape
+        tokens, layers, _ = hidden.shape
         kept = min(self.k, unembedding.vocab)
-        rows = [self._encode_rows(part, unembedding, kept) for part in hidden.reshape(-1, width).split(chunk)]
+        rows = [self._encode_rows(unembedding.logits(states), kept) for states in row_states(hidden, chunk)]
         ids, logprobs, tail = (torch.cat(parts) for parts in zip(*rows, strict=True))
         return {
             "ids": ids.view(tokens, layers, kept),
@@ -51,13 +52,16 @@ class TopK:
         }
 
     @staticmethod
-    def _encode_rows(hidden: Tensor, unembedding: Unembedding, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-        logits = unembedding.logits(hidden)
+    def _encode_rows(logits: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         top, ids = logits.topk(kept)
         # Not 1 - sum of the kept: that would be rounding noise where the distribution is sharp.
         rest = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1)
         total = torch.logaddexp(rest, top.logsumexp(-1))
         return ids.int(), (top - total[:, None]).half(), (rest - total).exp()
+
+    def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[T] bool: a logit that is NaN or infinite counts as the largest, and its log-probability is NaN."""
+        return ~np.isnan(arrays["logprobs"]).any((1, 2))
 
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         """One record's arrays as they are, ids in the narrowest type that holds them."""
