@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.runtime.progress import say
+
 Item = TypeVar("Item")
+
+MEET_EVERY_S = 10.0
+"""How long a rank lets the others wait for it: collectives time out, DeepSpeed's after 10 minutes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,26 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(items))
     return [item for part in gathered for item in part]
+
+
+def gather_made(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
+    """gather_lists(make()) where making takes long, such as hashing: the ranks meet while they make.
+
+    what: said by rank 0 whenever they have met and are not done, with the time so far. Raises what `make` raised.
+    """
+    begun = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(make)
+        while not all(gather_lists([_is_made(making)])):
+            say(f"{what}, {time.monotonic() - begun:.0f} s", ranks.first)
+    return gather_lists(making.result())
+
+
+def _is_made(making: Future[Sequence[Any]]) -> bool:
+    wait([making], MEET_EVERY_S)
+    if making.done():
+        making.result()  # an error ends the job now, not when the other ranks have made theirs
+    return making.done()
 
 
 def until_all_done(own: Iterator[Item], ranks: Ranks) -> Iterator[Item | None]:

@@ -1,0 +1,58 @@
+"""What ranks tell each other: also where one takes longer than a collective waits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import CacheError
+from pipeline.runtime import ranks
+from pipeline.runtime.ranks import Ranks, gather_made
+
+SLOW = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from pipeline.runtime import ranks
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=3), 2, rank)
+ranks.MEET_EVERY_S = 0.5
+def make():
+    time.sleep(0 if rank else 6)
+    return [f"of rank {rank}"]
+print(ranks.gather_made(ranks.Ranks(rank, 2), "hashing", make))
+"""
+
+
+def test_a_rank_may_take_longer_than_a_collective_waits(tmp_path):
+    command = [sys.executable, "-c", SLOW]
+    both = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet")],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    for text in said:
+        assert text.splitlines()[-1] == "['of rank 0', 'of rank 1']"
+    assert "hashing, " in said[0] and "hashing, " not in said[1], "rank 0 says what takes so long"
+
+
+def test_what_makes_one_rank_fail_is_raised(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "MEET_EVERY_S", 0.01)
+
+    def fail():
+        time.sleep(0.1)
+        raise CacheError("expected weights as *.safetensors, found none")
+
+    with pytest.raises(CacheError, match="found none"):
+        gather_made(Ranks(), "cache: hashing the teacher", fail)
+    assert "cache: hashing the teacher, 0 s" in capsys.readouterr().out
