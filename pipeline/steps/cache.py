@@ -6,27 +6,29 @@ depend on the number of ranks.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.recipe import Recipe
 from pipeline.runtime.batches import BadSamples, Chats, Loaded, Place, Rejected
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, size_text
-from pipeline.runtime.ranks import gather_lists, until_all_done, wait_for_all
+from pipeline.runtime.ranks import gather_lists, gather_made, sum_over_ranks, until_all_done, wait_for_all
 from pipeline.steps.listening import WINDOW, Heard, Listener
-from pipeline.steps.rehearsal import Projection, find_order, project, refuse_without_room
+from pipeline.steps.rehearsal import Projection, find_order, on_disk, project, refuse_without_room
 from pipeline.teacher.caches import folder_for
 from pipeline.teacher.fill import CacheFolder, CacheWriter
 from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
@@ -41,6 +43,9 @@ NAME = "cache"
 WRITES_WAITING = 2
 """Batches that may wait for the writing thread before the teacher waits for it."""
 
+REASONS_SAID = 5
+"""How many of the reasons why shards are to be made are said."""
+
 
 def run(
     job: Job, hosted: Engine | None = None, shards: tuple[int, int] | None = None, only_missing: bool = False
@@ -51,23 +56,19 @@ def run(
     those that have changed.
     """
     recipe = job.recipe
+    verbalize = _verbalizers(job)
     made = encoders(recipe, ["teacher"])
     data = ShardFolder(recipe.data.train)
-    verbalize = done(recipe.run / "verbalize")
-    if verbalize is None:
-        raise CacheError(
-            f"no verbalizers in {recipe.run / 'verbalize'}; run: "
-            "deepspeed launch/train.py --stage 1 --only verbalize --recipe R"
-        )
-    cache = _open(job, _identity(recipe, verbalize, made["teacher"]), data)
+    cache = _open(job, _identity(job, verbalize, made["teacher"]), data)
     lacks, missing = _work(job, cache, data, shards, only_missing)
     if missing or lacks:
+        _say_why(job, missing)
         engine = hosted or _load_teacher(job, verbalize["vocab"])
         listener = Listener(job, engine, Chats(data, made), cache.identity.layers, cache.identity.vocab)
         _prepare(job, listener, cache, lacks)
         _, missing = _work(job, cache, data, shards, only_missing) if lacks else (lacks, missing)
         if missing:
-            _fill(job, listener, cache, missing)
+            _fill(job, listener, cache, list(missing))
     wait_for_all()
     _finish(job, cache, len(data.shards))
 
@@ -105,14 +106,33 @@ def plan(data: ShardFolder, shards: Sequence[str], rank: int, world: int) -> lis
     return windows
 
 
-def _identity(recipe: Recipe, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
-    spoken = verbalize["teacher"]
-    prints = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
-    prints["verbalizers"] = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
-    prints["max_length"] = str(recipe.data.max_length)
+def _verbalizers(job: Job) -> dict[str, Any]:
+    """What stage 1 says of its verbalizers, as rank 0 sees it."""
+    run = job.recipe.run
+    (summary,) = gather_lists([done(run / "verbalize")] if job.ranks.first else [])
+    if summary is None:
+        raise CacheError(
+            f"no verbalizers in {run / 'verbalize'}; run: deepspeed launch/train.py --stage 1 --only verbalize "
+            f"--recipe {shlex.quote(str(run / 'recipe.yaml'))}"
+        )
+    return summary
+
+
+def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
+    """What the cache is made of. Rank 0 hashes, for all."""
+    recipe, spoken = job.recipe, verbalize["teacher"]
+
+    def prints() -> list[dict[str, str]]:
+        if not job.ranks.first:
+            return []
+        verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
+        teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
+        return [{**teacher, "verbalizers": verbalizers, "max_length": str(recipe.data.max_length)}]
+
+    (fingerprints,) = gather_made(job.ranks, f"{NAME}: hashing the teacher, {recipe.teacher.path}", prints)
     layers = (*spoken["layers"], spoken["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
-    return CacheIdentity(codec, layers, verbalize["vocab"], prints)
+    return CacheIdentity(codec, layers, verbalize["vocab"], fingerprints)
 
 
 def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
@@ -124,19 +144,36 @@ def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
 
 def _work(
     job: Job, cache: CacheFolder, data: ShardFolder, shards: tuple[int, int] | None, verify: bool
-) -> tuple[set[str], list[str]]:
-    """What the folder lacks before any shard, and the shards to be made.
+) -> tuple[set[str], dict[str, str]]:
+    """What the folder lacks before any shard, and the shards to be made, with the reason for each.
 
-    Rank 0 looks, for all: another job may be filling the same cache meanwhile.
+    One rank looks at each, for all: another job may be filling the same cache meanwhile.
     """
     first, last = shards or (0, len(data.shards) - 1)
     if last >= len(data.shards):
         raise CacheError(f"--shards {first}-{last}: {data.path} has shards 0-{len(data.shards) - 1}")
-    found: list[Any] = []
-    if job.ranks.first:
-        names = [shard.name for shard in data.shards[first : last + 1]]
-        found = [(cache.lacks, list(cache.missing(names, verify=verify)))]
-    return gather_lists(found)[0]
+    names = [shard.name for shard in data.shards[first : last + 1]]
+
+    def look() -> list[Any]:
+        own = names[job.ranks.rank :: job.ranks.world]
+        return [(cache.lacks if job.ranks.first else set(), cache.missing(own, verify=verify))]
+
+    found = gather_made(job.ranks, f"{NAME}: looking at {len(names)} shards in {cache.path}", look)
+    why = {name: reason for _, missing in found for name, reason in missing.items()}
+    return found[0][0], {name: why[name] for name in names if name in why}
+
+
+def _say_why(job: Job, missing: dict[str, str]) -> None:
+    """Why shards are to be made, the rarest reasons first: a damaged shard is named among many that are not there."""
+    shards: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        shards.setdefault(reason, []).append(name)
+    rarest = sorted(shards.items(), key=lambda item: len(item[1]))
+    for reason, names in rarest[:REASONS_SAID]:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        job.say(f"{NAME}: {names[0]}{others}: {reason}")
+    if unsaid := sum(len(names) for _, names in rarest[REASONS_SAID:]):
+        job.say(f"{NAME}: {unsaid} more shards, for other reasons")
 
 
 def _load_teacher(job: Job, vocab: int) -> Engine:
@@ -162,21 +199,33 @@ def _prepare(job: Job, listener: Listener, cache: CacheFolder, lacks: set[str]) 
 
 
 def _fill(job: Job, listener: Listener, cache: CacheFolder, missing: list[str]) -> None:
-    data, codec = listener.chats.folder, cache.codec()
-    samples = sum(shard.samples for shard in data.shards if shard.name in missing)
-    projection = project(listener, cache, samples)
-    job.say(f"{NAME}: {len(missing)} of {len(data.shards)} shards to make, about {projection}")
-    refuse_without_room(cache, projection)
+    data, codec, each = listener.chats.folder, cache.codec(), project(listener, cache)
+    samples, lacking = _samples(job, cache, data, missing)
+    job.say(
+        f"{NAME}: {len(missing)} of {len(data.shards)} shards to make, about {each * samples}; "
+        f"the whole cache lacks {each * lacking}"
+    )
+    refuse_without_room(cache, each * samples, each * lacking)
+    if job.ranks.first:
+        (job.recipe.run / NAME / "done.json").unlink(missing_ok=True)  # whoever finds all shards there writes it again
     windows = plan(data, missing, job.ranks.rank, job.ranks.world)
     loaded = listener.batches([window.places for window in windows])
     with ExitStack() as stack:
-        log = _Log(job, stack, cache.path.name, samples, projection)
+        log = _Log(job, stack, cache.path.name, samples, each * samples)
         writing = stack.enter_context(_Writing(cache))
+        written: list[Written] = []
         for part in until_all_done(_parts(windows, loaded), job.ranks):
+            log.written(written)  # now: the ranks have just met, and none is waited for
             heard = listener.hear(part.loaded if part else listener.idle, codec)
-            if part:
-                log.written(writing.put(part, heard))
-        log.written(writing.rest())
+            written = writing.put(part, heard) if part else []
+        log.written(written + writing.rest())
+
+
+def _samples(job: Job, cache: CacheFolder, data: ShardFolder, missing: list[str]) -> list[int]:
+    """How many samples this job will read, and how many the cache lacks in all, as rank 0 sees it."""
+    sizes = {shard.name: shard.samples for shard in data.shards}
+    lacking = {*missing, *cache.missing()} if job.ranks.first else set()
+    return gather_lists([sum(map(sizes.__getitem__, names)) for names in (missing, lacking)])[:2]
 
 
 def _parts(windows: list[Window], loaded: Iterator[list[Loaded]]) -> Iterator[Part]:
@@ -191,7 +240,14 @@ class Written:
 
     part: Part
     bytes: int
+    """What its records take on disk, as it was projected."""
     bad: list[Rejected]
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Samples read, response tokens, bytes, and shards that are complete with it."""
+        loaded = self.part.loaded
+        read = len(loaded.batches["teacher"].keys) + len(loaded.rejected)
+        return read, loaded.tokens(), self.bytes, int(self.part.last)
 
 
 class _Writing:
@@ -209,7 +265,8 @@ class _Writing:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         if self._writer is not None:
-            self._writer.__exit__(*error)
+            with suppress(OSError):  # on a full disk what is thrown away cannot be flushed first
+                self._writer.__exit__(*error)
 
     def put(self, part: Part, heard: Heard) -> list[Written]:
         """Hand over a batch; returns those that are written by now. Raises what writing an earlier one raised."""
@@ -221,7 +278,13 @@ class _Writing:
         return self._take(0)
 
     def _take(self, left: int) -> list[Written]:
-        return [self._waiting.popleft().result() for _ in range(len(self._waiting) - left)]
+        try:
+            return [self._waiting.popleft().result() for _ in range(len(self._waiting) - left)]
+        except OSError as error:
+            raise CacheError(
+                f"{self._cache.path}: cannot write there: {error}. Put that right and run the same command again: "
+                "shards that are whole stay"
+            ) from error
 
     def _write(self, part: Part, heard: Heard) -> Written:
         if self._writer is None:
@@ -234,7 +297,8 @@ class _Writing:
         for key, count in zip(batch.keys, batch.counts, strict=True):
             rows, end = slice(end, end + count), end + count
             try:
-                size += self._writer.add(key, labels[rows], {name: array[rows] for name, array in arrays.items()})
+                record = self._writer.add(key, labels[rows], {name: array[rows] for name, array in arrays.items()})
+                size += on_disk(record)
             except SampleError as error:
                 self._writer.skip(key, str(error))
                 bad.append(Rejected(key, part.shard, str(error)))
@@ -246,7 +310,7 @@ class _Writing:
 
 
 class _Log:
-    """What is told while the cache grows: metrics a shard, progress a batch (this rank's, times the ranks)."""
+    """What is told while the cache grows: a metrics line when shards are complete, progress a batch, of all ranks."""
 
     def __init__(self, job: Job, stack: ExitStack, folder: str, samples: int, projection: Projection):
         self.job, self.folder, self.projection, self.begun = job, folder, projection, time.monotonic()
@@ -259,28 +323,24 @@ class _Log:
             stack.callback(self.metrics.close)
 
     def written(self, done: list[Written]) -> None:
-        """Count what has been written. Raises DataError when too many samples are bad."""
+        """Count what all ranks have written. All must call. Raises DataError when too many samples are bad."""
+        own = torch.tensor([(0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
         for one in done:
-            self._count(one)
+            if one.bad:
+                record_rejected(self.job.recipe.run, one.bad)
+            self.bad.count(one.counts()[0], one.bad)
+        read, tokens, size, shards = sum_over_ranks(own).tolist()
+        if read:
+            self._tell(read, tokens, size, shards)
 
-    def _count(self, one: Written) -> None:
-        batch, world = one.part.loaded.batches["teacher"], self.job.ranks.world
-        read = len(batch.keys) + len(one.part.loaded.rejected)
-        self.tokens += len(batch.labels)
-        self.bytes += one.bytes
-        speed = self.tokens * world / (time.monotonic() - self.begun)
-        if one.bad:
-            record_rejected(self.job.recipe.run, one.bad)
-        self.bad.count(read, one.bad)
-        left = self.progress.total - self.progress.done
-        size = f"{size_text(self.bytes * world)} of about {size_text(self.projection.bytes)}"
-        self.progress.advance(f"{speed:,.0f} tokens/s  {size}", by=min(left, read * world))
-        if one.part.last:
-            self.shards += 1
-            if self.metrics is not None:
-                where = {"cache": self.folder, "shard": one.part.shard}
-                values = {"tokens": self.tokens, "tokens_per_s": round(speed, 1), "bytes": self.bytes}
-                self.metrics.write(self.shards, where | values)
+    def _tell(self, read: int, tokens: int, size: int, shards: int) -> None:
+        self.tokens, self.bytes, self.shards = self.tokens + tokens, self.bytes + size, self.shards + shards
+        speed = self.tokens / (time.monotonic() - self.begun)
+        sizes = f"{size_text(self.bytes)} of about {size_text(self.projection.bytes)}"
+        self.progress.advance(f"{speed:,.0f} tokens/s  {sizes}", by=read)
+        if shards and self.metrics is not None:
+            values = {"tokens": self.tokens, "tokens_per_s": round(speed, 1), "bytes": self.bytes}
+            self.metrics.write(self.shards, {"cache": self.folder, **values})
 
 
 def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
@@ -291,7 +351,6 @@ def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size_text(size)} in {cache.path}")
     else:
-        (job.recipe.run / NAME / "done.json").unlink(missing_ok=True)  # of a cache of other values, or of less data
         left = cache.missing()
         job.say(f"{NAME}: {shards - len(left)} of {shards} shards are there; other jobs make the rest")
 

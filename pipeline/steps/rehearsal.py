@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,9 @@ from pipeline.runtime.batches import Loaded, Place
 from pipeline.runtime.progress import size_text
 from pipeline.runtime.ranks import gather_lists
 from pipeline.steps.listening import WINDOW, Listener
-from pipeline.teacher.fill import CacheFolder, record_bytes
+from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.order import order_by_use
-from pipeline.teacher.packing import to_numpy
+from pipeline.teacher.packing import pack_record, to_numpy
 
 SAMPLES = 64
 """Read beforehand by every rank, evenly over the data: alike whatever the number of ranks and the shards asked for."""
@@ -25,9 +27,13 @@ SIDECAR_BYTES = 200
 """What a sample takes in its shard's sidecar and in the manifest: key and offset, twice."""
 
 
+FEWEST_POINTS = 16
+"""The recipe's bound for cache.codec.points."""
+
+
 @dataclass(frozen=True)
 class Projection:
-    """How large a cache will be."""
+    """How large a cache, or a part of it, will be."""
 
     token_layers: float
     """Distributions to be stored."""
@@ -38,14 +44,23 @@ class Projection:
         each = self.bytes / max(1.0, self.token_layers)
         return f"{size_text(self.bytes)} ({self.token_layers:,.0f} token-layers of {each:.0f} bytes)"
 
+    def __mul__(self, samples: int) -> Projection:
+        """One sample's to that of many."""
+        return Projection(self.token_layers * samples, self.bytes * samples)
+
+
+def on_disk(record: int) -> int:
+    """What a packed record of so many bytes takes: with its tar header, its padding and its places in the sidecar."""
+    return tarfile.BLOCKSIZE + -(-record // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + SIDECAR_BYTES
+
 
 def find_order(listener: Listener) -> np.ndarray:
     """[V] all ids, the teacher's most used first."""
     return order_by_use(sum(listener.use(loaded) for loaded in _batches(listener)))  # type: ignore[arg-type]
 
 
-def project(listener: Listener, cache: CacheFolder, samples: int) -> Projection:
-    """Code the few samples as the job would, and scale what they take up to `samples` of them."""
+def project(listener: Listener, cache: CacheFolder) -> Projection:
+    """One sample's projection: a few are coded as the job would, for their mean."""
     codec, read, size, distributions = cache.codec(), 0, 0, 0
     for loaded in _batches(listener):
         codes = listener.hear(loaded, codec).codes
@@ -55,23 +70,38 @@ def project(listener: Listener, cache: CacheFolder, samples: int) -> Projection:
         split = {name: to_numpy(array) for name, array in codes.items()}
         for end, count in zip(np.cumsum(batch.counts), batch.counts, strict=True):
             rows = slice(end - count, end)
-            record = {name: array[rows] for name, array in split.items()}
-            size += record_bytes(codec, batch.labels[rows].numpy(), record) + SIDECAR_BYTES
-    return Projection(distributions * samples / read, size * samples / read)
+            record = codec.pack({name: array[rows] for name, array in split.items()})
+            size += on_disk(len(pack_record(batch.labels[rows].numpy(), record)))
+    return Projection(distributions / read, size / read)
 
 
-def refuse_without_room(cache: CacheFolder, projection: Projection) -> None:
-    """Raise CacheError, on all ranks alike, where the projected size does not fit on the disk."""
+def refuse_without_room(cache: CacheFolder, part: Projection, lacking: Projection) -> None:
+    """Raise CacheError, on all ranks alike, where all that the cache lacks does not fit on the disk.
+
+    All and not this job's part alone: the jobs that make the rest fill the same disk.
+    """
     free = gather_lists([shutil.disk_usage(cache.path).free])[0]
-    if projection.bytes <= free:
+    if lacking.bytes <= free:
         return
-    codec = cache.identity.codec
-    knob = {"sampled": "cache.codec.points", "topk": "cache.codec.k"}.get(codec["name"], "cache.codec.name=sampled")
+    run = cache.path.parents[1]
     raise CacheError(
-        f"{cache.path}: the cache would take {projection}, but {size_text(free)} are free there. "
-        f"Free some, put the run elsewhere (run=FOLDER), cache fewer layers (teacher.layers), or store less of each "
-        f"({knob}; now {dict(codec)})"
+        f"{cache.path}: all that the cache lacks would take {lacking}, this job's part of it {size_text(part.bytes)}, "
+        f"but {size_text(free)} are free there. Free some, or move the run to a larger disk (mv {run} FOLDER) and name "
+        f"it in every command (--set run=FOLDER){_or_less(cache.identity.codec)}"
     )
+
+
+def _or_less(codec: Mapping[str, Any]) -> str:
+    """The override under which each distribution takes less, where there is one: it begins another cache."""
+    if codec["name"] == "hidden":
+        knob = "name=sampled"
+    elif codec["name"] == "sampled" and codec["points"] > FEWEST_POINTS:
+        knob = f"points={max(FEWEST_POINTS, codec['points'] // 2)}"
+    elif codec["name"] == "topk" and codec["k"] > 1:
+        knob = f"k={codec['k'] // 2}"
+    else:
+        return ""
+    return f", or store less of each distribution (--set cache.codec.{knob}; now {dict(codec)})"
 
 
 def _batches(listener: Listener) -> Iterator[Loaded]:

@@ -1,0 +1,184 @@
+"""The cache step around the teacher: what is told, what is shared out, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from listened import TOKENS, cache_of, hear, parts
+from running import tiny_recipe
+from tiny import write_data
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import CacheError
+from pipeline.resolve import load_recipe
+from pipeline.runtime.folder import done, mark_done, read_metrics
+from pipeline.runtime.loop import Job
+from pipeline.runtime.ranks import Ranks
+from pipeline.steps import cache as step
+from pipeline.steps.cache import _Log, _Writing
+from pipeline.steps.rehearsal import Projection
+
+
+@pytest.fixture
+def data(tmp_path):
+    return ShardFolder(write_data(tmp_path / "train", 12, shards=3))
+
+
+@pytest.fixture
+def job(tmp_path, tiny_models, data):
+    return Job(load_recipe(tiny_recipe(tmp_path, tiny_models, "qwen2_vl", data.path)).recipe, Ranks())
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """A disk that is full, as far as this process sees: no file may grow larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fill(cache, data, shards):
+    with _Writing(cache) as writing:
+        written = []
+        for shard in shards:
+            for part in parts(data, shard):
+                written += writing.put(part, hear(part.loaded, cache.codec()))
+        return written + writing.rest()
+
+
+def test_a_disk_that_fills_up_ends_the_job_plainly_and_leaves_whole_shards_alone(tmp_path, data):
+    cache = cache_of(tmp_path / "cache", data)
+    fill(cache, data, [0])
+    before = {path.name: path.read_bytes() for path in cache.path.glob("[!.]*")}
+    with files_of_at_most(1000), pytest.raises(CacheError) as raised:
+        fill(cache, data, [1, 2])
+    said = str(raised.value)
+    assert said.startswith(f"{cache.path}: cannot write there: ") and "File too large" in said
+    assert said.endswith("run the same command again: shards that are whole stay")
+    assert {path.name: path.read_bytes() for path in cache.path.glob("[!.]*")} == before
+    assert list(cache.missing(verify=True)) == ["000001.tar", "000002.tar"]
+    fill(cache, data, [1, 2])
+    assert not cache.missing(verify=True)
+
+
+def test_an_error_of_packing_is_raised_and_the_shard_in_hand_is_dropped(tmp_path, data, monkeypatch):
+    cache = cache_of(tmp_path / "cache", data)
+    codec = cache.codec()
+
+    def pack(arrays):
+        raise ZeroDivisionError("of the codec")
+
+    monkeypatch.setattr(codec, "pack", pack)
+    monkeypatch.setattr(cache, "codec", lambda: codec)
+    with pytest.raises(ZeroDivisionError, match="of the codec"):
+        fill(cache, data, [0, 1, 2])
+    assert [path.name for path in cache.path.iterdir()] == ["cache.json"]
+
+
+def test_what_is_told_is_true_where_the_other_ranks_have_nothing_to_do(tmp_path, data, job, capsys):
+    cache = cache_of(tmp_path / "cache", data)
+    written = fill(cache, data, [0])
+    projection = Projection(token_layers=1.0, bytes=float(sum(one.bytes for one in written)))
+    with ExitStack() as stack:
+        log = _Log(Job(job.recipe, Ranks(0, world=8)), stack, "some-1", 4, projection)
+        log.written(written[:1])
+        assert log.progress.done == 2, "half of the way, and not 8 times as far"
+        log.written([])
+        log.written(written[1:])
+    told = capsys.readouterr().out.splitlines()
+    size = f"{projection.bytes / 1000:.1f} KB"
+    assert len(told) == 2 and "cache  2/4  eta" in told[0]
+    assert "cache  4/4" in told[1] and f"{size} of about {size}" in told[1]
+    (line,) = read_metrics(job.recipe.run, "cache")
+    assert (line["update"], line["cache"], line["tokens"]) == (1, "some-1", 4 * TOKENS)
+    assert line["bytes"] == projection.bytes
+
+
+def test_all_ranks_count_together(tmp_path, data, job, monkeypatch):
+    written = fill(cache_of(tmp_path / "cache", data), data, [0])
+    monkeypatch.setattr(step, "sum_over_ranks", lambda counts: counts * 3)  # three ranks that do alike
+    with ExitStack() as stack:
+        log = _Log(job, stack, "some-1", 12, Projection(1.0, 1.0))
+        log.written(written)
+    assert log.progress.done == 12 and log.tokens == 12 * TOKENS
+    assert [line["update"] for line in read_metrics(job.recipe.run, "cache")] == [3]
+
+
+def test_the_reasons_why_shards_are_made_are_said_the_rarest_first(job, capsys):
+    absent = {f"{number:06d}.tar": "not made yet" for number in range(100)}
+    step._say_why(job, absent | {"000007.tar": "changed: expected SHA-256 aa, found bb"})
+    assert capsys.readouterr().out.splitlines() == [
+        "cache: 000007.tar: changed: expected SHA-256 aa, found bb",
+        "cache: 000000.tar and 98 more: not made yet",
+    ]
+    step._say_why(job, {f"{number:06d}.tar": f"changed: found {number}" for number in range(8)})
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "cache: 000004.tar: changed: found 4",
+        "cache: 3 more shards, for other reasons",
+    ]
+
+
+def test_shards_are_verified_by_all_ranks_each_its_own(tmp_path, data, job, monkeypatch):
+    cache = cache_of(tmp_path / "cache", data)
+    fill(cache, data, [0, 1, 2])
+    (cache.path / "000001.tar").write_bytes(b"x" * (cache.path / "000001.tar").stat().st_size)
+    looked = []
+    missing = cache.missing
+    monkeypatch.setattr(cache, "missing", lambda names, verify: looked.append(list(names)) or missing(names, verify))
+
+    def both_ranks(asking, what, look):
+        return [item for rank in (0, 1) for item in looks[rank]()]
+
+    looks = {}
+    monkeypatch.setattr(
+        step, "gather_made", lambda asking, what, look: looks.update({asking.rank: look}) or [(set(), {})]
+    )
+    for rank in (0, 1):
+        step._work(Job(job.recipe, Ranks(rank, 2)), cache, data, None, True)
+    monkeypatch.setattr(step, "gather_made", both_ranks)
+    lacks, why = step._work(Job(job.recipe, Ranks(0, 2)), cache, data, None, True)
+    assert looked == [["000000.tar", "000002.tar"], ["000001.tar"]] and not lacks
+    assert list(why) == ["000001.tar"] and why["000001.tar"].startswith("changed: expected SHA-256")
+
+
+def test_a_job_that_ends_while_another_completes_the_cache_leaves_its_mark(tmp_path, data, job, monkeypatch):
+    cache = cache_of(job.recipe.run / "cache" / "topk-1", data)
+    fill(cache, data, [0, 1])
+    finish = cache.finish
+
+    def and_then_another_job_completes(summary):
+        complete = finish(summary)
+        fill(cache, data, [2])
+        assert finish(summary)
+        mark_done(job.recipe.run / "cache", {"folder": "topk-1"})
+        return complete
+
+    monkeypatch.setattr(cache, "finish", and_then_another_job_completes)
+    step._finish(job, cache, 3)
+    assert done(job.recipe.run / "cache") == {"folder": "topk-1"}
+
+
+def test_without_verbalizers_the_command_is_the_runs_own(job):
+    with pytest.raises(CacheError, match="no verbalizers in .*run/verbalize; run: deepspeed launch/train.py") as raised:
+        step.run(job)
+    assert str(raised.value).endswith(f"--stage 1 --only verbalize --recipe {job.recipe.run / 'recipe.yaml'}")
+
+
+def test_only_rank_0_hashes(job, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(step, "files_fingerprint", lambda files: hashed.append(files) or "aa")
+    monkeypatch.setattr(
+        step, "teacher_fingerprints", lambda folder, template: hashed.append(folder) or {"weights": "bb"}
+    )
+    made = {}
+    monkeypatch.setattr(step, "gather_made", lambda asking, what, make: made.update({asking.rank: make()}) or [{}])
+    encoder = step.encoders(job.recipe, ["teacher"])["teacher"]
+    for rank in (0, 1):
+        verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}
+        step._identity(Job(job.recipe, Ranks(rank, 2)), verbalize, encoder)
+    assert made[0][0]["weights"] == "bb" and made[1] == [] and len(hashed) == 2
