@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from pipeline.teacher.folder import (
     RECORD,
     CacheIdentity,
     cache_codec,
+    command,
     missing_shards,
     other_maker,
     read_identity,
     read_sidecars,
 )
 from pipeline.teacher.head import has_head, head_sha256, save_head
-from pipeline.teacher.order import has_order, save_order
+from pipeline.teacher.order import ORDER, has_order, save_order
 from pipeline.teacher.packing import pack_record, pack_skipped
 from pipeline.teacher.places import IDENTITY
 from pipeline.teacher.signal import Unembedding
@@ -69,7 +71,26 @@ class CacheFolder:
 
     def codec(self) -> Codec:
         """The codec, ready to write. Raises CacheError where it needs an order that is not there."""
-        return cache_codec(self.path, self.identity, self.recipe)
+        return self._coding[1]
+
+    @property
+    def made_for(self) -> str:
+        """What the sidecars and records of this job are made for: with the order that its codec was read with."""
+        return self._coding[0]
+
+    @cached_property
+    def _coding(self) -> tuple[str, Codec]:
+        # Once a job, and the hash first: an order that changes from here on is seen by check_order.
+        return self.identity.made_for(self.path), cache_codec(self.path, self.identity, self.recipe)
+
+    def check_order(self) -> None:
+        """Raise CacheError where the vocabulary's order is no longer the one that this job codes with."""
+        if (found := self.identity.made_for(self.path)) != self.made_for:
+            raise CacheError(
+                f"{self.path / ORDER}, the order of the vocabulary, changed while this job wrote in the old one: "
+                f"expected a cache made for {self.made_for}, found {found}. "
+                f"Run again: {command(self.recipe, '--only-missing')}"
+            )
 
     def missing(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, str]:
         """{shard name: why} of the data's shards, or of some, that must be made; `verify` also hashes those there."""
@@ -78,7 +99,7 @@ class CacheFolder:
 
     def writer(self, shard: str) -> CacheWriter:
         """A writer for the cache shard that mirrors this data shard."""
-        return CacheWriter(self.path / shard, self.codec(), self.identity, self._shards[shard])
+        return CacheWriter(self, self._shards[shard])
 
     def finish(self, summary: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda sidecars: {}) -> bool:
         """Write the manifest if every shard is there; returns whether it is. Every job calls this at its end.
@@ -88,9 +109,9 @@ class CacheFolder:
         """
         if self.lacks:
             raise ValueError(f"{self.path}: save {self.lacks} before finish, for codec {self.identity.codec}")
-        if self.missing():
-            return False
         sidecars = read_sidecars(self.path, self._shards)
+        if missing_shards(self.path, self.identity, list(self._shards.values()), sidecars):
+            return False
         fields = self.identity.to_json()
         fields["fingerprints"]["data"] = self._data_fingerprint
         fields["tokens"] = sum(sidecar["tokens"] for sidecar in sidecars.values())
@@ -115,11 +136,12 @@ class CacheWriter:
     the shard, so that memory holds one record at a time.
     """
 
-    def __init__(self, path: Path, codec: Codec, identity: CacheIdentity, data: Mapping[str, Any]):
-        self.path, self._codec, self._identity, self._data = path, codec, identity, data
-        self._made_for = identity.made_for(path.parent)
+    def __init__(self, cache: CacheFolder, data: Mapping[str, Any]):
+        """data: the entry of the data shard to mirror. Raises CacheError where the codec lacks its order."""
+        self.path, self._cache, self._data = cache.path / data["name"], cache, data
+        self._codec, self._made_for = cache.codec(), cache.made_for
         self._expected = set(data["keys"])
-        self._spill = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by __exit__
+        self._spill = tempfile.TemporaryFile(dir=cache.path)  # noqa: SIM115  # closed by __exit__
         self._records: dict[str, tuple[int, int]] = {}
         self._skipped: dict[str, str] = {}
         self._tokens = 0
@@ -136,7 +158,7 @@ class CacheWriter:
         Raises SampleError where a number is not finite (the teacher overflowed): skip it then; ValueError for a foreign
         key, one that came already, or arrays of another T or J.
         """
-        expected = (len(tokens), len(self._identity.layers))
+        expected = (len(tokens), len(self._cache.identity.layers))
         for name, array in arrays.items():
             if array.shape[:2] != expected or not len(tokens):
                 raise ValueError(f"'{key}': {name} is {array.shape} for {expected} tokens and layers")
@@ -156,7 +178,11 @@ class CacheWriter:
         self._skipped[key] = reason
 
     def commit(self, **fields: Any) -> None:
-        """Write the shard and then its sidecar, with further fields. Raises ValueError when a key has not come."""
+        """Write the shard and then its sidecar, with further fields.
+
+        Raises ValueError when a key has not come, CacheError where the vocabulary's order changed meanwhile.
+        """
+        self._cache.check_order()
         absent = [key for key in self._data["keys"] if key not in self._records]
         if absent:
             raise ValueError(f"{self.path.name}: {len(absent)} samples have not come, the first '{absent[0]}'")

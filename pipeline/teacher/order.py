@@ -25,7 +25,10 @@ def order_by_use(use: np.ndarray) -> np.ndarray:
 
 
 def save_order(path: Path, order: np.ndarray) -> None:
-    """Give a cache folder its order. Of jobs that do so at once the first wins, and all must read what it wrote."""
+    """Give a cache folder its order. Of jobs that do so at once the first wins, and all must read what it wrote.
+
+    CacheFolder.check_order finds it where the file system could not hold to that.
+    """
     file = path / ORDER
     aside = file.with_name(f".{ORDER}.{secrets.token_hex(8)}.partial")
     write_file(aside, order.astype("<i4").tobytes())
@@ -33,8 +36,9 @@ def save_order(path: Path, order: np.ndarray) -> None:
         os.link(aside, file)
     except FileExistsError:
         pass
-    except OSError:  # a file system without links: the last one wins, and jobs on like machines write the same
-        os.replace(aside, file)
+    except OSError:  # a file system without links: between these two lines another job may come first
+        if not file.exists():
+            os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
 

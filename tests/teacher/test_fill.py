@@ -13,6 +13,7 @@ from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
 from pipeline.teacher.codec import CODECS
 from pipeline.teacher.fill import CacheFolder, record_bytes
+from pipeline.teacher.folder import missing_shards
 from pipeline.teacher.store import TeacherCache
 
 
@@ -88,6 +89,40 @@ def test_many_jobs_fill_one_cache(tmp_path, data):
     assert [job.exitcode for job in jobs] == [0, 0]
     assert len(TeacherCache(path, data)) == 12
     assert contents(path) == contents(full(tmp_path / "alone", data, codec="sampled"))
+
+
+def test_an_order_that_changes_under_a_job_stops_it(tmp_path, data):
+    """The codes of before would be read as other ids."""
+    folder = CacheFolder(tmp_path / "cache", identity("sampled"), data)
+    fill(folder, data, ["000000.tar"])
+    order, said = folder.codec().order, folder.made_for
+    np.ascontiguousarray(order[::-1]).tofile(folder.path / "order.int32")
+    assert np.array_equal(folder.codec().order, order) and folder.made_for == said
+    with pytest.raises(CacheError) as caught:
+        fill(folder, data, ["000001.tar"])
+    found = folder.identity.made_for(folder.path)
+    assert str(caught.value) == (
+        f"{folder.path / 'order.int32'}, the order of the vocabulary, changed while this job wrote in the old one: "
+        f"expected a cache made for {said}, found {found}. Run again: "
+        "deepspeed launch/cache.py --recipe R --only-missing"
+    )
+    assert [file.name for file in folder.path.glob("*.tar")] == ["000000.tar"]
+    again = CacheFolder(folder.path, identity("sampled"), data)
+    assert fill(again, data) and TeacherCache(again.path, data).codec.order.tolist() == order[::-1].tolist()
+
+
+def test_what_finish_found_is_what_it_writes(tmp_path, data, monkeypatch):
+    """Another job may be making a shard again between the look and the manifest."""
+    path = full(tmp_path / "cache", data)
+
+    def look(*arguments, **options):
+        missing = missing_shards(*arguments, **options)
+        (path / "000001.json").unlink()
+        return missing
+
+    monkeypatch.setattr("pipeline.teacher.fill.missing_shards", look)
+    assert CacheFolder(path, identity(), data).finish()
+    assert len(json.loads((path / "manifest.json").read_text())["shards"]) == 3
 
 
 def test_only_what_is_missing_is_made_again(tmp_path, data):

@@ -26,6 +26,17 @@ def test_an_order_is_what_was_saved_and_the_first_stays(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [ORDER]
 
 
+def test_without_links_the_first_stays_too(tmp_path, monkeypatch):
+    def refused(*paths):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr("os.link", refused)
+    for order in (order_of(V), np.arange(V)):
+        save_order(tmp_path, order)
+        assert np.array_equal(read_order(tmp_path, V, "repair"), order_of(V))
+    assert [file.name for file in tmp_path.iterdir()] == [ORDER]
+
+
 def _save_and_read(path, number, barrier, answers):
     order = np.roll(np.arange(V), number)
     barrier.wait()
