@@ -17,9 +17,9 @@ from pathlib import Path
 
 def shard_range(text: str) -> tuple[int, int]:
     """'0-99' -> (0, 99), both included; '7' -> (7, 7)."""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     try:
-        bounds = int(first), int(last or first)
+        bounds = int(first), int(last if dash else first)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected FIRST-LAST, as in 0-99, found {text!r}") from None
     if not 0 <= bounds[0] <= bounds[1]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Model, Recipe, Training
+from pipeline.recipe import STEPS, Model, Recipe, Training
 
 # One owner per number: these belong to the recipe, so a DeepSpeed config says "auto" or nothing there.
 OWNED_BY_RECIPE = {
@@ -25,10 +25,12 @@ OWNED_BY_RECIPE = {
 
 def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     """Raise RecipeError with every problem that would stop one of the given steps on `world` ranks."""
-    steps = [step for step in steps if step == "cache" or not _left_out(getattr(recipe, step))]
+    asked = set(steps)
+    needs_student = asked != {"cache"}
+    steps = [step for step in STEPS if step in asked and (step == "cache" or not _left_out(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
     problems = _data_problems(recipe)
-    problems += _model_problems(recipe.student, "student")
+    problems += _model_problems(recipe.student, "student") if needs_student else []
     problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
     problems += _deepspeed_problems(recipe.deepspeed)
     for step in steps:
@@ -37,7 +39,8 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     if "interact" in steps:
         problems += _recall_problems(recipe)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
-    if not problems and (needs_teacher or asks_for_layers) and not _left_out(recipe.interact):
+    both = needs_student and (needs_teacher or asks_for_layers)
+    if not problems and both and not _left_out(recipe.interact):
         problems += _matching_problems(recipe)
     if problems:
         raise RecipeError(f"{len(problems)} problem(s) in the recipe:\n" + "\n".join(f"  {p}" for p in problems))

@@ -150,6 +150,14 @@ def test_stage_2_needs_no_teacher_folder(tmp_path, values):
         check_recipe(recipe, ("verbalize", "cache"))
 
 
+def test_a_cache_job_needs_no_student_folder(tmp_path, values):
+    values["student"] = {"path": str(tmp_path / "gone")}
+    recipe = load_recipe(write(tmp_path, values)).recipe
+    check_recipe(recipe, ("cache",))
+    with pytest.raises(RecipeError, match="student.path"):
+        check_recipe(recipe, ("verbalize", "cache"))
+
+
 def test_steps_from_epochs():
     assert number_of_steps(Training(epochs=2, batch_size=32), samples=1000) == 62
     assert number_of_steps(Training(steps=5, batch_size=32), samples=1000) == 5

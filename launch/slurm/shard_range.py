@@ -33,7 +33,11 @@ def main() -> int:
         print(f"no {manifest}: first make the shards that {args.recipe} names as data.train", file=sys.stderr)
         return 2
     shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
-    print(shard_range(len(shards), args.task, args.tasks))
+    try:
+        print(shard_range(len(shards), args.task, args.tasks))
+    except ValueError as error:
+        print(f"{error}; where parts run again, say of how many they are: TASKS=16 sbatch --array=7", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,5 +1,6 @@
 """The job scripts' plumbing: shard ranges of a cache array, and ranks on a real SLURM of one node."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -38,6 +39,42 @@ def test_the_parts_of_an_array_are_every_shard_once(shards, tasks):
 def test_a_task_outside_its_array_is_refused():
     with pytest.raises(ValueError, match="expected a task from 0 to 3, found 4"):
         shard_range(10, 4, 4)
+
+
+def array_task(tmp_path, task: int, shards: int = 16, **also: str) -> tuple[str, int]:
+    """What the array's script says, and its exit code, with `srun` replaced by `echo`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{}] * shards}))
+    (tmp_path / "recipe.yaml").write_text(f"data: {{train: {tmp_path}}}")
+    environment = {key: value for key, value in os.environ.items() if key != "TASKS"}
+    environment |= {"RECIPE": str(tmp_path / "recipe.yaml"), "SLURM_CPUS_PER_TASK": "1", **also}
+    environment |= {
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    script = SCRIPTS / "cache_array.sbatch"
+    done = subprocess.run(["bash", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_a_task_of_an_array_reads_its_part(tmp_path):
+    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="16")
+    assert code == 0 and "launch/cache.py --recipe" in said and said.strip().endswith("--shards 7-7")
+
+
+def test_a_task_submitted_again_alone_must_know_of_how_many_it_is(tmp_path):
+    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1")
+    assert code == 2 and "Traceback" not in said
+    assert said.startswith(
+        "expected a task from 0 to 0, found 7; where parts run again, say of how many they are: TASKS="
+    )
+
+
+def test_a_task_submitted_again_alone_reads_the_same_part(tmp_path):
+    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1", TASKS="16")
+    assert code == 0 and said.strip().endswith("--shards 7-7")
 
 
 def test_as_rank_outside_of_srun_says_what_to_run():

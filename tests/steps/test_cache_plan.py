@@ -6,6 +6,7 @@ import pytest
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
+from launch.cache import parse, shard_range
 from pipeline.runtime import batches
 from pipeline.runtime.batches import Rejected
 from pipeline.steps.cache import plan
@@ -24,6 +25,22 @@ def test_every_sample_once_and_windows_that_do_not_depend_on_ranks(tmp_path, wor
     assert all(0 < len(window.places) <= WINDOW for windows in plans for window in windows)
     windows = [window for windows in plans for window in windows]
     assert sorted(windows, key=lambda window: window.places) == plan(data, names, 0, 1)
+
+
+@pytest.mark.parametrize(("text", "bounds"), [("0-99", (0, 99)), ("7", (7, 7)), ("3-3", (3, 3))])
+def test_a_range_of_shards(text, bounds):
+    assert shard_range(text) == bounds
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(text, "expected FIRST-LAST, as in 0-99, found") for text in ("5-", "-5", "", "a-b", "1-2-3")]
+    + [("7-5", "expected FIRST <= LAST, both from 0, found")],
+)
+def test_what_is_no_range_of_shards_is_refused(text, said, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "recipe.yaml", f"--shards={text}"])
+    assert f"argument --shards: {said} {text!r}" in capsys.readouterr().err
 
 
 class Sized:
