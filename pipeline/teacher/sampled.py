@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from pipeline.teacher.packing import narrowest, raw_array, raw_stream
+from pipeline.teacher.points import draw_points
 from pipeline.teacher.rows import row_states
 from pipeline.teacher.signal import SparseSignal, Unembedding
 
 COUNTS = 12
 """A point's symbol says its gap's class and its count up to this; larger counts stand in a stream of their own."""
-
-DRAWN_AT_ONCE = 2**21
-"""Logits of one draw: what it makes of them, float64 sums included, fits a CPU's cache and costs a GPU little."""
 
 ENTROPY_STEPS = 2**16 - 1
 """The entropy is stored as a share of its largest value, ln V: exact to 1e-4 nat in two bytes."""
@@ -62,12 +60,11 @@ class Sampled:
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
         """[T, J, d] and u [T, J] -> {"ranks": [T, J, N] int32 ascending, "entropy": [T, J] float32 in nat}."""
         tokens, layers, _ = hidden.shape
-        order, at_once = torch.from_numpy(self.order).to(hidden.device), max(1, DRAWN_AT_ONCE // unembedding.vocab)
-        u = uniform.to(hidden.device).reshape(-1).split(chunk)
+        order, u = torch.from_numpy(self.order).to(hidden.device), uniform.to(hidden.device).reshape(-1).split(chunk)
+        space = unembedding.weight.new_empty(min(chunk, tokens * layers), unembedding.vocab)
         drawn = [
-            _draw(part, order, of_part, self.points)
+            draw_points(unembedding.products(states, space[: len(states)]), unembedding, order, of_chunk, self.points)
             for states, of_chunk in zip(row_states(hidden, chunk), u, strict=True)
-            for part, of_part in zip(unembedding.logits(states).split(at_once), of_chunk.split(at_once), strict=True)
         ]
         ranks, entropy = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return {"ranks": ranks.view(tokens, layers, self.points), "entropy": entropy.view(tokens, layers)}
@@ -164,22 +161,6 @@ def every_nth(arrays: Mapping[str, np.ndarray], n: int, first: np.ndarray) -> di
         "counts": np.take_along_axis(kept, front, 2).astype(arrays["counts"].dtype),
         "entropy": arrays["entropy"],
     }
-
-
-def _draw(logits: Tensor, order: Tensor, u: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Logits [c, V] and u [c] -> ranks [c, N], entropy [c]."""
-    p, top = logits.softmax(1), logits.amax(1)
-    # float64: in float32 the steps near 1 are as coarse as the probabilities that stand there.
-    mass = p.index_select(1, order).cumsum(1, dtype=torch.float64)
-    whole = mass[:, -1:].contiguous()
-    at = (torch.arange(points, device=u.device) + u[:, None]) / points * whole
-    # The last point may be rounded up to the whole mass, behind which there are only ids of probability 0.
-    ranks = torch.searchsorted(mass, at, right=True).clamp(max=torch.searchsorted(mass, whole))
-    # log-sum-exp - sum p z, both taken from the largest logit: its probability is 1 / sum exp(z - top). The float32 p
-    # sum to 1 only within 1e-5, which a large logit would multiply: so divided by what they do sum to.
-    total = whole[:, 0]
-    entropy = (total / p.amax(1)).log() + top - (p * logits).sum(1) / total
-    return ranks.int(), entropy.clamp(min=0).float()
 
 
 def _distinct(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
