@@ -92,8 +92,8 @@ def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, note: Not
     for rows in row_chunks(len(h), workspace.chunk):
         products = workspace.products(h[rows])
         asked = workspace.unembedding.bend_(products.gather(1, ids[rows]).float())
-        top_id, top_log_q, log_sum = exp_without_top_(products, workspace.unembedding)
-        note(rows, top_id, torch.cat((top_log_q, asked - log_sum), 1), log_sum)
+        top_id, top_log_q, top = exp_without_top_(products, workspace.unembedding)
+        note(rows, top_id, torch.cat((top_log_q, asked.sub_(top).add_(top_log_q)), 1), top - top_log_q)
         yield rows, products
 
 

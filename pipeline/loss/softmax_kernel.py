@@ -22,7 +22,7 @@ def _softmax(
     products,
     marked_ids,
     marked_log_qs,
-    log_sums,
+    tops,
     vocab,
     stride,
     scale,
@@ -68,13 +68,13 @@ def _softmax(
         gradient = tl.exp(log_q) - tl.where(marked, 1.0, 0.0) if LABELLED else tl.where(marked, 0.0, tl.exp(z - best))
         tl.store(first + ids, (gradient * slope).to(products.dtype.element_ty), mask=ids < vocab)
     tl.store(marked_log_qs + row, tl.sum(marked_log_q, 0))
-    tl.store(log_sums + row, best + log_total)
+    tl.store(tops + row, best)
 
 
 def exp_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
     """Turn h W^T + b [c, V] in place into exp(logit - largest) times the slope of scale and soft-cap, the likeliest 0.
 
-    Returns the likeliest id (of equal ones the lowest), its log-probability, and the log-sum-exp of the logits: [c, 1].
+    Returns the likeliest id (of equal ones the lowest), its log-probability, and its logit: [c, 1].
     """
     top_id = torch.empty(len(products), 1, dtype=torch.int64, device=products.device)
     return top_id, *_launch(products, unembedding, top_id, labelled=False)
@@ -90,12 +90,12 @@ def softmax_minus_label_(products: Tensor, unembedding: Unembedding, labels: Ten
 
 def _launch(products: Tensor, unembedding: Unembedding, marked: Tensor, labelled: bool) -> tuple[Tensor, Tensor]:
     rows, vocab = products.shape
-    log_q, log_sum = (torch.empty(rows, 1, device=products.device) for _ in range(2))
+    log_q, top = (torch.empty(rows, 1, device=products.device) for _ in range(2))
     _softmax[(rows,)](
         products,
         marked,
         log_q,
-        log_sum,
+        top,
         vocab,
         products.stride(0),
         unembedding.scale,
@@ -105,4 +105,4 @@ def _launch(products: Tensor, unembedding: Unembedding, marked: Tensor, labelled
         BLOCK=BLOCK,
         num_warps=8,
     )
-    return log_q, log_sum
+    return log_q, top
