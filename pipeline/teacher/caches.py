@@ -24,7 +24,7 @@ def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:
     Data that has grown by shards goes on in the folder where it began; a shard that has changed begins another one.
     """
     for path in cache_folders(root):
-        if _is(path, identity) and not _contradicts(path, data):
+        if _is(path, identity) and not _contradicts(path, identity, data):
             return path
     name = text_fingerprint(identity.digest + data_fingerprint(data.manifest))
     return root / f"{identity.codec['name']}-{name[:8]}"
@@ -66,9 +66,13 @@ def _is(path: Path, identity: CacheIdentity) -> bool:
         return False
 
 
-def _contradicts(path: Path, data: ShardFolder) -> bool:
-    """Whether a shard there was made from another data shard than the one of its name, or from one that is gone."""
+def _contradicts(path: Path, identity: CacheIdentity, data: ShardFolder) -> bool:
+    """Whether a shard there was made from another data shard than the one of its name, or from one that is gone.
+
+    A shard of another cache says nothing of what this one was made from: it is made again, as one that is missing.
+    """
     made_from = {shard["name"]: shard["sha256"] for shard in data.manifest["shards"]}
-    names = sorted(file.name for file in path.glob("*.tar"))
-    sidecars = read_sidecars(path, names)
-    return any(made_from.get(name) != sidecar.get("data_sha256") for name, sidecar in sidecars.items())
+    sidecars = read_sidecars(path, sorted(file.name for file in path.glob("*.tar")))
+    made_for = identity.made_for(path)
+    own = {name: sidecar for name, sidecar in sidecars.items() if sidecar["made_for"] == made_for}
+    return any(made_from.get(name) != sidecar["data_sha256"] for name, sidecar in own.items())

@@ -28,6 +28,7 @@ from pipeline.teacher.folder import (
     other_maker,
     read_identity,
     read_sidecars,
+    sidecar_crc32,
 )
 from pipeline.teacher.head import has_head, head_sha256, save_head
 from pipeline.teacher.order import ORDER, has_order, save_order
@@ -190,7 +191,8 @@ class CacheWriter:
         sidecar.unlink(missing_ok=True)  # a shard that is being replaced is not done
         entry = write_shard(self.path, ((key, {RECORD: self._recall(key)}) for key in self._data["keys"]))
         made = {"made_for": self._made_for, "data_sha256": self._data["sha256"]}
-        write_file(sidecar, _json({**entry, **made, "tokens": self._tokens, "skipped": self._skipped, **fields}))
+        said = {**entry, **made, "tokens": self._tokens, "skipped": self._skipped, **fields}
+        write_file(sidecar, _json({**said, "crc32": sidecar_crc32(said)}))
 
     def _keep(self, key: str, record: bytes) -> None:
         if key in self._records or key not in self._expected:

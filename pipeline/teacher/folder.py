@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -100,13 +101,21 @@ def cache_codec(path: Path, identity: CacheIdentity, recipe: Path | str = "R") -
     return make_codec(**identity.codec, order=order)
 
 
+def sidecar_crc32(sidecar: Mapping[str, Any]) -> int:
+    """The checksum of all that a sidecar says, but for itself."""
+    said = {name: value for name, value in sidecar.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+
+
 def read_sidecars(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{shard name: sidecar} of those shards that have a readable one."""
+    """{shard name: sidecar} of those shards that have one as it was written."""
     found = {}
     for name in names:
         try:
-            found[name] = json.loads((path / name).with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there, or cut off by a dying file system: the shard is made again
+            sidecar = json.loads((path / name).with_suffix(".json").read_text(encoding="utf-8"))
+            if sidecar["crc32"] == sidecar_crc32(sidecar):
+                found[name] = sidecar
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or no sidecar any more: the shard is made again
             continue
     return found
 

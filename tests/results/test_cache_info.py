@@ -23,7 +23,7 @@ from pipeline.teacher.caches import folder_for
 from pipeline.teacher.draws import uniform
 from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.fingerprint import tokenizer_fingerprint
-from pipeline.teacher.folder import CacheIdentity
+from pipeline.teacher.folder import CacheIdentity, sidecar_crc32
 from pipeline.teacher.order import order_by_use
 from pipeline.teacher.packing import pack_record, to_numpy, unpack_record
 from pipeline.teacher.signal import Unembedding
@@ -279,10 +279,22 @@ def test_records_that_are_whole_and_wrong_are_found_and_their_sidecar_must_go(co
 
 def test_a_sidecar_that_miscounts(copied):
     sidecar = sidecar_of(copied)
-    (copied.cache / "000000.json").write_text(json.dumps({**sidecar, "tokens": sidecar["tokens"] + 1}))
+    said = {**sidecar, "tokens": sidecar["tokens"] + 1}
+    (copied.cache / "000000.json").write_text(json.dumps({**said, "crc32": sidecar_crc32(said)}))
     checked = cache_verify.check_shards(look(copied.cache), 1)
     assert f"its sidecar says {sidecar['tokens'] + 1} tokens and 1 skipped" in checked[0].problems[0].what
     assert [problem.file for problem in cache_verify.beside_shards(look(copied.cache))] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("field", ["offsets", "end", "tokens", "data_sha256"])
+def test_a_sidecar_that_changed_is_found_and_repaired(copied, made, capsys, field):
+    sidecar, before = copied.cache / "000000.json", sidecar_of(copied)
+    value = {"offsets": [0, *before["offsets"][1:-1], 1], "data_sha256": "0" * 64}.get(field, 7)
+    sidecar.write_text(json.dumps({**before, field: value}))
+    code, out, err = command(copied, capsys, copied.cache, "--verify")
+    assert code == 2 and "000000.json: the sidecar is gone or damaged" in out and "--only-missing" in err
+    repaired(copied, made)
+    assert sidecar_of(copied) == before and command(copied, capsys, copied.cache, "--verify")[0] == 0
 
 
 @pytest.mark.parametrize("copied", ["hidden"], indirect=True)

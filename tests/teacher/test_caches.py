@@ -1,6 +1,8 @@
 """A run's caches side by side: what goes on in which folder, and which one stage 2 opens."""
 
+import json
 import os
+import shutil
 
 import pytest
 from cached import LAYERS, MADE_BY, fill, identity, write_data
@@ -94,6 +96,18 @@ def test_fewer_data_shards_begin_another_cache(tmp_path, data):
     fewer = write_data(tmp_path / "fewer", shards=2)
     assert make(tmp_path, fewer) != old
     assert len(opened(tmp_path, fewer)) == 8 and len(opened(tmp_path, data)) == 12
+
+
+def test_a_foreign_or_damaged_shard_begins_no_other_cache(tmp_path, data):
+    path = make(tmp_path, data)
+    other = make(tmp_path / "other", write_data(tmp_path / "others", salt={1}), made_by={"weights": "zz"})
+    for name in ("000001.tar", "000001.json"):
+        shutil.copy(other / name, path / name)
+    sidecar = path / "000002.json"
+    said = json.loads(sidecar.read_text())["data_sha256"]
+    sidecar.write_text(sidecar.read_text().replace(said, said[:-1] + ("0" if said[-1] == "1" else "1")))
+    assert list(CacheFolder(path, identity(**AS_CACHED), data).missing()) == ["000001.tar", "000002.tar"]
+    assert make(tmp_path, data) == path == opened(tmp_path, data).path
 
 
 def test_damaged_folders_and_other_versions_are_nobodys(tmp_path, data):

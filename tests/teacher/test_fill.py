@@ -6,7 +6,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from cached import HEAD, LAYERS, MADE_BY, D, V, fill, full, identity, say, words, write_data
+from cached import HEAD, LAYERS, MADE_BY, D, V, fill, full, identity, resay, say, words, write_data
 from speech import order_of
 
 from data_prep.shards import ShardFolder
@@ -139,18 +139,28 @@ def test_only_what_is_missing_is_made_again(tmp_path, data):
 
 def test_a_sidecar_that_is_not_its_shards_is_not_believed(tmp_path, data):
     path = full(tmp_path / "cache", data)
-    for number, change in enumerate(({"keys": ["k000", "k001", "k002", "k999"]}, {"bytes": 1})):
-        sidecar = path / f"{number:06d}.json"
-        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **change}))
-    (path / "000002.json").write_text('{"made_for": "x"}')
+    resay(path / "000000.json", keys=["k000", "k001", "k002", "k999"])
+    resay(path / "000001.json", bytes=1)
+    resay(path / "000002.json", made_for="x")
     folder = CacheFolder(path, identity(), data)
     why = folder.missing()
     assert why["000000.tar"] == "its keys are not the data's"
     assert why["000001.tar"].startswith("cut off or changed: expected 1 bytes, found ")
     assert why["000002.tar"] == "made for another cache"
-    made_for = folder.identity.made_for(path)
-    (path / "000002.json").write_text(json.dumps({"made_for": made_for}))
+    (path / "000002.json").write_text("{}")
+    resay(path / "000002.json", made_for=folder.identity.made_for(path))
     assert folder.missing()["000002.tar"] == "its sidecar is damaged (KeyError('data_sha256'))"
+
+
+def test_a_flipped_bit_in_a_sidecar_is_found_and_its_shard_made_again(tmp_path, data):
+    """Wherever it is: in an offset it would make reads fail for ever, in data_sha256 begin another cache."""
+    path = full(tmp_path / "cache", data)
+    folder, sidecar, before = CacheFolder(path, identity(), data), path / "000001.json", contents(path)
+    whole = sidecar.read_bytes()
+    for place in range(0, len(whole), 5):
+        sidecar.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert list(folder.missing()) == ["000001.tar"]
+    assert fill(folder, data) and contents(path) == before and sidecar.read_bytes() == whole
 
 
 def test_a_killed_writer_leaves_no_shard(tmp_path, data):
