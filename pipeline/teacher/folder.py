@@ -24,7 +24,7 @@ from pipeline.errors import CacheError
 from pipeline.teacher.codec import CODECS, Codec, make_codec
 from pipeline.teacher.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
 from pipeline.teacher.order import order_sha256, read_order
-from pipeline.teacher.places import IDENTITY
+from pipeline.teacher.places import ASIDE, IDENTITY
 
 FORMAT = "vlsi-cache"
 VERSION = 2
@@ -150,8 +150,12 @@ def command(recipe: Path | str, *flags: str) -> str:
 
 def command_anew(path: Path, recipe: Path | str) -> str:
     """The command that makes a cache again where the old one is no good: moved aside, not removed."""
-    old = shlex.quote(str(path))
-    return f"mv {old} {shlex.quote(f'{path}.old')} && {command(recipe)}"
+    return f"{command_aside(path)} && {command(recipe)}"
+
+
+def command_aside(path: Path) -> str:
+    """The command after which a folder is no cache of its run, and nothing is lost."""
+    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}{ASIDE}')}"
 
 
 def other_maker(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, detail: str = "") -> str:

@@ -6,6 +6,7 @@ T response tokens, J cached teacher layers.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.teacher.folder import (
     FORMAT,
     RECORD,
     VERSION,
+    CacheIdentity,
     cache_codec,
     command,
     command_anew,
@@ -67,8 +69,8 @@ class TeacherCache:
     ):
         self.path, self.recipe = path, recipe
         self.identity = read_identity(path, recipe)
-        if mismatches := self._mismatches(expected or {}, codec):
-            raise CacheError(other_maker(path, mismatches, recipe))
+        if differing := mismatches(self.identity, expected or {}, codec):
+            raise CacheError(other_maker(path, differing, recipe))
         self.columns(layers)
         self.codec = cache_codec(path, self.identity, recipe)
         self._made_for = self.identity.made_for(path)
@@ -99,8 +101,9 @@ class TeacherCache:
         if absent:
             raise CacheError(
                 f"{self.path}: asked for teacher layers {list(layers)}, cached are {list(self.layers)}: {absent} "
-                f"missing. Ask for cached ones (interact.teacher_layers), or make a cache that has them: "
-                f"{command(self.recipe)}"
+                "missing. Ask for cached ones (interact.teacher_layers), or have stage 1 verbalize others, in another "
+                f"folder: deepspeed launch/train.py --stage 1 --recipe {shlex.quote(str(self.recipe))} "
+                f"--set run=FOLDER 'teacher.layers={sorted({*layers} - {self.layers[-1]})}'"
             )
         return [self.layers.index(layer) for layer in layers]
 
@@ -167,13 +170,6 @@ class TeacherCache:
         """The teacher's stored language head. Raises CacheError where the file is gone or is not what was written."""
         return read_head(self.path, self.manifest.get("head_sha256"), device, self.recipe)
 
-    def _mismatches(self, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
-        differing = compare(expected, self.identity.fingerprints)
-        if codec is not None and dict(codec) != dict(self.identity.codec):
-            said = [json.dumps(dict(one), sort_keys=True) for one in (codec, self.identity.codec)]
-            differing.append(Mismatch("codec", *said))
-        return differing
-
     def _check_complete(self, data: ShardFolder) -> None:
         shards = data.manifest["shards"]
         sidecars = self._finished_sidecars()
@@ -205,6 +201,15 @@ class TeacherCache:
 
     def _repair(self) -> str:
         return command(self.recipe, "--only-missing")
+
+
+def mismatches(identity: CacheIdentity, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
+    """What a cache was made of, where it is not the codec and the fingerprints that are asked for."""
+    differing = compare(expected, identity.fingerprints)
+    if codec is not None and dict(codec) != dict(identity.codec):
+        said = [json.dumps(dict(one), sort_keys=True) for one in (codec, identity.codec)]
+        differing.append(Mismatch("codec", *said))
+    return differing
 
 
 def _incomplete(path: Path, shards: Sequence[Mapping[str, Any]], missing: Mapping[str, str], recipe: Path | str) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
 
 import pytest
 from cached import LAYERS, MADE_BY, fill, identity, write_data
@@ -133,13 +135,38 @@ def test_one_that_does_not_fit_says_why_with_both_values(tmp_path, data):
     assert "[5] missing. Ask for cached ones (interact.teacher_layers)" in refusal(tmp_path, data, layers=(2, 5))
 
 
+def test_what_was_moved_aside_is_no_cache_any_more(tmp_path, data):
+    """The commands that refusals end in: each is followed here, and then does what it says."""
+    path = make(tmp_path, data)
+    (path / "cache.json").write_text(json.dumps({**json.loads((path / "cache.json").read_text()), "layers": None}))
+    aside, _ = refusal(tmp_path, data).rsplit("again: ", 1)[1].split(" && ")
+    for _ in range(2):  # the second moves it into the folder that is there
+        subprocess.run(shlex.split(aside), check=True)
+        assert newest(tmp_path) is None and refusal(tmp_path, data).startswith("no teacher cache in")
+        assert make(tmp_path, data) == path == opened(tmp_path, data).path
+
+
+def test_of_several_that_do_not_fit_the_one_that_is_wanted_says_why(tmp_path, data):
+    """A trial of something else was begun after it, and so was a cache for other data."""
+    path = make(tmp_path, data)
+    make(tmp_path, data, points=32)
+    others = write_data(tmp_path / "others", salt={0})
+    make(tmp_path, others)
+    (path / "000001.tar").unlink()
+    message = refusal(tmp_path, data)
+    assert message.startswith(f"{path} has 2 of 3 shards") and "000001.tar (the file is gone)" in message
+    assert message.endswith(f"\n(2 other cache(s) in {tmp_path} do not fit either)")
+    shutil.rmtree(path)
+    assert "was made from something else (data)" in refusal(tmp_path, data)
+
+
 def test_of_several_that_do_not_fit_the_newest_says_why(tmp_path, data):
     old = make(tmp_path, data, made_by={**MADE_BY, "verbalizers": "old"})
     os.utime(old / "cache.json", (0, 0))
     path = make(tmp_path, data, made_by={**MADE_BY, "verbalizers": "new"})
     message = refusal(tmp_path, data)
     assert message.startswith(f"{path} was made from") and "verbalizers: expected bb, found new" in message
-    assert message.endswith(f"\n(1 older cache(s) in {tmp_path} do not fit either)")
+    assert message.endswith(f"\n(1 other cache(s) in {tmp_path} do not fit either)")
 
 
 def test_the_one_that_fits_is_opened_wherever_it_stands_among_them(tmp_path, data):
@@ -156,8 +183,9 @@ def test_two_that_fit_are_refused_by_name(tmp_path, data):
     message = refusal(tmp_path, data, expected=known)
     assert message == (
         f"expected one cache that fits, found 2: {one}, {two}; they differ in what this run does not know (such as "
-        "the teacher's weights, whose folder is gone). Move aside those that are not meant"
+        "the teacher's weights, whose folder is gone). Move aside those that are not meant, such as the first: "
+        f"mv {one} {one}.old"
     )
     assert opened(tmp_path, data, expected={**MADE_BY, "weights": "yy"}).path == two
-    (one / "cache.json").rename(one / "aside")
+    subprocess.run(shlex.split(message.rsplit(": ", 1)[1]), check=True)
     assert opened(tmp_path, data, expected=known).path == two

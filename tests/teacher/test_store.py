@@ -195,7 +195,8 @@ def test_layers_must_have_been_cached(tmp_path, data):
     assert TeacherCache(path, data, layers=(6, 2)).columns((6, 2)) == [2, 0]
     assert refusal(path, data, layers=(2, 3, 6)) == (
         f"{path}: asked for teacher layers [2, 3, 6], cached are [2, 4, 6]: [3] missing. Ask for cached ones "
-        f"(interact.teacher_layers), or make a cache that has them: {AGAIN}"
+        "(interact.teacher_layers), or have stage 1 verbalize others, in another folder: deepspeed launch/train.py "
+        "--stage 1 --recipe 'my run.yaml' --set run=FOLDER 'teacher.layers=[2, 3]'"
     )
 
 
