@@ -3,6 +3,8 @@
 import pytest
 import torch
 from dense_losses import as_dtype, assert_earned, dense_ce, dense_logits, make_h, make_head, truth_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.loss import chunks
 from pipeline.loss.chunks import ROW_BLOCK, row_chunks, rows_per_chunk, wide_logits
@@ -55,6 +57,20 @@ def test_gradcheck():
 
     inputs = [x.requires_grad_() for x in (make_h(1, 3, 4), head.weight, head.bias)]
     assert torch.autograd.gradcheck(loss, inputs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_ragged_shapes_equal_dense_autograd_in_float64(data):
+    """Any shape and chunk, a trained head, a few tokens or none."""
+    tokens, vocab, width = (data.draw(st.integers(*ends)) for ends in ((0, 9), (1, 300), (1, 5)))
+    head, h = make_head(vocab, width, **data.draw(st.sampled_from(HEADS))), make_h(1, tokens, width)
+    labels, inputs = random_labels(tokens, vocab), [h.requires_grad_(), head.weight.requires_grad_()]
+    ours = linear_cross_entropy(h, head, labels, data.draw(st.one_of(st.none(), st.integers(1, 10))))
+    truth = dense_ce(h, head, labels)
+    torch.testing.assert_close(ours, truth)
+    for found, expected in zip(*(truth_gradients(x.sum(), *inputs) for x in (ours, truth)), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

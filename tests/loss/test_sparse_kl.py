@@ -1,5 +1,7 @@
 """The interaction loss against dense autograd in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dense_losses import (
@@ -112,6 +114,52 @@ def test_ragged_shapes_equal_dense_autograd_in_float64(data):
     torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(matrix.values[range(students), match], truth.detach())
     torch.testing.assert_close(*(truth_gradients(x.sum(), h)[0] for x in (ours, truth)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_ragged_shapes_of_the_last_layer_equal_dense_autograd_in_float64(data):
+    """A trained head, every kind of signal, any shape and chunk, a few tokens or none."""
+    tokens, vocab, width = (data.draw(st.integers(*ends)) for ends in ((0, 9), (10, 60), (1, 5)))
+    kind, options = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(HEADS))
+    signal, head = make_signal(kind, tokens, 2, vocab), make_head(vocab, width, **options)
+    h = make_h(tokens, width, spread=0.5)  # no student's tail under its floor
+    inputs = [x.requires_grad_() for x in (h, head.weight, head.bias) if x is not None]
+    ours = column_kl(h, head, signal, 1, data.draw(st.integers(1, 10)))
+    truth = dense_kl(h, head, signal, 1).sum()
+    torch.testing.assert_close(ours, truth)
+    for found, expected in zip(
+        truth_gradients(ours, *inputs), truth_gradients(truth, *inputs, unused=True), strict=True
+    ):
+        torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
+
+
+def test_a_token_s_weight_scales_its_probabilities_tail_and_entropy():
+    """So a weighted mean needs no code: the KL, its search, and every gradient come out weighted."""
+    head, h, weights = make_head(VOCAB, 6, scale=1.2), make_h(2, TOKENS, 6).requires_grad_(), torch.rand(TOKENS) * 3
+    signal = make_signal("tail")
+    scaled = replace(
+        signal,
+        probs=signal.probs * weights[:, None, None],
+        tail=signal.tail * weights[:, None],
+        neg_entropy=signal.neg_entropy * weights[:, None],
+    )
+    matrix = kl_matrix(h, head, scaled, [range(2), range(3)])
+    ours = torch.cat((matched_kl(h, head, scaled, [1, 2], matrix), column_kl(h[0], head, scaled, 1)[None]))
+    truth = torch.stack([(weights * dense_kl(x, head, signal, j)).sum() for x, j in ((h[0], 1), (h[1], 2), (h[0], 1))])
+    torch.testing.assert_close(ours, truth)
+    torch.testing.assert_close(*(truth_gradients(x.sum(), h)[0] for x in (ours, truth)))
+
+
+@pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
+def test_adapters_on_the_head_get_their_gradient(kind):
+    """LoRA on the head: its weight is then W + B A, and what reaches it goes on to A and B."""
+    frozen, h, signal = make_head(VOCAB, 6, padding=3), make_h(TOKENS, 6).requires_grad_(), make_signal(kind)
+    b, a = make_h(VOCAB + 3, 2, spread=0.3, seed=8).requires_grad_(), make_h(2, 6, spread=0.3, seed=9).requires_grad_()
+    head = replace(frozen, weight=frozen.weight + b @ a)
+    ours, truth = column_kl(h, head, signal, 1, chunk=5), dense_kl(h, head, signal, 1).sum()
+    for found, expected in zip(*(truth_gradients(x, h, b, a) for x in (ours, truth)), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
