@@ -50,7 +50,9 @@ def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any
             "live_teacher": _peak_mib(recipe, ranks, live=True),
         }
         entry |= _ratios(recipe, ranks, folder / "written", rounds)
-        entry["data_wait_share"] = {f"{workers}_workers": _data_wait(recipe, workers, updates) for workers in (1, 2)}
+        if updates:
+            waits = {f"{workers}_workers": _data_wait(recipe, workers, updates) for workers in (1, 2)}
+            entry["data_wait_share"] = waits
         if name == "demo":
             entry["start_up"] = start_up(recipe)
         return entry
@@ -63,7 +65,7 @@ def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str,
     for make in (student_steps, verbalize_steps, partial(cache_passes, scratch=scratch)):
         runs = make(Opened(recipe, ranks))
         operations |= _operations(runs)
-        seconds |= interleaved(runs, rounds)
+        seconds |= interleaved(runs, rounds, warm=True)
         del runs
         _free(ranks)
     ratios = {

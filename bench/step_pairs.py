@@ -12,7 +12,7 @@ import math
 import random
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,8 @@ RANDOM_PAIRS = {
     "real-0.5b": _real(teacher=QWEN_2B, student=QWEN_HALF),
     "real-2b": _real(teacher=QWEN_7B, student=QWEN_2B),
 }
+RANDOM_PAIRS["real-0.5b-cpu"] = replace(RANDOM_PAIRS["real-0.5b"], image_side=32, micro_batch=1, samples=1)
+"""One sample of real shape, 1,024 image tokens: what a CPU can measure in minutes."""
 DEMO_SAMPLES, DEMO_BATCH = 192, 16
 
 

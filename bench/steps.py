@@ -1,11 +1,13 @@
 """Whole steps beside what they are to be compared with, the data wait, and the start-up. `make bench-steps`.
 
   python -m bench.steps                      the demo's pair and a small one with a vocabulary of 151,936, on a CPU
-  python -m bench.steps --shape real         pairs of real shapes, 0.5B and 2B students; needs a GPU
+  python -m bench.steps --shape real         pairs of real shapes, 0.5B and 2B students; needs a GPU with 80 GB
+  python -m bench.steps --shape real-cpu     one sample of a 0.5B student and a 2B teacher on a CPU: 20 minutes, 20 GB
 
-Leaves bench/results/steps.json (steps_real.json for real shapes). Steps run in turn in one process and on one rank, and
-ratios are medians over the rounds. Beside each stands the ratio of the operations in matrix products: what the time
-would be, were there nothing else. On a CPU one thread computes; the other core has the writer and the loader.
+Leaves bench/results/steps.json (steps_real.json, steps_real_cpu.json). Steps run in turn in one process and on one
+rank, and ratios are medians over the rounds. Beside each stands the ratio of the operations in matrix products: what
+the time would be, were there nothing else. On a CPU one thread computes, for real shapes two; else the other core has
+the writer and the loader.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PAIRS = {"demo": ["demo"], "small": ["small"], "real": ["real-0.5b", "real-2b"]}
-ROUNDS = {"demo": 9, "small": 3, "real-0.5b": 9, "real-2b": 9}
-UPDATES = {"demo": 40, "small": 3, "real-0.5b": 40, "real-2b": 40}
+PAIRS = {"demo": ["demo"], "small": ["small"], "real": ["real-0.5b", "real-2b"], "real-cpu": ["real-0.5b-cpu"]}
+RESULTS = {"real": "steps_real", "real-cpu": "steps_real_cpu"}
+"""Where the results go; else to "steps"."""
+ROUNDS = {"demo": 9, "small": 3, "real-0.5b": 9, "real-2b": 9, "real-0.5b-cpu": 3}
+UPDATES = {"demo": 40, "small": 3, "real-0.5b": 40, "real-2b": 40, "real-0.5b-cpu": 0}
 """Of stage 2, to see how long it waits for data."""
 GOALS = {
     "interact_over_finetune": ("at most", 1.25),
@@ -44,7 +48,8 @@ def show(entries: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     table.add_row("peak memory, live teacher", "", *(f"{peak['live_teacher']:,} MiB" for peak in peaks))
     table.add_row("peak memory, cache", "", *(f"{peak['cache']:,} MiB" for peak in peaks))
     for workers in ("1_workers", "2_workers"):
-        waits = [f"{entry['data_wait_share'][workers]:.1%}" for entry in entries.values()]
+        shares = [entry.get("data_wait_share", {}).get(workers) for entry in entries.values()]
+        waits = ["" if share is None else f"{share:.1%}" for share in shares]
         table.add_row(f"data wait, loader workers: {workers[0]}", f"below {LARGEST_DATA_WAIT:.0%}", *waits)
     console.print(table)
     for entry in entries.values():
@@ -77,8 +82,9 @@ def main() -> None:
         parser.error("--shape real needs a GPU with 80 GB, and torch finds none; a CPU can measure demo and small")
     os.environ["HF_HUB_OFFLINE"] = "1"
     if on_cpu:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        torch.set_num_threads(1)
+        threads = 2 if shapes == ["real-cpu"] else 1
+        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        torch.set_num_threads(threads)
     from pipeline.runtime.quiet import hush
 
     hush()
@@ -94,9 +100,8 @@ def main() -> None:
         entries[pair] = measure(pair, ROUNDS[pair], UPDATES[pair], ranks)
     show(entries, console)
     goals = {name: {limit: value} for name, (limit, value) in GOALS.items()}
-    path = write_results(
-        "steps_real" if "real" in shapes else "steps", {**machine(), "goals_at_real_shapes": goals, **entries}
-    )
+    results = {**machine(), "goals_at_real_shapes": goals, **entries}
+    path = write_results(next((RESULTS[shape] for shape in shapes if shape in RESULTS), "steps"), results)
     console.print(f"written: {path}")
 
 

@@ -43,10 +43,10 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each form in each round: one after the other, round by round."""
+def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int, warm: bool = False) -> dict[str, list[float]]:
+    """Wall seconds of each form in each round: one after the other, round by round. warm: each has run already."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for form in forms.values():
+    for form in forms.values() if not warm else ():
         form()
     for number in range(rounds):
         for name in list(forms)[:: -1 if number % 2 else 1]:
