@@ -241,9 +241,11 @@ class ShardFolder:
 
     def _damaged(self, index: int, why: str) -> DataError:
         shard = self.shards[bisect_right(self._firsts, index) - 1]
+        # Whoever reads another kind of folder knows what makes it again; lint reads data shards alone.
+        advice = f": python -m data_prep lint {self.path} lists what is bad; then remove it and make it again"
         return DataError(
             f"{self.path / shard.name}: cannot read sample {self.keys[index]!r}: {why}. The shard is not what the "
-            f"manifest says: python -m data_prep lint {self.path} lists what is bad; then remove it and make it again"
+            f"manifest says{advice if self.manifest['format'] == FORMAT else ''}"
         )
 
 

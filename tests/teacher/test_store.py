@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import webdataset
 from cached import AGAIN, HEAD, LAYERS, MADE_BY, V, fill, full, identity, words, write_data
 from speech import order_of
 
@@ -15,6 +16,7 @@ from pipeline.errors import CacheError, SampleError
 from pipeline.loss.sparse_kl import column_kl, kl_matrix
 from pipeline.teacher.codec import CODECS
 from pipeline.teacher.fill import CacheFolder
+from pipeline.teacher.packing import unpack_record
 from pipeline.teacher.signal import HiddenSignal, Unembedding
 from pipeline.teacher.store import TeacherCache
 
@@ -237,6 +239,7 @@ def damaged(cache, index, key):
     message = str(caught.value)
     assert message.startswith(f"{cache.path}: record '{key}' is damaged: ")
     assert message.endswith("Put it right: deepspeed launch/cache.py --recipe R --only-missing")
+    assert "data_prep" not in message and ".." not in message, "lint is for data shards"
     return message
 
 
@@ -329,3 +332,17 @@ def test_tokens_that_differ_are_an_error(tmp_path, data):
 def test_the_outer_form_is_that_of_a_shard_folder(tmp_path, data):
     folder = ShardFolder(full(tmp_path / "cache", data), format="vlsi-cache", newest=2)
     assert folder.keys == data.keys and list(folder.read_members(3)) == ["mp"]
+
+
+def test_webdataset_reads_a_cache_shard(tmp_path, data):
+    cache = TeacherCache(full(tmp_path / "cache", data, codec="sampled"), data)
+    files = [str(cache.path / shard.name) for shard in data.shards]
+    samples = list(webdataset.WebDataset(files, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == data.keys
+    made_for = cache.manifest["shards"][0]["made_for"]
+    for index, sample in enumerate(samples):
+        tokens, streams = unpack_record(sample["mp"], made_for)
+        arrays = cache.codec.unpack(streams, len(tokens), len(LAYERS))
+        record = cache.read(index)
+        assert np.array_equal(tokens, record.tokens)
+        assert all(np.array_equal(arrays[name], record.arrays[name]) for name in record.arrays)
