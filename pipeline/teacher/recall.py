@@ -27,6 +27,8 @@ class Recall:
     """How many of the stored points of each distribution an epoch sees (sampled codec); None for all."""
     token_share: float = 1.0
     """Share of the response tokens that an epoch sees."""
+    seed: int = 0
+    """The run's, for the choice of tokens; that of points goes by the codec's, as the points themselves do."""
 
     def record(self, index: int, epoch: int, expected: np.ndarray) -> tuple[CacheRecord, np.ndarray]:
         """The record of a sample for an epoch, and which of its T tokens it keeps [T] bool.
@@ -57,5 +59,5 @@ class Recall:
         return every_nth(arrays, every, (start.astype(np.int64) + epoch) % every)
 
     def _tokens_of(self, key: str, epoch: int, tokens: int) -> np.ndarray:
-        drawn = uniform(0, f"tokens of epoch {epoch}", key, (0,), tokens)[:, 0]
+        drawn = uniform(self.seed, f"tokens of epoch {epoch}", key, (0,), tokens)[:, 0]
         return drawn < self.token_share

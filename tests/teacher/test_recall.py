@@ -8,6 +8,7 @@ import torch
 from cached import LAYERS, D, V, fill, full, identity, words, write_data
 
 from pipeline.errors import CacheError, SampleError
+from pipeline.teacher.draws import uniform
 from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.recall import Recall
 from pipeline.teacher.store import TeacherCache
@@ -108,6 +109,16 @@ def test_a_share_of_the_tokens_other_ones_in_each_epoch(cache, share):
         for other in range(one):
             both = (masks[one] & masks[other]).sum()
             assert abs(both - share**2 * LONG) < 4.5 * (share**2 * (1 - share**2) * LONG) ** 0.5
+
+
+def test_another_seed_keeps_other_tokens_and_the_same_points(cache):
+    """One stream of chance for all layers: that of layer 0, which there is none of."""
+    one, other = (of(Recall(cache, LAYERS, 16, 0.5, seed), epoch=3) for seed in (7, 8))
+    drawn = uniform(7, "tokens of epoch 3", "k001", (0,), LONG)[:, 0]
+    assert np.array_equal(one[1], drawn < 0.5) and 0.4 < (one[1] == other[1]).mean() < 0.6
+    both = np.flatnonzero(one[1] & other[1])
+    points = [counts(record.arrays)[np.searchsorted(np.flatnonzero(kept), both)] for record, kept in (one, other)]
+    assert np.array_equal(*points)
 
 
 def test_the_tokens_kept_are_those_of_the_arrays(cache):
