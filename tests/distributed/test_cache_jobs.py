@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from running import cache_folder, deepspeed, tiny_recipe
+from running import ROOT, cache_folder, deepspeed, tiny_recipe
 from safetensors.torch import load_file, save_file
 from tiny import write_data
 
@@ -16,6 +24,7 @@ from data_prep.shards import ShardFolder
 from pipeline.loss.sparse_kl import column_kl
 from pipeline.resolve import load_recipe
 from pipeline.runtime.batches import DataOrder, derived_seed
+from pipeline.runtime.folder import done
 from pipeline.teacher.signal import HiddenSignal
 from pipeline.vlm.assemble import encoders, load_verb_ffns, shared_vocabulary, verbalized
 from pipeline.vlm.backbone import run_backbone
@@ -54,6 +63,7 @@ def test_jobs_over_ranges_fill_one_cache_with_the_same_bytes(verbalized_run, tmp
     where = copy(run, tmp_path / "run", "verbalize")
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "1-2", *where)
     assert "2 of 3 shards are there" in said and not (cache_folder(tmp_path / "run") / "manifest.json").exists()
+    assert re.search(r"cache: 2 of 3 shards to make, about (\S+ KB) .*; the whole cache lacks (?!\1)\S+ KB", said)
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "0", *where)
     assert "cache: complete, 3 shards" in said
     assert shards(tmp_path / "run") == shards(run), "two ranks and one, one engine with a student and one without"
@@ -66,10 +76,48 @@ def test_a_damaged_shard_is_named_and_made_again(verbalized_run, tmp_path):
     flipped = bytearray(shard.read_bytes())
     flipped[3000] ^= 1
     shard.write_bytes(flipped)
-    deepspeed(1, "cache.py", "--recipe", recipe, "--only-missing", *where)
+    said = deepspeed(2, "cache.py", "--recipe", recipe, "--only-missing", *where)
+    assert "cache: 000001.tar: changed: expected SHA-256 " in said and "1 of 3 shards to make" in said
+    assert re.search(r"cache  8/8 .* tokens/s", said) and "cache  16/8" not in said, "the other rank makes nothing"
     assert shards(tmp_path / "run") == shards(run)
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "1-7", *where, check=1)
     assert "has shards 0-2" in said
+
+
+def test_a_job_that_is_killed_loses_no_more_than_the_shard_in_hand(verbalized_run, tmp_path):
+    recipe, run = verbalized_run
+    where = [*copy(run, tmp_path / "run", "verbalize"), f"data.train={tmp_path / 'data'}"]
+    write_data(tmp_path / "data", 96, shards=48)
+    with alone("cache.py", "--recipe", recipe, *where) as job:
+        made: list[Path] = []
+        while len(made) < 3:
+            assert job.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+            made = list((tmp_path / "run" / "cache").glob("*/0*.json"))
+        job.send_signal(signal.SIGKILL)
+    folder = cache_folder(tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
+    tars = {path.stem for path in folder.glob("0*.tar")}
+    assert 3 <= len(before) < 48 and {Path(name).stem for name in before} <= tars
+    assert len(tars) <= len(before) + 1, "killed between a shard and its sidecar, at most"
+    said = deepspeed(1, "cache.py", "--recipe", recipe, *where)
+    assert f"{48 - len(before)} of 48 shards to make" in said and "cache: complete, 48 shards" in said
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}, "what was whole is not touched"
+    said = deepspeed(1, "cache.py", "--recipe", recipe, "--only-missing", *where)
+    assert "to make" not in said and "cache: complete, 48 shards" in said, "every shard's bytes are what they should be"
+
+
+@contextmanager
+def alone(script: str, *arguments: object) -> Iterator[subprocess.Popen]:
+    """A program of launch/ as the one rank of a job, without a launcher: the process itself can be killed."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, f"launch/{script}", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **rank, "PATH": path}) as job:
+        try:
+            yield job
+        finally:
+            job.kill()
 
 
 def test_interaction_from_the_exact_codec(verbalized_run, tiny_models, tmp_path):
@@ -137,7 +185,13 @@ def test_samples_are_the_same_on_any_ranks_and_lie_beside_another_codec(verbaliz
     sampled = ["cache.codec={name: sampled, points: 32}"]
     one = copy(run, tmp_path / "one", "verbalize", "cache")
     exact = shards(tmp_path / "one")
+    assert done(tmp_path / "one" / "cache")
+    deepspeed(1, "cache.py", "--recipe", recipe, "--shards", "2", *one, *sampled)
+    assert done(tmp_path / "one" / "cache") is None, "the cache of these values is not complete"
+    told = (tmp_path / "one" / "metrics.jsonl").read_text()
     deepspeed(1, "cache.py", "--recipe", recipe, *one, *sampled)
+    both = (tmp_path / "one" / "metrics.jsonl").read_text()
+    assert both.startswith(told) and len(both) > len(told) > 0, "the lines of one job and then of the other"
     beside = {path.name.split("-")[0]: path for path in (tmp_path / "one" / "cache").glob("*-*")}
     assert sorted(beside) == ["hidden", "sampled"]
     assert {path.name: path.read_bytes() for path in beside["hidden"].glob("*.tar")} == exact, "left as it was"
