@@ -158,7 +158,8 @@ def _work(
         own = names[job.ranks.rank :: job.ranks.world]
         return [(cache.lacks if job.ranks.first else set(), cache.missing(own, verify=verify))]
 
-    found = gather_made(job.ranks, f"{NAME}: looking at {len(names)} shards in {cache.path}", look)
+    doing = "hashing" if verify else "looking at"
+    found = gather_made(job.ranks, f"{NAME}: {doing} {len(names)} shards in {cache.path}", look)
     why = {name: reason for _, missing in found for name, reason in missing.items()}
     return found[0][0], {name: why[name] for name in names if name in why}
 
