@@ -168,8 +168,12 @@ class Engine:
 
 
 def _bits(values: Tensor) -> int:
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return int(values.contiguous().view(kind).sum(dtype=torch.int64))
+    """Eight bytes at a time where they divide so: a CPU sums billions of two-byte numbers for minutes."""
+    flat = values.contiguous().view(-1)
+    size = flat.element_size()
+    whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    kind = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return int(flat.view(kind).sum(dtype=torch.int64))
 
 
 def _whole(parameter: nn.Parameter):
