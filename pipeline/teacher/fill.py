@@ -36,8 +36,6 @@ from pipeline.teacher.packing import pack_record, pack_skipped
 from pipeline.teacher.places import IDENTITY
 from pipeline.teacher.signal import Unembedding
 
-TAR_BLOCK = 512
-
 
 class CacheFolder:
     """A cache in the making. Raises CacheError when the folder already holds a cache of another identity."""
@@ -122,12 +120,6 @@ class CacheFolder:
             fields["head_sha256"] = written
         write_manifest(self.path, list(sidecars.values()), **fields)
         return True
-
-
-def record_bytes(codec: Codec, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
-    """What a record takes on disk, its tar header and padding included."""
-    size = len(pack_record(tokens, codec.pack(arrays)))
-    return TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
 class CacheWriter:

@@ -12,7 +12,7 @@ from speech import order_of
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
 from pipeline.teacher.codec import CODECS
-from pipeline.teacher.fill import CacheFolder, record_bytes
+from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.folder import missing_shards
 from pipeline.teacher.store import TeacherCache
 
@@ -45,17 +45,6 @@ def test_the_manifest_sums_the_sidecars(tmp_path, data):
     assert [one["tokens"] for one in sidecars] == tokens and manifest["tokens"] == sum(tokens)
     assert manifest["version"] == 2 and manifest["codec"] == {"name": "sampled", "points": 16, "seed": 0}
     assert manifest["fingerprints"].keys() == {*MADE_BY, "data"} and manifest["layers"] == list(LAYERS)
-
-
-def test_a_record_takes_what_it_was_projected_to(tmp_path, data):
-    folder = CacheFolder(tmp_path / "cache", identity("sampled", points=64), data)
-    fill(folder, data)
-    codec, sizes = folder.codec(), []
-    for key in data.manifest["shards"][0]["keys"]:
-        tokens, hidden = words(key)
-        sizes.append(record_bytes(codec, tokens, say(codec, key, hidden)))
-    entry = json.loads((folder.path / "000000.json").read_text())
-    assert sizes == np.diff([*entry["offsets"], entry["end"]]).tolist()
 
 
 def test_a_writer_takes_each_sample_of_its_shard_once_and_whole(tmp_path, data):
