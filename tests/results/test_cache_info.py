@@ -299,12 +299,14 @@ def test_a_sidecar_that_changed_is_found_and_repaired(copied, made, capsys, fiel
 
 @pytest.mark.parametrize("copied", ["hidden"], indirect=True)
 def test_verify_finds_a_damaged_head_and_a_job_makes_it_again(copied, made, capsys):
-    flip(copied.cache / "head.safetensors", -1)
+    head = copied.cache / "head.safetensors"
+    whole = head.read_bytes()
+    flip(head, -1)
     code, out, err = command(copied, capsys, copied.cache, "--verify")
     assert code == 2 and "head.safetensors is damaged: expected SHA-256" in out
     assert err.endswith(f"Put it right: deepspeed launch/cache.py --recipe {copied.recipe} --only-missing\n")
     repaired(copied, made)
-    assert command(copied, capsys, copied.cache, "--verify")[0] == 0
+    assert head.read_bytes() == whole and command(copied, capsys, copied.cache, "--verify")[0] == 0
 
 
 @pytest.mark.parametrize("copied", ["hidden"], indirect=True)

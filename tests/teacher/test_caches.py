@@ -102,6 +102,8 @@ def test_fewer_data_shards_begin_another_cache(tmp_path, data):
 
 def test_a_foreign_or_damaged_shard_begins_no_other_cache(tmp_path, data):
     path = make(tmp_path, data)
+    data = write_data(tmp_path / "more", shards=4)  # so that the folder's name is not that of this data
+    assert make(tmp_path, data) == path
     other = make(tmp_path / "other", write_data(tmp_path / "others", salt={1}), made_by={"weights": "zz"})
     for name in ("000001.tar", "000001.json"):
         shutil.copy(other / name, path / name)
