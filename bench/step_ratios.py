@@ -44,7 +44,7 @@ class Opened:
         self.job = Job(load_recipe(recipe).recipe, ranks)
         self.recipe = self.job.recipe
         self.data = ShardFolder(self.recipe.data.train)
-        self.recall = interact._open_cache(self.recipe, self.data)
+        self.recall = interact._open_cache(self.job, self.data)
         self.vocab = self.recall.cache.identity.vocab
 
     def load(self, chats: Chats) -> Loaded:

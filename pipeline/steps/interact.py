@@ -24,7 +24,7 @@ from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, Moment, Outcome, train
-from pipeline.runtime.ranks import sum_over_ranks, wait_for_all
+from pipeline.runtime.ranks import gather_made, sum_over_ranks, wait_for_all
 from pipeline.teacher.caches import open_cache
 from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
 from pipeline.teacher.folder import codec_params
@@ -110,7 +110,7 @@ def run(job: Job) -> None:
         wait_for_all()
         return
     data = ShardFolder(recipe.data.train)
-    recall = _open_cache(recipe, data)
+    recall = _open_cache(job, data)
     with sharded_loading(recipe):
         student = student_with_verbalizers(
             recipe, recall.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
@@ -133,25 +133,31 @@ def _attach(recall: Recall, place: Place, encoded: Encoded) -> tuple[Encoded, Ca
     return replace(encoded, response=response), record
 
 
-def _open_cache(recipe: Recipe, data: ShardFolder) -> Recall:
-    """Open the run's cache, refused if anything that it was made from is no longer what it was.
-
-    The teacher's folder is compared where it is still there; stage 2 does not need it.
-    """
+def _open_cache(job: Job, data: ShardFolder) -> Recall:
+    """Open the run's cache, refused if anything that it was made from is no longer what it was."""
+    recipe = job.recipe
     verbalize = done(recipe.run / "verbalize")
     if verbalize is None:
-        raise CacheError(f"no verbalizers in {recipe.run}; run: deepspeed launch/train.py --stage 1 --recipe R")
-    expected = {
-        "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
-        "max_length": str(recipe.data.max_length),
-    }
-    if (recipe.teacher.path / "config.json").is_file():
-        template = str(load_processor(recipe.teacher.path).chat_template)
-        expected |= teacher_fingerprints(recipe.teacher.path, template)
+        again = f"deepspeed launch/train.py --stage 1 --recipe {recipe.run / 'recipe.yaml'}"
+        raise CacheError(f"no verbalizers in {recipe.run / 'verbalize'}; run: {again}")
+    what = f"{NAME}: hashing what the cache was made from"
+    (expected,) = gather_made(job.ranks, what, lambda: [_expected(recipe)] if job.ranks.first else [])
     layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
     cache = open_cache(recipe.run / "cache", data, expected, codec, layers, recipe.run / "recipe.yaml")
     return Recall(cache, layers, recipe.interact.points, recipe.interact.token_share)
+
+
+def _expected(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints that the cache must have; the teacher's where its weights are still there, which nothing needs."""
+    prints = {
+        "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
+        "max_length": str(recipe.data.max_length),
+    }
+    if any(recipe.teacher.path.glob("*.safetensors")):
+        template = str(load_processor(recipe.teacher.path).chat_template)
+        prints |= teacher_fingerprints(recipe.teacher.path, template)
+    return prints
 
 
 def _forward(engine: Engine, interact: Interact, seed: int, recall: Recall, layers: tuple[int, ...]):

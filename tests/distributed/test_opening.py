@@ -1,0 +1,103 @@
+"""Stage 2 opens the cache that fits and refuses all others: each thing that made it, changed alone, is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from running import deepspeed, tiny_recipe
+from safetensors.torch import load_file, save_file
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import CacheError
+from pipeline.resolve import load_recipe
+from pipeline.runtime.loop import Job
+from pipeline.runtime.ranks import Ranks
+from pipeline.steps.interact import _open_cache
+
+KIND = "qwen2_vl"
+
+
+@pytest.fixture(scope="module")
+def made(tiny_models, tmp_path_factory) -> Path:
+    """A folder with models, data, and a run that stage 1 has been through."""
+    root = tmp_path_factory.mktemp("opening")
+    models = {(KIND, role): root / role for role in ("teacher", "student")}
+    for key, folder in models.items():
+        shutil.copytree(tiny_models[key], folder)
+    data = tiny.write_data(root / "data", 8, shards=2)
+    recipe = tiny_recipe(root, models, KIND, data, verbalize={"steps": 2, "batch_size": 4})
+    deepspeed(1, "train.py", "--stage", 1, "--recipe", recipe)
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path) -> Path:
+    """A copy of it; the recipe names the copy."""
+    root = tmp_path / "root"
+    shutil.copytree(made, root)
+    recipe = root / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(made), str(root)))
+    return root
+
+
+def opened(root: Path, *settings: str):
+    recipe = load_recipe(root / "recipe.yaml", list(settings)).recipe
+    return _open_cache(Job(recipe, Ranks()), ShardFolder(recipe.data.train))
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(path: Path) -> None:
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    weights[name] = weights[name] + 1
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+CHANGES = {
+    "weights": lambda root: change_weights(root / "teacher" / "model.safetensors"),
+    "config": lambda root: edit_json(root / "teacher" / "config.json", added=1),
+    "tokenizer": lambda root: edit_json(root / "teacher" / "tokenizer.json", padding=None),
+    "processor": lambda root: edit_json(root / "teacher" / "processor_config.json", added=1),
+    "chat_template": lambda root: (root / "teacher" / "chat_template.jinja").write_text(
+        (root / "teacher" / "chat_template.jinja").read_text() + "{# changed #}"
+    ),
+    "verbalizers": lambda root: change_weights(root / "run" / "verbalize" / "teacher.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_made_the_cache_is_named_when_it_has_changed(root, name):
+    assert len(opened(root).cache) == 8
+    CHANGES[name](root)
+    with pytest.raises(CacheError) as raised:
+        opened(root)
+    said = str(raised.value)
+    assert f"{name}: expected " in said and ", found " in said and "launch/cache.py --recipe" in said
+    assert said.count("expected ") == 1
+
+
+def test_the_length_that_the_data_was_cut_to_is_named(root):
+    with pytest.raises(CacheError, match=r"max_length: expected 100, found 4096"):
+        opened(root, "data.max_length=100")
+
+
+def test_a_teacher_without_weights_is_not_asked(root):
+    change_weights(root / "teacher" / "model.safetensors")
+    (root / "teacher" / "model.safetensors").unlink()
+    assert len(opened(root).cache) == 8
+    shutil.rmtree(root / "teacher")
+    assert len(opened(root).cache) == 8
+
+
+def test_layers_that_are_not_cached_are_named(root):
+    with pytest.raises(
+        CacheError, match=r"asked for teacher layers \[5, 6\], cached are \[1, 2, 3, 4, 6\]: \[5\] missing"
+    ):
+        opened(root, "interact.teacher_layers=[5]")
