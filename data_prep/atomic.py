@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -44,6 +45,9 @@ class Aside:
             os.close(folder)
 
     def discard(self) -> None:
-        """Remove what was not committed."""
-        self.file.close()
-        self._own.unlink(missing_ok=True)
+        """Remove what was not committed, also where the disk is so full that closing the file fails."""
+        try:
+            with contextlib.suppress(OSError):
+                self.file.close()
+        finally:
+            self._own.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.checks import number_of_steps
-from pipeline.runtime.batches import Chats, Loaded, derived_seed
+from pipeline.runtime.batches import Chats, Loaded, derived_seed, each_once
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
@@ -51,7 +51,7 @@ def run(job: Job) -> Engine | None:
 
 def _forward(engine: Engine):
     def forward(loaded: Loaded, _moment: Moment) -> Outcome:
-        batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}
+        batches = each_once(lambda batch: batch.to(engine.device, engine.dtype), loaded.batches)
         losses = engine(batches)
         sums: dict[str, Tensor] = {}
         for role in ROLES:

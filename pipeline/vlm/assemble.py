@@ -55,7 +55,8 @@ def load_verb_ffns(side: VerbalizedVLM, path: Path) -> None:
     try:
         side.verb_ffns.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise RecipeError(f"no verbalizers at {path}; run: deepspeed launch/train.py --stage 1 --recipe R") from None
+        again = f"deepspeed launch/train.py --stage 1 --recipe {path.parents[1] / 'recipe.yaml'}"
+        raise RecipeError(f"no verbalizers at {path}; run: {again}") from None
     except RuntimeError as error:
         raise RecipeError(
             f"{path} holds verbalizers for other layers, another width or another form than the recipe asks for "
