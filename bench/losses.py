@@ -55,17 +55,19 @@ GPU_DENSE_TOKENS = 512
 
 
 def products(problem: Problem, layers: int, trained: bool = False) -> Callable[[], None]:
-    """The floor: two products a student layer, three where the head is trained, into memory that is there already."""
+    """The floor: two products a student layer, three where the head is trained, into memory that is there already.
+
+    But for the third: what it makes becomes the weight's gradient, which is new in every step.
+    """
     case, weight, h = problem.case, problem.weight.detach(), problem.h.detach()
     logits, gradient = weight.new_empty(case.tokens, case.vocab), weight.new_empty(case.tokens, case.width)
-    of_weight = torch.empty_like(weight) if trained else None
 
     def run() -> None:
         for layer in h[:layers]:
             torch.mm(layer, weight.T, out=logits)
             torch.mm(logits, weight, out=gradient)
-            if of_weight is not None:
-                torch.mm(logits.T, layer, out=of_weight)
+            if trained:
+                torch.mm(logits.T, layer)
 
     return run
 
@@ -84,6 +86,7 @@ def ready(case: Case, threads: int, work: Callable[[Problem], object], trained: 
 
 def agreement(problem: Problem) -> dict[str, float]:
     """How far our values and gradient are from dense torch's in the same dtype, relative, norm for norm."""
+    problem.clear()
     values, match = interaction(problem)
     assert problem.h.grad is not None
     ours, columns = problem.h.grad[0].double(), problem.windows[0]

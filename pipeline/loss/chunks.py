@@ -37,6 +37,9 @@ TILE_ELEMENTS = 2**20
 ROW_BLOCK = 128
 """Rows of an accelerator's matrix product are computed in blocks of this many: a chunk of fewer leaves some idle."""
 
+PRODUCT_BLOCK = 2**14
+"""Ids over which a CPU sums a low-precision product at a time: a sixth faster there than over all of them."""
+
 SLICE_ELEMENTS = 2**23
 """How many elements of a trained head's gradient, as large as the head, are added or scaled at a time."""
 
@@ -144,6 +147,17 @@ def softmax_(logits: Tensor, ids: Tensor) -> Tensor:
     return log_q
 
 
+def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient [c, V] times weight [V, d] -> [c, d], in the weight's dtype or, summed over blocks of ids, wider."""
+    vocab, wide = len(weight), accumulator(weight.dtype)
+    if weight.device.type != "cpu" or weight.dtype == wide or vocab <= PRODUCT_BLOCK:
+        return gradient @ weight
+    total = torch.zeros(len(gradient), weight.shape[1], dtype=wide)
+    for ids in row_chunks(vocab, PRODUCT_BLOCK):
+        total += gradient[:, ids] @ weight[ids]
+    return total
+
+
 def product_gradients(h: Tensor, workspace: Workspace, loss: TileLoss, tile: int | None = None) -> Gradients:
     """The gradients of a loss that is made of a tile of the logits at a time.
 
@@ -198,7 +212,7 @@ class _HeadGradients:
         assert h is not None and weight is not None
         vocab = gradient.shape[1]
         if self.h is not None:
-            self.h[layer, rows] = (gradient @ weight[:vocab]).to(h.dtype)
+            self.h[layer, rows] = times_weight(gradient, weight[:vocab]).to(h.dtype)
         if self.factors is not None:
             self.factors = (gradient, h[layer, rows])
         if self.weight is not None:

@@ -42,6 +42,7 @@ from pipeline.loss.chunks import (
     row_chunks,
     rows_per_chunk,
     softmax_,
+    times_weight,
     wide_logits,
 )
 from pipeline.loss.probabilities import probability_chunks
@@ -234,7 +235,7 @@ def _search(
 
     ids = signal.ids[:, within].flatten(1)
     for rows, light in probability_chunks(h, workspace, ids, heavy, note):
-        torch.mm(light, weight[:vocab], out=found.light[rows])
+        found.light[rows] = times_weight(light, weight[:vocab]).to(weight.dtype)
     values[within] += _terms(found.log_q, signal.part(slice(None), within))[0].sum(0, dtype=values.dtype)
     return found
 

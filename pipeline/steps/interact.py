@@ -145,7 +145,7 @@ def _open_cache(job: Job, data: ShardFolder) -> Recall:
     layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
     cache = open_cache(recipe.run / "cache", data, expected, codec, layers, recipe.run / "recipe.yaml")
-    return Recall(cache, layers, recipe.interact.points, recipe.interact.token_share)
+    return Recall(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
 
 
 def _expected(recipe: Recipe) -> dict[str, str]:

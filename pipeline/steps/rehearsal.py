@@ -70,8 +70,9 @@ def project(listener: Listener, cache: CacheFolder) -> Projection:
         split = {name: to_numpy(array) for name, array in codes.items()}
         for end, count in zip(np.cumsum(batch.counts), batch.counts, strict=True):
             rows = slice(end - count, end)
-            record = codec.pack({name: array[rows] for name, array in split.items()})
-            size += on_disk(len(pack_record(batch.labels[rows].numpy(), record)))
+            record = {name: array[rows] for name, array in split.items()}
+            if codec.finite(record).all():  # else the job will skip it
+                size += on_disk(len(pack_record(batch.labels[rows].numpy(), codec.pack(record))))
     return Projection(distributions / read, size / read)
 
 

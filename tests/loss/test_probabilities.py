@@ -4,7 +4,8 @@ import pytest
 import torch
 from dense_losses import dense_logits, make_h, make_head
 
-from pipeline.loss.chunks import Workspace
+from pipeline.loss import chunks
+from pipeline.loss.chunks import Workspace, times_weight
 from pipeline.loss.probabilities import BLOCK, likeliest, probability_chunks
 
 
@@ -45,3 +46,13 @@ def test_what_a_chunk_becomes(vocab, heavy, options):
         found += range(rows.start, rows.stop)
     assert found == list(range(tokens))
     torch.testing.assert_close(log_q, logits.log_softmax(1).gather(1, torch.cat((expected_ids, ids), 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab", [7, 64, 65, 200])
+def test_the_product_with_the_head_by_blocks_is_as_near_to_the_truth(dtype, vocab, monkeypatch):
+    monkeypatch.setattr(chunks, "PRODUCT_BLOCK", 64)
+    gradient, weight = make_h(9, vocab, dtype=dtype), make_h(vocab, 33, dtype=dtype, seed=2)
+    truth = gradient.double() @ weight.double()
+    error, naive = ((x.double() - truth).norm() for x in (times_weight(gradient, weight), gradient @ weight))
+    assert error <= naive + 1e-12
