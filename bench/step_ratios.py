@@ -23,7 +23,7 @@ from pipeline.runtime.engine import Engine, dtype_of
 from pipeline.runtime.folder import done
 from pipeline.runtime.loop import Job, Moment, Outcome
 from pipeline.runtime.ranks import Ranks
-from pipeline.steps import cache, interact, reinforce, verbalize
+from pipeline.steps import cache, interact, reinforce, verbalize, writing
 from pipeline.steps.listening import Listener
 from pipeline.steps.verbalize import ROLES
 from pipeline.teacher.fill import CacheFolder
@@ -124,8 +124,8 @@ def cache_passes(opened: Opened, scratch: Path) -> Runs:
     chats = Chats(opened.data, encoders(opened.recipe, ["teacher"]))
     listener = Listener(opened.job, engine, chats, identity.layers, identity.vocab)
     shards = [shard.name for shard in opened.data.shards]
-    windows = cache.plan(opened.data, shards, 0, 1)
-    parts = list(cache._parts(windows, listener.batches([window.places for window in windows])))
+    windows = writing.plan(opened.data, shards, 0, 1)
+    parts = list(writing.parts(windows, listener.batches([window.places for window in windows])))
     batches = [part.loaded.batches["teacher"].to(engine.device, engine.dtype) for part in parts]
     scratch.mkdir()
     folder = CacheFolder(scratch, identity, opened.data)
@@ -141,10 +141,10 @@ def cache_passes(opened: Opened, scratch: Path) -> Runs:
             engine({"teacher": batch}, encode=_logits)
 
     def write() -> None:
-        with cache._Writing(folder) as writing:
+        with writing.Writing(folder) as thread:
             for part in parts:
-                writing.put(part, listener.hear(part.loaded, codec))
-            writing.rest()
+                thread.put(part, listener.hear(part.loaded, codec))
+            thread.rest()
 
     return {"forward": forward, "forward_and_heads": forward_and_heads, "cache": write}
 

@@ -42,7 +42,8 @@ MAY_IMPORT |= {
 }
 MAY_IMPORT["pipeline.steps.rehearsal"] = [*MAY_IMPORT["pipeline.steps"], "pipeline.steps.listening"]
 MAY_IMPORT["pipeline.steps.listening"] = MAY_IMPORT["pipeline.steps"]
-MAY_IMPORT["pipeline.steps.cache"] = [*MAY_IMPORT["pipeline.steps.rehearsal"], "pipeline.steps.rehearsal"]
+MAY_IMPORT["pipeline.steps.writing"] = [*MAY_IMPORT["pipeline.steps.rehearsal"], "pipeline.steps.rehearsal"]
+MAY_IMPORT["pipeline.steps.cache"] = [*MAY_IMPORT["pipeline.steps.writing"], "pipeline.steps.writing"]
 # Packages of others that only these may import.
 ONLY = {"deepspeed": ["pipeline.runtime.engine"]}
 NEVER = {"data_prep": ["torch", "transformers", "deepspeed"]}

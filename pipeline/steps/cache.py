@@ -8,40 +8,33 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from data_prep.shards import ShardFolder
-from pipeline.errors import CacheError, SampleError
+from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import BadSamples, Chats, Loaded, Place, Rejected
+from pipeline.runtime.batches import BadSamples, Chats
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, size_text
 from pipeline.runtime.ranks import gather_lists, gather_made, sum_over_ranks, until_all_done, wait_for_all
-from pipeline.steps.listening import WINDOW, Heard, Listener
-from pipeline.steps.rehearsal import Projection, find_order, on_disk, project, refuse_without_room
+from pipeline.steps.listening import Listener
+from pipeline.steps.rehearsal import Projection, find_order, project, refuse_without_room
+from pipeline.steps.writing import Writing, Written, parts, plan
 from pipeline.teacher.caches import folder_for
-from pipeline.teacher.fill import CacheFolder, CacheWriter
+from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
 from pipeline.teacher.folder import CacheIdentity, codec_params
-from pipeline.teacher.packing import to_numpy
 from pipeline.vlm.assemble import encoders, load_verb_ffns, verbalized
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import ChatEncoder
 
 NAME = "cache"
-
-WRITES_WAITING = 2
-"""Batches that may wait for the writing thread before the teacher waits for it."""
 
 REASONS_SAID = 5
 """How many of the reasons why shards are to be made are said."""
@@ -71,39 +64,6 @@ def run(
             _fill(job, listener, cache, list(missing))
     wait_for_all()
     _finish(job, cache, len(data.shards))
-
-
-@dataclass(frozen=True)
-class Window:
-    """Neighbours in a shard, whose batches are formed together."""
-
-    shard: str
-    places: list[Place]
-    last: bool
-    """Whether the shard is complete with it."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One batch of one shard."""
-
-    shard: str
-    loaded: Loaded
-    last: bool
-    """Whether the shard is complete with it."""
-
-
-def plan(data: ShardFolder, shards: Sequence[str], rank: int, world: int) -> list[Window]:
-    """This rank's windows: those of every world-th shard."""
-    sizes = {shard.name: (shard.first, shard.samples) for shard in data.shards}
-    windows = []
-    for name in shards[rank::world]:
-        first, count = sizes[name]
-        for start in range(0, count, WINDOW):
-            stop = min(count, start + WINDOW)
-            places = [Place(index) for index in range(first + start, first + stop)]
-            windows.append(Window(name, places, stop == count))
-    return windows
 
 
 def _verbalizers(job: Job) -> dict[str, Any]:
@@ -213,9 +173,9 @@ def _fill(job: Job, listener: Listener, cache: CacheFolder, missing: list[str]) 
     loaded = listener.batches([window.places for window in windows])
     with ExitStack() as stack:
         log = _Log(job, stack, cache.path.name, samples, each * samples)
-        writing = stack.enter_context(_Writing(cache))
+        writing = stack.enter_context(Writing(cache))
         written: list[Written] = []
-        for part in until_all_done(_parts(windows, loaded), job.ranks):
+        for part in until_all_done(parts(windows, loaded), job.ranks):
             log.written(written)  # now: the ranks have just met, and none is waited for
             heard = listener.hear(part.loaded if part else listener.idle, codec)
             written = writing.put(part, heard) if part else []
@@ -227,87 +187,6 @@ def _samples(job: Job, cache: CacheFolder, data: ShardFolder, missing: list[str]
     sizes = {shard.name: shard.samples for shard in data.shards}
     lacking = {*missing, *cache.missing()} if job.ranks.first else set()
     return gather_lists([sum(map(sizes.__getitem__, names)) for names in (missing, lacking)])[:2]
-
-
-def _parts(windows: list[Window], loaded: Iterator[list[Loaded]]) -> Iterator[Part]:
-    for window, batches in zip(windows, loaded, strict=True):
-        for number, batch in enumerate(batches, 1):
-            yield Part(window.shard, batch, window.last and number == len(batches))
-
-
-@dataclass(frozen=True)
-class Written:
-    """What came of one part."""
-
-    part: Part
-    bytes: int
-    """What its records take on disk, as it was projected."""
-    bad: list[Rejected]
-
-    def counts(self) -> tuple[int, int, int, int]:
-        """Samples read, response tokens, bytes, and shards that are complete with it."""
-        loaded = self.part.loaded
-        read = len(loaded.batches["teacher"].keys) + len(loaded.rejected)
-        return read, loaded.tokens(), self.bytes, int(self.part.last)
-
-
-class _Writing:
-    """Packs and writes in a thread of its own, behind the teacher's forwards. Leaves no half shard behind."""
-
-    def __init__(self, cache: CacheFolder):
-        self._cache, self._pool = cache, ThreadPoolExecutor(1)
-        self._waiting: deque[Future[Written]] = deque()
-        self._writer: CacheWriter | None = None
-        self._fidelity: list[Fidelity] = []
-
-    def __enter__(self) -> _Writing:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        if self._writer is not None:
-            with suppress(OSError):  # on a full disk what is thrown away cannot be flushed first
-                self._writer.__exit__(*error)
-
-    def put(self, part: Part, heard: Heard) -> list[Written]:
-        """Hand over a batch; returns those that are written by now. Raises what writing an earlier one raised."""
-        self._waiting.append(self._pool.submit(self._write, part, heard))
-        return self._take(WRITES_WAITING)
-
-    def rest(self) -> list[Written]:
-        """All that was handed over and not returned yet."""
-        return self._take(0)
-
-    def _take(self, left: int) -> list[Written]:
-        try:
-            return [self._waiting.popleft().result() for _ in range(len(self._waiting) - left)]
-        except OSError as error:
-            raise CacheError(
-                f"{self._cache.path}: cannot write there: {error}. Put that right and run the same command again: "
-                "shards that are whole stay"
-            ) from error
-
-    def _write(self, part: Part, heard: Heard) -> Written:
-        if self._writer is None:
-            self._writer, self._fidelity = self._cache.writer(part.shard), []
-        batch, bad, size = part.loaded.batches["teacher"], list(part.loaded.rejected), 0
-        self._fidelity.append(heard.fidelity)
-        for rejected in part.loaded.rejected:
-            self._writer.skip(rejected.key, rejected.reason)
-        arrays, labels, end = {n: to_numpy(a) for n, a in heard.codes.items()}, batch.labels.numpy(), 0
-        for key, count in zip(batch.keys, batch.counts, strict=True):
-            rows, end = slice(end, end + count), end + count
-            try:
-                record = self._writer.add(key, labels[rows], {name: array[rows] for name, array in arrays.items()})
-                size += on_disk(record)
-            except SampleError as error:
-                self._writer.skip(key, str(error))
-                bad.append(Rejected(key, part.shard, str(error)))
-        if part.last:
-            self._writer.commit(fidelity=_sum(self._fidelity).to_json())
-            self._writer.__exit__()
-            self._writer = None
-        return Written(part, size, bad)
 
 
 class _Log:
@@ -358,8 +237,5 @@ def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
 
 def _fidelity(sidecars: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest's summary of what the shards' sidecars measured."""
-    return {"fidelity": _sum([Fidelity.from_json(sidecar["fidelity"]) for sidecar in sidecars]).summary()}
-
-
-def _sum(parts: list[Fidelity]) -> Fidelity:
-    return sum(parts[1:], parts[0])
+    first, *rest = (Fidelity.from_json(sidecar["fidelity"]) for sidecar in sidecars)
+    return {"fidelity": sum(rest, first).summary()}

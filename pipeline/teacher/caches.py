@@ -23,13 +23,18 @@ from pipeline.teacher.store import TeacherCache, mismatches
 def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:
     """Where the cache of this identity for this data lies, or is to lie.
 
-    Data that has grown by shards goes on in the folder where it began; a shard that has changed begins another one.
+    Data that has grown by shards goes on in the folder where it began; a shard that has changed begins another one,
+    and so does data that lacks a shard of before.
     """
     for path in cache_folders(root):
         if _is(path, identity) and not _contradicts(path, identity, data):
             return path
-    name = text_fingerprint(identity.digest + data_fingerprint(data.manifest))
-    return root / f"{identity.codec['name']}-{name[:8]}"
+    made_from = identity.digest + data_fingerprint(data.manifest)
+    while True:
+        path = root / f"{identity.codec['name']}-{text_fingerprint(made_from)[:8]}"
+        if not _is(path, identity):
+            return path
+        made_from += path.name  # the name of data that grew and was then cut back: it holds the grown data's shards
 
 
 def open_cache(

@@ -9,8 +9,8 @@ import torch
 
 from data_prep.shards import ShardFolder
 from pipeline.runtime.batches import Loaded, Place, Rejected
-from pipeline.steps.cache import Part
 from pipeline.steps.listening import Heard, _code
+from pipeline.steps.writing import Part
 from pipeline.teacher.codec import Codec
 from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.folder import CacheIdentity

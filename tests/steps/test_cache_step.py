@@ -17,8 +17,9 @@ from pipeline.runtime.folder import done, mark_done, read_metrics
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
 from pipeline.steps import cache as step
-from pipeline.steps.cache import _Log, _Writing
+from pipeline.steps.cache import _Log
 from pipeline.steps.rehearsal import Projection
+from pipeline.steps.writing import Writing
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def files_of_at_most(size: int):
 
 
 def fill(cache, data, shards):
-    with _Writing(cache) as writing:
+    with Writing(cache) as writing:
         written = []
         for shard in shards:
             for part in parts(data, shard):

@@ -14,8 +14,8 @@ from tiny import write_data
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
 from pipeline.resolve import load_recipe, refuse_changes
-from pipeline.steps.cache import _Writing
 from pipeline.steps.rehearsal import SAMPLES, Projection, _spread, find_order, on_disk, project, refuse_without_room
+from pipeline.steps.writing import Writing
 from pipeline.teacher.fill import CacheFolder
 from pipeline.teacher.folder import CacheIdentity
 
@@ -78,7 +78,7 @@ def test_a_cache_takes_what_was_projected_and_what_is_counted_while_it_grows(tmp
     cache = cache_of(tmp_path / "cache", data)
     projection = project(Listener(data), cache) * len(data)
     assert projection.token_layers == len(data) * TOKENS * len(LAYERS)
-    with _Writing(cache) as writing:
+    with Writing(cache) as writing:
         written = [
             one
             for shard in (0, 1)

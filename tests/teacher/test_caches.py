@@ -100,6 +100,16 @@ def test_fewer_data_shards_begin_another_cache(tmp_path, data):
     assert len(opened(tmp_path, fewer)) == 8 and len(opened(tmp_path, data)) == 12
 
 
+def test_data_that_grew_and_was_cut_back_lies_beside_what_it_grew_to(tmp_path, data):
+    """The name of its first folder is taken: that one holds more by now."""
+    grown = make(tmp_path, data)
+    more = write_data(tmp_path / "more", shards=5)
+    assert make(tmp_path, more) == grown
+    cut = make(tmp_path, data, ["000000.tar"])
+    assert cut != grown and make(tmp_path, data) == cut, "and the next job goes on there"
+    assert opened(tmp_path, data).path == cut and opened(tmp_path, more).path == grown
+
+
 def test_a_foreign_or_damaged_shard_begins_no_other_cache(tmp_path, data):
     path = make(tmp_path, data)
     data = write_data(tmp_path / "more", shards=4)  # so that the folder's name is not that of this data
