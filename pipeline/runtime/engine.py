@@ -83,7 +83,10 @@ class Engine:
             config["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what forwards do not have
         optimizer = None
         if training:
-            optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+            # Fused: the usual form makes several tensors of the size of all that this rank trains, in every update.
+            optimizer = torch.optim.AdamW(
+                trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+            )
         self._engine, *_ = deepspeed.initialize(
             model=module, config=config, optimizer=optimizer, model_parameters=trained or None
         )

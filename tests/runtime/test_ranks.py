@@ -14,11 +14,14 @@ from pipeline.runtime import ranks
 from pipeline.runtime.ranks import Ranks, gather_made
 
 SLOW = """
-import sys, time
+import pathlib, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from pipeline.runtime import ranks
 rank = int(sys.argv[1])
+pathlib.Path(f"{sys.argv[2]}-{rank}").touch()
+while not pathlib.Path(f"{sys.argv[2]}-{1 - rank}").exists():
+    time.sleep(0.05)  # the other may still be importing torch, longer than a collective waits
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=3), 2, rank)
 ranks.MEET_EVERY_S = 0.5
 def make():
