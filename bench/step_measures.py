@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.startup import one_rank, start_up, train
 from bench.step_pairs import prepare
@@ -35,6 +35,21 @@ RATIOS = {
     "cache_speed_over_forward_and_heads": ("forward_and_heads", "cache"),
 }
 """Name of a ratio: what is above and below."""
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _cpu_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+"""A CPU's attention, which torch's counter does not know, from shapes, as it counts that of a GPU."""
 
 
 def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any]:
@@ -80,12 +95,14 @@ def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str,
 
 def _operations(runs: Runs) -> dict[str, int]:
     """Additions and multiplications in matrix products, the floor under each time."""
-    counts = {}
-    for name, run in runs.items():
-        with FlopCounterMode(display=False) as counter:
-            run()
-        counts[name] = counter.get_total_flops()
-    return counts
+    return {name: operations_of(run) for name, run in runs.items()}
+
+
+def operations_of(run: Callable[[], object]) -> int:
+    """Additions and multiplications in matrix products, attention's included."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def _peak_mib(recipe: Path, ranks: Ranks, live: bool) -> float:

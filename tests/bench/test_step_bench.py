@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import step_pairs, steps
+from bench.step_measures import operations_of
 from data_prep.shards import ShardFolder
 from pipeline.resolve import load_recipe
 from pipeline.runtime.batches import Chats, Place, load
@@ -43,3 +44,19 @@ def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
     image = chats.encoders["student"].processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert (batch.inputs["input_ids"] == image).sum(1).tolist() == [tiny.image_side**2] * tiny.samples
     assert all(tiny.words[0] <= count - 1 <= tiny.words[1] for count in batch.counts)
+
+
+def test_attention_is_counted_on_a_cpu_too():
+    """By hand: two products of n x n x d a head forward, five backward; keys and values have fewer heads."""
+    heads, tokens, width = 4, 24, 16
+    query = torch.randn(2, heads, tokens, width, requires_grad=True)
+    key, value = (torch.randn(2, 2, tokens, width, requires_grad=True) for _ in range(2))
+
+    def attend(backward):
+        said = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        if backward:
+            said.sum().backward()
+
+    product = 2 * 2 * heads * tokens * tokens * width
+    assert operations_of(lambda: attend(False)) == 2 * product
+    assert operations_of(lambda: attend(True)) == 7 * product
