@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.teacher.signal import Unembedding
 
 AT_ONCE = 2**20
-"""Logits that a CPU has in float32 at a time, for its caches."""
+"""Numbers that a CPU has of a kind at a time, for its caches."""
 
 ACCELERATOR_AT_ONCE = 2**26
 """The same on an accelerator, where launches cost: 256 MiB, three times."""
@@ -35,7 +35,8 @@ def draw_points(
     Where a logit is not finite the entropy is NaN.
     """
     rows, vocab = products.shape
-    at_once = max(1, (AT_ONCE if products.device.type == "cpu" else ACCELERATOR_AT_ONCE) // vocab)
+    numbers = AT_ONCE if products.device.type == "cpu" else ACCELERATOR_AT_ONCE
+    at_once = max(1, numbers // max(vocab, points * BLOCK))  # a row's logits, or the blocks that its points fall into
     # The same memory for all rows: fresh memory costs a CPU more, page by page, than the passes over it.
     space = _Space(min(rows, at_once), vocab, products.device)
     ranks = torch.empty(rows, points, dtype=torch.int32, device=products.device)
@@ -69,9 +70,9 @@ def _draw(logits: Tensor, space: _Space, order: Tensor, u: Tensor, points: int) 
     block = torch.searchsorted(mass, at, right=True).clamp(max=last)
     before = torch.nn.functional.pad(mass, (1, 0)).gather(1, block)
     within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).cumsum(2, dtype=torch.float64)
-    left = (at - before)[..., None]
-    place = torch.minimum((within <= left).sum(2), (within < within[..., -1:]).sum(2))
+    left, all_of_it = (at - before)[..., None], within[..., -1:].contiguous()
+    place = torch.searchsorted(within, left, right=True).minimum(torch.searchsorted(within, all_of_it))[..., 0]
     # -sum p log p with p = exp(z - top) / whole: both parts from the same float32 weights, so that what rounding does
     # to their sum divides out.
     entropy = whole[:, 0].log() - below_top.mul_(weights).sum(1).double() / whole[:, 0]
-    return (block * BLOCK + place).int(), entropy.clamp(min=0).float()
+    return (block * BLOCK + place).clamp(max=vocab - 1).int(), entropy.clamp(min=0).float()
