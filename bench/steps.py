@@ -2,7 +2,7 @@
 
   python -m bench.steps                      the demo's pair and a small one with a vocabulary of 151,936, on a CPU
   python -m bench.steps --shape real         pairs of real shapes, 0.5B and 2B students; needs a GPU with 80 GB
-  python -m bench.steps --shape real-cpu     one sample of a 0.5B student and a 2B teacher on a CPU: 20 minutes, 20 GB
+  python -m bench.steps --shape real-cpu     one sample of a 0.5B student and a 2B teacher on a CPU: 15 minutes, 20 GB
 
 Leaves bench/results/steps.json (steps_real.json, steps_real_cpu.json). Steps run in turn in one process and on one
 rank, and ratios are medians over the rounds. Beside each stands the ratio of the operations in matrix products: what

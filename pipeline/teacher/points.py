@@ -21,7 +21,7 @@ AT_ONCE = 2**20
 """Numbers that a CPU has of a kind at a time, for its caches."""
 
 ACCELERATOR_AT_ONCE = 2**26
-"""The same on an accelerator, where launches cost: 256 MiB, three times."""
+"""The same on an accelerator, where launches cost: 256 MiB each, in float64 twice that."""
 
 BLOCK = 128
 """Ids whose probabilities are summed in float32 before they are summed in float64."""
