@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then cache."""
     options = parse(arguments)
-    from pipeline.runtime.quiet import hush
+    from pipeline.runtime.logs import hush
 
     hush(options.verbose)
     from pipeline.job import run_steps

@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check everything that can be checked without a model, then run the stage's steps."""
     options = parse(arguments)
-    from pipeline.runtime.quiet import hush
+    from pipeline.runtime.logs import hush
 
     hush(options.verbose)
     from pipeline.job import run_steps

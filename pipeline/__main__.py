@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from data_prep.schema import DataError as ShardError
     from pipeline.errors import SampleError, UserError
-    from pipeline.runtime.quiet import hush
+    from pipeline.runtime.logs import hush
 
     hush(options.verbose)
     try:
@@ -173,8 +173,8 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from pipeline.results import scoreboard
-    from pipeline.results.evaluate import evaluate, make_plan
+    from pipeline.results.evaluate import scoreboard
+    from pipeline.results.evaluate.evaluation import evaluate, make_plan
 
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output,
@@ -184,15 +184,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
-    from pipeline.results import trace_run
+    from pipeline.results.trace import terminal
 
-    trace_run.run(options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens)
+    terminal.run(options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens)
 
 
 def _cache_info(options: argparse.Namespace) -> None:
-    from pipeline.results import cache_info
+    from pipeline.results.cache import info
 
-    cache_info.run(options.cache, options.verify, options.sample, options.tokenizer)
+    info.run(options.cache, options.verify, options.sample, options.tokenizer)
 
 
 COMMANDS = {"status": _status, "evaluate": _evaluate, "trace": _trace, "cache-info": _cache_info}

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import write_file
-from pipeline.checks import check_recipe
 from pipeline.errors import UserError
-from pipeline.resolve import Resolved, load_recipe, refuse_changes
+from pipeline.recipe.checks import check_recipe
+from pipeline.recipe.resolve import Resolved, load_recipe, refuse_changes
 
 USER_ERROR, FAILURE = 2, 1
 
@@ -56,7 +56,8 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
 def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
     from pipeline.runtime import engine
     from pipeline.runtime.loop import Job, Stopped
-    from pipeline.steps import cache, interact, reinforce, verbalize
+    from pipeline.steps import interact, reinforce, verbalize
+    from pipeline.steps.cache import step as cache
 
     ranks = engine.start(verbose)
     job = Job(resolved.recipe, ranks, stop_after)

@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import torch
-from speech import order_of
+from random_teacher import order_of
 
 from data_prep.shards import ShardFolder, write_manifest, write_shard
-from pipeline.teacher.codec import make_codec
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.folder import CacheIdentity, sidecar_crc32
-from pipeline.teacher.packing import to_numpy
-from pipeline.teacher.signal import Unembedding
+from pipeline.cache.layout import CacheIdentity, sidecar_crc32
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.packing import to_numpy
+from pipeline.codec.random import uniform
+from pipeline.codec.registry import make_codec
+from pipeline.signal import Unembedding
 
 LAYERS, D, V = (2, 4, 6), 8, 20
 MADE_BY = {"weights": "aa", "verbalizers": "bb", "tokenizer": "cc", "chat_template": "dd"}

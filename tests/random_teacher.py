@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from pipeline.teacher.codec import make_codec
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.packing import pack_record, to_numpy, unpack_record
-from pipeline.teacher.signal import Unembedding
+from pipeline.codec.packing import pack_record, to_numpy, unpack_record
+from pipeline.codec.random import uniform
+from pipeline.codec.registry import make_codec
+from pipeline.signal import Unembedding
 
 T, J, D, V = 5, 3, 16, 40
 

@@ -1,6 +1,7 @@
 """Imports run the way the data runs: each part may know only what the table says, and this test tests itself."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BELOW = ["pipeline.errors", "pipeline.recipe", "pipeline.checks", "pipeline.resolve"]
-SIGNAL = "pipeline.teacher.signal"  # types that the teacher's words have: below everything, whoever's folder it is in
-PARTS = ["pipeline.vlm", "pipeline.teacher", "pipeline.loss", "pipeline.runtime"]
+TOPS = ["data_prep", "pipeline", "launch"]
+GROUND = ["pipeline.errors", "pipeline.signal", "pipeline.rows", "pipeline.recipe"]
+SHARDS = ["data_prep.shards", "data_prep.schema"]  # what data_prep offers to those who read shards
+PARTS = [*GROUND, *SHARDS, "pipeline.codec", "pipeline.cache", "pipeline.loss", "pipeline.vlm", "pipeline.runtime"]
 
 # The longest prefix of a module that stands here says what of this project it may import, besides itself.
 MAY_IMPORT = {
@@ -19,31 +21,20 @@ MAY_IMPORT = {
     "launch": ["pipeline"],
     "pipeline": ["pipeline", "data_prep"],  # the programs on top: job.py, __main__.py
     "pipeline.errors": [],
+    "pipeline.signal": [],
+    "pipeline.rows": [],
     "pipeline.recipe": ["pipeline.errors"],
-    "pipeline.checks": BELOW,
-    "pipeline.resolve": BELOW,
-    "pipeline.loss": ["pipeline.errors", SIGNAL],
-    "pipeline.teacher": ["pipeline.errors", "data_prep.shards", "data_prep.schema"],
-    "pipeline.vlm": [*BELOW, SIGNAL, "pipeline.loss"],
-    "pipeline.runtime": [
-        *BELOW,
-        "data_prep.shards",
-        "data_prep.schema",
-        "pipeline.vlm.processing",
-        "pipeline.vlm.export",
-        "pipeline.vlm.lora",
-    ],
-    "pipeline.steps": [*BELOW, *PARTS, "data_prep.shards"],
-    "pipeline.results": [*BELOW, *PARTS, "data_prep.shards", "data_prep.schema"],
+    "pipeline.codec": GROUND,
+    "pipeline.loss": GROUND,
+    "pipeline.cache": [*GROUND, *SHARDS, "pipeline.codec"],
+    "pipeline.vlm": [*GROUND, "pipeline.loss"],
+    "pipeline.runtime": [*GROUND, *SHARDS, "pipeline.vlm"],
+    "pipeline.steps.verbalize": PARTS,  # steps are no part of one another
+    "pipeline.steps.cache": PARTS,
+    "pipeline.steps.interact": PARTS,
+    "pipeline.steps.reinforce": PARTS,
+    "pipeline.results": PARTS,
 }
-# Steps are no part of one another: each is one module.
-MAY_IMPORT |= {
-    f"pipeline.steps.{step}": MAY_IMPORT["pipeline.steps"] for step in ("verbalize", "cache", "interact", "reinforce")
-}
-MAY_IMPORT["pipeline.steps.rehearsal"] = [*MAY_IMPORT["pipeline.steps"], "pipeline.steps.listening"]
-MAY_IMPORT["pipeline.steps.listening"] = MAY_IMPORT["pipeline.steps"]
-MAY_IMPORT["pipeline.steps.writing"] = [*MAY_IMPORT["pipeline.steps.rehearsal"], "pipeline.steps.rehearsal"]
-MAY_IMPORT["pipeline.steps.cache"] = [*MAY_IMPORT["pipeline.steps.writing"], "pipeline.steps.writing"]
 # Packages of others that only these may import.
 ONLY = {"deepspeed": ["pipeline.runtime.engine"]}
 NEVER = {"data_prep": ["torch", "transformers", "deepspeed"]}
@@ -59,7 +50,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imports_of(path: Path, root: Path) -> set[str]:
-    """Absolute names that a file imports, at any depth: `from a import b` gives a.b where that is a module."""
+    """What a file imports, at any depth: of `from a import b` a, or a.b where that is a module or a private name."""
     found = set()
     package = path.relative_to(root).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
@@ -71,30 +62,50 @@ def imports_of(path: Path, root: Path) -> set[str]:
             for alias in node.names:
                 inner = root.joinpath(*base.split("."), alias.name)
                 is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
-                found.add(f"{base}.{alias.name}" if is_module else base)
+                is_private = alias.name.startswith("_")
+                found.add(f"{base}.{alias.name}" if is_module or is_private else base)
     return found
 
 
 def violations(root: Path) -> list[str]:
     """`module imports module` for each import that the tables forbid."""
     found = []
-    for top in ("data_prep", "pipeline", "launch"):
+    for top in TOPS:
         for path in sorted((root / top).rglob("*.py")):
             module = module_name(path, root)
             owner = max((prefix for prefix in MAY_IMPORT if within(module, [prefix])), key=len)
             ours = [owner, *MAY_IMPORT[owner]]
             for name in sorted(imports_of(path, root)):
-                project = within(name, ["data_prep", "pipeline", "launch"])
+                project = within(name, TOPS)
                 others = within(name, NEVER.get(top, [])) or (
                     name.split(".")[0] in ONLY and module not in ONLY[name.split(".")[0]]
                 )
-                if others or (project and not within(name, ours)):
+                private = project and name.split(".")[-1].startswith("_")
+                if others or private or (project and not within(name, ours)):
                     found.append(f"{module} imports {name}")
     return found
 
 
+def check_no_circle(root: Path) -> None:
+    """Raise graphlib.CycleError where modules import one another in a circle, also inside a folder."""
+    graphlib.TopologicalSorter(
+        {module_name(path, root): imports_of(path, root) for top in TOPS for path in (root / top).rglob("*.py")}
+    ).prepare()
+
+
 def test_nothing_imports_what_it_may_not_know():
     assert violations(ROOT) == []
+    check_no_circle(ROOT)
+
+
+def test_a_planted_circle_is_caught(tmp_path):
+    folder = tmp_path / "pipeline" / "cache"
+    folder.mkdir(parents=True)
+    (folder / "layout.py").write_text("from pipeline.cache import find\n")
+    (folder / "find.py").write_text("def f():\n    from pipeline.cache.layout import command\n")
+    assert violations(tmp_path) == []
+    with pytest.raises(graphlib.CycleError):
+        check_no_circle(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +114,12 @@ def test_nothing_imports_what_it_may_not_know():
         ("data_prep.shards", "import torch", "torch"),
         ("data_prep.shards", "from pipeline import errors", "pipeline.errors"),
         ("pipeline.loss.linear_ce", "import pipeline.vlm.backbone", "pipeline.vlm.backbone"),
-        ("pipeline.teacher.store", "def f():\n    from ..vlm import families", "pipeline.vlm.families"),
+        ("pipeline.cache.reader", "def f():\n    from ..vlm import families", "pipeline.vlm.families"),
         ("pipeline.steps.interact", "from . import reinforce", "pipeline.steps.reinforce"),
         ("pipeline.steps.interact", "from deepspeed import zero", "deepspeed"),
-        ("pipeline.runtime.batches", "from pipeline.vlm.families import x", "pipeline.vlm.families"),
+        ("pipeline.runtime.batches", "from pipeline.steps.interact import x", "pipeline.steps.interact"),
+        ("pipeline.codec.sampled", "from pipeline.cache import reader", "pipeline.cache.reader"),
+        ("pipeline.cache.reader", "from pipeline.cache.layout import _flat", "pipeline.cache.layout._flat"),
     ],
 )
 def test_a_planted_violation_is_caught(tmp_path, module, line, imported):
@@ -118,6 +131,7 @@ def test_a_planted_violation_is_caught(tmp_path, module, line, imported):
     if "." in imported:
         file_of(imported).touch()
     file_of(module).write_text(line + "\n")
+    check_no_circle(tmp_path)
     assert violations(tmp_path) == [f"{module} imports {imported}"]
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from bench.spoken import Spoken
+from bench.cache.layer_outputs import Spoken
 from pipeline.loss.matching import draw_probabilities, search_ranges
-from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal
+from pipeline.signal import HiddenSignal, Signal, SparseSignal
 
 ROWS = 32
 """Tokens whose logits, of all layers, are there at once."""

@@ -18,10 +18,10 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.conversations import Conversation, conversations
-from bench.language_model import PACKAGE, bench_cache, smollm2
+from bench.cache.conversations import Conversation, conversations
+from bench.cache.language_model import PACKAGE, bench_cache, smollm2
 from pipeline.loss.linear_ce import linear_cross_entropy
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 from pipeline.vlm.verbalizer import initial_verb_ffns
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.teacher.packing import raw_array, raw_stream, to_numpy
-from pipeline.teacher.sampled import Sampled
-from pipeline.teacher.signal import SparseSignal, Unembedding
-from pipeline.teacher.topk import TopK
+from pipeline.codec.packing import raw_array, raw_stream, to_numpy
+from pipeline.codec.sampled import Sampled
+from pipeline.codec.topk import TopK
+from pipeline.signal import SparseSignal, Unembedding
 
 Arrays = Mapping[str, np.ndarray]
 

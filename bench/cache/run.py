@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.codec_error import CodecError, batch_divergences, legal_pairs
-from bench.codec_size import Coded, code, rates
-from bench.codec_training import (
+from bench.cache.error import CodecError, batch_divergences, legal_pairs
+from bench.cache.layer_outputs import Setting, Spoken, spoken
+from bench.cache.peer_codecs import DistillKit, MegatronTopK, published
+from bench.cache.size import Coded, code, rates
+from bench.cache.training import (
     BATCH,
     Lesson,
     Teacher,
@@ -35,11 +37,9 @@ from bench.codec_training import (
     subsets,
     train,
 )
-from bench.peer_codecs import DistillKit, MegatronTopK, published
-from bench.spoken import Setting, Spoken, spoken
 from bench.timing import machine, write_results
-from pipeline.teacher.codec import Codec, make_codec
-from pipeline.teacher.sampled import Sampled
+from pipeline.codec.registry import Codec, make_codec
+from pipeline.codec.sampled import Sampled
 
 GROUPS = {"shallow": range(0, 3), "middle": range(3, 6), "deep": range(6, 9), "last": range(9, 10)}
 """Columns of the teacher: its target layers in thirds, and its last layer."""
@@ -238,7 +238,3 @@ def main() -> None:
     show(results, console)
     if not quick:
         console.print(f"written: {write_results('cache', {**machine(), **results})}")
-
-
-if __name__ == "__main__":
-    main()

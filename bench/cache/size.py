@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.spoken import Spoken
+from bench.cache.layer_outputs import Spoken
 from bench.timing import interleaved
 from data_prep.shards import FORMAT, ShardFolder, shard_name, write_manifest, write_shard
-from pipeline.teacher.codec import CODECS, Codec
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.folder import CacheIdentity
-from pipeline.teacher.packing import join_arrays, pack_record, to_numpy, unpack_record
-from pipeline.teacher.signal import Signal, Unembedding
-from pipeline.teacher.store import TeacherCache
+from pipeline.cache.layout import CacheIdentity
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.packing import join_arrays, pack_record, to_numpy, unpack_record
+from pipeline.codec.random import uniform
+from pipeline.codec.registry import CODECS, Codec
+from pipeline.signal import Signal, Unembedding
 
 RATE_TOKENS = 64
 ROUNDS = 5

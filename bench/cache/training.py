@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.codec_size import encoded, read_back
-from bench.spoken import Spoken
+from bench.cache.layer_outputs import Spoken
+from bench.cache.size import encoded, read_back
+from pipeline.codec.registry import Codec
+from pipeline.codec.sampled import Sampled, every_nth
 from pipeline.loss.sparse_kl import column_kl
-from pipeline.teacher.codec import Codec
-from pipeline.teacher.sampled import Sampled, every_nth
-from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
 
 BATCH = 256

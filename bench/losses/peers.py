@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear
 
-from pipeline.teacher.signal import SparseSignal
+from pipeline.signal import SparseSignal
 
 
 def dense(signal: SparseSignal, column: int, vocab: int) -> Tensor:

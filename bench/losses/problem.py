@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.loss.matching import adaptive, search_ranges
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
-from pipeline.teacher.signal import SparseSignal, Unembedding
+from pipeline.signal import SparseSignal, Unembedding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

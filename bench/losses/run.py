@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.loss_problem import DEVICE, Case, Problem, interaction
-from bench.other_losses import (
+from bench.losses.peers import (
     cut_cross_entropy,
     liger_cross_entropy,
     liger_pair,
@@ -32,6 +31,7 @@ from bench.other_losses import (
     naive_shared,
     trl_pair,
 )
+from bench.losses.problem import DEVICE, Case, Problem, interaction
 from bench.timing import interleaved, machine, peak_mib, ratio, write_results
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.sparse_kl import column_kl
@@ -280,7 +280,3 @@ def main() -> None:
     show(results, console)
     if not arguments.quick:
         console.print(f"written: {write_results('losses_gpu' if ON_GPU else 'losses', results)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from bench.startup import one_rank, start_up, train
-from bench.step_pairs import prepare
-from bench.step_ratios import Opened, Runs, cache_passes, sizes, student_steps, verbalize_steps
+from bench.steps.pairs import prepare
+from bench.steps.ratios import Opened, Runs, cache_passes, sizes, student_steps, verbalize_steps
+from bench.steps.startup import one_rank, start_up, train
 from bench.timing import interleaved, peak_mib, ratio
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime import engine
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.ranks import Ranks

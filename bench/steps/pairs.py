@@ -23,10 +23,10 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 
 from data_prep.shards import FORMAT, shard_name, write_manifest, write_shard
 from demo.vocabulary import IMAGE_SETTINGS, MERGE, WORDS, build_tokenizer, write_processor
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.vlm.families import final_norm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {"fp32": ROOT / "ds_configs" / "zero0.json", "bf16": ROOT / "ds_configs" / "zero2.json"}
 """One rank has nothing to shard: the plainest that trains each precision. ZeRO-3 would add hooks to both sides."""
 

@@ -16,19 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.view import Recall
+from pipeline.cache.writer import CacheFolder
 from pipeline.loss.chunks import rows_per_chunk
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.batches import Chats, Loaded, Place, derived_seed, load
 from pipeline.runtime.engine import Engine, dtype_of
 from pipeline.runtime.folder import done
 from pipeline.runtime.loop import Job, Moment, Outcome
 from pipeline.runtime.ranks import Ranks
-from pipeline.steps import cache, interact, reinforce, verbalize, writing
-from pipeline.steps.listening import Listener
+from pipeline.signal import HiddenSignal, Signal, Unembedding
+from pipeline.steps import interact, reinforce, verbalize
+from pipeline.steps.cache import step as cache
+from pipeline.steps.cache import writing
+from pipeline.steps.cache.teacher_pass import Listener
 from pipeline.steps.verbalize import ROLES
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.recall import Recall
-from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers, verbalized
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.cohost import CoHost

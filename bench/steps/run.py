@@ -85,11 +85,11 @@ def main() -> None:
         threads = 2 if shapes == ["real-cpu"] else 1
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
         torch.set_num_threads(threads)
-    from pipeline.runtime.quiet import hush
+    from pipeline.runtime.logs import hush
 
     hush()
-    from bench.startup import one_rank
-    from bench.step_measures import measure
+    from bench.steps.measures import measure
+    from bench.steps.startup import one_rank
     from bench.timing import machine, write_results
     from pipeline.runtime import engine
 
@@ -103,7 +103,3 @@ def main() -> None:
     results = {**machine(), "goals_at_real_shapes": goals, **entries}
     path = write_results(next((RESULTS[shape] for shape in shapes if shape in RESULTS), "steps"), results)
     console.print(f"written: {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
 
 
@@ -53,7 +53,10 @@ def _start(recipe: Path, stamps: Path) -> dict[str, list[float]]:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "1"]
     port = ["--master_port", one_rank()["MASTER_PORT"]]
     begun = time.clock_gettime(time.CLOCK_BOOTTIME)
-    _run([*launcher, *port, "bench/startup_probe.py", "--stage", "2", "--recipe", str(recipe)], {"STAMPS": str(stamps)})
+    _run(
+        [*launcher, *port, "bench/steps/startup_probe.py", "--stage", "2", "--recipe", str(recipe)],
+        {"STAMPS": str(stamps)},
+    )
     return {"command": [begun, 0.0], **json.loads(stamps.read_text("utf-8"))}
 
 

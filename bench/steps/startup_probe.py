@@ -1,4 +1,4 @@
-"""launch/train.py --stage 2 with a clock in its hand, up to the first update: what bench/startup.py runs in its place.
+"""launch/train.py --stage 2 with a clock in its hand, up to the first update: what startup.py runs in its place.
 
 Writes {phase: [seconds since boot at its end, CPU seconds of this process until then]} to the file that the environment
 variable STAMPS names, then leaves.
@@ -15,7 +15,7 @@ from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 stamps: dict[str, tuple[float, float]] = {}
 
 
@@ -52,7 +52,7 @@ def main() -> int:
     stamps["process"] = (process_start(), 0.0)
     stamps["interpreter"] = BEGUN
     from launch import train
-    from pipeline.runtime.quiet import hush
+    from pipeline.runtime.logs import hush
 
     hush()
     from pipeline.runtime import engine, loop

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.fingerprint import data_fingerprint, text_fingerprint
+from pipeline.cache.layout import CacheIdentity, command, command_aside, read_identity, read_sidecars
+from pipeline.cache.paths import cache_folders
+from pipeline.cache.reader import TeacherCache, mismatches
 from pipeline.errors import CacheError
-from pipeline.teacher.fingerprint import data_fingerprint, text_fingerprint
-from pipeline.teacher.folder import CacheIdentity, command, command_aside, read_identity, read_sidecars
-from pipeline.teacher.places import cache_folders
-from pipeline.teacher.store import TeacherCache, mismatches
 
 
 def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:

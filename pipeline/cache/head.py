@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from data_prep.shards import write_file
+from pipeline.cache.fingerprint import file_sha256
+from pipeline.cache.layout import command
 from pipeline.errors import CacheError
-from pipeline.teacher.fingerprint import file_sha256
-from pipeline.teacher.folder import command
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 HEAD = "head.safetensors"
 SIDECAR = "head.json"

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
+from pipeline.cache.order import order_sha256, read_order
+from pipeline.cache.paths import ASIDE, IDENTITY
+from pipeline.codec.registry import CODECS, Codec, make_codec
 from pipeline.errors import CacheError
-from pipeline.teacher.codec import CODECS, Codec, make_codec
-from pipeline.teacher.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
-from pipeline.teacher.order import order_sha256, read_order
-from pipeline.teacher.places import ASIDE, IDENTITY
 
 FORMAT = "vlsi-cache"
 VERSION = 2

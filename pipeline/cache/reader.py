@@ -18,9 +18,9 @@ from torch import Tensor
 
 from data_prep.schema import DataError
 from data_prep.shards import MANIFEST, ShardFolder
-from pipeline.errors import CacheError
-from pipeline.teacher.fingerprint import Mismatch, compare, data_fingerprint
-from pipeline.teacher.folder import (
+from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint
+from pipeline.cache.head import check_head, read_head
+from pipeline.cache.layout import (
     FORMAT,
     RECORD,
     VERSION,
@@ -33,9 +33,9 @@ from pipeline.teacher.folder import (
     read_identity,
     read_sidecars,
 )
-from pipeline.teacher.head import check_head, read_head
-from pipeline.teacher.packing import join_arrays, unpack_record
-from pipeline.teacher.signal import Signal, Unembedding
+from pipeline.codec.packing import join_arrays, unpack_record
+from pipeline.errors import CacheError
+from pipeline.signal import Signal, Unembedding
 
 
 @dataclass(frozen=True)

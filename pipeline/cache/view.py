@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.sampled import Sampled, every_nth
-from pipeline.teacher.signal import Signal, Unembedding
-from pipeline.teacher.store import CacheRecord, TeacherCache
+from pipeline.cache.reader import CacheRecord, TeacherCache
+from pipeline.codec.random import uniform
+from pipeline.codec.sampled import Sampled, every_nth
+from pipeline.signal import Signal, Unembedding
 
 
 @dataclass(frozen=True)

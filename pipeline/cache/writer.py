@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardFolder, write_file, write_manifest, write_shard
-from pipeline.errors import CacheError, SampleError
-from pipeline.teacher.codec import Codec, make_codec
-from pipeline.teacher.fingerprint import data_fingerprint
-from pipeline.teacher.folder import (
+from pipeline.cache.fingerprint import data_fingerprint
+from pipeline.cache.head import has_head, head_sha256, save_head
+from pipeline.cache.layout import (
     RECORD,
     CacheIdentity,
     cache_codec,
@@ -30,11 +29,12 @@ from pipeline.teacher.folder import (
     read_sidecars,
     sidecar_crc32,
 )
-from pipeline.teacher.head import has_head, head_sha256, save_head
-from pipeline.teacher.order import ORDER, has_order, save_order
-from pipeline.teacher.packing import pack_record, pack_skipped
-from pipeline.teacher.places import IDENTITY
-from pipeline.teacher.signal import Unembedding
+from pipeline.cache.order import ORDER, has_order, save_order
+from pipeline.cache.paths import IDENTITY
+from pipeline.codec.packing import pack_record, pack_skipped
+from pipeline.codec.registry import Codec, make_codec
+from pipeline.errors import CacheError, SampleError
+from pipeline.signal import Unembedding
 
 
 class CacheFolder:

@@ -1,1 +1,1 @@
-"""What the teacher said: distributions as bytes, shards of them, and whose they are."""
+"""What a distribution becomes as bytes, and is again: codecs, their packing, and what they draw from."""

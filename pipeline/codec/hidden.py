@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.teacher.packing import raw_arrays, raw_stream
-from pipeline.teacher.signal import HiddenSignal, Unembedding
+from pipeline.codec.packing import raw_arrays, raw_stream
+from pipeline.signal import HiddenSignal, Unembedding
 
 
 class Hidden:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.codec.hidden import Hidden
+from pipeline.codec.sampled import Sampled
+from pipeline.codec.topk import TopK
 from pipeline.errors import CacheError
-from pipeline.teacher.hidden import Hidden
-from pipeline.teacher.sampled import Sampled
-from pipeline.teacher.signal import Signal, Unembedding
-from pipeline.teacher.topk import TopK
+from pipeline.signal import Signal, Unembedding
 
 
 class Codec(Protocol):

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.teacher.packing import narrowest, raw_array, raw_stream
-from pipeline.teacher.points import draw_points
-from pipeline.teacher.rows import row_states
-from pipeline.teacher.signal import SparseSignal, Unembedding
+from pipeline.codec.packing import narrowest, raw_array, raw_stream
+from pipeline.codec.systematic import draw_points
+from pipeline.rows import row_states
+from pipeline.signal import SparseSignal, Unembedding
 
 COUNTS = 12
 """A point's symbol says its gap's class and its count up to this; larger counts stand in a stream of their own."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 AT_ONCE = 2**20
 """Numbers that a CPU has of a kind at a time, for its caches."""

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.teacher.packing import narrowest, raw_arrays, raw_stream
-from pipeline.teacher.rows import row_states
-from pipeline.teacher.signal import SparseSignal, Unembedding
+from pipeline.codec.packing import narrowest, raw_arrays, raw_stream
+from pipeline.rows import row_states
+from pipeline.signal import SparseSignal, Unembedding
 
 
 class TopK:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in the weight's dtype: 128 MiB in bfloat16."""

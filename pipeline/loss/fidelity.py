@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.matching import draw_probabilities, search_ranges
-from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+from pipeline.signal import HiddenSignal, Signal, Unembedding
 
 HELD = 8
 """Floats of memory for each logit of a chunk: the log-probabilities in float64, and what one layer's errors take."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.loss.chunks import Gradients, Workspace, head_loss
 from pipeline.loss.probabilities import surprise_chunks
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 
 def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: int | None = None) -> Tensor:

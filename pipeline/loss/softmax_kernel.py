@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 BLOCK = 4096
 """Ids a program holds at a time; one program a row."""

@@ -46,7 +46,7 @@ from pipeline.loss.chunks import (
     wide_logits,
 )
 from pipeline.loss.probabilities import probability_chunks
-from pipeline.teacher.signal import HiddenSignal, Signal, SparseSignal, Unembedding
+from pipeline.signal import HiddenSignal, Signal, SparseSignal, Unembedding
 
 TAIL_FLOOR = 1e-6
 """Least probability that the student's tail is taken to have: below it, 1 - sum of float32 probabilities is noise."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import STEPS, Model, Recipe, Training
+from pipeline.recipe.schema import STEPS, Model, Recipe, Training
 
 # One owner per number: these belong to the recipe, so a DeepSpeed config says "auto" or nothing there.
 OWNED_BY_RECIPE = {

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import STEPS, Recipe, leaves
+from pipeline.recipe.schema import STEPS, Recipe, leaves
 
 # These change speed, memory or what is kept, never a number: a run may go on with other values.
 FREE = {

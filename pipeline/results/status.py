@@ -12,13 +12,13 @@ from rich.table import Table
 
 from data_prep.schema import DataError
 from data_prep.shards import read_manifest
-from pipeline.checks import number_of_steps
+from pipeline.cache.paths import newest
 from pipeline.errors import RecipeError
-from pipeline.recipe import STEPS, Recipe
-from pipeline.resolve import load_recipe
+from pipeline.recipe.checks import number_of_steps
+from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.runtime.folder import begun_steps, done, read_metrics
 from pipeline.runtime.progress import size_text
-from pipeline.teacher.places import newest
 
 # What a line of metrics.jsonl holds beside losses.
 _NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}

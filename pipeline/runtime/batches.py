@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError, SampleError, UserError
-from pipeline.recipe import Training
+from pipeline.recipe.schema import Training
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
 

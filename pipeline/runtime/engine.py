@@ -16,8 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from pipeline.checks import accumulation, load_deepspeed_config
-from pipeline.recipe import Recipe, Training
+from pipeline.recipe.checks import accumulation, load_deepspeed_config
+from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.ranks import Ranks
 
 

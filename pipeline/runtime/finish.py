@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.recipe import StudentTraining
+from pipeline.recipe.schema import StudentTraining
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.folder import mark_done

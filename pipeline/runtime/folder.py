@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import write_file
-from pipeline.recipe import STEPS
+from pipeline.recipe.schema import STEPS
 
 
 def mark_done(folder: Path, summary: dict[str, Any]) -> None:

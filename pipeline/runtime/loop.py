@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.recipe import Recipe, Training
+from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Loaded, derived_seed, load, micro_batches
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.first_updates import CHECK_AFTER, Watch
 from pipeline.runtime.folder import done
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
-from pipeline.runtime.watch import CHECK_AFTER, Watch
 
 
 @dataclass(frozen=True)

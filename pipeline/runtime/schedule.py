@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.recipe import Training
+from pipeline.recipe.schema import Training
 
 
 def learning_rate(training: Training, update: int, total: int) -> float:

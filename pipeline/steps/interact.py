@@ -13,24 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
-from pipeline.checks import number_of_steps
+from pipeline.cache.find import open_cache
+from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
+from pipeline.cache.layout import codec_params
+from pipeline.cache.reader import CacheRecord
+from pipeline.cache.view import Recall
 from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import STRATEGIES, Matching
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
-from pipeline.recipe import Interact, Recipe
+from pipeline.recipe.checks import number_of_steps
+from pipeline.recipe.schema import Interact, Recipe
 from pipeline.runtime.batches import Chats, Loaded, Place, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, Moment, Outcome, train
 from pipeline.runtime.ranks import gather_made, sum_over_ranks, wait_for_all
-from pipeline.teacher.caches import open_cache
-from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
-from pipeline.teacher.folder import codec_params
-from pipeline.teacher.recall import Recall
-from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
-from pipeline.teacher.store import CacheRecord
+from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import family

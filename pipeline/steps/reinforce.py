@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
-from pipeline.checks import number_of_steps
 from pipeline.loss.linear_ce import linear_cross_entropy
+from pipeline.recipe.checks import number_of_steps
 from pipeline.runtime.batches import Chats, Loaded
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.shards import ShardFolder
-from pipeline.checks import number_of_steps
+from pipeline.recipe.checks import number_of_steps
 from pipeline.runtime.batches import Chats, Loaded, derived_seed, each_once
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
-from pipeline.checks import target_layers
 from pipeline.errors import RecipeError
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe.checks import target_layers
+from pipeline.recipe.schema import Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.families import text_config
 from pipeline.vlm.processing import ChatEncoder, load_processor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, StudentTraining
+from pipeline.recipe.schema import Recipe, StudentTraining
 from pipeline.vlm.families import decoder_layers, family, set_trainable
 from pipeline.vlm.lora import add_lora
 

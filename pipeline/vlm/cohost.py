@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.loss.linear_ce import linear_cross_entropy
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.processing import Batch
 from pipeline.vlm.verbalizer import VerbalizedVLM

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import RecipeError
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 from pipeline.vlm.families import final_norm, lm_head, unembedding
 
 

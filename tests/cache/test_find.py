@@ -7,12 +7,12 @@ import shutil
 import subprocess
 
 import pytest
-from cached import LAYERS, MADE_BY, fill, identity, write_data
+from random_cache import LAYERS, MADE_BY, fill, identity, write_data
 
+from pipeline.cache.find import folder_for, open_cache
+from pipeline.cache.paths import newest
+from pipeline.cache.writer import CacheFolder
 from pipeline.errors import CacheError
-from pipeline.teacher.caches import folder_for, open_cache
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.places import newest
 
 AGAIN = "deepspeed launch/cache.py --recipe R"
 SAMPLED = {"name": "sampled", "points": 16, "seed": 0}

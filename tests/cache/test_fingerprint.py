@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint, model_fingerprints, weights_fingerprint
 from pipeline.errors import CacheError
-from pipeline.teacher.fingerprint import Mismatch, compare, data_fingerprint, model_fingerprints, weights_fingerprint
 
 
 @pytest.fixture(autouse=True)

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from cached import AGAIN, HEAD, LAYERS, MADE_BY, V, fill, full, identity, words, write_data
-from speech import order_of
+from random_cache import AGAIN, HEAD, LAYERS, MADE_BY, V, fill, full, identity, words, write_data
+from random_teacher import order_of
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.packing import unpack_record
+from pipeline.codec.registry import CODECS
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.sparse_kl import column_kl, kl_matrix
-from pipeline.teacher.codec import CODECS
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.packing import unpack_record
-from pipeline.teacher.signal import HiddenSignal, Unembedding
-from pipeline.teacher.store import TeacherCache
+from pipeline.signal import HiddenSignal, Unembedding
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cached import LAYERS, D, V, fill, full, identity, words, write_data
+from random_cache import LAYERS, D, V, fill, full, identity, words, write_data
 
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.view import Recall
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.random import uniform
 from pipeline.errors import CacheError, SampleError
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.recall import Recall
-from pipeline.teacher.store import TeacherCache
 
 LONG = 600
 

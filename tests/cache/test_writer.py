@@ -6,15 +6,15 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from cached import HEAD, LAYERS, MADE_BY, D, V, fill, full, identity, resay, say, words, write_data
-from speech import order_of
+from random_cache import HEAD, LAYERS, MADE_BY, D, V, fill, full, identity, resay, say, words, write_data
+from random_teacher import order_of
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.layout import missing_shards
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.registry import CODECS
 from pipeline.errors import CacheError
-from pipeline.teacher.codec import CODECS
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.folder import missing_shards
-from pipeline.teacher.store import TeacherCache
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_what_finish_found_is_what_it_writes(tmp_path, data, monkeypatch):
         (path / "000001.json").unlink()
         return missing
 
-    monkeypatch.setattr("pipeline.teacher.fill.missing_shards", look)
+    monkeypatch.setattr("pipeline.cache.writer.missing_shards", look)
     assert CacheFolder(path, identity(), data).finish()
     assert len(json.loads((path / "manifest.json").read_text())["shards"]) == 3
 

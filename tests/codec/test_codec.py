@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from speech import J, T, V, dense, draw, kl, order_of, packed, sampled, speech, stored
+from random_teacher import J, T, V, dense, draw, kl, order_of, packed, sampled, speech, stored
 
+from pipeline.codec.registry import CODECS, make_codec
 from pipeline.errors import CacheError
-from pipeline.teacher.codec import CODECS, make_codec
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 
 @pytest.mark.parametrize("k", [1, 4, 39, 40, 64])

@@ -5,19 +5,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cached import D, fill, identity, say, write_data
-from speech import V, order_of, packed, speech
+from random_cache import D, fill, identity, say, write_data
+from random_teacher import V, order_of, packed, speech
 
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.packing import to_numpy
+from pipeline.codec.registry import CODECS, make_codec
+from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import SampleError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.steps.listening import _code, _use
-from pipeline.teacher.codec import CODECS, make_codec
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.order import order_by_use
-from pipeline.teacher.packing import to_numpy
-from pipeline.teacher.rows import row_states
-from pipeline.teacher.signal import Unembedding
-from pipeline.teacher.store import TeacherCache
+from pipeline.rows import row_states
+from pipeline.signal import Unembedding
+from pipeline.steps.cache.teacher_pass import _code, _use
 
 BAD = (torch.nan, torch.inf, -torch.inf)
 

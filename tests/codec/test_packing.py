@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from speech import J, T, V, order_of, packed, speech
+from random_teacher import J, T, V, order_of, packed, speech
 
-from pipeline.errors import SampleError
-from pipeline.teacher.codec import CODECS, make_codec
-from pipeline.teacher.packing import (
+from pipeline.codec.packing import (
     join_arrays,
     narrowest,
     pack_record,
@@ -17,6 +15,8 @@ from pipeline.teacher.packing import (
     to_numpy,
     unpack_record,
 )
+from pipeline.codec.registry import CODECS, make_codec
+from pipeline.errors import SampleError
 
 STREAMS = {"ids": bytes(range(200)), "empty": b"", "long": bytes(5000)}
 

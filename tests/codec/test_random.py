@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.teacher.draws import uniform
+from pipeline.codec.random import uniform
 
 GOLDEN = [[0.41121464400757934, 0.6000561346228649], [0.47462132481216013, 0.46678014019828384]]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speech import D, J, T, V, dense, draw, kl, order_of, packed, sampled, speech, stored
+from random_teacher import D, J, T, V, dense, draw, kl, order_of, packed, sampled, speech, stored
 
-from pipeline.teacher.codec import make_codec
-from pipeline.teacher.packing import pack_record, unpack_record
-from pipeline.teacher.sampled import every_nth
-from pipeline.teacher.signal import Unembedding
+from pipeline.codec.packing import pack_record, unpack_record
+from pipeline.codec.registry import make_codec
+from pipeline.codec.sampled import every_nth
+from pipeline.signal import Unembedding
 
 N = 64
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pipeline.teacher import points
-from pipeline.teacher.points import BLOCK, draw_points
-from pipeline.teacher.signal import Unembedding
+from pipeline.codec import systematic
+from pipeline.codec.systematic import BLOCK, draw_points
+from pipeline.signal import Unembedding
 
 ROWS, N = 23, 64
 
@@ -19,7 +19,7 @@ def draw(logits, order, u, head=None):
 @pytest.mark.parametrize("vocab", [1, 5, BLOCK, BLOCK + 1, 5 * BLOCK, 1000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 5.0, 60.0])
 def test_points_are_those_of_the_cumulative_sum(vocab, spread, monkeypatch):
-    monkeypatch.setattr(points, "AT_ONCE", 4 * max(vocab, N * BLOCK))  # in several parts, the last one smaller
+    monkeypatch.setattr(systematic, "AT_ONCE", 4 * max(vocab, N * BLOCK))  # in several parts, the last one smaller
     generator = torch.Generator().manual_seed(vocab)
     logits = spread * torch.randn(ROWS, vocab, generator=generator)
     order, u = torch.randperm(vocab, generator=generator), torch.rand(ROWS, generator=generator, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_what_is_not_finite_has_no_entropy_and_harms_no_other_row(bad):
 
 def test_the_blocks_that_points_fall_into_bound_the_rows_at_a_time(monkeypatch):
     """In a small vocabulary it is they that take the memory: many points, each with a block of its own."""
-    seen, inner = [], points._draw
-    monkeypatch.setattr(points, "_draw", lambda logits, *rest: seen.append(len(logits)) or inner(logits, *rest))
+    seen, inner = [], systematic._draw
+    monkeypatch.setattr(systematic, "_draw", lambda logits, *rest: seen.append(len(logits)) or inner(logits, *rest))
     draw_points(torch.randn(20, 5), Unembedding(torch.empty(0, 1), 5), torch.arange(5), torch.rand(20).double(), 1024)
-    assert max(seen) * 1024 * BLOCK <= points.AT_ONCE and sum(seen) == 20
+    assert max(seen) * 1024 * BLOCK <= systematic.AT_ONCE and sum(seen) == 20

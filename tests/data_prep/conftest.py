@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from planted import Planted, faulty_records, good_records
+from faulty_records import Planted, faulty_records, good_records
 
 
 @pytest.fixture(scope="session")

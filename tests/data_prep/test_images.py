@@ -4,8 +4,8 @@ import io
 from pathlib import Path
 
 import pytest
+from faulty_records import bomb, picture
 from PIL import Image
-from planted import bomb, picture
 
 from data_prep.images import MAX_BYTES, check_image, image_suffix, read_image
 from data_prep.schema import BadSample

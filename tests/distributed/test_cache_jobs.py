@@ -22,10 +22,10 @@ from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from pipeline.loss.sparse_kl import column_kl
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.batches import DataOrder, derived_seed
 from pipeline.runtime.folder import done
-from pipeline.teacher.signal import HiddenSignal
+from pipeline.signal import HiddenSignal
 from pipeline.vlm.assemble import encoders, load_verb_ffns, shared_vocabulary, verbalized
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.processing import collate

@@ -29,9 +29,9 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(ROOT)
-    from pipeline.recipe import Model, Recipe, Training
+    from pipeline.recipe.schema import Model, Recipe, Training
     from pipeline.runtime import engine
-    from pipeline.runtime.watch import TensorsNotAsAsked, Watch
+    from pipeline.runtime.first_updates import TensorsNotAsAsked, Watch
 
     training = Training(steps=2, batch_size=2)
     parts = {"data": {"train": "x"}, "teacher": Model(path="x"), "student": Model(path="x")}

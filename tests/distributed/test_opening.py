@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
 from pipeline.steps.interact import _open_cache

@@ -4,7 +4,7 @@ S student layers, J teacher layers, T tokens, K kept ids, V vocabulary, d width.
 
 import torch
 
-from pipeline.teacher.signal import HiddenSignal, SparseSignal, Unembedding
+from pipeline.signal import HiddenSignal, SparseSignal, Unembedding
 
 
 def dense_logits(h, head):

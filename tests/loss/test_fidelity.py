@@ -11,7 +11,7 @@ from dense_losses import dense_kl, dense_logits, make_h, make_head, topk_signal
 from pipeline.loss import fidelity
 from pipeline.loss.fidelity import Fidelity, measure
 from pipeline.loss.matching import search_ranges
-from pipeline.teacher.signal import HiddenSignal, SparseSignal, Unembedding
+from pipeline.signal import HiddenSignal, SparseSignal, Unembedding
 
 TOKENS, LAYERS, VOCAB, WIDTH = 5, 6, 41, 7
 HEADS = [{}, {"padding": 3, "bias": True, "scale": 1.7, "softcap": 4.0}]

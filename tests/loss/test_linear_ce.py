@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.loss import chunks
 from pipeline.loss.chunks import ROW_BLOCK, row_chunks, rows_per_chunk, wide_logits
 from pipeline.loss.linear_ce import linear_cross_entropy, token_log_probs
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 HEADS = [
     {},

@@ -11,7 +11,7 @@ from dense_losses import dense_logits, make_h, make_head, topk_signal, truth_gra
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 from pipeline.loss.sparse_kl import column_kl
-from pipeline.teacher.signal import HiddenSignal
+from pipeline.signal import HiddenSignal
 
 TOKENS, VOCAB = 13, 50
 LABELS = torch.arange(TOKENS).where(torch.arange(TOKENS) % 3 != 1, -100)

@@ -15,7 +15,7 @@ from dense_losses import as_dtype, assert_earned, dense_ce, dense_kl, dense_logi
 from pipeline.loss import probabilities
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 pytest.importorskip("triton", reason="the kernel is used only where Triton is installed")
 from pipeline.loss import softmax_kernel

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipeline.loss import chunks, sparse_kl
 from pipeline.loss.matching import STRATEGIES
 from pipeline.loss.sparse_kl import TAIL_FLOOR, column_kl, kl_matrix, matched_kl
-from pipeline.teacher.signal import HiddenSignal, SparseSignal, Unembedding
+from pipeline.signal import HiddenSignal, SparseSignal, Unembedding
 
 HEADS = [
     {},

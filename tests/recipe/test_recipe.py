@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.checks import check_recipe, number_of_steps, target_layers
 from pipeline.errors import RecipeError
-from pipeline.recipe import Model, Recipe, Section, Training, leaves
-from pipeline.resolve import load_recipe, refuse_changes
+from pipeline.recipe.checks import check_recipe, number_of_steps, target_layers
+from pipeline.recipe.resolve import load_recipe, refuse_changes
+from pipeline.recipe.schema import Model, Recipe, Section, Training, leaves
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")
 

@@ -11,7 +11,7 @@ from tiny import png
 from tiny_run import write_recipe
 
 from pipeline.__main__ import main
-from pipeline.results.trace_run import printable
+from pipeline.results.trace.terminal import printable
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, DataError
-from pipeline.recipe import Training
+from pipeline.recipe.schema import Training
 from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Place, Rejected, load, load_grouped, micro_batches
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate

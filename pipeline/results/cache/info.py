@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.shards import MANIFEST
+from pipeline.cache.paths import IDENTITY, newest
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.results.cache_on_disk import CacheOnDisk, find_caches, look
+from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, look
 from pipeline.results.status import size_of
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.progress import size_text
-from pipeline.teacher.places import IDENTITY, newest
 
 MEASURES = ("entropy", "mass", "kl_bias", "kl_rms", "gradient_error")
 """Of each layer, in the order of the table."""
@@ -44,13 +44,13 @@ def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> 
     if sample is None:
         show(cache)
     else:
-        from pipeline.results import cache_words  # reads words with transformers, which takes seconds to import
+        from pipeline.results.cache import words  # reads words with transformers, which takes seconds to import
 
-        cache_words.show(cache, sample, tokenizer)
+        words.show(cache, sample, tokenizer)
     if check:
-        from pipeline.results import cache_verify
+        from pipeline.results.cache import verify as verification
 
-        cache_verify.run(cache)
+        verification.run(cache)
 
 
 def show(cache: CacheOnDisk) -> None:

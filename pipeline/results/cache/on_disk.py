@@ -12,9 +12,7 @@ from typing import Any, BinaryIO
 
 from data_prep.schema import DataError
 from data_prep.shards import MANIFEST, read_manifest
-from pipeline.errors import CacheError, RecipeError
-from pipeline.resolve import load_recipe
-from pipeline.teacher.folder import (
+from pipeline.cache.layout import (
     FORMAT,
     RECORD,
     VERSION,
@@ -24,7 +22,9 @@ from pipeline.teacher.folder import (
     read_identity,
     read_sidecars,
 )
-from pipeline.teacher.places import IDENTITY, cache_folders
+from pipeline.cache.paths import IDENTITY, cache_folders
+from pipeline.errors import CacheError, RecipeError
+from pipeline.recipe.resolve import load_recipe
 
 SIDECAR = {"keys", "offsets", "end", "bytes", "sha256", "made_for", "data_sha256", "tokens", "skipped"}
 """What every sidecar holds."""

@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 
 from data_prep.shards import MANIFEST
+from pipeline.cache.head import HEAD, head_sha256, read_head
+from pipeline.cache.layout import cache_codec, missing_shards
+from pipeline.codec.packing import unpack_record
+from pipeline.codec.registry import CODECS, Codec
 from pipeline.errors import CacheError, SampleError
-from pipeline.results.cache_on_disk import CacheOnDisk, own_sidecars, read_record
+from pipeline.results.cache.on_disk import CacheOnDisk, own_sidecars, read_record
 from pipeline.runtime.progress import StepProgress
-from pipeline.teacher.codec import CODECS, Codec
-from pipeline.teacher.folder import cache_codec, missing_shards
-from pipeline.teacher.head import HEAD, head_sha256, read_head
-from pipeline.teacher.packing import unpack_record
-from pipeline.teacher.signal import HiddenSignal, Signal, Unembedding
+from pipeline.signal import HiddenSignal, Signal, Unembedding
 
 NO_HEAD = Unembedding(torch.zeros(0, 0), 0)
 """Decoding hidden states only hands the head on; checking them does not look at it."""

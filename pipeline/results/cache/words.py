@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pipeline.cache.fingerprint import TOKENIZER_FILES, tokenizer_fingerprint
+from pipeline.cache.head import read_head
+from pipeline.cache.layout import cache_codec
+from pipeline.codec.packing import unpack_record
+from pipeline.codec.sampled import Sampled
 from pipeline.errors import CacheError, RecipeError
-from pipeline.resolve import load_recipe
-from pipeline.results.cache_on_disk import CacheOnDisk, read_record
-from pipeline.teacher.fingerprint import TOKENIZER_FILES, tokenizer_fingerprint
-from pipeline.teacher.folder import cache_codec
-from pipeline.teacher.head import read_head
-from pipeline.teacher.packing import unpack_record
-from pipeline.teacher.sampled import Sampled
-from pipeline.teacher.signal import HiddenSignal, Signal
+from pipeline.recipe.resolve import load_recipe
+from pipeline.results.cache.on_disk import CacheOnDisk, read_record
+from pipeline.signal import HiddenSignal, Signal
 
 SHOWN = 16
 """Response tokens that are printed of a longer sample."""

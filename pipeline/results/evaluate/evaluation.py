@@ -14,9 +14,9 @@ import torch
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError, RecipeError, SampleError
 from pipeline.loss.linear_ce import token_log_probs
-from pipeline.recipe import Data
-from pipeline.resolve import load_recipe
-from pipeline.results.answers import Exchange, QuestionOnly, Tally, last_exchange
+from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.schema import Data
+from pipeline.results.evaluate.answers import Exchange, QuestionOnly, Tally, last_exchange
 from pipeline.results.generate import Vlm, greedy, load, pad_left, require_model, words
 from pipeline.runtime.folder import write_json
 from pipeline.runtime.progress import StepProgress, say

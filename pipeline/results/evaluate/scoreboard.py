@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.results.answers import NORMALISATION
-from pipeline.results.evaluate import QUESTION_ONLY, Plan
+from pipeline.results.evaluate.answers import NORMALISATION
+from pipeline.results.evaluate.evaluation import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
 """What `evaluate` returns."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from pipeline.results.generate import Vlm, greedy, move, words
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import decoder_layers, final_norm
 from pipeline.vlm.processing import TOKEN_KEYS

@@ -16,12 +16,12 @@ from rich.text import Text
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import RecipeError
-from pipeline.recipe import Model, Recipe
-from pipeline.resolve import load_recipe
-from pipeline.results.answers import last_exchange
-from pipeline.results.evaluate import run_recipe
+from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.schema import Model, Recipe
+from pipeline.results.evaluate.answers import last_exchange
+from pipeline.results.evaluate.evaluation import run_recipe
 from pipeline.results.generate import Vlm, placement, require_model
-from pipeline.results.trace import LayerTrace, ModelTrace, Said, trace
+from pipeline.results.trace.layers import LayerTrace, ModelTrace, Said, trace
 from pipeline.runtime.folder import done
 from pipeline.vlm.assemble import load_verb_ffns, verbalized, vocabulary_rows
 from pipeline.vlm.processing import ChatEncoder, load_processor

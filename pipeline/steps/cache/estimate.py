@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.packing import pack_record, to_numpy
+from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
 from pipeline.runtime.batches import Loaded, Place
 from pipeline.runtime.progress import size_text
 from pipeline.runtime.ranks import gather_lists
-from pipeline.steps.listening import WINDOW, Listener
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.order import order_by_use
-from pipeline.teacher.packing import pack_record, to_numpy
+from pipeline.steps.cache.teacher_pass import WINDOW, Listener
 
 SAMPLES = 64
 """Read beforehand by every rank, evenly over the data: alike whatever the number of ranks and the shards asked for."""

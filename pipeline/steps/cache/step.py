@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.find import folder_for
+from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
+from pipeline.cache.layout import CacheIdentity, codec_params
+from pipeline.cache.writer import CacheFolder
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime.batches import BadSamples, Chats
@@ -23,13 +27,9 @@ from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, size_text
 from pipeline.runtime.ranks import gather_lists, gather_made, sum_over_ranks, until_all_done, wait_for_all
-from pipeline.steps.listening import Listener
-from pipeline.steps.rehearsal import Projection, find_order, project, refuse_without_room
-from pipeline.steps.writing import Writing, Written, parts, plan
-from pipeline.teacher.caches import folder_for
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.fingerprint import files_fingerprint, teacher_fingerprints
-from pipeline.teacher.folder import CacheIdentity, codec_params
+from pipeline.steps.cache.estimate import Projection, find_order, project, refuse_without_room
+from pipeline.steps.cache.teacher_pass import Listener
+from pipeline.steps.cache.writing import Writing, Written, parts, plan
 from pipeline.vlm.assemble import encoders, load_verb_ffns, verbalized
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import ChatEncoder

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.codec.packing import to_numpy
+from pipeline.codec.random import uniform
+from pipeline.codec.registry import Codec
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Fidelity, measure
+from pipeline.rows import row_states
 from pipeline.runtime.batches import Chats, Loaded, Place, load, load_grouped
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.loop import Job
-from pipeline.teacher.codec import Codec
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.packing import to_numpy
-from pipeline.teacher.rows import row_states
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
 
 WINDOW = 32
 """Neighbours in a shard whose batches are formed together: enough to find samples of like length among."""

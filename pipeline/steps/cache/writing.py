@@ -9,13 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.writer import CacheFolder, CacheWriter
+from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime.batches import Loaded, Place, Rejected
-from pipeline.steps.listening import WINDOW, Heard
-from pipeline.steps.rehearsal import on_disk
-from pipeline.teacher.fill import CacheFolder, CacheWriter
-from pipeline.teacher.packing import to_numpy
+from pipeline.steps.cache.estimate import on_disk
+from pipeline.steps.cache.teacher_pass import WINDOW, Heard
 
 WRITES_WAITING = 2
 """Batches that may wait for the writing thread before the teacher waits for it."""

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench.codec_error import CodecError, batch_divergences, legal_pairs
-from bench.codec_size import code
-from bench.codec_training import Follower, Lesson, fixed, train
-from bench.peer_codecs import DistillKit, MegatronTopK, published, record_arrays
-from bench.spoken import Setting, Spoken
-from pipeline.teacher.codec import make_codec
-from pipeline.teacher.packing import join_arrays
-from pipeline.teacher.signal import HiddenSignal, Unembedding
+from bench.cache.error import CodecError, batch_divergences, legal_pairs
+from bench.cache.layer_outputs import Setting, Spoken
+from bench.cache.peer_codecs import DistillKit, MegatronTopK, published, record_arrays
+from bench.cache.size import code
+from bench.cache.training import Follower, Lesson, fixed, train
+from pipeline.codec.packing import join_arrays
+from pipeline.codec.registry import make_codec
+from pipeline.signal import HiddenSignal, Unembedding
 from pipeline.vlm.verbalizer import VerbFFN
 
 TOKENS, WIDTH, VOCAB = 64, 16, 400

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.loss_problem import Case, Problem, interaction
-from bench.losses import NAIVE, agreement, dense_form, products
+from bench.losses.problem import Case, Problem, interaction
+from bench.losses.run import NAIVE, agreement, dense_form, products
 
 CASE = Case(tokens=24, width=16, vocab=600, students=1, teachers=4, kept=8)
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import step_pairs, steps
-from bench.step_measures import operations_of
+from bench.steps import pairs, run
+from bench.steps.measures import operations_of
 from data_prep.shards import ShardFolder
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.batches import Chats, Place, load
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 
@@ -18,23 +18,23 @@ from pipeline.vlm.assemble import encoders, vocabulary_rows
 def test_real_shapes_are_refused_on_a_cpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["steps", "--shape", "real"])
     with pytest.raises(SystemExit):
-        steps.main()
+        run.main()
     assert "--shape real needs a GPU with 80 GB, and torch finds none" in capsys.readouterr().err
 
 
 def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
     tiny = replace(
-        step_pairs.RANDOM_PAIRS["real-2b"],
-        teacher=step_pairs.Size(layers=4, width=64, inner=64, heads=4, kv_heads=2, rows=1100, tied=False),
-        student=step_pairs.Size(layers=3, width=32, inner=64, heads=4, kv_heads=2, rows=1000),
-        tower=step_pairs.Tower(blocks=1, width=16, heads=2, patch=14),
+        pairs.RANDOM_PAIRS["real-2b"],
+        teacher=pairs.Size(layers=4, width=64, inner=64, heads=4, kv_heads=2, rows=1100, tied=False),
+        student=pairs.Size(layers=3, width=32, inner=64, heads=4, kv_heads=2, rows=1000),
+        tower=pairs.Tower(blocks=1, width=16, heads=2, patch=14),
         teacher_layers=(1, 3),
         student_layers=(2,),
         image_side=6,
         samples=8,
     )
-    monkeypatch.setitem(step_pairs.RANDOM_PAIRS, "tiny", tiny)
-    step_pairs.prepare("tiny", tmp_path, "cpu")
+    monkeypatch.setitem(pairs.RANDOM_PAIRS, "tiny", tiny)
+    pairs.prepare("tiny", tmp_path, "cpu")
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)] == [1100, 1000]
     chats = Chats(ShardFolder(recipe.data.train), encoders(recipe, ["student"]))

@@ -15,18 +15,19 @@ from tiny_run import write_recipe
 
 from data_prep.shards import ShardFolder
 from pipeline.__main__ import main
+from pipeline.cache.find import folder_for
+from pipeline.cache.fingerprint import tokenizer_fingerprint
+from pipeline.cache.layout import CacheIdentity, sidecar_crc32
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.packing import pack_record, to_numpy, unpack_record
+from pipeline.codec.random import uniform
+from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity, measure
-from pipeline.results import cache_info, cache_verify, cache_words
-from pipeline.results.cache_on_disk import find_caches, look, read_record
-from pipeline.teacher.caches import folder_for
-from pipeline.teacher.draws import uniform
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.fingerprint import tokenizer_fingerprint
-from pipeline.teacher.folder import CacheIdentity, sidecar_crc32
-from pipeline.teacher.order import order_by_use
-from pipeline.teacher.packing import pack_record, to_numpy, unpack_record
-from pipeline.teacher.signal import Unembedding
+from pipeline.results.cache import info, verify
+from pipeline.results.cache.on_disk import find_caches, look, read_record
+from pipeline.results.cache.words import recall
+from pipeline.signal import Unembedding
 
 LAYERS, D, V = (1, 3, 5), 8, 265
 HEAD = Unembedding(torch.randn(V, D, generator=torch.Generator().manual_seed(0)), V)
@@ -141,13 +142,13 @@ def test_a_complete_cache_is_shown_with_its_sizes_and_fingerprints(made, capsys,
 
 def test_fidelity_is_that_of_all_shards(made, capsys):
     cache = look(find_caches(made / "topk")[0])
-    measured = cache_info.fidelity(cache)
+    measured = info.fidelity(cache)
     parts = [Fidelity.from_json(json.loads(file.read_text())["fidelity"]) for file in cache.path.glob("0*.json")]
     assert measured.tokens == sum(part.tokens for part in parts)
     _, out, _ = command(None, capsys, cache.path)
     for layer, values in zip(LAYERS, measured.summary()["layers"], strict=True):
         row = next(line for line in out.splitlines() if re.match(rf"│ +{layer} │", line))
-        assert [f"{round(values[name], 4) + 0:.4f}" for name in cache_info.MEASURES] == re.findall(r"-?\d\.\d{4}", row)
+        assert [f"{round(values[name], 4) + 0:.4f}" for name in info.MEASURES] == re.findall(r"-?\d\.\d{4}", row)
     assert f"{measured.draw_tv():.4f}" in out
 
 
@@ -213,7 +214,7 @@ def test_verify_finds_a_flipped_byte_in_its_record(copied, capsys):
 
 def test_verify_finds_a_damaged_tar_header(copied):
     flip(copied.cache / "000001.tar", sidecar_of(copied, "000001")["offsets"][1])
-    problems = [p for shard in cache_verify.check_shards(look(copied.cache), 1) for p in shard.problems]
+    problems = [p for shard in verify.check_shards(look(copied.cache), 1) for p in shard.problems]
     assert [problem.key for problem in problems] == ["", "s00005"]
     assert "its place in the tar is damaged" in problems[1].what
 
@@ -235,13 +236,13 @@ def test_only_missing_would_make_what_verify_finds(copied, made):
     (copied.cache / "000002.tar").unlink()
     cache = look(copied.cache)
     folder = CacheFolder(copied.cache, cache.identity, ShardFolder(made / "shards" / "train"))
-    checked = cache_verify.check_shards(cache, 2)
+    checked = verify.check_shards(cache, 2)
     assert [shard.name for shard in checked if shard.problems] == ["000000.tar", "000002.tar"]
     assert set(folder.missing(verify=True)) == {"000000.tar", "000001.tar", "000002.tar"}
-    problems = {problem.file: problem.what for problem in cache_verify.beside_shards(cache)}
+    problems = {problem.file: problem.what for problem in verify.beside_shards(cache)}
     assert problems == {"000001.json": "the sidecar is gone or damaged; the manifest still has it"}
     with pytest.raises(CacheError, match=r"4 problem\(s\)"):
-        cache_verify.run(cache)
+        verify.run(cache)
 
 
 def rewrite(copied, made, change) -> None:
@@ -281,9 +282,9 @@ def test_a_sidecar_that_miscounts(copied):
     sidecar = sidecar_of(copied)
     said = {**sidecar, "tokens": sidecar["tokens"] + 1}
     (copied.cache / "000000.json").write_text(json.dumps({**said, "crc32": sidecar_crc32(said)}))
-    checked = cache_verify.check_shards(look(copied.cache), 1)
+    checked = verify.check_shards(look(copied.cache), 1)
     assert f"its sidecar says {sidecar['tokens'] + 1} tokens and 1 skipped" in checked[0].problems[0].what
-    assert [problem.file for problem in cache_verify.beside_shards(look(copied.cache))] == ["manifest.json"]
+    assert [problem.file for problem in verify.beside_shards(look(copied.cache))] == ["manifest.json"]
 
 
 @pytest.mark.parametrize("field", ["offsets", "end", "tokens", "data_sha256"])
@@ -328,7 +329,7 @@ def test_a_foreign_shard_is_named(copied, made):
         shutil.copy(other / name, copied.cache / name)
     cache = look(copied.cache)
     assert cache.missing == {"000001.tar": "made for another cache"}
-    checked = cache_verify.check_shards(cache, 1)
+    checked = verify.check_shards(cache, 1)
     assert [(p.key, p.what) for p in checked[1].problems] == [("", "made for another cache")]
 
 
@@ -343,7 +344,7 @@ def test_a_sample_in_words_is_what_each_layer_said(made, capsys, codec):
     tokens, hidden = words("s00002")
     _, out, _ = command(None, capsys, made / codec, "--sample", "s00002")
     probs = HEAD.logits(hidden.bfloat16() if codec == "hidden" else hidden).softmax(-1)
-    said = cache_words.recall(look(find_caches(made / codec)[0]), "s00002")
+    said = recall(look(find_caches(made / codec)[0]), "s00002")
     assert said.tokens == tokens.tolist() and said.shard == "000000.tar"
     for t in range(len(tokens)):
         for j in range(len(LAYERS)):

@@ -2,7 +2,7 @@ import pytest
 from tiny import turn
 
 from pipeline.errors import SampleError
-from pipeline.results.answers import QuestionOnly, Tally, last_exchange, normalise
+from pipeline.results.evaluate.answers import QuestionOnly, Tally, last_exchange, normalise
 
 
 def record(*pairs, **fields):

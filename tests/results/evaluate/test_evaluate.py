@@ -8,8 +8,8 @@ from tiny_run import typed, write_shards
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
-from pipeline.results.answers import normalise
-from pipeline.results.evaluate import Plan, evaluate, make_plan, response_loss, score, score_question_only
+from pipeline.results.evaluate.answers import normalise
+from pipeline.results.evaluate.evaluation import Plan, evaluate, make_plan, response_loss, score, score_question_only
 from pipeline.results.generate import greedy, load, words
 
 SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}

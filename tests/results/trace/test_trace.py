@@ -6,7 +6,7 @@ from tiny import KINDS, png, turn, write_vlm
 from torch.nn import functional as F
 
 from pipeline.results.generate import Vlm, greedy, load
-from pipeline.results.trace import read_along, speak_freely, trace
+from pipeline.results.trace.layers import read_along, speak_freely, trace
 from pipeline.vlm.families import decoder_layers, final_norm, lm_head
 from pipeline.vlm.processing import TOKEN_KEYS
 from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import torch
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.layout import CacheIdentity
+from pipeline.cache.writer import CacheFolder
+from pipeline.codec.registry import Codec
 from pipeline.runtime.batches import Loaded, Place, Rejected
-from pipeline.steps.listening import Heard, _code
-from pipeline.steps.writing import Part
-from pipeline.teacher.codec import Codec
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.folder import CacheIdentity
-from pipeline.teacher.signal import Unembedding
+from pipeline.signal import Unembedding
+from pipeline.steps.cache.teacher_pass import Heard, _code
+from pipeline.steps.cache.writing import Part
 from pipeline.vlm.processing import Batch
 
 LAYERS, VOCAB, WIDTH, TOKENS = (2, 4), 20, 8, 3

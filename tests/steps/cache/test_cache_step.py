@@ -6,20 +6,20 @@ import resource
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from listened import TOKENS, cache_of, hear, parts
+from random_teacher_pass import TOKENS, cache_of, hear, parts
 from running import tiny_recipe
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError
-from pipeline.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.folder import done, mark_done, read_metrics
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
-from pipeline.steps import cache as step
-from pipeline.steps.cache import _Log
-from pipeline.steps.rehearsal import Projection
-from pipeline.steps.writing import Writing
+from pipeline.steps.cache import step
+from pipeline.steps.cache.estimate import Projection
+from pipeline.steps.cache.step import _Log
+from pipeline.steps.cache.writing import Writing
 
 
 @pytest.fixture

@@ -7,17 +7,25 @@ import re
 import numpy as np
 import pytest
 import yaml
-from listened import LAYERS, TOKENS, VOCAB, Listener, cache_of, hear, parts
+from random_teacher_pass import LAYERS, TOKENS, VOCAB, Listener, cache_of, hear, parts
 from running import tiny_recipe
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.layout import CacheIdentity
+from pipeline.cache.writer import CacheFolder
 from pipeline.errors import CacheError
-from pipeline.resolve import load_recipe, refuse_changes
-from pipeline.steps.rehearsal import SAMPLES, Projection, _spread, find_order, on_disk, project, refuse_without_room
-from pipeline.steps.writing import Writing
-from pipeline.teacher.fill import CacheFolder
-from pipeline.teacher.folder import CacheIdentity
+from pipeline.recipe.resolve import load_recipe, refuse_changes
+from pipeline.steps.cache.estimate import (
+    SAMPLES,
+    Projection,
+    _spread,
+    find_order,
+    on_disk,
+    project,
+    refuse_without_room,
+)
+from pipeline.steps.cache.writing import Writing
 
 CODECS = [
     {"name": "sampled", "points": 64, "seed": 0},

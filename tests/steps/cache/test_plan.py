@@ -9,8 +9,8 @@ from data_prep.shards import ShardFolder
 from launch.cache import parse, shard_range
 from pipeline.runtime import batches
 from pipeline.runtime.batches import Rejected
-from pipeline.steps.listening import WINDOW
-from pipeline.steps.writing import plan
+from pipeline.steps.cache.teacher_pass import WINDOW
+from pipeline.steps.cache.writing import plan
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -4,10 +4,11 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from speech import V, order_of
+from random_teacher import V, order_of
 
+from pipeline.cache.order import ORDER, has_order, order_sha256, read_order, save_order
+from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
-from pipeline.teacher.order import ORDER, has_order, order_by_use, order_sha256, read_order, save_order
 
 
 def test_the_most_used_come_first_and_equals_by_id():

@@ -1,0 +1,1 @@
+"""The cache's codecs beside other systems': bytes against error."""

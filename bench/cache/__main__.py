@@ -1,0 +1,5 @@
+"""python -m bench.cache"""
+
+from bench.cache.run import main
+
+main()

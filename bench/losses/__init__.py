@@ -1,0 +1,1 @@
+"""The losses beside their matrix products and other packages."""

@@ -1,0 +1,5 @@
+"""python -m bench.losses"""
+
+from bench.losses.run import main
+
+main()

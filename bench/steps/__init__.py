@@ -1,0 +1,1 @@
+"""Whole steps beside plain ones, the data wait, the start-up."""

@@ -1,0 +1,5 @@
+"""python -m bench.steps"""
+
+from bench.steps.run import main
+
+main()

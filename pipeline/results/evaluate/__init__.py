@@ -1,0 +1,1 @@
+"""Exact match and perplexity of models on held-out data."""

@@ -1,0 +1,1 @@
+"""What each target layer of a model says about a question."""
