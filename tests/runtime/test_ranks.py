@@ -22,10 +22,10 @@ rank = int(sys.argv[1])
 pathlib.Path(f"{sys.argv[2]}-{rank}").touch()
 while not pathlib.Path(f"{sys.argv[2]}-{1 - rank}").exists():
     time.sleep(0.05)  # the other may still be importing torch, longer than a collective waits
-dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=3), 2, rank)
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=10), 2, rank)
 ranks.MEET_EVERY_S = 0.5
 def make():
-    time.sleep(0 if rank else 6)
+    time.sleep(0 if rank else 13)
     return [f"of rank {rank}"]
 print(ranks.gather_made(ranks.Ranks(rank, 2), "hashing", make))
 """
