@@ -51,9 +51,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then cache."""
     options = parse(arguments)
-    from pipeline.runtime.logs import hush
+    from pipeline.runtime.logs import filter_logs
 
-    hush(options.verbose)
+    filter_logs(options.verbose)
     from pipeline.job import run_steps
 
     return run_steps(

@@ -43,9 +43,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check everything that can be checked without a model, then run the stage's steps."""
     options = parse(arguments)
-    from pipeline.runtime.logs import hush
+    from pipeline.runtime.logs import filter_logs
 
-    hush(options.verbose)
+    filter_logs(options.verbose)
     from pipeline.job import run_steps
 
     steps = (options.only,) if options.only else STAGES[options.stage]

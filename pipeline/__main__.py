@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from data_prep.schema import DataError as ShardError
     from pipeline.errors import SampleError, UserError
-    from pipeline.runtime.logs import hush
+    from pipeline.runtime.logs import filter_logs
 
-    hush(options.verbose)
+    filter_logs(options.verbose)
     try:
         COMMANDS[options.command](options)
     except (UserError, ShardError, SampleError) as error:

@@ -28,7 +28,7 @@ class Unembedding:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] normed hidden states -> [..., V] logits in float32 (the product itself in the weight's dtype)."""
-        return self.bend_(self.products(hidden).float())
+        return self.scale_and_cap_(self.products(hidden).float())
 
     def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """h W^T + b [..., V] in the weight's dtype; in `out`, if given, for hidden [c, d] and without gradient."""
@@ -38,7 +38,7 @@ class Unembedding:
             return torch.nn.functional.linear(hidden, weight, bias)
         return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
-    def bend_(self, products: Tensor) -> Tensor:
+    def scale_and_cap_(self, products: Tensor) -> Tensor:
         """What is made of the products [..., V], in place: scaled, then capped."""
         if self.scale != 1.0:
             products.mul_(self.scale)

@@ -54,9 +54,9 @@ def say(codec, key, hidden, layers=LAYERS):
 
 def fill(folder, data, names=None, skip=(), words=words):
     """Make the missing shards, or some; returns whether the cache is complete."""
-    if "head" in folder.lacks:
+    if "head" in folder.missing_files:
         folder.save_head(HEAD)
-    if "order" in folder.lacks:
+    if "order" in folder.missing_files:
         folder.save_order(order_of(V))
     codec, layers = folder.codec(), folder.identity.layers
     keys = {shard["name"]: shard["keys"] for shard in data.manifest["shards"]}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from bench.cache.layer_outputs import Spoken
+from bench.cache.layer_outputs import LayerOutputs
 from pipeline.loss.matching import draw_probabilities, search_ranges
 from pipeline.signal import HiddenSignal, Signal, SparseSignal
 
@@ -96,40 +96,45 @@ def legal_pairs(students: int, teachers: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def batch_divergences(
-    spoken: Spoken, pairs: list[tuple[int, int]], rows: slice, signals: Mapping[str, Signal]
+    outputs: LayerOutputs, pairs: list[tuple[int, int]], rows: slice, signals: Mapping[str, Signal]
 ) -> tuple[Divergences, dict[str, Divergences]]:
-    """Of a batch of tokens: what is true, and what each coded teacher gives; signals speak of all tokens."""
+    """Of a batch of tokens: what is true, and what each coded teacher gives; signals hold all tokens."""
     truth, found = [], {name: [] for name in signals}  # type: tuple[list[Divergences], dict[str, list[Divergences]]]
     for start in range(rows.start, rows.stop, ROWS):
         part = slice(start, min(start + ROWS, rows.stop))
-        student = spoken.student[part].transpose(0, 1)
-        log_q = spoken.student_unembedding.logits(student).log_softmax(-1)
-        expected = log_q.exp() @ spoken.student_weight
-        teacher = spoken.teacher[part].transpose(0, 1)
-        truth.append(_dense(spoken, pairs, log_q, expected, spoken.unembedding.logits(teacher)))
+        student = outputs.student[part].transpose(0, 1)
+        log_q = outputs.student_unembedding.logits(student).log_softmax(-1)
+        expected = log_q.exp() @ outputs.student_weight
+        teacher = outputs.teacher[part].transpose(0, 1)
+        truth.append(_dense(outputs, pairs, log_q, expected, outputs.unembedding.logits(teacher)))
         for name, signal in signals.items():
             if isinstance(signal, HiddenSignal):
                 logits = signal.unembedding.logits(signal.hidden[part].transpose(0, 1))
-                found[name].append(_dense(spoken, pairs, log_q, expected, logits))
+                found[name].append(_dense(outputs, pairs, log_q, expected, logits))
             else:
-                found[name].append(_sparse(spoken, pairs, log_q, expected, signal, part))
+                found[name].append(_sparse(outputs, pairs, log_q, expected, signal, part))
     return _joined(truth), {name: _joined(parts) for name, parts in found.items()}
 
 
 def _dense(
-    spoken: Spoken, pairs: list[tuple[int, int]], log_q: Tensor, expected: Tensor, logits: Tensor
+    outputs: LayerOutputs, pairs: list[tuple[int, int]], log_q: Tensor, expected: Tensor, logits: Tensor
 ) -> Divergences:
     """KL = sum p (log p - log q), gradient E_q[W] - E_p[W]; log_q [S + 1, t, V], expected E_q[W], logits [J, t, V]."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    said = p @ spoken.student_weight
+    said = p @ outputs.student_weight
     neg_entropy = (p * log_p).sum(-1)
     kl = torch.stack([neg_entropy[j] - (p[j] * log_q[i]).sum(-1) for i, j in pairs])
     return Divergences(kl, torch.stack([expected[i] - said[j] for i, j in pairs]))
 
 
 def _sparse(
-    spoken: Spoken, pairs: list[tuple[int, int]], log_q: Tensor, expected: Tensor, signal: SparseSignal, part: slice
+    outputs: LayerOutputs,
+    pairs: list[tuple[int, int]],
+    log_q: Tensor,
+    expected: Tensor,
+    signal: SparseSignal,
+    part: slice,
 ) -> Divergences:
     """With r the tail, Q what the student gives to it, rho = r / Q: gradient (1 - rho) E_q[W] - sum (p - rho q) W."""
     kl, gradient = [], []
@@ -140,7 +145,7 @@ def _sparse(
         rest = (1.0 - q.sum(1)).clamp_min(1e-6)
         rho = r / rest
         kl.append(signal.neg_entropy[part, j] - (p * log_q_at).sum(1) - r * rest.log())
-        kept = embedding_bag(ids, spoken.student_weight, per_sample_weights=p - rho[:, None] * q, mode="sum")
+        kept = embedding_bag(ids, outputs.student_weight, per_sample_weights=p - rho[:, None] * q, mode="sum")
         gradient.append((p.sum(1) + r - rho)[:, None] * expected[i] - kept)
     return Divergences(torch.stack(kl), torch.stack(gradient))
 

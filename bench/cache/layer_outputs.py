@@ -57,7 +57,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class LayerOutputs:
     """What the bench works on, all float32."""
 
     setting: Setting
@@ -106,11 +106,11 @@ class Spoken:
         return Unembedding(self.student_weight, vocab=len(self.student_weight))
 
 
-def spoken(setting: Setting, progress: Progress) -> Spoken:
+def layer_outputs(setting: Setting, progress: Progress) -> LayerOutputs:
     """From the bench's cache where it is there; else about twenty minutes of one core, once."""
     tensors = _kept("teacher", _teacher, setting, progress) | _kept("student", _student, setting, progress)
     follower = {name.removeprefix("follower."): tensors.pop(name) for name in list(tensors) if "follower." in name}
-    return Spoken(setting=setting, follower=follower, **tensors)
+    return LayerOutputs(setting=setting, follower=follower, **tensors)
 
 
 def _kept(role: str, make: Callable[[Setting, Progress], dict[str, Tensor]], *given: Any) -> dict[str, Tensor]:
@@ -129,18 +129,18 @@ def _teacher(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     model, tokenizer = smollm2()
     train, held_out = _split(conversations(tokenizer, setting.seed), setting)
     labels = _responses(held_out)
-    speaker = _Speaker(model, setting.teacher_layers, train, setting, progress, "teacher")
-    said = speaker.verbalize(speaker.hidden_states(held_out))
+    verbalized = _VerbalizedModel(model, setting.teacher_layers, train, setting, progress, "teacher")
+    said = verbalized.verbalize(verbalized.hidden_states(held_out))
     followed = setting.teacher_layers.index(setting.followed)
-    some = speaker.verbalize([state[: setting.order_tokens] for state in speaker.states])
+    some = verbalized.verbalize([state[: setting.order_tokens] for state in verbalized.states])
     return {
         "labels": labels,
         "lengths": torch.tensor([len(one.response) for one in held_out]),
         "teacher": said.transpose(0, 1),
-        "teacher_weight": speaker.head.weight,
-        "teacher_loss": linear_cross_entropy(said, speaker.head, labels) / len(labels),
-        "order": _order(some, speaker.head, progress),
-        "train_teacher": speaker.verbalize_one(followed, speaker.states[followed]),
+        "teacher_weight": verbalized.head.weight,
+        "teacher_loss": linear_cross_entropy(said, verbalized.head, labels) / len(labels),
+        "order": _order(some, verbalized.head, progress),
+        "train_teacher": verbalized.verbalize_one(followed, verbalized.states[followed]),
     }
 
 
@@ -149,23 +149,23 @@ def _student(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     _add_noise(model, setting)
     train, held_out = _split(conversations(tokenizer, setting.seed), setting)
     labels = _responses(held_out)
-    speaker = _Speaker(model, setting.student_layers, train, setting, progress, "student")
-    eval_states = speaker.hidden_states(held_out)
-    said = speaker.verbalize(eval_states)
+    verbalized = _VerbalizedModel(model, setting.student_layers, train, setting, progress, "student")
+    eval_states = verbalized.hidden_states(held_out)
+    said = verbalized.verbalize(eval_states)
     follower = setting.student_layers.index(setting.follower)
-    weights = speaker.ffns[follower].state_dict()
+    weights = verbalized.ffns[follower].state_dict()
     return {
         "student": said.transpose(0, 1),
-        "student_weight": speaker.head.weight,
-        "student_loss": linear_cross_entropy(said, speaker.head, labels) / len(labels),
-        "train_student": speaker.states[follower],
+        "student_weight": verbalized.head.weight,
+        "student_loss": linear_cross_entropy(said, verbalized.head, labels) / len(labels),
+        "train_student": verbalized.states[follower],
         "eval_student": eval_states[follower],
         "norm_weight": model.model.norm.weight,
         **{f"follower.{name}": tensor for name, tensor in weights.items()},
     }
 
 
-class _Speaker:
+class _VerbalizedModel:
     """A frozen model with verbalizers trained on its target layers."""
 
     def __init__(

@@ -22,16 +22,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.cache.error import CodecError, batch_divergences, legal_pairs
-from bench.cache.layer_outputs import Setting, Spoken, spoken
+from bench.cache.layer_outputs import LayerOutputs, Setting, layer_outputs
 from bench.cache.peer_codecs import DistillKit, MegatronTopK, published
 from bench.cache.size import Coded, code, rates
 from bench.cache.training import (
     BATCH,
     Lesson,
     Teacher,
+    coded_signal,
     dense,
     fixed,
-    heard,
     redrawn,
     share_of_gain,
     subsets,
@@ -54,7 +54,7 @@ EPOCHS = 4
 QUICK = Setting(steps=4, eval_tokens=256, order_tokens=256)
 
 
-def codecs(said: Spoken, seed: int = 0) -> dict[str, Codec]:
+def codecs(said: LayerOutputs, seed: int = 0) -> dict[str, Codec]:
     """By the name of the entry; the project's first, the peers' at their published settings."""
     order = said.order.numpy()
     return {
@@ -67,7 +67,7 @@ def codecs(said: Spoken, seed: int = 0) -> dict[str, Codec]:
     }
 
 
-def errors(said: Spoken, coded: Mapping[str, Coded], progress: Progress) -> dict[str, dict[str, Any]]:
+def errors(said: LayerOutputs, coded: Mapping[str, Coded], progress: Progress) -> dict[str, dict[str, Any]]:
     """Each codec's error in KL, gradient and draw, over batches of 256 tokens."""
     setting = said.setting
     pairs = legal_pairs(len(setting.student_layers), len(setting.teacher_layers))
@@ -82,7 +82,7 @@ def errors(said: Spoken, coded: Mapping[str, Coded], progress: Progress) -> dict
     return {name: error.summary(GROUPS) for name, error in found.items()}
 
 
-def lessons(said: Spoken, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, dict[str, Any]]:
+def lessons(said: LayerOutputs, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, dict[str, Any]]:
     """The training test for each codec."""
     names = ["dense", *(name for name in codecs(said) if name not in UNTAUGHT)]
     task = progress.add_task("training from each", total=len(seeds) * len(names))
@@ -93,7 +93,7 @@ def lessons(said: Spoken, seeds: range, lesson: Lesson, progress: Progress) -> d
         for name, codec in codecs(said, seed).items():
             drawn = isinstance(codec, Sampled)  # the others draw nothing: they are the same for each seed
             if name not in UNTAUGHT and (drawn or name not in kept):
-                kept[name] = fixed(heard(said, codec, lesson.tokens, seed))
+                kept[name] = fixed(coded_signal(said, codec, lesson.tokens, seed))
         for name, teacher in kept.items():
             progress.update(task, description=f"training from {name}")
             ends[name].append(train(said, teacher, lesson, seed))
@@ -101,7 +101,7 @@ def lessons(said: Spoken, seeds: range, lesson: Lesson, progress: Progress) -> d
     return {name: share_of_gain(start, ends[name], ends["dense"]) for name in ends}
 
 
-def repeated_epochs(said: Spoken, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, Any]:
+def repeated_epochs(said: LayerOutputs, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, Any]:
     """A few tokens again and again: the same 64 points, 64 others of 256 stored ones, or 64 new ones each time."""
     order = said.order.numpy()
 
@@ -109,7 +109,7 @@ def repeated_epochs(said: Spoken, seeds: range, lesson: Lesson, progress: Progre
         few, many = (Sampled(points, seed, order) for points in (64, 256))
         return {
             "dense": lambda: fixed(dense(said)),
-            "same_64_points": lambda: fixed(heard(said, few, lesson.tokens, seed)),
+            "same_64_points": lambda: fixed(coded_signal(said, few, lesson.tokens, seed)),
             "64_of_256_points": lambda: subsets(said, many, 64, lesson.tokens, seed),
             "new_64_points": lambda: redrawn(said, few, lesson.tokens, EPOCHS, seed),
         }
@@ -138,7 +138,7 @@ def projected_bytes(one: Coded, vocab: int) -> float | None:
 
 def measure(setting: Setting, seeds: range, lesson: Lesson, again: Lesson, progress: Progress) -> dict[str, Any]:
     """Everything, as it stands in the JSON."""
-    said = spoken(setting, progress)
+    said = layer_outputs(setting, progress)
     every = codecs(said)
     coded = {name: code(said, codec) for name, codec in progress.track(every.items(), description="coding and packing")}
     error = errors(said, coded, progress)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cache.layer_outputs import Spoken
+from bench.cache.layer_outputs import LayerOutputs
 from bench.timing import interleaved
 from data_prep.shards import FORMAT, ShardFolder, shard_name, write_manifest, write_shard
 from pipeline.cache.layout import CacheIdentity
@@ -61,23 +61,27 @@ def read_back(codec: Codec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nd
     return join_arrays([codec.unpack(codec.pack(arrays), tokens, layers)])
 
 
-def code(spoken: Spoken, codec: Codec) -> Coded:
+def code(outputs: LayerOutputs, codec: Codec) -> Coded:
     """Encode, write, read back."""
-    arrays = encoded(codec, spoken.teacher, spoken.unembedding)
-    records = list(_records(spoken, arrays))
+    arrays = encoded(codec, outputs.teacher, outputs.unembedding)
+    records = list(_records(outputs, arrays))
     ours = type(codec) is CODECS.get(codec.name)
-    signal, size, fixed = (_through_cache if ours else _through_records)(spoken, codec, records)
+    signal, size, fixed = (_through_cache if ours else _through_records)(outputs, codec, records)
     ids = None if not hasattr(signal, "probs") else float((signal.probs > 0).sum() / signal.tail.numel())
-    return Coded(codec, signal, size / spoken.teacher[..., 0].numel(), ours, fixed, ids)
+    return Coded(codec, signal, size / outputs.teacher[..., 0].numel(), ours, fixed, ids)
 
 
-def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, float]]:
+def rates(outputs: LayerOutputs, codecs: Mapping[str, Codec]) -> dict[str, dict[str, float]]:
     """Token-layers a second: encoding, with the head's product and packing, and decoding to tensors.
 
     Medians of runs in turn, one thread, everything in float32. "head_product" is the product alone, which nobody can
     do without.
     """
-    hidden, labels, head = spoken.teacher[:RATE_TOKENS], spoken.labels[:RATE_TOKENS].numpy(), spoken.unembedding
+    hidden, labels, head = (
+        outputs.teacher[:RATE_TOKENS],
+        outputs.labels[:RATE_TOKENS].numpy(),
+        outputs.unembedding,
+    )
     layers = hidden.shape[1]
 
     def encode(codec: Codec) -> bytes:
@@ -104,31 +108,31 @@ def rates(spoken: Spoken, codecs: Mapping[str, Codec]) -> dict[str, dict[str, fl
 
 
 def _records(
-    spoken: Spoken, arrays: Mapping[str, np.ndarray]
+    outputs: LayerOutputs, arrays: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
     """(key, tokens, arrays) of each evaluation answer."""
     start = 0
-    for number, length in enumerate(spoken.lengths.tolist()):
+    for number, length in enumerate(outputs.lengths.tolist()):
         rows = slice(start, start + length)
-        yield f"{number:09d}", spoken.labels[rows].numpy(), {name: array[rows] for name, array in arrays.items()}
+        yield f"{number:09d}", outputs.labels[rows].numpy(), {name: array[rows] for name, array in arrays.items()}
         start += length
 
 
 def _through_cache(
-    spoken: Spoken, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
+    outputs: LayerOutputs, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
 ) -> tuple[Signal, int, int]:
     """Signal, bytes of shards, sidecars and manifests, and bytes that a cache of any size has once."""
     with tempfile.TemporaryDirectory() as folder:
         data = _data(Path(folder) / "data", [key for key, _, _ in records])
-        layers = (*spoken.setting.teacher_layers, spoken.setting.teacher_layers[-1] + 1)
-        identity = CacheIdentity({"name": codec.name, **codec.params}, layers, len(spoken.order))
+        layers = (*outputs.setting.teacher_layers, outputs.setting.teacher_layers[-1] + 1)
+        identity = CacheIdentity({"name": codec.name, **codec.params}, layers, len(outputs.order))
         path = Path(folder) / "cache"
         path.mkdir()
         making = CacheFolder(path, identity, data)
-        if "order" in making.lacks:
-            making.save_order(spoken.order.numpy())
-        if "head" in making.lacks:
-            making.save_head(spoken.unembedding)
+        if "order" in making.missing_files:
+            making.save_order(outputs.order.numpy())
+        if "head" in making.missing_files:
+            making.save_head(outputs.unembedding)
         with making.writer(shard_name(0)) as writer:
             for key, tokens, arrays in records:
                 writer.add(key, tokens, arrays)
@@ -145,11 +149,11 @@ def _through_cache(
 
 
 def _through_records(
-    spoken: Spoken, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
+    outputs: LayerOutputs, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
 ) -> tuple[Signal, int, int]:
     """A peer's packed records, each stream through zstd, no container around them."""
     packed = [pack_record(tokens, codec.pack(arrays)) for _, tokens, arrays in records]
-    layers = spoken.teacher.shape[1]
+    layers = outputs.teacher.shape[1]
     read = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
     return codec.decode(join_arrays(read)), sum(map(len, packed)), 0
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.cache.layer_outputs import Spoken
+from bench.cache.layer_outputs import LayerOutputs
 from bench.cache.size import encoded, read_back
 from pipeline.codec.registry import Codec
 from pipeline.codec.sampled import Sampled, every_nth
@@ -50,43 +50,43 @@ def fixed(signal: Signal) -> Teacher:
     return lambda epoch, rows: signal.part(rows)
 
 
-def heard(spoken: Spoken, codec: Codec, tokens: int, seed: int) -> Signal:
+def coded_signal(outputs: LayerOutputs, codec: Codec, tokens: int, seed: int) -> Signal:
     """What a codec keeps of the followed layer's words about the first training tokens."""
-    arrays = encoded(codec, spoken.train_teacher[:tokens, None], spoken.unembedding, seed)
-    return codec.decode(read_back(codec, arrays), spoken.unembedding)
+    arrays = encoded(codec, outputs.train_teacher[:tokens, None], outputs.unembedding, seed)
+    return codec.decode(read_back(codec, arrays), outputs.unembedding)
 
 
-def dense(spoken: Spoken) -> Signal:
+def dense(outputs: LayerOutputs) -> Signal:
     """The followed layer's words themselves."""
-    return HiddenSignal(spoken.train_teacher[:, None], spoken.unembedding)
+    return HiddenSignal(outputs.train_teacher[:, None], outputs.unembedding)
 
 
-def subsets(spoken: Spoken, codec: Sampled, points: int, tokens: int, seed: int) -> Teacher:
+def subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, seed: int) -> Teacher:
     """Of stored points other ones in each epoch, as stage 2 takes them."""
-    arrays = read_back(codec, encoded(codec, spoken.train_teacher[:tokens, None], spoken.unembedding, seed))
+    arrays = read_back(codec, encoded(codec, outputs.train_teacher[:tokens, None], outputs.unembedding, seed))
     n = codec.points // points
     first = np.random.default_rng(seed).integers(n, size=(tokens, 1))
     signals = [codec.decode(every_nth(arrays, n, (first + epoch) % n)) for epoch in range(n)]
     return lambda epoch, rows: signals[epoch % n].part(rows)
 
 
-def redrawn(spoken: Spoken, codec: Sampled, tokens: int, epochs: int, seed: int) -> Teacher:
+def redrawn(outputs: LayerOutputs, codec: Sampled, tokens: int, epochs: int, seed: int) -> Teacher:
     """A new sample in each epoch, as a live teacher would give."""
-    signals = [heard(spoken, codec, tokens, epochs * seed + epoch) for epoch in range(epochs)]
+    signals = [coded_signal(outputs, codec, tokens, epochs * seed + epoch) for epoch in range(epochs)]
     return lambda epoch, rows: signals[epoch].part(rows)
 
 
 class Follower(nn.Module):
     """Hidden states of the student layer to its normed verbalizer output; only the adapter trains."""
 
-    def __init__(self, spoken: Spoken, seed: int):
+    def __init__(self, outputs: LayerOutputs, seed: int):
         super().__init__()
-        width = spoken.norm_weight.shape[0]
+        width = outputs.norm_weight.shape[0]
         self.adapter = initial_verb_ffns((0,), width, "residual", torch.float32, seed)["0"]
         self.verb_ffn = VerbFFN(width)
-        self.verb_ffn.load_state_dict(spoken.follower)
+        self.verb_ffn.load_state_dict(outputs.follower)
         self.verb_ffn.requires_grad_(False)
-        self.register_buffer("norm_weight", spoken.norm_weight)
+        self.register_buffer("norm_weight", outputs.norm_weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, d] -> [T, d]."""
@@ -94,10 +94,10 @@ class Follower(nn.Module):
         return F.rms_norm(said, self.norm_weight.shape, self.norm_weight, NORM_EPSILON)
 
 
-def train(spoken: Spoken, teacher: Teacher, lesson: Lesson, seed: int) -> float:
+def train(outputs: LayerOutputs, teacher: Teacher, lesson: Lesson, seed: int) -> float:
     """Held-out dense KL in nats after training from this teacher."""
-    follower = Follower(spoken, seed)
-    head = Unembedding(spoken.student_weight.bfloat16(), vocab=len(spoken.student_weight))
+    follower = Follower(outputs, seed)
+    head = Unembedding(outputs.student_weight.bfloat16(), vocab=len(outputs.student_weight))
     optimizer = torch.optim.AdamW(follower.adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[tuple[int, Tensor]] = []
@@ -107,19 +107,19 @@ def train(spoken: Spoken, teacher: Teacher, lesson: Lesson, seed: int) -> float:
     for update, (epoch, rows) in enumerate(order[: lesson.updates]):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - update / lesson.updates)
-        loss = column_kl(follower(spoken.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
+        loss = column_kl(follower(outputs.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return held_out(spoken, follower)
+    return held_out(outputs, follower)
 
 
 @torch.no_grad()
-def held_out(spoken: Spoken, follower: Follower) -> float:
+def held_out(outputs: LayerOutputs, follower: Follower) -> float:
     """Dense KL on the evaluation tokens, in nats."""
-    said = follower(spoken.eval_student)
-    signal = HiddenSignal(spoken.teacher[:, spoken.followed : spoken.followed + 1], spoken.unembedding)
-    return float(column_kl(said, spoken.student_unembedding, signal, 0)) / len(said)
+    said = follower(outputs.eval_student)
+    signal = HiddenSignal(outputs.teacher[:, outputs.followed : outputs.followed + 1], outputs.unembedding)
+    return float(column_kl(said, outputs.student_unembedding, signal, 0)) / len(said)
 
 
 def share_of_gain(start: float, ends: list[float], dense_ends: list[float]) -> dict[str, Any]:

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
-from pipeline.cache.view import Recall
+from pipeline.cache.view import CacheView
 from pipeline.cache.writer import CacheFolder
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import Chats, Loaded, Place, derived_seed, load
+from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed, load
 from pipeline.runtime.engine import Engine, dtype_of
 from pipeline.runtime.folder import done
-from pipeline.runtime.loop import Job, Moment, Outcome
+from pipeline.runtime.loop import Job, MicroStep, StepOutput
 from pipeline.runtime.ranks import Ranks
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.steps import interact, reinforce, verbalize
 from pipeline.steps.cache import step as cache
 from pipeline.steps.cache import writing
-from pipeline.steps.cache.teacher_pass import Listener
+from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.verbalize import ROLES
-from pipeline.vlm.assemble import encoders, student_with_verbalizers, verbalized
+from pipeline.vlm.assemble import encoders, load_verbalized, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.cohost import CoHost
 
@@ -46,18 +46,18 @@ class Opened:
         self.job = Job(load_recipe(recipe).recipe, ranks)
         self.recipe = self.job.recipe
         self.data = ShardFolder(self.recipe.data.train)
-        self.recall = interact._open_cache(self.job, self.data)
-        self.vocab = self.recall.cache.identity.vocab
+        self.view = interact.open_cache_view(self.job, self.data)
+        self.vocab = self.view.cache.identity.vocab
 
-    def load(self, chats: Chats) -> Loaded:
+    def load(self, dataset: ChatDataset) -> LoadedBatch:
         """The first samples of the data."""
-        places = [Place(index) for index in range(self.recipe.interact.micro_batch_size)]
-        return next(load(chats, [places], 0, self.job.ranks.device))
+        indices = [SampleIndex(index) for index in range(self.recipe.interact.micro_batch_size)]
+        return next(load(dataset, [indices], 0, self.job.ranks.device))
 
 
 def sizes(opened: Opened) -> dict[str, Any]:
     """What decides the ratios, for the record."""
-    loaded = opened.load(Chats(opened.data, encoders(opened.recipe, ["student"])))
+    loaded = opened.load(ChatDataset(opened.data, encoders(opened.recipe, ["student"])))
     verbalizers = done(opened.recipe.run / "verbalize") or {}
     return {
         "tokens": loaded.batches["student"].inputs["input_ids"].numel(),
@@ -72,29 +72,29 @@ def student_steps(opened: Opened, live: bool = True) -> Runs:
 
     One engine and one optimizer for all: they train the same weights.
     """
-    recipe, recall = opened.recipe, opened.recall
+    recipe, view = opened.recipe, opened.view
     student = student_with_verbalizers(
         recipe, opened.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
     )
     both = _Student(interact.Interaction(student, None), reinforce.Finetuned(student.backbone, opened.vocab))
     engine = Engine(both, recipe, recipe.interact, opened.job.ranks)
     engine.module.train()
-    attach = partial(interact._attach, recall)
-    loaded = opened.load(Chats(opened.data, encoders(recipe, ["student"]), attach))
+    attach = partial(interact._attach, view)
+    loaded = opened.load(ChatDataset(opened.data, encoders(recipe, ["student"]), attach))
 
-    def interaction(teacher: Recall | _LiveTeacher) -> Callable[[Loaded, Moment], Outcome]:
+    def interaction(teacher: CacheView | _LiveTeacher) -> Callable[[LoadedBatch, MicroStep], StepOutput]:
         part = _Part(engine, "interaction")
         return interact._forward(part, recipe.interact, recipe.seed, teacher, student.layers)  # type: ignore[arg-type]
 
     finetune = reinforce._forward(_Part(engine, "finetuned"))  # type: ignore[arg-type]
     runs: Runs = {
         "finetune": partial(_update, engine, finetune, loaded),
-        "interact": partial(_update, engine, interaction(recall), loaded),
+        "interact": partial(_update, engine, interaction(view), loaded),
     }
     if live:
-        teacher = _LiveTeacher(cache._load_teacher(opened.job, opened.vocab), recall.layers)
-        heard = replace(loaded, attached=[loaded.batches["student"]])
-        runs["interact_live"] = partial(_update, engine, interaction(teacher), heard)
+        teacher = _LiveTeacher(cache._load_teacher(opened.job, opened.vocab), view.layers)
+        live = replace(loaded, attached=[loaded.batches["student"]])
+        runs["interact_live"] = partial(_update, engine, interaction(teacher), live)
     return runs
 
 
@@ -102,12 +102,14 @@ def verbalize_steps(opened: Opened) -> Runs:
     """Stage 1a's step, and "forwards": the two frozen backbones alone, without heads."""
     recipe = opened.recipe
     sides = {
-        role: verbalized(getattr(recipe, role), recipe, opened.vocab, dtype_of(recipe), derived_seed(recipe.seed, role))
+        role: load_verbalized(
+            getattr(recipe, role), recipe, opened.vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
+        )
         for role in ROLES
     }
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, opened.job.ranks)
     engine.module.train()
-    loaded = opened.load(Chats(opened.data, encoders(recipe, ROLES)))
+    loaded = opened.load(ChatDataset(opened.data, encoders(recipe, ROLES)))
     batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}
 
     @torch.no_grad()
@@ -120,15 +122,15 @@ def verbalize_steps(opened: Opened) -> Runs:
 
 def cache_passes(opened: Opened, scratch: Path) -> Runs:
     """Once over the data: "forward" of the teacher alone, "forward_and_heads", and "cache", written into `scratch`."""
-    identity, codec = opened.recall.cache.identity, opened.recall.cache.codec
+    identity, codec = opened.view.cache.identity, opened.view.cache.codec
     engine = cache._load_teacher(opened.job, opened.vocab)
     teacher = engine.module.sides["teacher"]
-    chats = Chats(opened.data, encoders(opened.recipe, ["teacher"]))
-    listener = Listener(opened.job, engine, chats, identity.layers, identity.vocab)
+    dataset = ChatDataset(opened.data, encoders(opened.recipe, ["teacher"]))
+    teacher_pass = TeacherPass(opened.job, engine, dataset, identity.layers, identity.vocab)
     shards = [shard.name for shard in opened.data.shards]
     windows = writing.plan(opened.data, shards, 0, 1)
-    parts = list(writing.parts(windows, listener.batches([window.places for window in windows])))
-    batches = [part.loaded.batches["teacher"].to(engine.device, engine.dtype) for part in parts]
+    shard_batches = list(writing.shard_batches(windows, teacher_pass.batches([window.indices for window in windows])))
+    batches = [part.loaded.batches["teacher"].to(engine.device, engine.dtype) for part in shard_batches]
     scratch.mkdir()
     folder = CacheFolder(scratch, identity, opened.data)
     folder.save_order(codec.order)
@@ -143,9 +145,9 @@ def cache_passes(opened: Opened, scratch: Path) -> Runs:
             engine({"teacher": batch}, encode=_logits)
 
     def write() -> None:
-        with writing.Writing(folder) as thread:
-            for part in parts:
-                thread.put(part, listener.hear(part.loaded, codec))
+        with writing.WriterThread(folder) as thread:
+            for part in shard_batches:
+                thread.put(part, teacher_pass.encode_response(part.loaded, codec))
             thread.rest()
 
     return {"forward": forward, "forward_and_heads": forward_and_heads, "cache": write}
@@ -183,7 +185,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _LiveTeacher:
-    """A teacher in memory that answers as `Recall` does; what is attached to a batch is the batch itself."""
+    """A teacher in memory that answers as `CacheView` does; what is attached to a batch is the batch itself."""
 
     engine: Engine
     layers: tuple[int, ...]
@@ -193,8 +195,8 @@ class _LiveTeacher:
         return self.engine({"teacher": batch.to(device, self.engine.dtype)}, encode=HiddenSignal)
 
 
-def _update(engine: Engine, forward: Callable[[Loaded, Moment], Outcome], loaded: Loaded) -> None:
-    engine.backward(forward(loaded, Moment(0, 0)).loss, loaded.tokens())
+def _update(engine: Engine, forward: Callable[[LoadedBatch, MicroStep], StepOutput], loaded: LoadedBatch) -> None:
+    engine.backward(forward(loaded, MicroStep(0, 0)).loss, loaded.tokens())
     engine.step(1e-6)
 
 

@@ -85,9 +85,9 @@ def main() -> None:
         threads = 2 if shapes == ["real-cpu"] else 1
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
         torch.set_num_threads(threads)
-    from pipeline.runtime.logs import hush
+    from pipeline.runtime.logs import filter_logs
 
-    hush()
+    filter_logs()
     from bench.steps.measures import measure
     from bench.steps.startup import one_rank
     from bench.timing import machine, write_results

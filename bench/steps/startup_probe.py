@@ -52,15 +52,15 @@ def main() -> int:
     stamps["process"] = (process_start(), 0.0)
     stamps["interpreter"] = BEGUN
     from launch import train
-    from pipeline.runtime.logs import hush
+    from pipeline.runtime.logs import filter_logs
 
-    hush()
+    filter_logs()
     from pipeline.runtime import engine, loop
     from pipeline.steps import interact
 
     stamp("imports")
     engine.start = stamped(engine.start, "distributed init")
-    interact._open_cache = stamped(interact._open_cache, "cache opened")
+    interact.open_cache_view = stamped(interact.open_cache_view, "cache opened")
     interact.student_with_verbalizers = stamped(interact.student_with_verbalizers, "model loaded")
     interact.Engine = stamped(interact.Engine, "engine")  # type: ignore[misc,assignment]
     loop._Loop.resume_and_load = stamped(loop._Loop.resume_and_load, "data and log opened")  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.fingerprint import data_fingerprint, text_fingerprint
-from pipeline.cache.layout import CacheIdentity, command, command_aside, read_identity, read_sidecars
+from pipeline.cache.layout import CacheIdentity, command, command_to_move_aside, read_identity, read_sidecars
 from pipeline.cache.paths import cache_folders
 from pipeline.cache.reader import TeacherCache, mismatches
 from pipeline.errors import CacheError
@@ -62,7 +62,7 @@ def open_cache(
         raise CacheError(
             f"expected one cache that fits, found {len(fitting)}: {names}; they differ in what this run does not know "
             "(such as the teacher's weights, whose folder is gone). Move aside those that are not meant, such as the "
-            f"first: {command_aside(fitting[0].path)}"
+            f"first: {command_to_move_aside(fitting[0].path)}"
         )
     if not refusals:
         raise CacheError(f"no teacher cache in {root}; make it: {command(recipe)}")

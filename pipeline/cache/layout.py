@@ -78,13 +78,13 @@ def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
         if values["version"] != VERSION:
             raise CacheError(
                 f"{file}: expected cache format version {VERSION}, found {values['version']}. Read it with the "
-                f"package version that wrote it, or make it again: {command_anew(path, recipe)}"
+                f"package version that wrote it, or make it again: {command_to_remake(path, recipe)}"
             )
         return CacheIdentity(values["codec"], tuple(values["layers"]), values["vocab"], values["fingerprints"])
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError(f"no teacher cache at {path}; make it: {command(recipe)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{file} is damaged ({error!r}); make it again: {command_anew(path, recipe)}") from None
+        raise CacheError(f"{file} is damaged ({error!r}); make it again: {command_to_remake(path, recipe)}") from None
 
 
 def codec_params(recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -148,17 +148,17 @@ def command(recipe: Path | str, *flags: str) -> str:
     return " ".join(["deepspeed launch/cache.py --recipe", shlex.quote(str(recipe)), *flags])
 
 
-def command_anew(path: Path, recipe: Path | str) -> str:
+def command_to_remake(path: Path, recipe: Path | str) -> str:
     """The command that makes a cache again where the old one is no good: moved aside, not removed."""
-    return f"{command_aside(path)} && {command(recipe)}"
+    return f"{command_to_move_aside(path)} && {command(recipe)}"
 
 
-def command_aside(path: Path) -> str:
+def command_to_move_aside(path: Path) -> str:
     """The command after which a folder is no cache of its run, and nothing is lost."""
     return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}{ASIDE}')}"
 
 
-def other_maker(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, detail: str = "") -> str:
+def mismatch_message(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, detail: str = "") -> str:
     """The refusal of a cache that was made from something else."""
     lines = [f"  {mismatch}" for mismatch in mismatches] + ([f"  {detail}"] if detail else [])
     names = ", ".join(mismatch.name for mismatch in mismatches)

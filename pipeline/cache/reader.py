@@ -27,9 +27,9 @@ from pipeline.cache.layout import (
     CacheIdentity,
     cache_codec,
     command,
-    command_anew,
+    command_to_remake,
+    mismatch_message,
     missing_shards,
-    other_maker,
     read_identity,
     read_sidecars,
 )
@@ -70,7 +70,7 @@ class TeacherCache:
         self.path, self.recipe = path, recipe
         self.identity = read_identity(path, recipe)
         if differing := mismatches(self.identity, expected or {}, codec):
-            raise CacheError(other_maker(path, differing, recipe))
+            raise CacheError(mismatch_message(path, differing, recipe))
         self.columns(layers)
         self.codec = cache_codec(path, self.identity, recipe)
         self._made_for = self.identity.made_for(path)
@@ -136,7 +136,7 @@ class TeacherCache:
         raise CacheError(
             f"{self.path}: sample '{record.key}' was cached for other response tokens: {where}. Use the data, "
             "tokenizer and data.max_length that the cache was made with, or make it again: "
-            f"{command_anew(self.path, self.recipe)}"
+            f"{command_to_remake(self.path, self.recipe)}"
         )
 
     def signal(
@@ -161,7 +161,7 @@ class TeacherCache:
         device: torch.device | str = "cpu",
         unembedding: Unembedding | None = None,
     ) -> Signal:
-        """As `signal`, from records' arrays of which the layers were chosen already; none speak about no token."""
+        """As `signal`, from records' arrays whose layers were chosen already. No record gives a signal of no token."""
         if not records:
             return self.codec.empty(layers, unembedding, device)
         return self.codec.decode(join_arrays(list(records)), unembedding, device)
@@ -179,7 +179,9 @@ class TeacherCache:
             made_from = [{"name": name, "sha256": shard.get("data_sha256")} for name, shard in sidecars.items()]
             found = data_fingerprint({"shards": made_from})
             mismatch = Mismatch("data", data_fingerprint(data.manifest), found)
-            raise CacheError(other_maker(self.path, [mismatch], self.recipe, f"{foreign[0]}: {missing[foreign[0]]}"))
+            raise CacheError(
+                mismatch_message(self.path, [mismatch], self.recipe, f"{foreign[0]}: {missing[foreign[0]]}")
+            )
         if missing:
             raise CacheError(_incomplete(self.path, shards, missing, self.recipe))
         if list(sidecars) != [shard["name"] for shard in shards]:

@@ -17,7 +17,7 @@ from pipeline.signal import Signal, Unembedding
 
 
 @dataclass(frozen=True)
-class Recall:
+class CacheView:
     """A cache as a run uses it. Picklable: `record` runs in loader workers, `signal` where the model is."""
 
     cache: TeacherCache

@@ -23,8 +23,8 @@ from pipeline.cache.layout import (
     CacheIdentity,
     cache_codec,
     command,
+    mismatch_message,
     missing_shards,
-    other_maker,
     read_identity,
     read_sidecars,
     sidecar_crc32,
@@ -47,10 +47,10 @@ class CacheFolder:
         if not (path / IDENTITY).is_file():  # jobs that start together write the same bytes
             write_file(path / IDENTITY, _json(identity.to_json()))
         if differing := identity.differences(read_identity(path, recipe)):
-            raise CacheError(other_maker(path, differing, recipe))
+            raise CacheError(mismatch_message(path, differing, recipe))
 
     @property
-    def lacks(self) -> set[str]:
+    def missing_files(self) -> set[str]:
         """Which of "head" and "order" the codec needs and the folder has not; they come before any shard.
 
         A head that is not what was written is lacking: it is hashed, once a job.
@@ -106,8 +106,8 @@ class CacheFolder:
         `summary` makes further fields of all sidecars. Raises ValueError when the codec needs a head or an order that
         nobody saved.
         """
-        if self.lacks:
-            raise ValueError(f"{self.path}: save {self.lacks} before finish, for codec {self.identity.codec}")
+        if self.missing_files:
+            raise ValueError(f"{self.path}: save {self.missing_files} before finish, for codec {self.identity.codec}")
         sidecars = read_sidecars(self.path, self._shards)
         if missing_shards(self.path, self.identity, list(self._shards.values()), sidecars):
             return False

@@ -38,23 +38,23 @@ def draw_points(
     numbers = AT_ONCE if products.device.type == "cpu" else ACCELERATOR_AT_ONCE
     at_once = max(1, numbers // max(vocab, points * BLOCK))  # a row's logits, or the blocks that its points fall into
     # The same memory for all rows: fresh memory costs a CPU more, page by page, than the passes over it.
-    space = _Space(min(rows, at_once), vocab, products.device)
+    space = _Workspace(min(rows, at_once), vocab, products.device)
     ranks = torch.empty(rows, points, dtype=torch.int32, device=products.device)
     entropy = torch.empty(rows, device=products.device)
     for start in range(0, rows, at_once):
         some = slice(start, start + at_once)
         logits = space.logits[: len(products[some])].copy_(products[some])
-        ranks[some], entropy[some] = _draw(unembedding.bend_(logits), space, order, u[some], points)
+        ranks[some], entropy[some] = _draw(unembedding.scale_and_cap_(logits), space, order, u[some], points)
     return ranks, entropy
 
 
-class _Space:
+class _Workspace:
     def __init__(self, rows: int, vocab: int, device: torch.device):
         self.logits, self.weights = (torch.empty(rows, vocab, device=device) for _ in range(2))
         self.ordered = torch.zeros(rows, -(-vocab // BLOCK) * BLOCK, device=device)  # stays 0 beyond the vocabulary
 
 
-def _draw(logits: Tensor, space: _Space, order: Tensor, u: Tensor, points: int) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, space: _Workspace, order: Tensor, u: Tensor, points: int) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     below_top = logits.sub_(logits.amax(1, keepdim=True))
     weights = torch.exp(below_top, out=space.weights[:rows])

@@ -78,7 +78,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def wide_logits(h: Tensor, unembedding: Unembedding) -> Tensor:
     """[c, d] -> [c, V] logits, as `Unembedding.logits`, in memory that may be overwritten, and float64 stays so."""
     products = unembedding.products(h)
-    return unembedding.bend_(products.to(accumulator(products.dtype)))
+    return unembedding.scale_and_cap_(products.to(accumulator(products.dtype)))
 
 
 class Workspace:
@@ -108,10 +108,10 @@ class Workspace:
         """The products [c, V] scaled and capped, in float32, until the next call; or, where they are wide, in place."""
         wide = accumulator(products.dtype)
         if products.dtype == wide:
-            return self.unembedding.bend_(products)
+            return self.unembedding.scale_and_cap_(products)
         if len(self._tile) < len(products):
             self._tile = products.new_empty(products.shape, dtype=wide)
-        return self.unembedding.bend_(self._tile[: len(products)].copy_(products))
+        return self.unembedding.scale_and_cap_(self._tile[: len(products)].copy_(products))
 
     def tile_rows(self) -> int:
         """How many rows of a chunk are in float32 at a time."""

@@ -62,7 +62,7 @@ class Fidelity:
     """[S, J - 1] nat: the same from the cache."""
 
     def __add__(self, other: Fidelity) -> Fidelity:
-        """Both tokens' sums. Raises ValueError where the two speak of different numbers of layers."""
+        """Both tokens' sums. Raises ValueError where the two have different numbers of layers."""
         if self.entropy.shape != other.entropy.shape:
             raise ValueError(f"fidelity of {len(self.entropy)} layers cannot be added to that of {len(other.entropy)}")
         return Fidelity(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.loss.chunks import Gradients, Workspace, head_loss
-from pipeline.loss.probabilities import surprise_chunks
+from pipeline.loss.probabilities import cross_entropy_chunks
 from pipeline.signal import Unembedding
 
 
@@ -28,7 +28,7 @@ def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, ch
     _check(h, unembedding, labels)
 
     def walk(h: Tensor, add: Callable[[Tensor], None], workspace: Workspace) -> Gradients:
-        return surprise_chunks(h, workspace, labels, lambda rows, log_q: add(-log_q))
+        return cross_entropy_chunks(h, workspace, labels, lambda rows, log_q: add(-log_q))
 
     return head_loss(h, unembedding, walk, chunk)
 
@@ -40,7 +40,7 @@ def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: 
     log_probs = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device)
     workspace = Workspace(unembedding, chunk)
     for layer, noted in zip(h, log_probs, strict=True):
-        for _ in surprise_chunks(layer, workspace, labels, noted.__setitem__):
+        for _ in cross_entropy_chunks(layer, workspace, labels, noted.__setitem__):
             pass  # what it makes of the logits is not needed
     return log_probs
 

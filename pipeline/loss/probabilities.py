@@ -43,7 +43,7 @@ def probability_chunks(h: Tensor, workspace: Workspace, ids: Tensor, heavy: int,
     return product_gradients(h, workspace, over_the_largest)
 
 
-def surprise_chunks(
+def cross_entropy_chunks(
     h: Tensor, workspace: Workspace, labels: Tensor, note: Callable[[slice, Tensor], None]
 ) -> Gradients:
     """(q - onehot(label)) times the slope; log q of the labels [T] is noted: cross-entropy's gradient and loss.
@@ -55,7 +55,7 @@ def surprise_chunks(
         (logits.softmax(1) - onehot(labels)) * slope
     """
     if fusible(workspace.unembedding.weight):
-        return _fused_surprise(h, workspace, labels, note)
+        return _fused_cross_entropy(h, workspace, labels, note)
 
     def softmax(rows: slice, logits: Tensor) -> None:
         target = labels[rows, None]
@@ -91,13 +91,13 @@ def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, note: Not
 
     for rows in row_chunks(len(h), workspace.chunk):
         products = workspace.products(h[rows])
-        asked = workspace.unembedding.bend_(products.gather(1, ids[rows]).float())
+        asked = workspace.unembedding.scale_and_cap_(products.gather(1, ids[rows]).float())
         top_id, top_log_q, top = exp_without_top_(products, workspace.unembedding)
         note(rows, top_id, torch.cat((top_log_q, asked.sub_(top).add_(top_log_q)), 1), top - top_log_q)
         yield rows, products
 
 
-def _fused_surprise(
+def _fused_cross_entropy(
     h: Tensor, workspace: Workspace, labels: Tensor, note: Callable[[slice, Tensor], None]
 ) -> Gradients:
     from pipeline.loss.softmax_kernel import softmax_minus_label_

@@ -37,7 +37,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
     if "interact" in steps:
-        problems += _recall_problems(recipe)
+        problems += _view_problems(recipe)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
     both = needs_student and (needs_teacher or asks_for_layers)
     if not problems and both and not _left_out(recipe.interact):
@@ -136,7 +136,7 @@ def _too_few(teacher: int, student: int) -> str:
     )
 
 
-def _recall_problems(recipe: Recipe) -> list[str]:
+def _view_problems(recipe: Recipe) -> list[str]:
     """What stage 2 asks of a cache that it can never give."""
     problems, codec, points = [], recipe.cache.codec, recipe.interact.points
     if points is not None and (codec.name != "sampled" or codec.points % points):

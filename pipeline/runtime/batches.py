@@ -31,7 +31,7 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def each_once(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict[str, Made]:
+def map_unique(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict[str, Made]:
     """make(thing) under each name, called once for what is one and the same: models with one processor share work."""
     made: dict[int, Made] = {}
     for thing in things.values():
@@ -40,7 +40,7 @@ def each_once(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict[
     return {name: made[id(thing)] for name, thing in things.items()}
 
 
-class Place(NamedTuple):
+class SampleIndex(NamedTuple):
     """A sample of the data folder, and in which epoch it is read: what is drawn anew in each is drawn from it."""
 
     sample: int
@@ -54,18 +54,18 @@ class DataOrder:
         self.samples, self.seed = samples, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def __getitem__(self, position: int) -> Place:
+    def __getitem__(self, position: int) -> SampleIndex:
         """The sample at a position of the stream, from 0, and its epoch."""
-        epoch, place = divmod(position, self.samples)
+        epoch, index = divmod(position, self.samples)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
             self._epoch, self._order = epoch, torch.randperm(self.samples, generator=generator)
-        return Place(int(self._order[place]), epoch)
+        return SampleIndex(int(self._order[index]), epoch)
 
 
 def micro_batches(
     order: DataOrder, training: Training, first_update: int, last_update: int, ranks: Ranks
-) -> Iterator[list[Place]]:
+) -> Iterator[list[SampleIndex]]:
     """This rank's samples, micro-step after micro-step, for updates first_update .. last_update - 1."""
     micro = training.micro_batch_size
     for update in range(first_update, last_update):
@@ -84,7 +84,7 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedBatch:
     """A micro-batch as the loader hands it over."""
 
     batches: Mapping[str, Batch]
@@ -98,19 +98,19 @@ class Loaded:
         """Response tokens of the micro-batch."""
         return len(next(iter(self.batches.values())).labels)
 
-    def pin_memory(self) -> Loaded:
+    def pin_memory(self) -> LoadedBatch:
         """With its batches in page-locked memory; the loader looks for this name. What is attached is numpy's."""
-        return replace(self, batches=each_once(Batch.pin_memory, self.batches))
+        return replace(self, batches=map_unique(Batch.pin_memory, self.batches))
 
 
-class Chats(Dataset):
+class ChatDataset(Dataset):
     """A shard folder's samples, encoded for each model that reads them."""
 
     def __init__(
         self,
         folder: ShardFolder,
         encoders: Mapping[str, ChatEncoder],
-        attach: Callable[[Place, Encoded], tuple[Encoded, Any]] | None = None,
+        attach: Callable[[SampleIndex, Encoded], tuple[Encoded, Any]] | None = None,
     ):
         """attach gives what travels with a sample, such as its record in the teacher cache; it may thin out the
         response that carries loss. It sees the first encoder's form, and is for one encoder alone."""
@@ -119,62 +119,69 @@ class Chats(Dataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, place: Place) -> tuple[dict[str, Encoded], Any] | Rejected | Exception:
+    def __getitem__(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected | Exception:
         """A sample; what is wrong with it; or an error that ends the job, for `load` to raise: a worker that raises
         would have torch wrap the message in its traceback."""
         try:
-            return self._read(place)
+            return self._read(index)
         except (UserError, ShardError) as error:
             return error
 
-    def _read(self, place: Place) -> tuple[dict[str, Encoded], Any] | Rejected:
-        raw = self.folder.read(place.sample)
+    def _read(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected:
+        raw = self.folder.read(index.sample)
         try:
             encoded = self._encode(raw)
             if self.attach is None:
                 return encoded, None
             ((role, only),) = encoded.items()
-            only, extra = self.attach(place, only)
+            only, extra = self.attach(index, only)
             return {role: only}, extra
         except SampleError as error:
-            shard = next(s.name for s in reversed(self.folder.shards) if s.first <= place.sample)
+            shard = next(s.name for s in reversed(self.folder.shards) if s.first <= index.sample)
             return Rejected(raw.key, shard, str(error))
 
     def _encode(self, raw: Any) -> dict[str, Encoded]:
-        encoded = each_once(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
+        encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):
             raise SampleError("teacher and student tokenize the response differently (cut at max_length, most likely)")
         return encoded
 
 
-def load(chats: Chats, places: Iterable[Sequence[Place]], workers: int, device: str) -> Iterator[Loaded]:
+def load(
+    dataset: ChatDataset, indices: Iterable[Sequence[SampleIndex]], workers: int, device: str
+) -> Iterator[LoadedBatch]:
     """Load micro-batches of the given samples, in order, in worker processes.
 
     Raises what reading a sample raised: CacheError, RecipeError, DataError.
     """
-    return _load(chats, places, workers, device, functools.partial(_merge, **_padding(chats)))
+    return _load(dataset, indices, workers, device, functools.partial(_merge, **_padding(dataset)))
 
 
-def load_grouped(
-    chats: Chats, windows: Iterable[Sequence[Place]], most_tokens: int, workers: int, device: str
-) -> Iterator[list[Loaded]]:
+def load_by_length(
+    dataset: ChatDataset, windows: Iterable[Sequence[SampleIndex]], most_tokens: int, workers: int, device: str
+) -> Iterator[list[LoadedBatch]]:
     """Load windows of samples, in order, each as batches of samples alike in length, the longest first.
 
     A batch has at most `most_tokens` tokens of the first encoder, padding included, or is a single longer sample. It
     is a function of its window alone. Only a window without any good sample has an empty batch, for its rejects.
     Each worker is one window ahead, no more: a window is many samples, and its images lie in memory as pixels.
     """
-    group = functools.partial(_group, most_tokens=most_tokens, **_padding(chats))
-    return _load(chats, windows, workers, device, group, ahead=1)
+    group = functools.partial(_group, most_tokens=most_tokens, **_padding(dataset))
+    return _load(dataset, windows, workers, device, group, ahead=1)
 
 
 def _load(
-    chats: Chats, places: Iterable[Sequence[Place]], workers: int, device: str, collate: Callable, ahead: int = 2
+    dataset: ChatDataset,
+    indices: Iterable[Sequence[SampleIndex]],
+    workers: int,
+    device: str,
+    collate: Callable,
+    ahead: int = 2,
 ) -> Iterator:
     loader = DataLoader(
-        chats,
-        batch_sampler=places,  # type: ignore[arg-type]  # any iterable of lists of what Chats takes
+        dataset,
+        batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists of what ChatDataset takes
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         collate_fn=functools.partial(_collate_or_error, collate),
@@ -193,10 +200,10 @@ def _raise_error(loaded: Any) -> Any:
     return loaded
 
 
-def _padding(chats: Chats) -> dict[str, Any]:
+def _padding(dataset: ChatDataset) -> dict[str, Any]:
     """What a batch is filled up with, for each encoder: one and the same where they are."""
-    fillers = each_once(ChatEncoder.filler, chats.encoders)
-    pads = {role: _pad_id(encoder) for role, encoder in chats.encoders.items()}
+    fillers = map_unique(ChatEncoder.filler, dataset.encoders)
+    pads = {role: _pad_id(encoder) for role, encoder in dataset.encoders.items()}
     return {"fillers": fillers, "pads": pads}
 
 
@@ -220,7 +227,7 @@ class BadSamples:
             )
 
 
-def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str, int]) -> Loaded:
+def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str, int]) -> LoadedBatch:
     used = [sample for sample in samples if not isinstance(sample, Rejected)]
     made: dict[int, Batch] = {}
     for role, filler in fillers.items():
@@ -228,12 +235,12 @@ def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str
             made[id(filler)] = collate([encoded[role] for encoded, _ in used], filler, pads[role])
     batches = {role: made[id(filler)] for role, filler in fillers.items()}
     rejected = [sample for sample in samples if isinstance(sample, Rejected)]
-    return Loaded(batches, [extra for _, extra in used], rejected)
+    return LoadedBatch(batches, [extra for _, extra in used], rejected)
 
 
 def _group(
     samples: list[Any], most_tokens: int, fillers: Mapping[str, Encoded], pads: Mapping[str, int]
-) -> list[Loaded]:
+) -> list[LoadedBatch]:
     used = [sample for sample in samples if not isinstance(sample, Rejected)]
     used.sort(key=_length, reverse=True)
     batches: list[list[Any]] = []

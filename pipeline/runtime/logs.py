@@ -15,10 +15,10 @@ _SETUP_REMARKS = (
     "unknown inputs or outputs type",
     "zero_to_fp32",
 )
-_TALKATIVE = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "accelerate")
+_NOISY_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "accelerate")
 
 
-def hush(verbose: bool = False) -> None:
+def filter_logs(verbose: bool = False) -> None:
     """Silence set-up chatter and third-party FutureWarnings; with verbose=True leave everything as it is."""
     if verbose:
         return
@@ -27,7 +27,7 @@ def hush(verbose: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in _TALKATIVE:
+    for name in _NOISY_LOGGERS:
         # A filter, not a level: libraries set their own loggers' levels when they are imported.
         logging.getLogger(name).addFilter(_is_real)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Loaded, derived_seed, load, micro_batches
+from pipeline.runtime.batches import BadSamples, ChatDataset, DataOrder, LoadedBatch, derived_seed, load, micro_batches
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.first_updates import CHECK_AFTER, Watch
+from pipeline.runtime.first_updates import CHECK_AFTER, FirstUpdatesCheck
 from pipeline.runtime.folder import done
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
@@ -43,7 +43,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Moment:
+class MicroStep:
     """Where in a step a forward happens; what is drawn at random is drawn from it."""
 
     update: int
@@ -51,7 +51,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutput:
     """What one forward gives back."""
 
     loss: Tensor
@@ -72,9 +72,9 @@ def train(
     training: Training,
     total: int,
     engine: Engine,
-    chats: Chats,
-    forward: Callable[[Loaded, Moment], Outcome],
-    may_rest: tuple[str, ...] = (),
+    dataset: ChatDataset,
+    forward: Callable[[LoadedBatch, MicroStep], StepOutput],
+    may_be_unused: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
 
@@ -82,8 +82,8 @@ def train(
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward)
-    watch = Watch(engine, may_rest)
-    loaded = loop.resume_and_load(chats)
+    watch = FirstUpdatesCheck(engine, may_be_unused)
+    loaded = loop.resume_and_load(dataset)
     try:
         for update in range(loop.first, total):
             loop.run_update(update, loaded)
@@ -108,16 +108,16 @@ class _Loop:
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
         self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
 
-    def resume_and_load(self, chats: Chats) -> Iterator[Loaded]:
+    def resume_and_load(self, dataset: ChatDataset) -> Iterator[LoadedBatch]:
         if self.first:
             state = self.checkpoints.load(self.engine, self.first)
             self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
-        order = DataOrder(len(chats), derived_seed(self.job.recipe.seed, self.name))
+        order = DataOrder(len(dataset), derived_seed(self.job.recipe.seed, self.name))
         indices = list(micro_batches(order, self.training, self.first, self.total, self.job.ranks))
-        return load(chats, indices, self.job.recipe.data.workers, self.job.ranks.device)
+        return load(dataset, indices, self.job.recipe.data.workers, self.job.ranks.device)
 
-    def run_update(self, update: int, loaded: Iterator[Loaded]) -> None:
+    def run_update(self, update: int, loaded: Iterator[LoadedBatch]) -> None:
         begun = time.monotonic()
         micros = [next(loaded) for _ in range(self.engine.accumulation)]
         waited = time.monotonic() - begun
@@ -128,11 +128,11 @@ class _Loop:
         sums: dict[str, Tensor] = {}
         values: Mapping[str, Any] = {}
         for micro, one in enumerate(micros):
-            outcome = self.forward(one, Moment(update, micro))
-            self.engine.backward(outcome.loss, tokens)
+            step_output = self.forward(one, MicroStep(update, micro))
+            self.engine.backward(step_output.loss, tokens)
             self.engine.step(rate)
-            sums = {key: sums.get(key, 0) + value.detach().double() for key, value in outcome.sums.items()}
-            values = outcome.values
+            sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
+            values = step_output.values
         self.averages = _averages(sums, tokens)
         took = time.monotonic() - begun
         self._report(update + 1, {"learning_rate": rate, "tokens": tokens, **values}, took, waited)
@@ -154,7 +154,7 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _count(self, micros: list[Loaded]) -> int:
+    def _count(self, micros: list[LoadedBatch]) -> int:
         """Response tokens of the global batch. Every rank counts every rank's bad samples, so that all stop alike."""
         counts = torch.tensor([sum(m.tokens() for m in micros), sum(len(m.rejected) for m in micros)])
         tokens, rejected = sum_over_ranks(counts.to(self.engine.device)).tolist()

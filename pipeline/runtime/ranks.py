@@ -16,7 +16,7 @@ from pipeline.runtime.progress import say
 
 Item = TypeVar("Item")
 
-MEET_EVERY_S = 10.0
+HEARTBEAT_S = 10.0
 """How long a rank lets the others wait for it: collectives time out, DeepSpeed's after 10 minutes."""
 
 
@@ -50,7 +50,7 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
     return [item for part in gathered for item in part]
 
 
-def gather_made(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
+def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
     """gather_lists(make()) where making takes long, such as hashing: the ranks meet while they make.
 
     what: said by rank 0 whenever they have met and are not done, with the time so far. Raises what `make` raised.
@@ -58,13 +58,13 @@ def gather_made(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> l
     begun = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         making = pool.submit(make)
-        while not all(gather_lists([_is_made(making)])):
+        while not all(gather_lists([_is_ready(making)])):
             say(f"{what}, {time.monotonic() - begun:.0f} s", ranks.first)
     return gather_lists(making.result())
 
 
-def _is_made(making: Future[Sequence[Any]]) -> bool:
-    wait([making], MEET_EVERY_S)
+def _is_ready(making: Future[Sequence[Any]]) -> bool:
+    wait([making], HEARTBEAT_S)
     if making.done():
         making.result()  # an error ends the job now, not when the other ranks have made theirs
     return making.done()

@@ -17,19 +17,19 @@ from pipeline.cache.find import open_cache
 from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
 from pipeline.cache.layout import codec_params
 from pipeline.cache.reader import CacheRecord
-from pipeline.cache.view import Recall
+from pipeline.cache.view import CacheView
 from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import STRATEGIES, Matching
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Interact, Recipe
-from pipeline.runtime.batches import Chats, Loaded, Place, derived_seed
+from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done
-from pipeline.runtime.loop import Job, Moment, Outcome, train
-from pipeline.runtime.ranks import gather_made, sum_over_ranks, wait_for_all
+from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
+from pipeline.runtime.ranks import gather_when_ready, sum_over_ranks, wait_for_all
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
@@ -66,22 +66,22 @@ class Interaction(nn.Module):
         # The signal first, where it needs no head: its copies to the device would wait for the whole backbone.
         signal = signal_of(None) if self.teacher_head is None else None
         hidden = run_backbone(self.student.backbone, batch.inputs, self.student.all_layers(), batch.positions)
-        spoken = self.student.speak(hidden)
+        verbalized = self.student.verbalize_states(hidden)
         if self.teacher_head is None:
-            return self.student.head(interaction_losses, spoken, signal, batch.labels, draw)
+            return self.student.head(interaction_losses, verbalized, signal, batch.labels, draw)
         # The hidden codec computes the teacher's logits anew, so both heads are gathered at once.
-        return self.teacher_head(_with_teacher_head, spoken, self.student.head, signal_of, batch.labels, draw)
+        return self.teacher_head(_with_teacher_head, verbalized, self.student.head, signal_of, batch.labels, draw)
 
 
 def interaction_losses(
-    spoken: Tensor, unembedding: Unembedding, signal: Signal, labels: Tensor, draw: Draw
+    verbalized: Tensor, unembedding: Unembedding, signal: Signal, labels: Tensor, draw: Draw
 ) -> dict[str, Tensor]:
-    """Algorithm 1 on one global micro-batch (paper, section 3), then the last layers' KL; spoken is [S + 1, T, d].
+    """Algorithm 1 on one global micro-batch (paper, section 3), then the last layers' KL; verbalized is [S + 1, T, d].
 
     The signal's last column is the teacher's last layer. Verbalizers stay as stage 1 left them, so the head takes no
     gradient from the matched layers, only from the last.
     """
-    targets, last = spoken[:-1], spoken[-1]
+    targets, last = verbalized[:-1], verbalized[-1]
     students, teachers = len(targets), _columns(signal) - 1
     window = draw.matching.window(students, teachers)
     matrix = kl_matrix(targets, unembedding, signal, window)
@@ -110,30 +110,30 @@ def run(job: Job) -> None:
         wait_for_all()
         return
     data = ShardFolder(recipe.data.train)
-    recall = _open_cache(job, data)
+    view = open_cache_view(job, data)
     with sharded_loading(recipe):
         student = student_with_verbalizers(
-            recipe, recall.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
+            recipe, view.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
         )
-    head = StoredHead(recall.cache.unembedding()) if recall.cache.codec.needs_head else None
+    head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
-    chats = Chats(data, encoders(recipe, ["student"]), attach=partial(_attach, recall))
-    total = number_of_steps(recipe.interact, len(chats))
-    forward = _forward(engine, recipe.interact, recipe.seed, recall, student.layers)
-    rest = family(student.backbone).seldom_used
-    averages = train(job, NAME, recipe.interact, total, engine, chats, forward, may_rest=rest)
+    dataset = ChatDataset(data, encoders(recipe, ["student"]), attach=partial(_attach, view))
+    total = number_of_steps(recipe.interact, len(dataset))
+    forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
+    rest = family(student.backbone).may_be_unused
+    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, may_be_unused=rest)
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
 
 
-def _attach(recall: Recall, place: Place, encoded: Encoded) -> tuple[Encoded, CacheRecord]:
+def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Encoded, CacheRecord]:
     """A sample with its record in the cache; only tokens that both keep carry loss. Runs in loader workers."""
-    record, kept = recall.record(place.sample, place.epoch, encoded.response_ids.numpy())
+    record, kept = view.record(index.sample, index.epoch, encoded.response_ids.numpy())
     response = encoded.response.clone()
     response[encoded.response] = torch.from_numpy(kept)
     return replace(encoded, response=response), record
 
 
-def _open_cache(job: Job, data: ShardFolder) -> Recall:
+def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
     """Open the run's cache, refused if anything that it was made from is no longer what it was."""
     recipe = job.recipe
     verbalize = done(recipe.run / "verbalize")
@@ -141,11 +141,11 @@ def _open_cache(job: Job, data: ShardFolder) -> Recall:
         again = f"deepspeed launch/train.py --stage 1 --recipe {recipe.run / 'recipe.yaml'}"
         raise CacheError(f"no verbalizers in {recipe.run / 'verbalize'}; run: {again}")
     what = f"{NAME}: hashing what the cache was made from"
-    (expected,) = gather_made(job.ranks, what, lambda: [_expected(recipe)] if job.ranks.first else [])
+    (expected,) = gather_when_ready(job.ranks, what, lambda: [_expected(recipe)] if job.ranks.first else [])
     layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
     cache = open_cache(recipe.run / "cache", data, expected, codec, layers, recipe.run / "recipe.yaml")
-    return Recall(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
+    return CacheView(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
 
 
 def _expected(recipe: Recipe) -> dict[str, str]:
@@ -160,12 +160,12 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     return prints
 
 
-def _forward(engine: Engine, interact: Interact, seed: int, recall: Recall, layers: tuple[int, ...]):
-    def forward(loaded: Loaded, moment: Moment) -> Outcome:
-        generator = torch.Generator().manual_seed(derived_seed(seed, "match", moment.update, moment.micro))
+def _forward(engine: Engine, interact: Interact, seed: int, view: CacheView, layers: tuple[int, ...]):
+    def forward(loaded: LoadedBatch, micro_step: MicroStep) -> StepOutput:
+        generator = torch.Generator().manual_seed(derived_seed(seed, "match", micro_step.update, micro_step.micro))
         draw = Draw(STRATEGIES[interact.matching], generator, interact.cross_entropy_weight)
         batch = loaded.batches["student"].to(engine.device, engine.dtype)
-        signal_of = partial(recall.signal, loaded.attached, engine.device)
+        signal_of = partial(view.signal, loaded.attached, engine.device)
         losses = engine(batch, signal_of, draw)
         matched, last = losses["matched"], losses["last"]
         loss = matched.sum() + last
@@ -173,7 +173,7 @@ def _forward(engine: Engine, interact: Interact, seed: int, recall: Recall, laye
         if interact.cross_entropy_weight:
             loss = loss + interact.cross_entropy_weight * losses["cross_entropy"]
             sums["cross_entropy"] = losses["cross_entropy"]
-        return Outcome(loss, sums, {"match": _teacher_layers(losses["match"], recall.layers)})
+        return StepOutput(loss, sums, {"match": _teacher_layers(losses["match"], view.layers)})
 
     return forward
 
@@ -193,5 +193,5 @@ def _mean_over_ranks(sums: Tensor, tokens: int) -> Tensor:
     return (packed[:-1] / packed[-1].clamp(min=1)).view_as(sums)
 
 
-def _with_teacher_head(spoken: Tensor, teacher: Unembedding, head: nn.Module, signal_of, labels, draw):
-    return head(interaction_losses, spoken, signal_of(teacher), labels, draw)
+def _with_teacher_head(verbalized: Tensor, teacher: Unembedding, head: nn.Module, signal_of, labels, draw):
+    return head(interaction_losses, verbalized, signal_of(teacher), labels, draw)

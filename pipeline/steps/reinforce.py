@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from data_prep.shards import ShardFolder
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.batches import Chats, Loaded
+from pipeline.runtime.batches import ChatDataset, LoadedBatch
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
-from pipeline.runtime.loop import Job, Moment, Outcome, train
+from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import wait_for_all
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 from pipeline.vlm.backbone import load_student, run_backbone
@@ -55,16 +55,16 @@ def run(job: Job) -> None:
     with sharded_loading(recipe):
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from)), recipe, recipe.reinforce, job.ranks)
-    chats = Chats(ShardFolder(recipe.data.train), made)
-    total = number_of_steps(recipe.reinforce, len(chats))
-    rest = family(backbone).seldom_used
-    averages = train(job, NAME, recipe.reinforce, total, engine, chats, _forward(engine), may_rest=rest)
+    dataset = ChatDataset(ShardFolder(recipe.data.train), made)
+    total = number_of_steps(recipe.reinforce, len(dataset))
+    rest = family(backbone).may_be_unused
+    averages = train(job, NAME, recipe.reinforce, total, engine, dataset, _forward(engine), may_be_unused=rest)
     finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
 
 
 def _forward(engine: Engine):
-    def forward(loaded: Loaded, _moment: Moment) -> Outcome:
+    def forward(loaded: LoadedBatch, _moment: MicroStep) -> StepOutput:
         loss = engine(loaded.batches["student"].to(engine.device, engine.dtype))[0]
-        return Outcome(loss, {"cross_entropy": loss})
+        return StepOutput(loss, {"cross_entropy": loss})
 
     return forward

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.batches import Chats, Loaded, derived_seed, each_once
+from pipeline.runtime.batches import ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
-from pipeline.runtime.loop import Job, Moment, Outcome, train
+from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import wait_for_all
-from pipeline.vlm.assemble import encoders, shared_vocabulary, verbalized
+from pipeline.vlm.assemble import encoders, load_verbalized, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
@@ -33,14 +33,16 @@ def run(job: Job) -> Engine | None:
     vocab = shared_vocabulary(recipe, made)
     with sharded_loading(recipe):
         sides = {
-            role: verbalized(getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role))
+            role: load_verbalized(
+                getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
+            )
             for role in ROLES
         }
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
-    chats = Chats(ShardFolder(recipe.data.train), made)
-    total = number_of_steps(recipe.verbalize, len(chats))
+    dataset = ChatDataset(ShardFolder(recipe.data.train), made)
+    total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
-    averages = train(job, NAME, recipe.verbalize, total, engine, chats, forward)
+    averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)
     _save(engine, folder)
     if job.ranks.first:
         mark_done(folder, {"updates": total, "vocab": vocab, "losses": averages, **_describe(sides)})
@@ -50,15 +52,15 @@ def run(job: Job) -> Engine | None:
 
 
 def _forward(engine: Engine):
-    def forward(loaded: Loaded, _moment: Moment) -> Outcome:
-        batches = each_once(lambda batch: batch.to(engine.device, engine.dtype), loaded.batches)
+    def forward(loaded: LoadedBatch, _moment: MicroStep) -> StepOutput:
+        batches = map_unique(lambda batch: batch.to(engine.device, engine.dtype), loaded.batches)
         losses = engine(batches)
         sums: dict[str, Tensor] = {}
         for role in ROLES:
             layers = engine.module.sides[role].all_layers()
             sums |= {f"{role}/{layer}": value for layer, value in zip(layers, losses[role], strict=True)}
         # Without the last entry: that is the model's own loss, for comparison, and nothing of it trains.
-        return Outcome(sum(losses[role][:-1].sum() for role in ROLES), sums)
+        return StepOutput(sum(losses[role][:-1].sum() for role in ROLES), sums)
 
     return forward
 

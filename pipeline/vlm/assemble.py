@@ -36,7 +36,7 @@ def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
     return common_vocabulary(made["teacher"].processor.tokenizer, made["student"].processor.tokenizer, *rows)
 
 
-def verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int) -> VerbalizedVLM:
+def load_verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int) -> VerbalizedVLM:
     """A backbone with untrained verbalizers on its target layers. Under ZeRO-3, call inside sharded_loading."""
     return _with_verb_ffns(load_vlm(model.path, dtype), target_layers(model), recipe, vocab, dtype, seed)
 

@@ -49,19 +49,19 @@ class CoHost(nn.Module):
             return _record(self.sides["teacher"], batches["teacher"], encode)  # type: ignore[arg-type]
         losses = {}
         for role, side in self.sides.items():
-            spoken = self._speak(side, batches[role])  # type: ignore[arg-type]
-            losses[role] = side.head(_cross_entropies, spoken, labels=batches[role].labels)  # type: ignore[operator]
+            verbalized = self._speak(side, batches[role])  # type: ignore[arg-type]
+            losses[role] = side.head(_cross_entropies, verbalized, labels=batches[role].labels)  # type: ignore[operator]
         return losses
 
     def _speak(self, side: VerbalizedVLM, batch: Batch) -> Tensor:
         with torch.no_grad():
             hidden = run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
-        return side.speak(hidden)
+        return side.verbalize_states(hidden)
 
 
-def _cross_entropies(spoken: Tensor, unembedding: Unembedding, labels: Tensor) -> Tensor:
+def _cross_entropies(verbalized: Tensor, unembedding: Unembedding, labels: Tensor) -> Tensor:
     """[L + 1]; the last one is without gradient, which would cost a product."""
-    targets, last = spoken[:-1], spoken[-1:].detach()
+    targets, last = verbalized[:-1], verbalized[-1:].detach()
     return torch.cat([linear_cross_entropy(part, unembedding, labels) for part in (targets, last)])
 
 
@@ -69,5 +69,5 @@ def _cross_entropies(spoken: Tensor, unembedding: Unembedding, labels: Tensor) -
 def _record(teacher: VerbalizedVLM, batch: Batch, encode: Encode) -> Any:
     """What every target layer and the last say about the batch's response tokens, in the hands of `encode`."""
     hidden = run_backbone(teacher.backbone, batch.inputs, teacher.all_layers(), batch.positions)
-    spoken = teacher.speak(hidden).transpose(0, 1)
-    return teacher.head(encode, spoken)
+    verbalized = teacher.verbalize_states(hidden).transpose(0, 1)
+    return teacher.head(encode, verbalized)

@@ -21,7 +21,7 @@ class Family:
     """What maps the tower's output into the decoder; trains in stage 2, also where it lies inside the tower."""
     decoder: str = "model.language_model"
     """The decoder stack, with its `layers` and final `norm`."""
-    seldom_used: tuple[str, ...] = ()
+    may_be_unused: tuple[str, ...] = ()
     """Parameters that a batch may leave without a gradient though nothing is wrong."""
 
 
@@ -32,7 +32,7 @@ FAMILIES = {
     "qwen3_vl": Family("model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list")),
     "llava": Family("model.vision_tower", ("model.multi_modal_projector",)),
     "llava_onevision": Family(
-        "model.vision_tower", ("model.multi_modal_projector",), seldom_used=("model.image_newline",)
+        "model.vision_tower", ("model.multi_modal_projector",), may_be_unused=("model.image_newline",)
     ),
 }
 

@@ -106,11 +106,11 @@ class ChatEncoder:
         return Encoded(key, inputs, response)
 
     def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The chat template's text; with prompt=True, up to where the assistant begins to speak."""
+        """The chat template's text; with prompt=True, up to where the assistant's turn begins."""
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
 
     def prompt(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
-        """Model inputs that end where the assistant begins to speak, for generation."""
+        """Model inputs that end where the assistant's turn begins, for generation."""
         features, _ = self._process(self.render(messages, prompt=True), [decode_image(data) for data in images])
         return self._model_inputs(features)
 

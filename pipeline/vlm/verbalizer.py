@@ -93,12 +93,14 @@ class VerbalizedVLM(nn.Module):
         self.verb_ffns = verb_ffns
         self.head = LanguageHead(backbone, vocab)
 
-    def speak(self, hidden: Sequence[Tensor]) -> Tensor:
+    def verbalize_states(self, hidden: Sequence[Tensor]) -> Tensor:
         """Hidden states of the target layers and of the last, each [T, d], to normed head inputs [L + 1, T, d]."""
         *targets, last = hidden
-        spoken = [self.verb_ffns[str(layer)](state) for layer, state in zip(self.layers, targets, strict=True)]
+        verbalized = [self.verb_ffns[str(layer)](state) for layer, state in zip(self.layers, targets, strict=True)]
         norm = final_norm(self.backbone)
-        return torch.stack([norm(state) for state in (*spoken, last)])  # a layer at a time: norms compute in float32
+        return torch.stack(
+            [norm(state) for state in (*verbalized, last)]
+        )  # a layer at a time: norms compute in float32
 
     def all_layers(self) -> tuple[int, ...]:
         """The target layers and the last one."""

@@ -8,7 +8,7 @@ import torch
 from random_cache import LAYERS, D, V, fill, full, identity, words, write_data
 
 from pipeline.cache.reader import TeacherCache
-from pipeline.cache.view import Recall
+from pipeline.cache.view import CacheView
 from pipeline.cache.writer import CacheFolder
 from pipeline.codec.random import uniform
 from pipeline.errors import CacheError, SampleError
@@ -39,8 +39,8 @@ def counts(arrays):
     return found
 
 
-def of(recall, epoch, index=1):
-    record, kept = recall.record(index, epoch, np.arange(LONG))
+def of(view, epoch, index=1):
+    record, kept = view.record(index, epoch, np.arange(LONG))
     return record, kept
 
 
@@ -49,15 +49,15 @@ def same(one, other):
 
 
 def test_all_of_it_is_all_of_it(cache):
-    record, kept = of(Recall(cache, LAYERS), epoch=3)
+    record, kept = of(CacheView(cache, LAYERS), epoch=3)
     assert kept.all() and same(record.arrays, cache.read(1).arrays) and record.key == "k001"
 
 
 @pytest.mark.parametrize("layers", [(2, 6), (6, 2), (4,)])
 def test_fewer_layers_in_the_order_asked(cache, layers):
-    recall = Recall(cache, layers)
-    record, _ = of(recall, epoch=0)
-    signal, whole = recall.signal([record], "cpu", None), cache.signal([cache.read(1)], layers)
+    view = CacheView(cache, layers)
+    record, _ = of(view, epoch=0)
+    signal, whole = view.signal([record], "cpu", None), cache.signal([cache.read(1)], layers)
     assert signal.ids.shape[1] == len(layers)
     for name in ("ids", "probs", "tail", "neg_entropy"):
         assert torch.equal(getattr(signal, name), getattr(whole, name))
@@ -65,13 +65,13 @@ def test_fewer_layers_in_the_order_asked(cache, layers):
 
 def test_a_layer_that_was_not_cached_is_refused(cache):
     with pytest.raises(CacheError, match=r"asked for teacher layers \[2, 5\], cached are \[2, 4, 6\]: \[5\] missing"):
-        of(Recall(cache, (2, 5)), epoch=0)
+        of(CacheView(cache, (2, 5)), epoch=0)
 
 
 def test_over_as_many_epochs_all_points_are_used_once(cache):
     whole = counts(cache.read(1).arrays)
-    recall = Recall(cache, LAYERS, points=16)
-    epochs = [counts(of(recall, epoch)[0].arrays) for epoch in range(8)]
+    view = CacheView(cache, LAYERS, points=16)
+    epochs = [counts(of(view, epoch)[0].arrays) for epoch in range(8)]
     assert all((epoch.sum(2) == 16).all() for epoch in epochs)
     assert np.array_equal(sum(epochs[:4]), whole) and np.array_equal(sum(epochs[2:6]), whole)
     assert all(np.array_equal(epochs[i], epochs[i + 4]) for i in range(4))
@@ -81,19 +81,19 @@ def test_over_as_many_epochs_all_points_are_used_once(cache):
 def test_the_first_epoch_is_no_better_or_worse_than_another(cache):
     """Where a distribution begins is drawn: the mean of one epoch's error is that of nothing systematic."""
     whole = counts(cache.read(1).arrays) / 64
-    error = counts(of(Recall(cache, LAYERS, points=16), 0)[0].arrays) / 16 - whole
+    error = counts(of(CacheView(cache, LAYERS, points=16), 0)[0].arrays) / 16 - whole
     mean, spread = error.mean((0, 1)), error.std((0, 1)) / (LONG * len(LAYERS)) ** 0.5
     assert (np.abs(mean) < 4 * spread + 1e-12).all()
 
 
 def test_points_of_a_layer_do_not_know_the_other_layers(cache):
-    all_layers, some = (of(Recall(cache, layers, points=16), 1)[0].arrays for layers in (LAYERS, (6, 2)))
+    all_layers, some = (of(CacheView(cache, layers, points=16), 1)[0].arrays for layers in (LAYERS, (6, 2)))
     assert np.array_equal(counts(all_layers)[:, [2, 0]], counts(some))
 
 
 def test_thinned_weights_sum_to_one_and_the_entropy_stays(cache):
-    recall = Recall(cache, LAYERS, points=16)
-    signal = recall.signal([of(recall, 2, i)[0] for i in (0, 3)], "cpu", None)
+    view = CacheView(cache, LAYERS, points=16)
+    signal = view.signal([of(view, 2, i)[0] for i in (0, 3)], "cpu", None)
     assert torch.equal(signal.probs.sum(-1), torch.ones(2 * LONG, len(LAYERS)))
     whole = cache.signal([cache.read(0), cache.read(3)], LAYERS)
     assert torch.equal(signal.neg_entropy, whole.neg_entropy)
@@ -101,8 +101,8 @@ def test_thinned_weights_sum_to_one_and_the_entropy_stays(cache):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_share_of_the_tokens_other_ones_in_each_epoch(cache, share):
-    recall = Recall(cache, LAYERS, token_share=share)
-    masks = [of(recall, epoch, index)[1] for epoch in range(5) for index in range(4)]
+    view = CacheView(cache, LAYERS, token_share=share)
+    masks = [of(view, epoch, index)[1] for epoch in range(5) for index in range(4)]
     expected, spread = share * LONG, (share * (1 - share) * LONG) ** 0.5
     assert all(abs(mask.sum() - expected) < 4 * spread for mask in masks)
     for one in range(20):
@@ -113,7 +113,7 @@ def test_a_share_of_the_tokens_other_ones_in_each_epoch(cache, share):
 
 def test_another_seed_keeps_other_tokens_and_the_same_points(cache):
     """One stream of chance for all layers: that of layer 0, which there is none of."""
-    one, other = (of(Recall(cache, LAYERS, 16, 0.5, seed), epoch=3) for seed in (7, 8))
+    one, other = (of(CacheView(cache, LAYERS, 16, 0.5, seed), epoch=3) for seed in (7, 8))
     drawn = uniform(7, "tokens of epoch 3", "k001", (0,), LONG)[:, 0]
     assert np.array_equal(one[1], drawn < 0.5) and 0.4 < (one[1] == other[1]).mean() < 0.6
     both = np.flatnonzero(one[1] & other[1])
@@ -122,27 +122,27 @@ def test_another_seed_keeps_other_tokens_and_the_same_points(cache):
 
 
 def test_the_tokens_kept_are_those_of_the_arrays(cache):
-    whole, (record, kept) = cache.read(1), of(Recall(cache, LAYERS, token_share=0.3), epoch=2)
+    whole, (record, kept) = cache.read(1), of(CacheView(cache, LAYERS, token_share=0.3), epoch=2)
     assert record.tokens.tolist() == np.flatnonzero(kept).tolist()
     assert same(record.arrays, {name: array[kept] for name, array in whole.arrays.items()})
 
 
 def test_points_and_tokens_do_not_know_each_other(cache):
-    both, kept = of(Recall(cache, LAYERS, points=16, token_share=0.3), epoch=1)
-    alone, _ = of(Recall(cache, LAYERS, points=16), epoch=1)
+    both, kept = of(CacheView(cache, LAYERS, points=16, token_share=0.3), epoch=1)
+    alone, _ = of(CacheView(cache, LAYERS, points=16), epoch=1)
     assert np.array_equal(counts(both.arrays), counts(alone.arrays)[kept])
 
 
 def test_whoever_asks_gets_the_same(cache):
-    recall = Recall(cache, LAYERS, points=16, token_share=0.5)
-    worker = pickle.loads(pickle.dumps(recall))
-    (one, kept), (two, kept_too) = of(recall, 7), of(worker, 7)
+    view = CacheView(cache, LAYERS, points=16, token_share=0.5)
+    worker = pickle.loads(pickle.dumps(view))
+    (one, kept), (two, kept_too) = of(view, 7), of(worker, 7)
     assert np.array_equal(kept, kept_too) and same(one.arrays, two.arrays)
 
 
 def test_other_response_tokens_are_refused_before_anything_is_left_out(cache):
     with pytest.raises(CacheError, match="expected 599 tokens, found 600"):
-        Recall(cache, LAYERS, token_share=0.1).record(0, 0, np.arange(LONG - 1))
+        CacheView(cache, LAYERS, token_share=0.1).record(0, 0, np.arange(LONG - 1))
 
 
 def test_skipped_samples_and_other_codecs(tmp_path):
@@ -150,7 +150,7 @@ def test_skipped_samples_and_other_codecs(tmp_path):
     folder = CacheFolder(tmp_path / "skips", identity("sampled"), data)
     fill(folder, data, skip={"k002"})
     with pytest.raises(SampleError, match="image is broken"):
-        Recall(TeacherCache(folder.path, data), LAYERS).record(2, 0, np.arange(3))
+        CacheView(TeacherCache(folder.path, data), LAYERS).record(2, 0, np.arange(3))
     cache = TeacherCache(full(tmp_path / "topk", data, k=4), data)
-    record, _ = Recall(cache, (6,)).record(1, 0, words("k001")[0])
+    record, _ = CacheView(cache, (6,)).record(1, 0, words("k001")[0])
     assert np.array_equal(record.arrays["ids"], cache.read(1).arrays["ids"][:, [2]])

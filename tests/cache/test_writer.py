@@ -186,16 +186,16 @@ def test_a_flipped_bit_is_found_by_verify_and_made_again(tmp_path, data):
 
 
 def test_what_must_come_before_the_shards(tmp_path, data):
-    for codec, lacks in (("hidden", {"head"}), ("sampled", {"order"}), ("topk", set())):
+    for codec, missing_files in (("hidden", {"head"}), ("sampled", {"order"}), ("topk", set())):
         folder = CacheFolder(tmp_path / codec, identity(codec), data)
-        assert folder.lacks == lacks
-        if lacks:
-            with pytest.raises(ValueError, match=f"save {lacks} before finish, for codec .*'{codec}'"):
+        assert folder.missing_files == missing_files
+        if missing_files:
+            with pytest.raises(ValueError, match=f"save {missing_files} before finish, for codec .*'{codec}'"):
                 folder.finish()
     with pytest.raises(CacheError, match=r"no order.int32, the order of the vocabulary.*--recipe R --only-missing"):
         CacheFolder(tmp_path / "sampled", identity("sampled"), data).writer("000000.tar")
     CacheFolder(tmp_path / "hidden", identity("hidden"), data).save_head(HEAD)
-    assert not CacheFolder(tmp_path / "hidden", identity("hidden"), data).lacks
+    assert not CacheFolder(tmp_path / "hidden", identity("hidden"), data).missing_files
 
 
 def test_a_damaged_head_is_lacking_and_never_blessed(tmp_path, data):
@@ -207,10 +207,10 @@ def test_a_damaged_head_is_lacking_and_never_blessed(tmp_path, data):
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content)
-        assert folder.lacks == {"head"}
+        assert folder.missing_files == {"head"}
         with pytest.raises(ValueError, match="save {'head'} before finish"):
             folder.finish()
-        assert fill(folder, data) and not folder.lacks and head.read_bytes() == whole
+        assert fill(folder, data) and not folder.missing_files and head.read_bytes() == whole
     assert json.loads((path / "manifest.json").read_text())["head_sha256"] == said
     assert torch.equal(TeacherCache(path, data).unembedding().weight, HEAD.weight[:V])
 

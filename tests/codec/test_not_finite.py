@@ -18,7 +18,7 @@ from pipeline.errors import SampleError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.rows import row_states
 from pipeline.signal import Unembedding
-from pipeline.steps.cache.teacher_pass import _code, _use
+from pipeline.steps.cache.teacher_pass import encode_batch, token_usage
 
 BAD = (torch.nan, torch.inf, -torch.inf)
 
@@ -80,21 +80,21 @@ def test_its_sample_is_skipped_with_a_reason(tmp_path, codec):
 def test_fidelity_is_that_of_the_finite_tokens(name, value):
     hidden, head = speech()
     codec = make_codec(name, order=order_of(V))
-    code = partial(_code, codec, drawn_for(hidden))
-    heard = code(torch.arange(3), 7, broken(hidden, value), head)
+    code = partial(encode_batch, codec, drawn_for(hidden))
+    output = code(torch.arange(3), 7, broken(hidden, value), head)
     without = code(torch.tensor([0, 2]), 7, hidden, head).fidelity
-    assert heard.fidelity.tokens == 2 and heard.fidelity.to_json() == without.to_json()
+    assert output.fidelity.tokens == 2 and output.fidelity.to_json() == without.to_json()
     assert isinstance(code(torch.tensor([1]), 7, broken(hidden, value), head).fidelity, Fidelity), "none is measured"
-    whole = {n: to_numpy(a)[[0, 2, 3, 4]] for n, a in heard.codes.items()}
+    whole = {n: to_numpy(a)[[0, 2, 3, 4]] for n, a in output.codes.items()}
     assert codec.pack(whole).keys() == packed(codec, hidden, head).keys()
 
 
 @pytest.mark.parametrize("value", BAD)
 def test_the_order_is_by_the_use_of_the_finite_tokens(value):
     hidden, head = speech()
-    use = _use(4, broken(hidden, value), head)
+    use = token_usage(4, broken(hidden, value), head)
     exact = replace(head, weight=head.weight.double(), bias=head.bias.double())
-    dense = exact.bend_(exact.products(hidden.double())).softmax(-1)
+    dense = exact.scale_and_cap_(exact.products(hidden.double())).softmax(-1)
     dense[1, 2] = 0
     # The probabilities are float32's, whose last bits differ with the processor and the height of a product.
     torch.testing.assert_close(use.float(), dense.sum((0, 1)).float())

@@ -26,7 +26,7 @@ from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.batches import DataOrder, derived_seed
 from pipeline.runtime.folder import done
 from pipeline.signal import HiddenSignal
-from pipeline.vlm.assemble import encoders, load_verb_ffns, shared_vocabulary, verbalized
+from pipeline.vlm.assemble import encoders, load_verb_ffns, load_verbalized, shared_vocabulary
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.processing import collate
 
@@ -155,17 +155,19 @@ def live_losses(recipe, run: Path) -> dict[str, float]:
     encoded = [encoder(one.key, one.record["messages"], one.images) for one in raw]
     batch = collate(encoded, encoder.filler(), encoder.processor.tokenizer.pad_token_id)
     vocab = shared_vocabulary(recipe, encoders(recipe, ["teacher", "student"]))
-    spoken, heads = {}, {}
+    verbalized, heads = {}, {}
     for role in ("teacher", "student"):
-        side = verbalized(getattr(recipe, role), recipe, vocab, torch.float32, seed=0).eval()
+        side = load_verbalized(getattr(recipe, role), recipe, vocab, torch.float32, seed=0).eval()
         load_verb_ffns(side, run / "verbalize" / f"{role}.safetensors")
         with torch.no_grad():
-            spoken[role] = side.speak(run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions))
+            verbalized[role] = side.verbalize_states(
+                run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
+            )
         heads[role] = side.head(lambda hidden, unembedding: unembedding, None)
-    live = HiddenSignal(spoken["teacher"].transpose(0, 1), heads["teacher"])
+    live = HiddenSignal(verbalized["teacher"].transpose(0, 1), heads["teacher"])
     pairs = {"layer/1": (0, 1), "layer/2": (1, 3), "last": (2, 4)}  # uniform: 2 students of 4 teachers take 1 and 3
     return {
-        name: column_kl(spoken["student"][i], heads["student"], live, j).item() / len(batch.labels)
+        name: column_kl(verbalized["student"][i], heads["student"], live, j).item() / len(batch.labels)
         for name, (i, j) in pairs.items()
     }
 

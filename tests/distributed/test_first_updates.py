@@ -31,7 +31,7 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
     os.chdir(ROOT)
     from pipeline.recipe.schema import Model, Recipe, Training
     from pipeline.runtime import engine
-    from pipeline.runtime.first_updates import TensorsNotAsAsked, Watch
+    from pipeline.runtime.first_updates import FirstUpdatesCheck, TrainableMismatch
 
     training = Training(steps=2, batch_size=2)
     parts = {"data": {"train": "x"}, "teacher": Model(path="x"), "student": Model(path="x")}
@@ -40,7 +40,7 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
     ranks = engine.start()
     torch.manual_seed(0)
     ours = engine.Engine(Half(), recipe, training, ranks)
-    quiet, watch = Watch(ours, may_rest=("unused.weight",)), Watch(ours)
+    quiet, watch = FirstUpdatesCheck(ours, may_be_unused=("unused.weight",)), FirstUpdatesCheck(ours)
     for _ in range(2):
         ours.backward(ours(torch.ones(1, 4)), 2)
         ours.step(1e-3)
@@ -48,14 +48,14 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
     quiet.check()
     try:
         watch.check()
-    except TensorsNotAsAsked as error:
+    except TrainableMismatch as error:
         said.append(str(error))
     frozen = ours.module.frozen.weight
     with torch.no_grad():
         (frozen.ds_tensor if hasattr(frozen, "ds_tensor") else frozen).add_(1.0 if rank else 0.0)
     try:
         quiet.check()
-    except TensorsNotAsAsked as error:
+    except TrainableMismatch as error:
         said.append(str(error))
     Path(results, f"{rank}.txt").write_text("\n".join(said))
     engine.stop()

@@ -16,7 +16,7 @@ from pipeline.errors import CacheError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
-from pipeline.steps.interact import _open_cache
+from pipeline.steps.interact import open_cache_view
 
 KIND = "qwen2_vl"
 
@@ -46,7 +46,7 @@ def root(made, tmp_path) -> Path:
 
 def opened(root: Path, *settings: str):
     recipe = load_recipe(root / "recipe.yaml", list(settings)).recipe
-    return _open_cache(Job(recipe, Ranks()), ShardFolder(recipe.data.train))
+    return open_cache_view(Job(recipe, Ranks()), ShardFolder(recipe.data.train))
 
 
 def edit_json(path: Path, **values) -> None:

@@ -13,7 +13,16 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, DataError
 from pipeline.recipe.schema import Training
-from pipeline.runtime.batches import BadSamples, Chats, DataOrder, Place, Rejected, load, load_grouped, micro_batches
+from pipeline.runtime.batches import (
+    BadSamples,
+    ChatDataset,
+    DataOrder,
+    Rejected,
+    SampleIndex,
+    load,
+    load_by_length,
+    micro_batches,
+)
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.vlm.processing import ChatEncoder, load_processor
@@ -57,10 +66,10 @@ def test_every_epoch_is_a_permutation_of_its_own():
 def test_loading_and_rejecting(tiny_models, tmp_path, workers):
     folder = ShardFolder(write_data(tmp_path / "train", 10))
     short = ChatEncoder(load_processor(tiny_models["qwen2_vl", "student"]), max_length=42)
-    chats = Chats(
+    chats = ChatDataset(
         folder, {"student": short}, attach=lambda place, encoded: (encoded, (place.sample, len(encoded.response_ids)))
     )
-    loaded = list(load(chats, [[Place(i) for i in some] for some in ([0, 1, 2], [3, 4], [9, 8])], workers, "cpu"))
+    loaded = list(load(chats, [[SampleIndex(i) for i in some] for some in ([0, 1, 2], [3, 4], [9, 8])], workers, "cpu"))
     assert [len(one.attached) + len(one.rejected) for one in loaded] == [3, 2, 2], "read = used + rejected"
     for one in loaded:
         batch = one.batches["student"]
@@ -68,7 +77,7 @@ def test_loading_and_rejecting(tiny_models, tmp_path, workers):
         assert [folder.keys[index] for index, _ in one.attached] == list(batch.keys)
     whole = ChatEncoder(short.processor, 512)
     nothing = ChatEncoder(short.processor, 5)
-    (one,) = load(Chats(folder, {"a": whole, "b": nothing}), [[Place(0), Place(1)]], workers, "cpu")
+    (one,) = load(ChatDataset(folder, {"a": whole, "b": nothing}), [[SampleIndex(0), SampleIndex(1)]], workers, "cpu")
     assert [r.key for r in one.rejected] == folder.keys[:2] and one.tokens() == 0
     assert one.rejected[0].shard == "000000.tar" and "max_length=5" in one.rejected[0].reason
     assert one.batches["a"].inputs["input_ids"].shape[0] == 1, "the filler row alone: the rank still takes part"
@@ -86,17 +95,21 @@ def test_an_error_in_a_worker_is_read_as_it_was_raised(encoder, tmp_path, worker
 
     data = write_data(tmp_path / "train", 4)
     with pytest.raises(CacheError) as raised:
-        next(load(Chats(ShardFolder(data), {"student": encoder}, refuse), [[Place(2)]], workers, "cpu"))
+        next(load(ChatDataset(ShardFolder(data), {"student": encoder}, refuse), [[SampleIndex(2)]], workers, "cpu"))
     assert str(raised.value) == "cache/000000.tar: damaged. Run: deepspeed launch/cache.py (asked for 2)"
     (data / "000001.tar").write_bytes(b"")
     with pytest.raises(ShardError, match=r"^.*000001.tar: cannot read sample 's00003': the file ends \d+ bytes early"):
-        next(load(Chats(ShardFolder(data), {"student": encoder}), [[Place(0), Place(3)]], workers, "cpu"))
+        next(
+            load(
+                ChatDataset(ShardFolder(data), {"student": encoder}), [[SampleIndex(0), SampleIndex(3)]], workers, "cpu"
+            )
+        )
 
 
 def test_models_with_one_encoder_share_a_batch(encoder, tmp_path):
-    chats = Chats(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
+    chats = ChatDataset(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
     for workers in (0, 1):
-        (one,) = load(chats, [[Place(0), Place(1)]], workers, "cpu")
+        (one,) = load(chats, [[SampleIndex(0), SampleIndex(1)]], workers, "cpu")
         assert one.batches["teacher"] is one.batches["student"] and one.batches["student"].keys == ("s00000", "s00001")
 
 
@@ -104,8 +117,8 @@ def test_a_batch_is_pinned_where_the_loader_looks_for_it(encoder, tmp_path, monk
     """What DataLoader does with pin_memory=True, but for the memory itself: that needs a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
-    chats = Chats(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
-    ((one,),) = load_grouped(chats, [[Place(0), Place(1)]], 512, 0, "cpu")
+    chats = ChatDataset(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
+    ((one,),) = load_by_length(chats, [[SampleIndex(0), SampleIndex(1)]], 512, 0, "cpu")
     (again,) = pin_memory([one])
     batch, copied = one.batches["teacher"], again.batches["teacher"]
     expected = [*batch.inputs.values(), batch.positions, batch.labels]
@@ -120,10 +133,10 @@ def test_a_worker_is_one_window_ahead(encoder, tmp_path):
     def windows():
         for index in range(8):
             asked.append(index)
-            yield [Place(index)]
+            yield [SampleIndex(index)]
 
-    loaded = load_grouped(
-        Chats(ShardFolder(write_data(tmp_path / "train", 8)), {"a": encoder}), windows(), 512, 2, "cpu"
+    loaded = load_by_length(
+        ChatDataset(ShardFolder(write_data(tmp_path / "train", 8)), {"a": encoder}), windows(), 512, 2, "cpu"
     )
     next(loaded)
     assert len(asked) == 3, "one in hand, and one each of two workers"

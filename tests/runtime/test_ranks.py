@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import CacheError
 from pipeline.runtime import ranks
-from pipeline.runtime.ranks import Ranks, gather_made
+from pipeline.runtime.ranks import Ranks, gather_when_ready
 
 SLOW = """
 import pathlib, sys, time
@@ -23,11 +23,11 @@ pathlib.Path(f"{sys.argv[2]}-{rank}").touch()
 while not pathlib.Path(f"{sys.argv[2]}-{1 - rank}").exists():
     time.sleep(0.05)  # the other may still be importing torch, longer than a collective waits
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", timedelta(seconds=10), 2, rank)
-ranks.MEET_EVERY_S = 0.5
+ranks.HEARTBEAT_S = 0.5
 def make():
     time.sleep(0 if rank else 13)
     return [f"of rank {rank}"]
-print(ranks.gather_made(ranks.Ranks(rank, 2), "hashing", make))
+print(ranks.gather_when_ready(ranks.Ranks(rank, 2), "hashing", make))
 """
 
 
@@ -50,12 +50,12 @@ def test_a_rank_may_take_longer_than_a_collective_waits(tmp_path):
 
 
 def test_what_makes_one_rank_fail_is_raised(monkeypatch, capsys):
-    monkeypatch.setattr(ranks, "MEET_EVERY_S", 0.01)
+    monkeypatch.setattr(ranks, "HEARTBEAT_S", 0.01)
 
     def fail():
         time.sleep(0.1)
         raise CacheError("expected weights as *.safetensors, found none")
 
     with pytest.raises(CacheError, match="found none"):
-        gather_made(Ranks(), "cache: hashing the teacher", fail)
+        gather_when_ready(Ranks(), "cache: hashing the teacher", fail)
     assert "cache: hashing the teacher, 0 s" in capsys.readouterr().out

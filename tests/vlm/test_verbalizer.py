@@ -28,8 +28,8 @@ def batch_of(folder, count=4):
     return collate([encoder(k, r["messages"], i) for k, r, i in chats(count)], encoder.filler(), 0)
 
 
-def logits_of(spoken, unembedding):
-    return unembedding.logits(spoken)
+def logits_of(verbalized, unembedding):
+    return unembedding.logits(verbalized)
 
 
 @pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
@@ -38,7 +38,7 @@ def test_untrained_verbalizers_are_the_logit_lens_and_the_last_layer_is_the_mode
     side, batch = build(folder), batch_of(folder)
     with torch.no_grad():
         hidden = run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
-        ours = side.head(logits_of, side.speak(hidden))
+        ours = side.head(logits_of, side.verbalize_states(hidden))
         output = side.backbone(**batch.inputs, output_hidden_states=True)
     norm, head = final_norm(side.backbone), side.backbone.get_output_embeddings()
     for row, layer in enumerate(LAYERS):

@@ -56,7 +56,7 @@ def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
 
     Raises CacheError: no such key, a damaged record, no tokenizer; SampleError where the sample was skipped.
     """
-    words = recall(cache, key)
+    words = top_words(cache, key)
     place = folder or tokenizer_folder(cache)
     tokenizer = _load_tokenizer(place)
     console = Console(highlight=False)
@@ -70,7 +70,7 @@ def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def recall(cache: CacheOnDisk, key: str) -> Words:
+def top_words(cache: CacheOnDisk, key: str) -> Words:
     """What the cache holds of a sample. Raises CacheError and SampleError as `show` does."""
     name = next((name for name, sidecar in cache.sidecars.items() if key in sidecar["keys"]), None)
     if name is None:
@@ -145,8 +145,8 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _tables(cache: CacheOnDisk, words: Words, tokenizer: Any, width: int) -> Iterator[Table]:
     tokens = words.tokens[:SHOWN]
-    spoken = [Text(_cut(_text(tokenizer, [token]))) for token in tokens]
-    left = [[Text("#"), *(Text(str(place)) for place in range(1, len(tokens) + 1))], [Text("token"), *spoken]]
+    verbalized = [Text(_cut(_text(tokenizer, [token]))) for token in tokens]
+    left = [[Text("#"), *(Text(str(place)) for place in range(1, len(tokens) + 1))], [Text("token"), *verbalized]]
     layers = [[Text(_name(cache, j)), *_cells(words, tokenizer, j)] for j in range(len(cache.identity.layers))]
     room = width - sum(map(_width, left))
     while layers:

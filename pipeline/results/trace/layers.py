@@ -22,7 +22,7 @@ from pipeline.vlm.verbalizer import VerbalizedVLM
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenPrediction:
     """The likeliest next token of a verbalized distribution."""
 
     token: int
@@ -38,9 +38,9 @@ class LayerTrace:
 
     layer: int
     """Counted from 1; the deepest is the model's last, which speaks through the model's own head."""
-    along: tuple[Said, ...]
+    along: tuple[TokenPrediction, ...]
     """[T] its next token at each position of the model's own final answer, that answer given."""
-    free: tuple[Said, ...]
+    free: tuple[TokenPrediction, ...]
     """Its own greedy answer, its own tokens given, up to its end of turn."""
     text: str
     """That answer's words."""
@@ -54,7 +54,7 @@ class ModelTrace:
     layers: tuple[LayerTrace, ...]
 
     @property
-    def answer(self) -> tuple[Said, ...]:
+    def answer(self) -> tuple[TokenPrediction, ...]:
         """The model's own final answer, end-of-turn token included."""
         return self.layers[-1].free
 
@@ -64,9 +64,9 @@ def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor]
 
     One generation for each layer, over the model's own key-value cache; one more forward to read along.
     """
-    free = {layer: speak_freely(vlm, side, prompt, layer, max_new_tokens) for layer in side.all_layers()}
+    free = {layer: generate_from_layer(vlm, side, prompt, layer, max_new_tokens) for layer in side.all_layers()}
     answer = [said.token for said in free[side.depth]]
-    along = read_along(vlm, side, prompt, answer)
+    along = predict_along(vlm, side, prompt, answer)
     return ModelTrace(
         name,
         tuple(
@@ -77,34 +77,34 @@ def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor]
 
 
 @torch.inference_mode()
-def read_along(
+def predict_along(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], answer: Sequence[int]
-) -> list[tuple[Said, ...]]:
+) -> list[tuple[TokenPrediction, ...]]:
     """Each layer's likeliest token where each of the answer's T tokens is predicted, the answer itself given."""
     inputs = move(_continued(prompt, answer), vlm.device, vlm.dtype)
     begin = prompt["input_ids"].shape[1] - 1
     positions = torch.arange(begin, begin + len(answer), device=vlm.device)
     hidden = run_backbone(vlm.model, inputs, side.all_layers(), positions)
-    tokens, probabilities = side.head(_likeliest, side.speak(hidden))
+    tokens, probabilities = side.head(_likeliest, side.verbalize_states(hidden))
     return [
-        tuple(_said(vlm, token, p) for token, p in zip(*row, strict=True))
+        tuple(_prediction(vlm, token, p) for token, p in zip(*row, strict=True))
         for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
     ]
 
 
-def speak_freely(
+def generate_from_layer(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], layer: int, max_new_tokens: int
-) -> tuple[Said, ...]:
+) -> tuple[TokenPrediction, ...]:
     """One layer's greedy answer: in generation, its verbalized logits stand in for the model's own."""
-    voice = _Voice(side, layer, vlm.placeholder_ids())
+    voice = _LayerGeneration(side, layer, vlm.placeholder_ids())
     try:
         (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([voice]))
     finally:
         voice.close()
-    return tuple(_said(vlm, token, p) for token, p in zip(ids, voice.probabilities, strict=True))
+    return tuple(_prediction(vlm, token, p) for token, p in zip(ids, voice.probabilities, strict=True))
 
 
-class _Voice(LogitsProcessor):
+class _LayerGeneration(LogitsProcessor):
     """Hears a decoder layer while the model generates, and speaks in its place."""
 
     def __init__(self, side: VerbalizedVLM, layer: int, unsayable: list[int]):
@@ -118,8 +118,8 @@ class _Voice(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         side, hidden = self.side, self._hidden
-        spoken = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
-        logits = side.head(_logits, final_norm(side.backbone)(spoken))
+        verbalized = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
+        logits = side.head(_logits, final_norm(side.backbone)(verbalized))
         probabilities = logits.softmax(-1)
         logits[:, self.unsayable] = float("-inf")
         self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
@@ -130,13 +130,13 @@ class _Voice(LogitsProcessor):
         self._hook.remove()
 
 
-def _logits(spoken: Tensor, unembedding: Unembedding) -> Tensor:
-    return unembedding.logits(spoken)
+def _logits(verbalized: Tensor, unembedding: Unembedding) -> Tensor:
+    return unembedding.logits(verbalized)
 
 
-def _likeliest(spoken: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
+def _likeliest(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
     """[L + 1, T, d] -> tokens and probabilities, each [L + 1, T]; logits of one layer at a time."""
-    best = [unembedding.logits(layer).softmax(-1).max(-1) for layer in spoken]
+    best = [unembedding.logits(layer).softmax(-1).max(-1) for layer in verbalized]
     return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
 
 
@@ -150,5 +150,5 @@ def _continued(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str,
     }
 
 
-def _said(vlm: Vlm, token: int, probability: float) -> Said:
-    return Said(token, vlm.tokenizer.decode([token]), probability, token in vlm.stop_ids())
+def _prediction(vlm: Vlm, token: int, probability: float) -> TokenPrediction:
+    return TokenPrediction(token, vlm.tokenizer.decode([token]), probability, token in vlm.stop_ids())

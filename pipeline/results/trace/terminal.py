@@ -21,9 +21,9 @@ from pipeline.recipe.schema import Model, Recipe
 from pipeline.results.evaluate.answers import last_exchange
 from pipeline.results.evaluate.evaluation import run_recipe
 from pipeline.results.generate import Vlm, placement, require_model
-from pipeline.results.trace.layers import LayerTrace, ModelTrace, Said, trace
+from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPrediction, trace
 from pipeline.runtime.folder import done
-from pipeline.vlm.assemble import load_verb_ffns, verbalized, vocabulary_rows
+from pipeline.vlm.assemble import load_verb_ffns, load_verbalized, vocabulary_rows
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
@@ -48,7 +48,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class TracedModel:
     """A model of a run, and the verbalizers that it speaks through."""
 
     name: str
@@ -68,7 +68,7 @@ def run(
         question = question_from_file(image, text)
     else:
         raise RecipeError("give a question: either --image FILE and --question TEXT, or --sample KEY")
-    _, missing = speakers(folder, recipe)
+    _, missing = traced_models(folder, recipe)
     show(list(trace_run(folder, recipe, question, max_new_tokens)), question, missing)
 
 
@@ -93,7 +93,7 @@ def question_from_data(data: Path | None, key: str) -> Question:
     return Question(exchange.messages, exchange.images, exchange.answer)
 
 
-def speakers(run: Path, recipe: Recipe) -> tuple[list[Speaker], list[str]]:
+def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[str]]:
     """Teacher, untouched and distilled student as far as the run has them, and why each of the others is left out.
 
     The distilled student speaks through the untouched one's verbalizers, which are not trained again (paper, 4.4).
@@ -101,21 +101,21 @@ def speakers(run: Path, recipe: Recipe) -> tuple[list[Speaker], list[str]]:
     """
     verb = run / "verbalize"
     wanted = [
-        (1, Speaker("teacher", recipe.teacher.path, recipe.teacher.layers, verb / "teacher.safetensors")),
-        (1, Speaker("untouched", recipe.student.path, recipe.student.layers, verb / "student.safetensors")),
-        (2, Speaker("distilled", run / "student", recipe.student.layers, verb / "student.safetensors")),
+        (1, TracedModel("teacher", recipe.teacher.path, recipe.teacher.layers, verb / "teacher.safetensors")),
+        (1, TracedModel("untouched", recipe.student.path, recipe.student.layers, verb / "student.safetensors")),
+        (2, TracedModel("distilled", run / "student", recipe.student.layers, verb / "student.safetensors")),
     ]
     found, missing = [], []
-    for stage, speaker in wanted:
-        if not speaker.verb_ffns.is_file():
-            stage, lacking = 1, speaker.verb_ffns
-        elif not (speaker.backbone / "config.json").is_file():
-            lacking = speaker.backbone / "config.json"
+    for stage, traced_model in wanted:
+        if not traced_model.verb_ffns.is_file():
+            stage, lacking = 1, traced_model.verb_ffns
+        elif not (traced_model.backbone / "config.json").is_file():
+            lacking = traced_model.backbone / "config.json"
         else:
-            found.append(speaker)
+            found.append(traced_model)
             continue
         make = f"deepspeed launch/train.py --stage {stage} --recipe {run}/recipe.yaml"
-        missing.append(f"{speaker.name} is left out: no {lacking}; {make}")
+        missing.append(f"{traced_model.name} is left out: no {lacking}; {make}")
     if not found:
         raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))
     return found, missing
@@ -123,24 +123,24 @@ def speakers(run: Path, recipe: Recipe) -> tuple[list[Speaker], list[str]]:
 
 def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int) -> Iterator[ModelTrace]:
     """Trace one model after the other, so that only one is in memory."""
-    for speaker in speakers(run, recipe)[0]:
-        vlm, side = load_speaker(speaker, run, recipe)
+    for traced_model in traced_models(run, recipe)[0]:
+        vlm, side = load_traced_model(traced_model, run, recipe)
         prompt = vlm.encoder.prompt(question.messages, question.images)
-        yield trace(speaker.name, vlm, side, prompt, max_new_tokens)
+        yield trace(traced_model.name, vlm, side, prompt, max_new_tokens)
         del vlm, side
         gc.collect()
 
 
-def load_speaker(speaker: Speaker, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
+def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
     """A model with its trained verbalizers. Raises RecipeError where they do not fit one another."""
-    require_model(speaker.backbone)
-    device, dtype = placement(speaker.backbone)
+    require_model(traced_model.backbone)
+    device, dtype = placement(traced_model.backbone)
     summary = done(run / "verbalize") or {}
-    vocab = summary.get("vocab", vocabulary_rows(speaker.backbone))
-    side = verbalized(Model(path=speaker.backbone, layers=speaker.layers), recipe, vocab, dtype, seed=0)
-    load_verb_ffns(side, speaker.verb_ffns)
+    vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
+    side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
+    load_verb_ffns(side, traced_model.verb_ffns)
     side.to(device).eval()
-    encoder = ChatEncoder(load_processor(speaker.backbone), recipe.data.max_length)
+    encoder = ChatEncoder(load_processor(traced_model.backbone), recipe.data.max_length)
     return Vlm(side.backbone, encoder, device, dtype), side
 
 
@@ -223,12 +223,12 @@ def _label(layer: LayerTrace, one: ModelTrace) -> str:
     return "last" if layer is one.layers[-1] else str(layer.layer)
 
 
-def _cell(said: Said, final: Said) -> Text:
+def _cell(said: TokenPrediction, final: TokenPrediction) -> Text:
     text = _shown(said)
     text.append(f" {said.probability:.2f}")
     text.stylize("bold" if said.token == final.token else "")
     return text
 
 
-def _shown(said: Said) -> Text:
+def _shown(said: TokenPrediction) -> Text:
     return Text("[end]" if said.ends else printable(said.text.strip() or said.text.replace(" ", "_")))

@@ -15,10 +15,10 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.codec.packing import pack_record, to_numpy
 from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
-from pipeline.runtime.batches import Loaded, Place
+from pipeline.runtime.batches import LoadedBatch, SampleIndex
 from pipeline.runtime.progress import size_text
 from pipeline.runtime.ranks import gather_lists
-from pipeline.steps.cache.teacher_pass import WINDOW, Listener
+from pipeline.steps.cache.teacher_pass import WINDOW, TeacherPass
 
 SAMPLES = 64
 """Read beforehand by every rank, evenly over the data: alike whatever the number of ranks and the shards asked for."""
@@ -32,7 +32,7 @@ FEWEST_POINTS = 16
 
 
 @dataclass(frozen=True)
-class Projection:
+class SizeEstimate:
     """How large a cache, or a part of it, will be."""
 
     token_layers: float
@@ -44,9 +44,9 @@ class Projection:
         each = self.bytes / max(1.0, self.token_layers)
         return f"{size_text(self.bytes)} ({self.token_layers:,.0f} token-layers of {each:.0f} bytes)"
 
-    def __mul__(self, samples: int) -> Projection:
+    def __mul__(self, samples: int) -> SizeEstimate:
         """One sample's to that of many."""
-        return Projection(self.token_layers * samples, self.bytes * samples)
+        return SizeEstimate(self.token_layers * samples, self.bytes * samples)
 
 
 def on_disk(record: int) -> int:
@@ -54,16 +54,16 @@ def on_disk(record: int) -> int:
     return tarfile.BLOCKSIZE + -(-record // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + SIDECAR_BYTES
 
 
-def find_order(listener: Listener) -> np.ndarray:
+def find_vocabulary_order(teacher_pass: TeacherPass) -> np.ndarray:
     """[V] all ids, the teacher's most used first."""
-    return order_by_use(sum(listener.use(loaded) for loaded in _batches(listener)))  # type: ignore[arg-type]
+    return order_by_use(sum(teacher_pass.token_usage(loaded) for loaded in _batches(teacher_pass)))  # type: ignore[arg-type]
 
 
-def project(listener: Listener, cache: CacheFolder) -> Projection:
+def estimate_size(teacher_pass: TeacherPass, cache: CacheFolder) -> SizeEstimate:
     """One sample's projection: a few are coded as the job would, for their mean."""
     codec, read, size, distributions = cache.codec(), 0, 0, 0
-    for loaded in _batches(listener):
-        codes = listener.hear(loaded, codec).codes
+    for loaded in _batches(teacher_pass):
+        codes = teacher_pass.encode_response(loaded, codec).codes
         batch = loaded.batches["teacher"]
         read += len(batch.keys) + len(loaded.rejected)
         distributions += len(batch.labels) * len(cache.identity.layers)
@@ -73,10 +73,10 @@ def project(listener: Listener, cache: CacheFolder) -> Projection:
             record = {name: array[rows] for name, array in split.items()}
             if codec.finite(record).all():  # else the job will skip it
                 size += on_disk(len(pack_record(batch.labels[rows].numpy(), codec.pack(record))))
-    return Projection(distributions / read, size / read)
+    return SizeEstimate(distributions / read, size / read)
 
 
-def refuse_without_room(cache: CacheFolder, part: Projection, lacking: Projection) -> None:
+def check_disk_space(cache: CacheFolder, own: SizeEstimate, lacking: SizeEstimate) -> None:
     """Raise CacheError, on all ranks alike, where all that the cache lacks does not fit on the disk.
 
     All and not this job's part alone: the jobs that make the rest fill the same disk.
@@ -86,7 +86,7 @@ def refuse_without_room(cache: CacheFolder, part: Projection, lacking: Projectio
         return
     run = cache.path.parents[1]
     raise CacheError(
-        f"{cache.path}: all that the cache lacks would take {lacking}, this job's part of it {size_text(part.bytes)}, "
+        f"{cache.path}: all that the cache lacks would take {lacking}, this job's part of it {size_text(own.bytes)}, "
         f"but {size_text(free)} are free there. Free some, or move the run to a larger disk (mv {run} FOLDER) and name "
         f"it in every command (--set run=FOLDER){_or_less(cache.identity.codec)}"
     )
@@ -105,13 +105,14 @@ def _or_less(codec: Mapping[str, Any]) -> str:
     return f", or store less of each distribution (--set cache.codec.{knob}; now {dict(codec)})"
 
 
-def _batches(listener: Listener) -> Iterator[Loaded]:
-    places = _spread(listener.chats.folder)
-    windows = [places[start : start + WINDOW] for start in range(0, len(places), WINDOW)]
-    for batches in listener.batches(windows):
+def _batches(teacher_pass: TeacherPass) -> Iterator[LoadedBatch]:
+    indices = evenly_spaced(teacher_pass.dataset.folder)
+    windows = [indices[start : start + WINDOW] for start in range(0, len(indices), WINDOW)]
+    for batches in teacher_pass.batches(windows):
         yield from batches
 
 
-def _spread(data: ShardFolder) -> Sequence[Place]:
+def evenly_spaced(data: ShardFolder) -> Sequence[SampleIndex]:
+    """At most SAMPLES samples, at equal distances over the whole data."""
     count = min(SAMPLES, len(data))
-    return [Place(i * len(data) // count) for i in range(count)]
+    return [SampleIndex(i * len(data) // count) for i in range(count)]

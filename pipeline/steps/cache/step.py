@@ -20,17 +20,17 @@ from pipeline.cache.layout import CacheIdentity, codec_params
 from pipeline.cache.writer import CacheFolder
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import BadSamples, Chats
+from pipeline.runtime.batches import BadSamples, ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, size_text
-from pipeline.runtime.ranks import gather_lists, gather_made, sum_over_ranks, until_all_done, wait_for_all
-from pipeline.steps.cache.estimate import Projection, find_order, project, refuse_without_room
-from pipeline.steps.cache.teacher_pass import Listener
-from pipeline.steps.cache.writing import Writing, Written, parts, plan
-from pipeline.vlm.assemble import encoders, load_verb_ffns, verbalized
+from pipeline.runtime.ranks import gather_lists, gather_when_ready, sum_over_ranks, until_all_done, wait_for_all
+from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
+from pipeline.steps.cache.teacher_pass import TeacherPass
+from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
+from pipeline.vlm.assemble import encoders, load_verb_ffns, load_verbalized
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import ChatEncoder
 
@@ -53,15 +53,15 @@ def run(
     made = encoders(recipe, ["teacher"])
     data = ShardFolder(recipe.data.train)
     cache = _open(job, _identity(job, verbalize, made["teacher"]), data)
-    lacks, missing = _work(job, cache, data, shards, only_missing)
-    if missing or lacks:
+    missing_files, missing = _work(job, cache, data, shards, only_missing)
+    if missing or missing_files:
         _say_why(job, missing)
         engine = hosted or _load_teacher(job, verbalize["vocab"])
-        listener = Listener(job, engine, Chats(data, made), cache.identity.layers, cache.identity.vocab)
-        _prepare(job, listener, cache, lacks)
-        _, missing = _work(job, cache, data, shards, only_missing) if lacks else (lacks, missing)
+        teacher_pass = TeacherPass(job, engine, ChatDataset(data, made), cache.identity.layers, cache.identity.vocab)
+        _prepare(job, teacher_pass, cache, missing_files)
+        _, missing = _work(job, cache, data, shards, only_missing) if missing_files else (missing_files, missing)
         if missing:
-            _fill(job, listener, cache, list(missing))
+            _fill(job, teacher_pass, cache, list(missing))
     wait_for_all()
     _finish(job, cache, len(data.shards))
 
@@ -80,7 +80,7 @@ def _verbalizers(job: Job) -> dict[str, Any]:
 
 def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
     """What the cache is made of. Rank 0 hashes, for all."""
-    recipe, spoken = job.recipe, verbalize["teacher"]
+    recipe, verbalized = job.recipe, verbalize["teacher"]
 
     def prints() -> list[dict[str, str]]:
         if not job.ranks.first:
@@ -89,8 +89,8 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
         teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
         return [{**teacher, "verbalizers": verbalizers, "max_length": str(recipe.data.max_length)}]
 
-    (fingerprints,) = gather_made(job.ranks, f"{NAME}: hashing the teacher, {recipe.teacher.path}", prints)
-    layers = (*spoken["layers"], spoken["depth"])
+    (fingerprints,) = gather_when_ready(job.ranks, f"{NAME}: hashing the teacher, {recipe.teacher.path}", prints)
+    layers = (*verbalized["layers"], verbalized["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
     return CacheIdentity(codec, layers, verbalize["vocab"], fingerprints)
 
@@ -116,10 +116,10 @@ def _work(
 
     def look() -> list[Any]:
         own = names[job.ranks.rank :: job.ranks.world]
-        return [(cache.lacks if job.ranks.first else set(), cache.missing(own, verify=verify))]
+        return [(cache.missing_files if job.ranks.first else set(), cache.missing(own, verify=verify))]
 
     doing = "hashing" if verify else "looking at"
-    found = gather_made(job.ranks, f"{NAME}: {doing} {len(names)} shards in {cache.path}", look)
+    found = gather_when_ready(job.ranks, f"{NAME}: {doing} {len(names)} shards in {cache.path}", look)
     why = {name: reason for _, missing in found for name, reason in missing.items()}
     return found[0][0], {name: why[name] for name in names if name in why}
 
@@ -140,45 +140,47 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
     with sharded_loading(recipe):
-        teacher = verbalized(recipe.teacher, recipe, vocab, dtype_of(recipe), seed=0)
+        teacher = load_verbalized(recipe.teacher, recipe, vocab, dtype_of(recipe), seed=0)
     load_verb_ffns(teacher, recipe.run / "verbalize" / "teacher.safetensors")
     module = CoHost({"teacher": teacher}).requires_grad_(False)
     return Engine(module, recipe, None, job.ranks)
 
 
-def _prepare(job: Job, listener: Listener, cache: CacheFolder, lacks: set[str]) -> None:
+def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str]) -> None:
     """What must be there before the first shard."""
-    if "head" in lacks:
-        head = listener.head()
+    if "head" in missing_files:
+        head = teacher_pass.head()
         if job.ranks.first:
             cache.save_head(head)
-    if "order" in lacks:
-        order = find_order(listener)
+    if "order" in missing_files:
+        order = find_vocabulary_order(teacher_pass)
         if job.ranks.first:
             cache.save_order(order)
     wait_for_all()
 
 
-def _fill(job: Job, listener: Listener, cache: CacheFolder, missing: list[str]) -> None:
-    data, codec, each = listener.chats.folder, cache.codec(), project(listener, cache)
+def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list[str]) -> None:
+    data, codec, each = teacher_pass.dataset.folder, cache.codec(), estimate_size(teacher_pass, cache)
     samples, lacking = _samples(job, cache, data, missing)
     job.say(
         f"{NAME}: {len(missing)} of {len(data.shards)} shards to make, about {each * samples}; "
         f"the whole cache lacks {each * lacking}"
     )
-    refuse_without_room(cache, each * samples, each * lacking)
+    check_disk_space(cache, each * samples, each * lacking)
     if job.ranks.first:
         (job.recipe.run / NAME / "done.json").unlink(missing_ok=True)  # whoever finds all shards there writes it again
     windows = plan(data, missing, job.ranks.rank, job.ranks.world)
-    loaded = listener.batches([window.places for window in windows])
+    loaded = teacher_pass.batches([window.indices for window in windows])
     with ExitStack() as stack:
         log = _Log(job, stack, cache.path.name, samples, each * samples)
-        writing = stack.enter_context(Writing(cache))
-        written: list[Written] = []
-        for part in until_all_done(parts(windows, loaded), job.ranks):
+        writing = stack.enter_context(WriterThread(cache))
+        written: list[WrittenBatch] = []
+        for shard_batch in until_all_done(shard_batches(windows, loaded), job.ranks):
             log.written(written)  # now: the ranks have just met, and none is waited for
-            heard = listener.hear(part.loaded if part else listener.idle, codec)
-            written = writing.put(part, heard) if part else []
+            output = teacher_pass.encode_response(
+                shard_batch.loaded if shard_batch else teacher_pass.empty_batch, codec
+            )
+            written = writing.put(shard_batch, output) if shard_batch else []
         log.written(written + writing.rest())
 
 
@@ -192,8 +194,8 @@ def _samples(job: Job, cache: CacheFolder, data: ShardFolder, missing: list[str]
 class _Log:
     """What is told while the cache grows: a metrics line when shards are complete, progress a batch, of all ranks."""
 
-    def __init__(self, job: Job, stack: ExitStack, folder: str, samples: int, projection: Projection):
-        self.job, self.folder, self.projection, self.begun = job, folder, projection, time.monotonic()
+    def __init__(self, job: Job, stack: ExitStack, folder: str, samples: int, estimate: SizeEstimate):
+        self.job, self.folder, self.estimate, self.begun = job, folder, estimate, time.monotonic()
         self.tokens = self.bytes = self.shards = 0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.progress = StepProgress(NAME, samples, shown=job.ranks.first)
@@ -202,7 +204,7 @@ class _Log:
         if self.metrics is not None:
             stack.callback(self.metrics.close)
 
-    def written(self, done: list[Written]) -> None:
+    def written(self, done: list[WrittenBatch]) -> None:
         """Count what all ranks have written. All must call. Raises DataError when too many samples are bad."""
         own = torch.tensor([(0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
         for one in done:
@@ -216,7 +218,7 @@ class _Log:
     def _tell(self, read: int, tokens: int, size: int, shards: int) -> None:
         self.tokens, self.bytes, self.shards = self.tokens + tokens, self.bytes + size, self.shards + shards
         speed = self.tokens / (time.monotonic() - self.begun)
-        sizes = f"{size_text(self.bytes)} of about {size_text(self.projection.bytes)}"
+        sizes = f"{size_text(self.bytes)} of about {size_text(self.estimate.bytes)}"
         self.progress.advance(f"{speed:,.0f} tokens/s  {sizes}", by=read)
         if shards and self.metrics is not None:
             values = {"tokens": self.tokens, "tokens_per_s": round(speed, 1), "bytes": self.bytes}

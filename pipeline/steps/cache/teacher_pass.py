@@ -19,7 +19,7 @@ from pipeline.codec.registry import Codec
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Fidelity, measure
 from pipeline.rows import row_states
-from pipeline.runtime.batches import Chats, Loaded, Place, load, load_grouped
+from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex, load, load_by_length
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.loop import Job
 from pipeline.signal import Unembedding
@@ -32,7 +32,7 @@ MEASURED = 1 / 128
 
 
 @dataclass(frozen=True)
-class Heard:
+class TeacherOutput:
     """What the teacher said about a batch, still on the device where it was computed."""
 
     codes: dict[str, Tensor]
@@ -41,20 +41,22 @@ class Heard:
     """How far they are from the truth, on a few of the tokens."""
 
 
-class Listener:
+class TeacherPass:
     """The teacher in its engine, and the samples that it reads."""
 
-    def __init__(self, job: Job, engine: Engine, chats: Chats, layers: tuple[int, ...], vocab: int):
+    def __init__(self, job: Job, engine: Engine, dataset: ChatDataset, layers: tuple[int, ...], vocab: int):
         engine.eval()
-        self.job, self.engine, self.chats, self.layers = job, engine, chats, layers
+        self.job, self.engine, self.dataset, self.layers = job, engine, dataset, layers
         self._rows = rows_per_chunk(vocab)
 
-    def batches(self, windows: Sequence[Sequence[Place]]) -> Iterator[list[Loaded]]:
+    def batches(self, windows: Sequence[Sequence[SampleIndex]]) -> Iterator[list[LoadedBatch]]:
         """Windows of samples, each as its batches."""
         recipe = self.job.recipe
-        return load_grouped(self.chats, windows, recipe.cache.batch_tokens, recipe.data.workers, self.job.ranks.device)
+        return load_by_length(
+            self.dataset, windows, recipe.cache.batch_tokens, recipe.data.workers, self.job.ranks.device
+        )
 
-    def hear(self, loaded: Loaded, codec: Codec) -> Heard:
+    def encode_response(self, loaded: LoadedBatch, codec: Codec) -> TeacherOutput:
         """One forward: what every cached layer says about the batch, coded. All ranks must call."""
         batch, seed = loaded.batches["teacher"], self.job.recipe.seed
         samples = list(zip(batch.keys, batch.counts, strict=True))
@@ -62,28 +64,30 @@ class Listener:
         drawn = np.concatenate([nothing, *(uniform(seed, "draw", key, self.layers, n) for key, n in samples)])
         chance = np.concatenate([nothing[:, :1], *(uniform(seed, "measure", key, (0,), n) for key, n in samples)])
         rows = torch.from_numpy(np.flatnonzero(chance < MEASURED))
-        return self._forward(loaded, partial(_code, codec, torch.from_numpy(drawn), rows, self._rows))
+        return self._forward(loaded, partial(encode_batch, codec, torch.from_numpy(drawn), rows, self._rows))
 
-    def use(self, loaded: Loaded) -> np.ndarray:
+    def token_usage(self, loaded: LoadedBatch) -> np.ndarray:
         """One forward: [V] how often the layers say each id, as the sum of all their distributions."""
-        return self._forward(loaded, partial(_use, self._rows)).cpu().numpy()
+        return self._forward(loaded, partial(token_usage, self._rows)).cpu().numpy()
 
     def head(self) -> Unembedding:
         """The teacher's head, whole, on the CPU. All ranks must call."""
-        return self._forward(self.idle, _head)
+        return self._forward(self.empty_batch, _head)
 
     @cached_property
-    def idle(self) -> Loaded:
+    def empty_batch(self) -> LoadedBatch:
         """A batch of no sample: what a rank that has run out takes part with."""
-        (nothing,) = load(self.chats, [[]], 0, self.job.ranks.device)
+        (nothing,) = load(self.dataset, [[]], 0, self.job.ranks.device)
         return nothing
 
-    def _forward(self, loaded: Loaded, encode):
+    def _forward(self, loaded: LoadedBatch, encode):
         batch = loaded.batches["teacher"].to(self.engine.device, self.engine.dtype)
         return self.engine({"teacher": batch}, encode=encode)
 
 
-def _code(codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor, unembedding: Unembedding) -> Heard:
+def encode_batch(
+    codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor, unembedding: Unembedding
+) -> TeacherOutput:
     """Runs while the head is gathered. The rows measured are coded all the way to bytes and back.
 
     Those that are not finite are not measured: they cannot be coded, and their samples will be skipped.
@@ -98,10 +102,11 @@ def _code(codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor,
         if len(rows)
         else codec.empty(layers, unembedding, hidden.device)
     )
-    return Heard(codes, measure(hidden[rows.to(hidden.device)], unembedding, signal))
+    return TeacherOutput(codes, measure(hidden[rows.to(hidden.device)], unembedding, signal))
 
 
-def _use(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
+def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
+    """Hidden states [T, J, d] -> [V] float64: each id's probability, summed over all finite rows."""
     total = torch.zeros(unembedding.vocab, dtype=torch.float64, device=hidden.device)
     for states in row_states(hidden, chunk):
         # A row that is not finite says nothing; left in, its NaN would be the use of every id.

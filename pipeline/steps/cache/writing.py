@@ -13,11 +13,11 @@ from pipeline.cache.writer import CacheFolder, CacheWriter
 from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import Loaded, Place, Rejected
+from pipeline.runtime.batches import LoadedBatch, Rejected, SampleIndex
 from pipeline.steps.cache.estimate import on_disk
-from pipeline.steps.cache.teacher_pass import WINDOW, Heard
+from pipeline.steps.cache.teacher_pass import WINDOW, TeacherOutput
 
-WRITES_WAITING = 2
+LONGEST_QUEUE = 2
 """Batches that may wait for the writing thread before the teacher waits for it."""
 
 
@@ -26,17 +26,17 @@ class Window:
     """Neighbours in a shard, whose batches are formed together."""
 
     shard: str
-    places: list[Place]
+    indices: list[SampleIndex]
     last: bool
     """Whether the shard is complete with it."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardBatch:
     """One batch of one shard."""
 
     shard: str
-    loaded: Loaded
+    loaded: LoadedBatch
     last: bool
     """Whether the shard is complete with it."""
 
@@ -49,44 +49,44 @@ def plan(data: ShardFolder, shards: Sequence[str], rank: int, world: int) -> lis
         first, count = sizes[name]
         for start in range(0, count, WINDOW):
             stop = min(count, start + WINDOW)
-            places = [Place(index) for index in range(first + start, first + stop)]
-            windows.append(Window(name, places, stop == count))
+            indices = [SampleIndex(index) for index in range(first + start, first + stop)]
+            windows.append(Window(name, indices, stop == count))
     return windows
 
 
-def parts(windows: Sequence[Window], loaded: Iterator[list[Loaded]]) -> Iterator[Part]:
+def shard_batches(windows: Sequence[Window], loaded: Iterator[list[LoadedBatch]]) -> Iterator[ShardBatch]:
     """The windows' batches one after the other, as what they are of their shards."""
     for window, batches in zip(windows, loaded, strict=True):
         for number, batch in enumerate(batches, 1):
-            yield Part(window.shard, batch, window.last and number == len(batches))
+            yield ShardBatch(window.shard, batch, window.last and number == len(batches))
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenBatch:
     """What came of one part."""
 
-    part: Part
+    shard_batch: ShardBatch
     bytes: int
     """What its records take on disk, as it was projected."""
     bad: list[Rejected]
 
     def counts(self) -> tuple[int, int, int, int]:
         """Samples read, response tokens, bytes, and shards that are complete with it."""
-        loaded = self.part.loaded
+        loaded = self.shard_batch.loaded
         read = len(loaded.batches["teacher"].keys) + len(loaded.rejected)
-        return read, loaded.tokens(), self.bytes, int(self.part.last)
+        return read, loaded.tokens(), self.bytes, int(self.shard_batch.last)
 
 
-class Writing:
+class WriterThread:
     """Packs and writes in a thread of its own, behind the teacher's forwards. Leaves no half shard behind."""
 
     def __init__(self, cache: CacheFolder):
         self._cache, self._pool = cache, ThreadPoolExecutor(1)
-        self._waiting: deque[Future[Written]] = deque()
+        self._waiting: deque[Future[WrittenBatch]] = deque()
         self._writer: CacheWriter | None = None
         self._fidelity: list[Fidelity] = []
 
-    def __enter__(self) -> Writing:
+    def __enter__(self) -> WriterThread:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -95,16 +95,16 @@ class Writing:
             with suppress(OSError):  # on a full disk what is thrown away cannot be flushed first
                 self._writer.__exit__(*error)
 
-    def put(self, part: Part, heard: Heard) -> list[Written]:
+    def put(self, shard_batch: ShardBatch, output: TeacherOutput) -> list[WrittenBatch]:
         """Hand over a batch; returns those that are written by now. Raises what writing an earlier one raised."""
-        self._waiting.append(self._pool.submit(self._write, part, heard))
-        return self._take(WRITES_WAITING)
+        self._waiting.append(self._pool.submit(self._write, shard_batch, output))
+        return self._take(LONGEST_QUEUE)
 
-    def rest(self) -> list[Written]:
+    def rest(self) -> list[WrittenBatch]:
         """All that was handed over and not returned yet."""
         return self._take(0)
 
-    def _take(self, left: int) -> list[Written]:
+    def _take(self, left: int) -> list[WrittenBatch]:
         try:
             return [self._waiting.popleft().result() for _ in range(len(self._waiting) - left)]
         except OSError as error:
@@ -113,14 +113,14 @@ class Writing:
                 "shards that are whole stay"
             ) from error
 
-    def _write(self, part: Part, heard: Heard) -> Written:
+    def _write(self, shard_batch: ShardBatch, output: TeacherOutput) -> WrittenBatch:
         if self._writer is None:
-            self._writer, self._fidelity = self._cache.writer(part.shard), []
-        batch, bad, size = part.loaded.batches["teacher"], list(part.loaded.rejected), 0
-        self._fidelity.append(heard.fidelity)
-        for rejected in part.loaded.rejected:
+            self._writer, self._fidelity = self._cache.writer(shard_batch.shard), []
+        batch, bad, size = shard_batch.loaded.batches["teacher"], list(shard_batch.loaded.rejected), 0
+        self._fidelity.append(output.fidelity)
+        for rejected in shard_batch.loaded.rejected:
             self._writer.skip(rejected.key, rejected.reason)
-        arrays, labels, end = {n: to_numpy(a) for n, a in heard.codes.items()}, batch.labels.numpy(), 0
+        arrays, labels, end = {n: to_numpy(a) for n, a in output.codes.items()}, batch.labels.numpy(), 0
         for key, count in zip(batch.keys, batch.counts, strict=True):
             rows, end = slice(end, end + count), end + count
             try:
@@ -128,9 +128,9 @@ class Writing:
                 size += on_disk(record)
             except SampleError as error:
                 self._writer.skip(key, str(error))
-                bad.append(Rejected(key, part.shard, str(error)))
-        if part.last:
+                bad.append(Rejected(key, shard_batch.shard, str(error)))
+        if shard_batch.last:
             self._writer.commit(fidelity=sum(self._fidelity[1:], self._fidelity[0]).to_json())
             self._writer.__exit__()
             self._writer = None
-        return Written(part, size, bad)
+        return WrittenBatch(shard_batch, size, bad)

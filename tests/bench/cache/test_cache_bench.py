@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench.cache.error import CodecError, batch_divergences, legal_pairs
-from bench.cache.layer_outputs import Setting, Spoken
+from bench.cache.layer_outputs import LayerOutputs, Setting
 from bench.cache.peer_codecs import DistillKit, MegatronTopK, published, record_arrays
 from bench.cache.size import code
 from bench.cache.training import Follower, Lesson, fixed, train
@@ -19,14 +19,14 @@ LAYERS, STUDENT_LAYERS = (2, 5, 8, 11), (2, 8)
 
 
 @pytest.fixture(scope="module")
-def spoken() -> Spoken:
+def outputs() -> LayerOutputs:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
     teacher, weight = random(TOKENS, len(LAYERS) + 1, WIDTH), random(VOCAB, WIDTH)
-    return Spoken(
+    return LayerOutputs(
         setting=Setting(teacher_layers=LAYERS, student_layers=STUDENT_LAYERS, follower=2, followed=5),
         teacher=teacher,
         student=random(TOKENS, len(STUDENT_LAYERS) + 1, WIDTH),
@@ -45,19 +45,19 @@ def spoken() -> Spoken:
     )
 
 
-def error_of(spoken: Spoken, signal) -> dict:
+def error_of(outputs: LayerOutputs, signal) -> dict:
     pairs = legal_pairs(len(STUDENT_LAYERS), len(LAYERS))
     error = CodecError(pairs)
     for rows in (slice(0, 32), slice(32, 64)):
-        true, coded = batch_divergences(spoken, pairs, rows, {"it": signal})
-        error.add(true, coded["it"], spoken.student[rows].transpose(0, 1)[[i for i, _ in pairs]])
+        true, coded = batch_divergences(outputs, pairs, rows, {"it": signal})
+        error.add(true, coded["it"], outputs.student[rows].transpose(0, 1)[[i for i, _ in pairs]])
     return error.summary({"last": range(len(LAYERS), len(LAYERS) + 1)})
 
 
 @pytest.mark.parametrize("name", published(VOCAB, np.arange(VOCAB)))
-def test_what_a_peer_packs_it_unpacks(spoken, name):
-    codec = published(VOCAB, spoken.order.numpy())[name]
-    arrays = record_arrays(codec.encode(spoken.teacher, spoken.unembedding, torch.zeros(TOKENS, len(LAYERS) + 1)))
+def test_what_a_peer_packs_it_unpacks(outputs, name):
+    codec = published(VOCAB, outputs.order.numpy())[name]
+    arrays = record_arrays(codec.encode(outputs.teacher, outputs.unembedding, torch.zeros(TOKENS, len(LAYERS) + 1)))
     read = codec.unpack(codec.pack(arrays), TOKENS, len(LAYERS) + 1)
     for key in set(arrays) & set(read) - {"ranks", "entropy", "tail"}:  # a sample is not stored as it was drawn
         np.testing.assert_array_equal(read[key], arrays[key])
@@ -90,25 +90,25 @@ def test_distillkit_keeps_a_curve_of_its_own_terms():
     torch.testing.assert_close(codec.curve(codec.fit(logprobs)), logprobs)
 
 
-def test_an_exact_codec_has_no_error_and_a_finer_sample_has_less(spoken):
-    exact = error_of(spoken, HiddenSignal(spoken.teacher, spoken.unembedding))
+def test_an_exact_codec_has_no_error_and_a_finer_sample_has_less(outputs):
+    exact = error_of(outputs, HiddenSignal(outputs.teacher, outputs.unembedding))
     assert exact["kl_rms_nats"] < 1e-6 and exact["draw_tv"] < 1e-6 and exact["grad_cosine_batch"] > 1 - 1e-6
-    coarse, fine = (code(spoken, make_codec("sampled", points=n, order=spoken.order.numpy())) for n in (16, 256))
-    assert error_of(spoken, fine.signal)["kl_rms_nats"] < error_of(spoken, coarse.signal)["kl_rms_nats"] / 4
+    coarse, fine = (code(outputs, make_codec("sampled", points=n, order=outputs.order.numpy())) for n in (16, 256))
+    assert error_of(outputs, fine.signal)["kl_rms_nats"] < error_of(outputs, coarse.signal)["kl_rms_nats"] / 4
     assert coarse.bytes_per_token_layer < fine.bytes_per_token_layer
     assert coarse.fixed_bytes == 4 * VOCAB  # the order
 
 
-def test_a_sparse_signal_of_all_ids_is_the_dense_one(spoken):
-    whole = code(spoken, make_codec("topk", k=VOCAB))
-    error = error_of(spoken, whole.signal)
+def test_a_sparse_signal_of_all_ids_is_the_dense_one(outputs):
+    whole = code(outputs, make_codec("topk", k=VOCAB))
+    error = error_of(outputs, whole.signal)
     assert error["grad_relative_error_batch"] < 2e-3  # float16 log-probabilities
     assert abs(error["kl_bias_nats"]) < 2e-3
 
 
-def test_a_student_learns_from_a_signal(spoken):
-    signal = HiddenSignal(spoken.train_teacher[:, None], spoken.unembedding)
+def test_a_student_learns_from_a_signal(outputs):
+    signal = HiddenSignal(outputs.train_teacher[:, None], outputs.unembedding)
     lesson = Lesson(tokens=TOKENS, updates=4)
-    start = train(spoken, fixed(signal), Lesson(tokens=TOKENS, updates=0), seed=0)
-    assert train(spoken, fixed(signal), lesson, seed=0) < start
-    assert not any(one.requires_grad for one in Follower(spoken, 0).verb_ffn.parameters())
+    start = train(outputs, fixed(signal), Lesson(tokens=TOKENS, updates=0), seed=0)
+    assert train(outputs, fixed(signal), lesson, seed=0) < start
+    assert not any(one.requires_grad for one in Follower(outputs, 0).verb_ffn.parameters())

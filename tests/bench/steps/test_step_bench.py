@@ -10,7 +10,7 @@ from bench.steps import pairs, run
 from bench.steps.measures import operations_of
 from data_prep.shards import ShardFolder
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import Chats, Place, load
+from pipeline.runtime.batches import ChatDataset, SampleIndex, load
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 
 
@@ -37,8 +37,8 @@ def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
     pairs.prepare("tiny", tmp_path, "cpu")
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)] == [1100, 1000]
-    chats = Chats(ShardFolder(recipe.data.train), encoders(recipe, ["student"]))
-    (loaded,) = load(chats, [[Place(index) for index in range(tiny.samples)]], 0, "cpu")
+    chats = ChatDataset(ShardFolder(recipe.data.train), encoders(recipe, ["student"]))
+    (loaded,) = load(chats, [[SampleIndex(index) for index in range(tiny.samples)]], 0, "cpu")
     batch = loaded.batches["student"]
     assert loaded.rejected == []
     image = chats.encoders["student"].processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")

@@ -26,7 +26,7 @@ from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity, measure
 from pipeline.results.cache import info, verify
 from pipeline.results.cache.on_disk import find_caches, look, read_record
-from pipeline.results.cache.words import recall
+from pipeline.results.cache.words import top_words
 from pipeline.signal import Unembedding
 
 LAYERS, D, V = (1, 3, 5), 8, 265
@@ -47,9 +47,9 @@ def write_cache(run: Path, root: Path, codec: str, names: list[str] | None = Non
     made_by = {"weights": "a" * 64, "tokenizer": tokenizer_fingerprint(root / "teacher"), "max_length": "512"}
     made = CacheIdentity({"name": codec, **CODECS[codec]}, LAYERS, V, made_by)
     folder = CacheFolder(folder_for(run / "cache", made, data), made, data, run / "recipe.yaml")
-    if "head" in folder.lacks:
+    if "head" in folder.missing_files:
         folder.save_head(HEAD)
-    if "order" in folder.lacks:
+    if "order" in folder.missing_files:
         folder.save_order(order_by_use(HEAD.weight.sum(1).numpy()))
     for name in folder.missing(names, verify=verify):
         write_shard(folder, name)
@@ -344,7 +344,7 @@ def test_a_sample_in_words_is_what_each_layer_said(made, capsys, codec):
     tokens, hidden = words("s00002")
     _, out, _ = command(None, capsys, made / codec, "--sample", "s00002")
     probs = HEAD.logits(hidden.bfloat16() if codec == "hidden" else hidden).softmax(-1)
-    said = recall(look(find_caches(made / codec)[0]), "s00002")
+    said = top_words(look(find_caches(made / codec)[0]), "s00002")
     assert said.tokens == tokens.tolist() and said.shard == "000000.tar"
     for t in range(len(tokens)):
         for j in range(len(LAYERS)):

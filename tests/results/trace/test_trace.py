@@ -6,7 +6,7 @@ from tiny import KINDS, png, turn, write_vlm
 from torch.nn import functional as F
 
 from pipeline.results.generate import Vlm, greedy, load
-from pipeline.results.trace.layers import read_along, speak_freely, trace
+from pipeline.results.trace.layers import generate_from_layer, predict_along, trace
 from pipeline.vlm.families import decoder_layers, final_norm, lm_head
 from pipeline.vlm.processing import TOKEN_KEYS
 from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
@@ -14,7 +14,7 @@ from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
 LAYERS = (1, 3)
 
 
-def speaker(folder, kind: str, trained: bool, rows: int = 0) -> tuple[Vlm, VerbalizedVLM]:
+def traced_model(folder, kind: str, trained: bool, rows: int = 0) -> tuple[Vlm, VerbalizedVLM]:
     vlm = load(write_vlm(folder, kind, 4, 32, rows=rows), 512)
     ffns = initial_verb_ffns(LAYERS, 32, "residual", torch.float32, seed=1)
     if trained:
@@ -25,12 +25,12 @@ def speaker(folder, kind: str, trained: bool, rows: int = 0) -> tuple[Vlm, Verba
 
 @pytest.fixture(scope="module", params=KINDS)
 def untrained(request, tmp_path_factory):
-    return speaker(tmp_path_factory.mktemp(request.param), request.param, trained=False)
+    return traced_model(tmp_path_factory.mktemp(request.param), request.param, trained=False)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request, tmp_path_factory):
-    return speaker(tmp_path_factory.mktemp(request.param), request.param, trained=True)
+    return traced_model(tmp_path_factory.mktemp(request.param), request.param, trained=True)
 
 
 def prompt_of(vlm: Vlm):
@@ -68,7 +68,7 @@ def test_untrained_verbalizers_say_what_the_logit_lens_says(untrained):
     vlm, side = untrained
     prompt, answer = prompt_of(vlm), [70, 71, 72]
     begin = prompt["input_ids"].shape[1] - 1
-    for layer, along in zip(LAYERS, read_along(vlm, side, prompt, answer), strict=False):
+    for layer, along in zip(LAYERS, predict_along(vlm, side, prompt, answer), strict=False):
         expected = logit_lens(vlm, extended(prompt, answer), layer)[begin : begin + 3]
         assert [said.token for said in along] == expected.argmax(-1).tolist()
         assert torch.allclose(torch.tensor([said.probability for said in along]), expected.amax(-1), atol=1e-6)
@@ -78,7 +78,7 @@ def test_reading_along_equals_the_naive_way_at_every_layer(trained):
     vlm, side = trained
     prompt, answer = prompt_of(vlm), [80, 13, 256]
     begin = prompt["input_ids"].shape[1] - 1
-    found = read_along(vlm, side, prompt, answer)
+    found = predict_along(vlm, side, prompt, answer)
     assert len(found) == 3
     for layer, along in zip(side.all_layers(), found, strict=True):
         expected = naive(vlm, side, extended(prompt, answer), layer)[begin : begin + 3]
@@ -92,7 +92,7 @@ def test_each_layers_own_answer_equals_feeding_back_its_own_tokens(trained):
     answers = set()
     for layer in side.all_layers():
         said: list[int] = []
-        for step in speak_freely(vlm, side, prompt, layer, 6):
+        for step in generate_from_layer(vlm, side, prompt, layer, 6):
             expected = naive(vlm, side, extended(prompt, said) if said else prompt, layer)[-1]
             expected[vlm.placeholder_ids()] = 0
             assert step.token == int(expected.argmax())
@@ -104,12 +104,12 @@ def test_each_layers_own_answer_equals_feeding_back_its_own_tokens(trained):
 
 def test_the_last_layers_own_answer_is_the_models(trained):
     vlm, side = trained
-    said = speak_freely(vlm, side, prompt_of(vlm), side.depth, 8)
+    said = generate_from_layer(vlm, side, prompt_of(vlm), side.depth, 8)
     assert [one.token for one in said] == greedy(vlm, prompt_of(vlm), 8)[0]
 
 
 def test_rows_that_only_pad_the_vocabulary_are_never_said(tmp_path):
-    vlm, side = speaker(tmp_path, "qwen2_vl", trained=True, rows=2000)
+    vlm, side = traced_model(tmp_path, "qwen2_vl", trained=True, rows=2000)
     vocab = len(vlm.tokenizer)
     found = trace("teacher", vlm, side, prompt_of(vlm), 4)
     assert all(said.token < vocab for layer in found.layers for said in (*layer.along, *layer.free))
@@ -119,10 +119,10 @@ def test_rows_that_only_pad_the_vocabulary_are_never_said(tmp_path):
 def test_free_answers_stop_at_the_end_of_turn_and_hooks_go_away(trained):
     vlm, side = trained
     hooks = [len(layer._forward_hooks) for layer in decoder_layers(vlm.model)]
-    first = speak_freely(vlm, side, prompt_of(vlm), 1, 4)
+    first = generate_from_layer(vlm, side, prompt_of(vlm), 1, 4)
     vlm.model.generation_config.eos_token_id = [first[1].token]
     try:
-        ended = speak_freely(vlm, side, prompt_of(vlm), 1, 4)
+        ended = generate_from_layer(vlm, side, prompt_of(vlm), 1, 4)
     finally:
         vlm.model.generation_config.eos_token_id = 256
     assert ended[-1].ends and not any(one.ends for one in ended[:-1])

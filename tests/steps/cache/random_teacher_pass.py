@@ -11,10 +11,10 @@ from data_prep.shards import ShardFolder
 from pipeline.cache.layout import CacheIdentity
 from pipeline.cache.writer import CacheFolder
 from pipeline.codec.registry import Codec
-from pipeline.runtime.batches import Loaded, Place, Rejected
+from pipeline.runtime.batches import LoadedBatch, Rejected, SampleIndex
 from pipeline.signal import Unembedding
-from pipeline.steps.cache.teacher_pass import Heard, _code
-from pipeline.steps.cache.writing import Part
+from pipeline.steps.cache.teacher_pass import TeacherOutput, encode_batch
+from pipeline.steps.cache.writing import ShardBatch
 from pipeline.vlm.processing import Batch
 
 LAYERS, VOCAB, WIDTH, TOKENS = (2, 4), 20, 8, 3
@@ -26,39 +26,39 @@ def cache_of(path: Path, data: ShardFolder) -> CacheFolder:
     return CacheFolder(path, CacheIdentity({"name": "topk", "k": 4}, LAYERS, VOCAB), data)
 
 
-def loaded(keys: list[str], rejected: tuple[Rejected, ...] = ()) -> Loaded:
+def loaded(keys: list[str], rejected: tuple[Rejected, ...] = ()) -> LoadedBatch:
     """A batch of samples of TOKENS response tokens each."""
     labels = VOCAB - 1 - torch.arange(TOKENS * len(keys)) % VOCAB
-    return Loaded({"teacher": Batch({}, labels, labels, tuple(keys), (TOKENS,) * len(keys))}, [], list(rejected))
+    return LoadedBatch({"teacher": Batch({}, labels, labels, tuple(keys), (TOKENS,) * len(keys))}, [], list(rejected))
 
 
-def hear(one: Loaded, codec: Codec) -> Heard:
+def encode_response(one: LoadedBatch, codec: Codec) -> TeacherOutput:
     """Random words about a batch, of which none is measured."""
     count = one.tokens()
     hidden = torch.randn(count, len(LAYERS), WIDTH, generator=torch.Generator().manual_seed(count))
     nothing = torch.zeros(0, dtype=torch.long)
-    return _code(codec, torch.zeros(count, len(LAYERS)), nothing, 64, hidden, HEAD)
+    return encode_batch(codec, torch.zeros(count, len(LAYERS)), nothing, 64, hidden, HEAD)
 
 
-def parts(data: ShardFolder, shard: int, of: int = 2) -> list[Part]:
+def shard_batches(data: ShardFolder, shard: int, of: int = 2) -> list[ShardBatch]:
     """A shard as batches of `of` samples."""
     entry = data.shards[shard]
     keys = data.keys[entry.first : entry.first + entry.samples]
     batches = [keys[start : start + of] for start in range(0, len(keys), of)]
-    return [Part(entry.name, loaded(batch), batch is batches[-1]) for batch in batches]
+    return [ShardBatch(entry.name, loaded(batch), batch is batches[-1]) for batch in batches]
 
 
-class Listener(SimpleNamespace):
+class TeacherPass(SimpleNamespace):
     """As much of a listener as rehearsing asks for; `rejected` keys cannot be used."""
 
     def __init__(self, data: ShardFolder, rejected: tuple[str, ...] = ()):
-        super().__init__(chats=SimpleNamespace(folder=data), hear=hear, rejected=rejected)
+        super().__init__(dataset=SimpleNamespace(folder=data), encode_response=encode_response, rejected=rejected)
 
-    def batches(self, windows: list[list[Place]]):
+    def batches(self, windows: list[list[SampleIndex]]):
         for window in windows:
-            keys = [self.chats.folder.keys[place.sample] for place in window]
+            keys = [self.dataset.folder.keys[index.sample] for index in window]
             bad = tuple(Rejected(key, "000000.tar", "broken") for key in keys if key in self.rejected)
             yield [loaded([key for key in keys if key not in self.rejected], bad)]
 
-    def use(self, one: Loaded):
+    def token_usage(self, one: LoadedBatch):
         return torch.bincount(one.batches["teacher"].labels, minlength=VOCAB).numpy()

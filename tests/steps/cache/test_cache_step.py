@@ -6,7 +6,7 @@ import resource
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from random_teacher_pass import TOKENS, cache_of, hear, parts
+from random_teacher_pass import TOKENS, cache_of, encode_response, shard_batches
 from running import tiny_recipe
 from tiny import write_data
 
@@ -17,9 +17,9 @@ from pipeline.runtime.folder import done, mark_done, read_metrics
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
 from pipeline.steps.cache import step
-from pipeline.steps.cache.estimate import Projection
+from pipeline.steps.cache.estimate import SizeEstimate
 from pipeline.steps.cache.step import _Log
-from pipeline.steps.cache.writing import Writing
+from pipeline.steps.cache.writing import WriterThread
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def files_of_at_most(size: int):
 
 
 def fill(cache, data, shards):
-    with Writing(cache) as writing:
+    with WriterThread(cache) as writing:
         written = []
         for shard in shards:
-            for part in parts(data, shard):
-                written += writing.put(part, hear(part.loaded, cache.codec()))
+            for shard_batch in shard_batches(data, shard):
+                written += writing.put(shard_batch, encode_response(shard_batch.loaded, cache.codec()))
         return written + writing.rest()
 
 
@@ -84,27 +84,27 @@ def test_an_error_of_packing_is_raised_and_the_shard_in_hand_is_dropped(tmp_path
 def test_what_is_told_is_true_where_the_other_ranks_have_nothing_to_do(tmp_path, data, job, capsys):
     cache = cache_of(tmp_path / "cache", data)
     written = fill(cache, data, [0])
-    projection = Projection(token_layers=1.0, bytes=float(sum(one.bytes for one in written)))
+    estimate = SizeEstimate(token_layers=1.0, bytes=float(sum(one.bytes for one in written)))
     with ExitStack() as stack:
-        log = _Log(Job(job.recipe, Ranks(0, world=8)), stack, "some-1", 4, projection)
+        log = _Log(Job(job.recipe, Ranks(0, world=8)), stack, "some-1", 4, estimate)
         log.written(written[:1])
         assert log.progress.done == 2, "half of the way, and not 8 times as far"
         log.written([])
         log.written(written[1:])
     told = capsys.readouterr().out.splitlines()
-    size = f"{projection.bytes / 1000:.1f} KB"
+    size = f"{estimate.bytes / 1000:.1f} KB"
     assert len(told) == 2 and "cache  2/4  eta" in told[0]
     assert "cache  4/4" in told[1] and f"{size} of about {size}" in told[1]
     (line,) = read_metrics(job.recipe.run, "cache")
     assert (line["update"], line["cache"], line["tokens"]) == (1, "some-1", 4 * TOKENS)
-    assert line["bytes"] == projection.bytes
+    assert line["bytes"] == estimate.bytes
 
 
 def test_all_ranks_count_together(tmp_path, data, job, monkeypatch):
     written = fill(cache_of(tmp_path / "cache", data), data, [0])
     monkeypatch.setattr(step, "sum_over_ranks", lambda counts: counts * 3)  # three ranks that do alike
     with ExitStack() as stack:
-        log = _Log(job, stack, "some-1", 12, Projection(1.0, 1.0))
+        log = _Log(job, stack, "some-1", 12, SizeEstimate(1.0, 1.0))
         log.written(written)
     assert log.progress.done == 12 and log.tokens == 12 * TOKENS
     assert [line["update"] for line in read_metrics(job.recipe.run, "cache")] == [3]
@@ -137,13 +137,13 @@ def test_shards_are_verified_by_all_ranks_each_its_own(tmp_path, data, job, monk
 
     looks = {}
     monkeypatch.setattr(
-        step, "gather_made", lambda asking, what, look: looks.update({asking.rank: look}) or [(set(), {})]
+        step, "gather_when_ready", lambda asking, what, look: looks.update({asking.rank: look}) or [(set(), {})]
     )
     for rank in (0, 1):
         step._work(Job(job.recipe, Ranks(rank, 2)), cache, data, None, True)
-    monkeypatch.setattr(step, "gather_made", both_ranks)
-    lacks, why = step._work(Job(job.recipe, Ranks(0, 2)), cache, data, None, True)
-    assert looked == [["000000.tar", "000002.tar"], ["000001.tar"]] and not lacks
+    monkeypatch.setattr(step, "gather_when_ready", both_ranks)
+    missing_files, why = step._work(Job(job.recipe, Ranks(0, 2)), cache, data, None, True)
+    assert looked == [["000000.tar", "000002.tar"], ["000001.tar"]] and not missing_files
     assert list(why) == ["000001.tar"] and why["000001.tar"].startswith("changed: expected SHA-256")
 
 
@@ -177,7 +177,9 @@ def test_only_rank_0_hashes(job, monkeypatch):
         step, "teacher_fingerprints", lambda folder, template: hashed.append(folder) or {"weights": "bb"}
     )
     made = {}
-    monkeypatch.setattr(step, "gather_made", lambda asking, what, make: made.update({asking.rank: make()}) or [{}])
+    monkeypatch.setattr(
+        step, "gather_when_ready", lambda asking, what, make: made.update({asking.rank: make()}) or [{}]
+    )
     encoder = step.encoders(job.recipe, ["teacher"])["teacher"]
     for rank in (0, 1):
         verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}

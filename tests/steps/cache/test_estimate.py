@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import yaml
-from random_teacher_pass import LAYERS, TOKENS, VOCAB, Listener, cache_of, hear, parts
+from random_teacher_pass import LAYERS, TOKENS, VOCAB, TeacherPass, cache_of, encode_response, shard_batches
 from running import tiny_recipe
 from tiny import write_data
 
@@ -18,14 +18,14 @@ from pipeline.errors import CacheError
 from pipeline.recipe.resolve import load_recipe, refuse_changes
 from pipeline.steps.cache.estimate import (
     SAMPLES,
-    Projection,
-    _spread,
-    find_order,
+    SizeEstimate,
+    check_disk_space,
+    estimate_size,
+    evenly_spaced,
+    find_vocabulary_order,
     on_disk,
-    project,
-    refuse_without_room,
 )
-from pipeline.steps.cache.writing import Writing
+from pipeline.steps.cache.writing import WriterThread
 
 CODECS = [
     {"name": "sampled", "points": 64, "seed": 0},
@@ -42,20 +42,22 @@ def data(tmp_path):
 
 def refusal(cache: CacheFolder) -> str:
     with pytest.raises(CacheError) as refused:
-        refuse_without_room(cache, Projection(token_layers=4e15, bytes=2e17), Projection(token_layers=4e17, bytes=2e19))
+        check_disk_space(
+            cache, SizeEstimate(token_layers=4e15, bytes=2e17), SizeEstimate(token_layers=4e17, bytes=2e19)
+        )
     return str(refused.value)
 
 
 def test_jobs_that_together_cannot_fit_are_refused_with_both_numbers(tmp_path, data):
     cache = CacheFolder(tmp_path / "run" / "cache" / "sampled-1", CacheIdentity(CODECS[0], (2, 4), 20), data)
-    small = Projection(token_layers=10.0, bytes=450.0)
-    refuse_without_room(cache, small, small)
+    small = SizeEstimate(token_layers=10.0, bytes=450.0)
+    check_disk_space(cache, small, small)
     said = refusal(cache)
     assert "lacks would take 20,000,000.0 TB (400,000,000,000,000,000 token-layers of 50 bytes)" in said
     assert "this job's part of it 200,000.0 TB, but " in said and "are free there" in said
     assert f"mv {tmp_path / 'run'} FOLDER" in said and "--set cache.codec.points=32" in said
     with pytest.raises(CacheError, match="are free there"):
-        refuse_without_room(cache, small, small * 10**18)
+        check_disk_space(cache, small, small * 10**18)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: "-".join(map(str, codec.values())))
@@ -77,25 +79,25 @@ def test_what_a_refusal_advises_is_taken_by_a_run_after_stage_1(tmp_path, tiny_m
 
 @pytest.mark.parametrize("samples", [1, 5, 64, 65, 100])
 def test_samples_read_beforehand_are_spread_over_the_data(tmp_path, samples):
-    places = [place.sample for place in _spread(ShardFolder(write_data(tmp_path / "train", samples, shards=1)))]
-    assert len(set(places)) == len(places) == min(SAMPLES, samples) and places[0] == 0
-    assert places[-1] >= samples - 1 - samples // len(places) and max(places) < samples
+    indices = [index.sample for index in evenly_spaced(ShardFolder(write_data(tmp_path / "train", samples, shards=1)))]
+    assert len(set(indices)) == len(indices) == min(SAMPLES, samples) and indices[0] == 0
+    assert indices[-1] >= samples - 1 - samples // len(indices) and max(indices) < samples
 
 
 def test_a_cache_takes_what_was_projected_and_what_is_counted_while_it_grows(tmp_path, data):
     cache = cache_of(tmp_path / "cache", data)
-    projection = project(Listener(data), cache) * len(data)
-    assert projection.token_layers == len(data) * TOKENS * len(LAYERS)
-    with Writing(cache) as writing:
+    estimate = estimate_size(TeacherPass(data), cache) * len(data)
+    assert estimate.token_layers == len(data) * TOKENS * len(LAYERS)
+    with WriterThread(cache) as writing:
         written = [
             one
             for shard in (0, 1)
-            for part in parts(data, shard)
-            for one in writing.put(part, hear(part.loaded, cache.codec()))
+            for shard_batch in shard_batches(data, shard)
+            for one in writing.put(shard_batch, encode_response(shard_batch.loaded, cache.codec()))
         ]
         written += writing.rest()
     counted = sum(one.bytes for one in written)
-    assert projection.bytes == pytest.approx(counted, rel=0.01)
+    assert estimate.bytes == pytest.approx(counted, rel=0.01)
     tars = sum(one["end"] for one in map(dict, (cache_entry(cache, name) for name in ("000000", "000001"))))
     assert counted == tars + 200 * len(data), "all but the sidecars, to the byte"
 
@@ -106,12 +108,15 @@ def cache_entry(cache: CacheFolder, name: str) -> dict:
 
 def test_samples_that_cannot_be_used_make_a_cache_smaller(tmp_path, data):
     cache = cache_of(tmp_path / "cache", data)
-    whole, half = project(Listener(data), cache), project(Listener(data, tuple(data.keys[::2])), cache)
+    whole, half = (
+        estimate_size(TeacherPass(data), cache),
+        estimate_size(TeacherPass(data, tuple(data.keys[::2])), cache),
+    )
     assert half.token_layers == whole.token_layers / 2 and half.bytes == pytest.approx(whole.bytes / 2, rel=0.1)
 
 
 def test_the_order_is_by_use(data):
-    order = find_order(Listener(data))
+    order = find_vocabulary_order(TeacherPass(data))
     assert sorted(order) == list(range(VOCAB)) and order.dtype == np.int32
     twice = VOCAB - TOKENS * len(data) % VOCAB  # the last ids are said once more than the others
     assert order.tolist() == [*range(twice, VOCAB), *range(twice)]

@@ -18,13 +18,13 @@ def test_every_sample_once_and_windows_that_do_not_depend_on_ranks(tmp_path, wor
     data = ShardFolder(write_data(tmp_path / "train", 150, shards=4))
     names = [shard.name for shard in data.shards]
     plans = [plan(data, names, rank, world) for rank in range(world)]
-    assert sorted(place.sample for windows in plans for window in windows for place in window.places) == list(
+    assert sorted(index.sample for windows in plans for window in windows for index in window.indices) == list(
         range(150)
     )
     assert sorted(window.shard for windows in plans for window in windows if window.last) == names
-    assert all(0 < len(window.places) <= WINDOW for windows in plans for window in windows)
+    assert all(0 < len(window.indices) <= WINDOW for windows in plans for window in windows)
     windows = [window for windows in plans for window in windows]
-    assert sorted(windows, key=lambda window: window.places) == plan(data, names, 0, 1)
+    assert sorted(windows, key=lambda window: window.indices) == plan(data, names, 0, 1)
 
 
 @pytest.mark.parametrize(("text", "bounds"), [("0-99", (0, 99)), ("7", (7, 7)), ("3-3", (3, 3))])
