@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 TOPS = ["data_prep", "pipeline", "launch"]
-GROUND = ["pipeline.errors", "pipeline.signal", "pipeline.rows", "pipeline.recipe"]
+GROUND = ["pipeline.errors", "pipeline.commands", "pipeline.signal", "pipeline.rows", "pipeline.recipe"]
 SHARDS = ["data_prep.shards", "data_prep.schema"]  # what data_prep offers to those who read shards
 PARTS = [*GROUND, *SHARDS, "pipeline.codec", "pipeline.cache", "pipeline.loss", "pipeline.vlm", "pipeline.runtime"]
 
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "launch": ["pipeline"],
     "pipeline": ["pipeline", "data_prep"],  # the programs on top: job.py, __main__.py
     "pipeline.errors": [],
+    "pipeline.commands": [],
     "pipeline.signal": [],
     "pipeline.rows": [],
     "pipeline.recipe": ["pipeline.errors"],

@@ -14,9 +14,10 @@ from typing import Any
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.fingerprint import data_fingerprint, text_fingerprint
-from pipeline.cache.layout import CacheIdentity, command, command_to_move_aside, read_identity, read_sidecars
+from pipeline.cache.layout import CacheIdentity, command_to_move_aside, read_identity, read_sidecars
 from pipeline.cache.paths import cache_folders
 from pipeline.cache.reader import TeacherCache, mismatches
+from pipeline.commands import cache_command
 from pipeline.errors import CacheError
 
 
@@ -65,7 +66,7 @@ def open_cache(
             f"first: {command_to_move_aside(fitting[0].path)}"
         )
     if not refusals:
-        raise CacheError(f"no teacher cache in {root}; make it: {command(recipe)}")
+        raise CacheError(f"no teacher cache in {root}; make it: {cache_command(recipe)}")
     others = f"\n({len(refusals) - 1} other cache(s) in {root} do not fit either)" if len(refusals) > 1 else ""
     raise CacheError(f"{max(reversed(refusals), key=itemgetter(0))[1]}{others}")
 

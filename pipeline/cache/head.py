@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from data_prep.shards import write_file
 from pipeline.cache.fingerprint import file_sha256
-from pipeline.cache.layout import command
+from pipeline.commands import cache_command
 from pipeline.errors import CacheError
 from pipeline.signal import Unembedding
 
@@ -82,4 +82,4 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _repair(recipe: Path | str) -> str:
-    return f"Put it right: {command(recipe, '--only-missing')}"
+    return f"Put it right: {cache_command(recipe, '--only-missing')}"

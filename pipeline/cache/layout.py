@@ -24,6 +24,7 @@ from pipeline.cache.fingerprint import Mismatch, compare, file_sha256, text_fing
 from pipeline.cache.order import order_sha256, read_order
 from pipeline.cache.paths import ASIDE, IDENTITY
 from pipeline.codec.registry import CODECS, Codec, make_codec
+from pipeline.commands import cache_command
 from pipeline.errors import CacheError
 
 FORMAT = "vlsi-cache"
@@ -82,7 +83,7 @@ def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
             )
         return CacheIdentity(values["codec"], tuple(values["layers"]), values["vocab"], values["fingerprints"])
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(f"no teacher cache at {path}; make it: {command(recipe)}") from None
+        raise CacheError(f"no teacher cache at {path}; make it: {cache_command(recipe)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{file} is damaged ({error!r}); make it again: {command_to_remake(path, recipe)}") from None
 
@@ -97,7 +98,7 @@ def cache_codec(path: Path, identity: CacheIdentity, recipe: Path | str = "R") -
     """A cache's codec, with the vocabulary's order where it needs one. Raises CacheError where that is not there."""
     order = None
     if make_codec(**identity.codec).needs_order:
-        order = read_order(path, identity.vocab, f"Put it right: {command(recipe, '--only-missing')}")
+        order = read_order(path, identity.vocab, f"Put it right: {cache_command(recipe, '--only-missing')}")
     return make_codec(**identity.codec, order=order)
 
 
@@ -143,14 +144,9 @@ def missing_shards(
     return {shard["name"]: why for shard, why in zip(data_shards, problems, strict=True) if why}
 
 
-def command(recipe: Path | str, *flags: str) -> str:
-    """The command that makes a cache, or what is missing of it."""
-    return " ".join(["deepspeed launch/cache.py --recipe", shlex.quote(str(recipe)), *flags])
-
-
 def command_to_remake(path: Path, recipe: Path | str) -> str:
     """The command that makes a cache again where the old one is no good: moved aside, not removed."""
-    return f"{command_to_move_aside(path)} && {command(recipe)}"
+    return f"{command_to_move_aside(path)} && {cache_command(recipe)}"
 
 
 def command_to_move_aside(path: Path) -> str:
@@ -165,7 +161,7 @@ def mismatch_message(path: Path, mismatches: Sequence[Mismatch], recipe: Path | 
     return (
         f"{path} was made from something else ({names}):\n"
         + "\n".join(lines)
-        + f"\nBring back what it was made from, or make a new one beside it: {command(recipe)}"
+        + f"\nBring back what it was made from, or make a new one beside it: {cache_command(recipe)}"
     )
 
 

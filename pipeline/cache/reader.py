@@ -6,7 +6,6 @@ T response tokens, J cached teacher layers.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from pipeline.cache.layout import (
     VERSION,
     CacheIdentity,
     cache_codec,
-    command,
     command_to_remake,
     mismatch_message,
     missing_shards,
@@ -34,6 +32,7 @@ from pipeline.cache.layout import (
     read_sidecars,
 )
 from pipeline.codec.packing import join_arrays, unpack_record
+from pipeline.commands import cache_command, train_command
 from pipeline.errors import CacheError
 from pipeline.signal import Signal, Unembedding
 
@@ -99,11 +98,11 @@ class TeacherCache:
         """Where teacher layers stand among the cached ones. Raises CacheError for one that is not cached."""
         absent = sorted(set(layers) - set(self.layers))
         if absent:
+            wanted = f"teacher.layers={sorted({*layers} - {self.layers[-1]})}"
             raise CacheError(
                 f"{self.path}: asked for teacher layers {list(layers)}, cached are {list(self.layers)}: {absent} "
                 "missing. Ask for cached ones (interact.teacher_layers), or have stage 1 verbalize others, in another "
-                f"folder: deepspeed launch/train.py --stage 1 --recipe {shlex.quote(str(self.recipe))} "
-                f"--set run=FOLDER 'teacher.layers={sorted({*layers} - {self.layers[-1]})}'"
+                f"folder: {train_command(1, self.recipe, '--set', 'run=FOLDER', wanted)}"
             )
         return [self.layers.index(layer) for layer in layers]
 
@@ -202,7 +201,7 @@ class TeacherCache:
             raise CacheError(f"{self.path / MANIFEST} is damaged ({error!r}). Put it right: {self._repair()}") from None
 
     def _repair(self) -> str:
-        return command(self.recipe, "--only-missing")
+        return cache_command(self.recipe, "--only-missing")
 
 
 def mismatches(identity: CacheIdentity, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
@@ -220,5 +219,6 @@ def _incomplete(path: Path, shards: Sequence[Mapping[str, Any]], missing: Mappin
     keys, of_keys = (sum(len(shard["keys"]) for shard in some) for some in (done, shards))
     return (
         f"{path} has {len(done)} of {len(shards)} shards, {keys:,} of {of_keys:,} keys; first missing "
-        f"'{first['keys'][0]}' in {first['name']} ({missing[first['name']]}). Run: {command(recipe, '--only-missing')}"
+        f"'{first['keys'][0]}' in {first['name']} ({missing[first['name']]}). "
+        f"Run: {cache_command(recipe, '--only-missing')}"
     )

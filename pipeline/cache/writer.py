@@ -22,7 +22,6 @@ from pipeline.cache.layout import (
     RECORD,
     CacheIdentity,
     cache_codec,
-    command,
     mismatch_message,
     missing_shards,
     read_identity,
@@ -33,6 +32,7 @@ from pipeline.cache.order import ORDER, has_order, save_order
 from pipeline.cache.paths import IDENTITY
 from pipeline.codec.packing import pack_record, pack_skipped
 from pipeline.codec.registry import Codec, make_codec
+from pipeline.commands import cache_command
 from pipeline.errors import CacheError, SampleError
 from pipeline.signal import Unembedding
 
@@ -88,7 +88,7 @@ class CacheFolder:
             raise CacheError(
                 f"{self.path / ORDER}, the order of the vocabulary, changed while this job wrote in the old one: "
                 f"expected a cache made for {self.made_for}, found {found}. "
-                f"Run again: {command(self.recipe, '--only-missing')}"
+                f"Run again: {cache_command(self.recipe, '--only-missing')}"
             )
 
     def missing(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from data_prep.schema import DataError
 from data_prep.shards import read_manifest
 from pipeline.cache.paths import newest
+from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.resolve import load_recipe
@@ -53,7 +54,7 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
         )
     if not (run / "recipe.yaml").is_file():
         steps = [StepStatus(name, "not begun", "", {}, 0) for name in STEPS]
-        return steps, "deepspeed launch/train.py --stage 1 --recipe RECIPE   (its `run` is this folder)"
+        return steps, f"{train_command(1, 'RECIPE')}   (its `run` is this folder)"
     recipe = load_recipe(run / "recipe.yaml").recipe
     begun = begun_steps(run)
     steps = [_step(run, name, recipe, name in begun) for name in STEPS]
@@ -65,7 +66,7 @@ def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
     needed = STEPS if recipe.interact.steps != 0 else STEPS[2:]
     for step in needed:
         if step not in complete:
-            return f"deepspeed launch/train.py --stage {STAGE[step]} --recipe {run}/recipe.yaml"
+            return train_command(STAGE[step], run / "recipe.yaml")
     if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:
         return f"python -m pipeline evaluate --run {run}"
     if "verbalize" in complete:

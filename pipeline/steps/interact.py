@@ -18,6 +18,7 @@ from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
 from pipeline.cache.layout import codec_params
 from pipeline.cache.reader import CacheRecord
 from pipeline.cache.view import CacheView
+from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import STRATEGIES, Matching
@@ -138,7 +139,7 @@ def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
     recipe = job.recipe
     verbalize = done(recipe.run / "verbalize")
     if verbalize is None:
-        again = f"deepspeed launch/train.py --stage 1 --recipe {recipe.run / 'recipe.yaml'}"
+        again = train_command(1, recipe.run / "recipe.yaml")
         raise CacheError(f"no verbalizers in {recipe.run / 'verbalize'}; run: {again}")
     what = f"{NAME}: hashing what the cache was made from"
     (expected,) = gather_when_ready(job.ranks, what, lambda: [_expected(recipe)] if job.ranks.first else [])

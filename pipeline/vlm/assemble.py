@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
+from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import target_layers
 from pipeline.recipe.schema import Model, Recipe
@@ -55,7 +56,7 @@ def load_verb_ffns(side: VerbalizedVLM, path: Path) -> None:
     try:
         side.verb_ffns.load_state_dict(load_file(path))
     except FileNotFoundError:
-        again = f"deepspeed launch/train.py --stage 1 --recipe {path.parents[1] / 'recipe.yaml'}"
+        again = train_command(1, path.parents[1] / "recipe.yaml")
         raise RecipeError(f"no verbalizers at {path}; run: {again}") from None
     except RuntimeError as error:
         raise RecipeError(

@@ -17,12 +17,12 @@ from pipeline.cache.layout import (
     RECORD,
     VERSION,
     CacheIdentity,
-    command,
     missing_shards,
     read_identity,
     read_sidecars,
 )
 from pipeline.cache.paths import IDENTITY, cache_folders
+from pipeline.commands import cache_command
 from pipeline.errors import CacheError, RecipeError
 from pipeline.recipe.resolve import load_recipe
 
@@ -79,7 +79,7 @@ class CacheOnDisk:
 
     def command(self) -> str:
         """What makes the shards that are missing or changed."""
-        return command(self.recipe or "R", "--only-missing")
+        return cache_command(self.recipe or "R", "--only-missing")
 
 
 def find_caches(path: Path) -> list[Path]:
@@ -96,7 +96,7 @@ def find_caches(path: Path) -> list[Path]:
     own = path / "recipe.yaml"
     raise CacheError(
         f"no teacher cache at {path}: expected a cache's folder (with {IDENTITY} in it), a run's cache/ or a run's "
-        f"folder; found {kind}. Make one: {command(own if own.is_file() else 'R')}"
+        f"folder; found {kind}. Make one: {cache_command(own if own.is_file() else 'R')}"
     )
 
 
@@ -152,7 +152,7 @@ def _manifest(path: Path, recipe: Path | None) -> dict[str, Any] | None:
     try:
         return read_manifest(path, FORMAT, VERSION)
     except DataError as error:
-        raise CacheError(f"{error}. Put it right: {command(recipe or 'R', '--only-missing')}") from None
+        raise CacheError(f"{error}. Put it right: {cache_command(recipe or 'R', '--only-missing')}") from None
 
 
 def _data(recipe: Path | None) -> dict[str, Shard]:

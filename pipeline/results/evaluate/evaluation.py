@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from data_prep.shards import ShardFolder
+from pipeline.commands import train_command
 from pipeline.errors import DataError, RecipeError, SampleError
 from pipeline.loss.linear_ce import token_log_probs
 from pipeline.recipe.resolve import load_recipe
@@ -208,6 +209,6 @@ def _models_of(run: Path, teacher: Path, student: Path) -> dict[str, Path]:
     named = {"teacher": teacher, "untouched": student}
     if (run / "student").is_dir():
         return named | {"distilled": run / "student"}
-    make = f"deepspeed launch/train.py --stage 2 --recipe {run}/recipe.yaml"
+    make = train_command(2, run / "recipe.yaml")
     say(f"distilled is left out: no {run}/student; {make}")
     return named

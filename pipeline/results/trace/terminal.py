@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.shards import ShardFolder
+from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Model, Recipe
@@ -114,7 +115,7 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
         else:
             found.append(traced_model)
             continue
-        make = f"deepspeed launch/train.py --stage {stage} --recipe {run}/recipe.yaml"
+        make = train_command(stage, run / "recipe.yaml")
         missing.append(f"{traced_model.name} is left out: no {lacking}; {make}")
     if not found:
         raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))

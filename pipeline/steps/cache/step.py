@@ -6,7 +6,6 @@ depend on the number of ranks.
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from pipeline.cache.find import folder_for
 from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
 from pipeline.cache.layout import CacheIdentity, codec_params
 from pipeline.cache.writer import CacheFolder
+from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime.batches import BadSamples, ChatDataset
@@ -71,10 +71,8 @@ def _verbalizers(job: Job) -> dict[str, Any]:
     run = job.recipe.run
     (summary,) = gather_lists([done(run / "verbalize")] if job.ranks.first else [])
     if summary is None:
-        raise CacheError(
-            f"no verbalizers in {run / 'verbalize'}; run: deepspeed launch/train.py --stage 1 --only verbalize "
-            f"--recipe {shlex.quote(str(run / 'recipe.yaml'))}"
-        )
+        again = train_command(1, run / "recipe.yaml", "--only", "verbalize")
+        raise CacheError(f"no verbalizers in {run / 'verbalize'}; run: {again}")
     return summary
 
 

@@ -167,7 +167,7 @@ def test_a_job_that_ends_while_another_completes_the_cache_leaves_its_mark(tmp_p
 def test_without_verbalizers_the_command_is_the_runs_own(job):
     with pytest.raises(CacheError, match="no verbalizers in .*run/verbalize; run: deepspeed launch/train.py") as raised:
         step.run(job)
-    assert str(raised.value).endswith(f"--stage 1 --only verbalize --recipe {job.recipe.run / 'recipe.yaml'}")
+    assert str(raised.value).endswith(f"--stage 1 --recipe {job.recipe.run / 'recipe.yaml'} --only verbalize")
 
 
 def test_only_rank_0_hashes(job, monkeypatch):
