@@ -1,5 +1,10 @@
 """What can go wrong that a user can put right. Programs print these without a traceback and exit with code 2."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Expected, found, which knob, what to run next: the message is all that the user sees."""
@@ -19,3 +24,17 @@ class CacheError(UserError):
 
 class SampleError(Exception):
     """One bad sample: counted, recorded with its key and reason, and skipped."""
+
+
+@contextmanager
+def as_sample_error(what: str) -> Iterator[None]:
+    """Around a call of a library that is given one sample: whatever it raises about the sample becomes a SampleError.
+
+    A missing package or too little memory is no fault of the sample and passes through.
+    """
+    try:
+        yield
+    except (UserError, SampleError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise SampleError(f"{what} refused it: {type(error).__name__}: {error}") from error

@@ -22,12 +22,17 @@ from pipeline.vlm.vocabulary import common_vocabulary
 
 
 def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
-    """A chat encoder for each of "teacher" and "student"; one and the same where their processors are."""
+    """A chat encoder for each of "teacher" and "student"; one and the same where their processors are.
+
+    Raises RecipeError where a model's template or processor could take no chat at all.
+    """
     made: dict[str, ChatEncoder] = {}
     for role in roles:
         encoder = ChatEncoder(load_processor(getattr(recipe, role).path), recipe.data.max_length)
-        twin = next((other for other in made.values() if _describe(other) == _describe(encoder)), None)
-        made[role] = twin or encoder
+        same = next((other for other in made.values() if _describe(other) == _describe(encoder)), None)
+        if same is None:
+            encoder.check()
+        made[role] = same or encoder
     return made
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from pipeline.errors import RecipeError, SampleError
+from pipeline.errors import RecipeError, SampleError, as_sample_error
+from pipeline.vlm.chat_template import ChatTemplate, Message
 from pipeline.vlm.image_only import load_image_only
 
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,12 @@ class ChatEncoder:
     def __init__(self, processor: Any, max_length: int):
         self.processor = processor
         self.max_length = max_length
-        added = processor.tokenizer.added_tokens_decoder.values()
-        named = set(processor.tokenizer.all_special_tokens) | {str(t) for t in added if t.special}
-        self._special = sorted(named, key=len, reverse=True)
+        self.template = ChatTemplate(processor)
 
     def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
         """Encode one chat. Raises SampleError with the reason if it cannot be used."""
-        self._refuse_control_tokens(messages)
-        text = self.render(messages)
+        self.template.refuse_control_tokens(messages)
+        text = self.template.render(messages)
         pictures = [decode_image(data) for data in images]
         features, spans = self._process(text, pictures)
         features, spans = self._truncate(text, features, spans, pictures)
@@ -105,13 +103,18 @@ class ChatEncoder:
             raise SampleError(f"no response token within max_length={self.max_length} tokens")
         return Encoded(key, inputs, response)
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The chat template's text; with prompt=True, up to where the assistant's turn begins."""
-        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    def check(self) -> None:
+        """Raise RecipeError where no chat at all could be encoded: said at the start, not once a sample."""
+        self.template.check()
+        try:
+            self.filler()
+        except SampleError as error:
+            raise RecipeError(f"this model's processor cannot take a small grey image: {error}") from error
 
     def prompt(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
         """Model inputs that end where the assistant's turn begins, for generation."""
-        features, _ = self._process(self.render(messages, prompt=True), [decode_image(data) for data in images])
+        text, pictures = self.template.render(messages, prompt=True), [decode_image(data) for data in images]
+        features, _ = self._process(text, pictures)
         return self._model_inputs(features)
 
     def filler(self) -> Encoded:
@@ -120,21 +123,23 @@ class ChatEncoder:
         A batch without images gets it, so that every rank runs the vision tower in every step (ZeRO-3 matches
         collectives by order); without a response token it changes no loss and no gradient.
         """
-        text = self.render([{"role": "user", "content": [{"type": "image"}]}])
+        text = self.template.render([{"role": "user", "content": [{"type": "image"}]}])
         features, _ = self._process(text, [Image.new("RGB", (32, 32), (128, 128, 128))])
         inputs = self._model_inputs(features)
         return Encoded("filler", inputs, torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool))
 
     def _process(self, text: str, pictures: list[Image.Image]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        features = self.processor(
-            text=[text],
-            images=[pictures] if pictures else None,
-            return_tensors="pt",
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            return_mm_token_type_ids=True,
-        )
-        features = dict(features)
+        with as_sample_error("the model's processor"):
+            features = dict(
+                self.processor(
+                    text=[text],
+                    images=[pictures] if pictures else None,
+                    return_tensors="pt",
+                    return_offsets_mapping=True,
+                    return_text_replacement_offsets=True,
+                    return_mm_token_type_ids=True,
+                )
+            )
         replaced = features.pop("text_replacement_offsets", None) or [[]]
         return features, replaced[0]
 
@@ -161,7 +166,7 @@ class ChatEncoder:
     def _mask(self, text: str, messages: Sequence[Message], features: dict[str, Any], spans) -> Tensor:
         starts, ends = features["offset_mapping"][0].unbind(-1)
         mask = torch.zeros(len(starts), dtype=torch.bool)
-        for begin, end in self._response_spans(text, messages):
+        for begin, end in self.template.response_spans(text, messages):
             grown = sum(
                 (s["new_span"][1] - s["new_span"][0]) - (s["span"][1] - s["span"][0])
                 for s in spans
@@ -169,44 +174,6 @@ class ChatEncoder:
             )
             mask |= (starts < end + grown) & (ends > begin + grown)
         return mask
-
-    def _response_spans(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        """Where in the rendered text each assistant turn's words and end-of-turn token stand."""
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prefix = self.render(messages[:index], prompt=True)
-            words = _text_of(message).strip()
-            begin = len(prefix)
-            while begin < len(text) and text[begin].isspace() and not text.startswith(words, begin):
-                begin += 1
-            if not words:
-                raise SampleError(f"assistant turn {index} is empty")
-            if not text.startswith(prefix) or not text.startswith(words, begin):
-                raise RecipeError(
-                    "this chat template rewrites earlier turns, so that the response cannot be found in the text: "
-                    f"expected turn {index} to begin with {words[:40]!r} after {prefix[-40:]!r}"
-                )
-            spans.append((begin, self._end_of_turn(text, begin + len(words))))
-        return spans
-
-    def _end_of_turn(self, text: str, end: int) -> int:
-        after = end + len(text[end:]) - len(text[end:].lstrip())
-        for token in self._special:
-            if text.startswith(token, after):
-                return after + len(token)
-        raise RecipeError(
-            "this chat template writes no end-of-turn token after the assistant's words, so the student could not "
-            f"learn to stop: found {text[end : end + 20]!r}; expected one of the tokenizer's special tokens"
-        )
-
-    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            words = _text_of(message)
-            for token in self._special:
-                if token in words:
-                    raise SampleError(f"the text contains the tokenizer's control token {token}")
 
 
 def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
@@ -242,13 +209,6 @@ def decode_image(data: bytes) -> Image.Image:
             return picture.convert("RGB")
     except Exception as error:  # PIL raises many kinds for broken files
         raise SampleError(f"image cannot be decoded: {error}") from error
-
-
-def _text_of(message: Message) -> str:
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _same_shape(parts: list[Tensor]) -> list[Tensor]:

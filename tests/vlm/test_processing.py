@@ -111,8 +111,33 @@ def test_refusals(encoder):
 
 def test_a_template_without_end_of_turn_is_refused(encoder):
     encoder.processor.chat_template = encoder.processor.chat_template.replace("<|im_end|>", "")
-    with pytest.raises(RecipeError, match="no end-of-turn token"):
+    with pytest.raises(SampleError, match="no end-of-turn token"):
         encoder("k", [turn("user", "hi"), turn("assistant", "x")], [])
+    with pytest.raises(RecipeError, match="not even a question and an answer: .* no end-of-turn token"):
+        encoder.check()
+
+
+def test_what_a_processor_raises_for_one_sample_rejects_that_sample(encoder):
+    """Qwen2-VL's image processor raises ValueError above an aspect ratio of 200."""
+    encoder.check()
+    long = [turn("user", "<image>", "what?"), turn("assistant", "a line")], [png(size=(2001, 10))]
+    if "pixel_values" in encoder("k", *_chat()).inputs and hasattr(encoder.processor.image_processor, "merge_size"):
+        with pytest.raises(SampleError, match=r"processor refused it: ValueError: absolute aspect ratio"):
+            encoder("k", *long)
+        with pytest.raises(SampleError, match=r"processor refused it: ValueError: absolute aspect ratio"):
+            encoder.prompt(long[0][:1], long[1])
+    else:
+        assert encoder("k", *long).response.any()
+
+
+def test_a_programming_error_is_nobodys_sample(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "_mask", None)
+    with pytest.raises(TypeError):
+        encoder("k", *_chat())
+
+
+def _chat():
+    return [turn("user", "<image>", "what?"), turn("assistant", "x")], [png()]
 
 
 def test_no_processor(tmp_path):
