@@ -31,6 +31,11 @@ class Data(Section):
     """Shard folder never trained on; `python -m pipeline evaluate` uses it when no --data is given."""
     max_length: Positive = 4096
     """Longest chat in tokens, image tokens included; longer ones are cut, never inside an image."""
+    max_pixels: Positive | None = None
+    """Largest image in pixels (width x height), for both models alike: a larger one is scaled down, keeping its shape.
+    Left out: the processor's own limit. Qwen2-VL makes a token of 28 x 28 pixels, so 1003520 are 1280 tokens."""
+    min_pixels: Positive | None = None
+    """Smallest image in pixels, for both models alike: a smaller one is scaled up. Left out: the processor's own."""
     max_bad_share: Share = 0.01
     """The run stops when more than this share of the samples seen so far could not be used."""
     workers: Count = 2
@@ -147,6 +152,8 @@ class Recipe(Section):
     """Recompute the student's layers in the backward pass of stage 2: less memory, more time, the same numbers."""
     train_vision: bool = False
     """Whether stage 2 trains the student's vision tower as well; everything else trains."""
+    train_projector: bool = True
+    """Whether stage 2 trains what maps the vision tower's output into the decoder; false suits data without images."""
     data: Data
     """The instruction data that every step trains on."""
     teacher: Model

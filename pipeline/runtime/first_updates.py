@@ -1,4 +1,4 @@
-"""After the first updates of a run: did each tensor that trains move, and did each frozen one stay?"""
+"""After the first updates of a step: did each tensor that trains move, and did each frozen one stay?"""
 
 from __future__ import annotations
 
@@ -14,32 +14,60 @@ CHECK_AFTER = 2
 
 
 class TrainableMismatch(RuntimeError):
-    """A trained tensor stood still, or a frozen one moved: the run would waste its days."""
+    """A trained tensor did not move, or a frozen one did: the run would waste its days."""
 
 
 class FirstUpdatesCheck:
-    """Compares every parameter's bits before and after the first updates."""
+    """Compares every parameter's bits before and after the first updates.
 
-    def __init__(self, engine: Engine, may_be_unused: Sequence[str] = ()):
-        """may_be_unused: endings of names that a batch may leave without a gradient."""
-        self.engine, self.may_be_unused = engine, tuple(may_be_unused)
+    Tensors that only images reach are judged after as many updates with images, which may be later or never.
+    """
+
+    def __init__(self, engine: Engine, may_be_unused: Sequence[str] = (), image_parts: Sequence[str] = ()):
+        """may_be_unused: endings of parameter names that a batch may leave without a gradient.
+
+        image_parts: names of submodules that text alone does not reach, such as "model.visual".
+        """
+        self.engine, self.may_be_unused, self.image_parts = engine, tuple(may_be_unused), tuple(image_parts)
         self.before = engine.fingerprints()
+        self._updates = self._with_images = 0
 
-    def check(self) -> None:
-        """Raise TrainableMismatch naming the tensors. All ranks must call, and all decide alike."""
-        after = self.engine.fingerprints()
-        names = list(after)
-        changed = torch.tensor([after[n] != self.before[n] for n in names], dtype=torch.int32)
-        moved = sum_over_ranks(changed.to(self.engine.device)).cpu() > 0
-        trained = {name for name, p in self.engine.module.named_parameters() if p.requires_grad}
-        still = [n for n, m in zip(names, moved, strict=True) if n in trained and not m]
-        still = [n for n in still if not n.endswith(self.may_be_unused)] if self.may_be_unused else still
-        drifted = [n for n, m in zip(names, moved, strict=True) if n not in trained and m]
+    def after_update(self, images: int) -> None:
+        """Count an update whose global batch had so many images, and check what can be judged now.
+
+        Raises TrainableMismatch naming the tensors. All ranks must call, and all decide alike.
+        """
+        self._updates += 1
+        self._with_images += images > 0
+        if self._updates == CHECK_AFTER:
+            self._check([name for name in self.before if not self._needs_images(name)])
+        if self._with_images == CHECK_AFTER and images > 0:
+            self._check([name for name in self.before if self._needs_images(name)])
+
+    def never_used(self) -> list[str]:
+        """Trained tensors that no image has reached so far."""
+        return [] if self._with_images else sorted(filter(self._needs_images, self._trained()))
+
+    def _needs_images(self, name: str) -> bool:
+        return any(f".{part}." in f".{name}" for part in self.image_parts)
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad}
+
+    def _check(self, names: list[str]) -> None:
+        after, trained = self.engine.fingerprints(), self._trained()
+        changed = torch.tensor([after[name] != self.before[name] for name in names], dtype=torch.int32)
+        moved = dict(zip(names, (sum_over_ranks(changed.to(self.engine.device)) > 0).tolist(), strict=True))
+        still = [name for name in names if name in trained and not moved[name]]
+        still = [name for name in still if not name.endswith(self.may_be_unused)] if self.may_be_unused else still
+        drifted = [name for name in names if name not in trained and moved[name]]
         if still or drifted:
+            of = len(trained.intersection(names))
             raise TrainableMismatch(
-                f"after {CHECK_AFTER} updates {len(still)} of {len(trained)} trained tensors have not moved"
-                f"{_first(still)} and {len(drifted)} of {len(names) - len(trained)} frozen ones have{_first(drifted)}. "
-                "Such a part takes no part in the loss (freeze it, or give data that uses it), or its gradient is lost"
+                f"after {CHECK_AFTER} updates {len(still)} of {of} trained tensors have not moved{_first(still)} and "
+                f"{len(drifted)} of {len(names) - of} frozen ones have{_first(drifted)}. Such a part takes no part in "
+                "the loss, or its gradient is lost. Leave out what need not train (train_projector: false, "
+                "train_vision: false), or report this with the recipe"
             )
 
 

@@ -46,7 +46,7 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
     else:
-        set_trainable(model, recipe.train_vision)
+        set_trainable(model, recipe.train_vision, recipe.train_projector)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -80,11 +80,19 @@ def unembedding(model: nn.Module, weight, bias, vocab: int) -> Unembedding:
     )
 
 
-def set_trainable(model: nn.Module, train_vision: bool) -> None:
-    """Stage 2: everything trains but the vision tower; projectors always train."""
+def image_parts(model: nn.Module) -> tuple[str, ...]:
+    """Names of the submodules that text alone does not reach."""
+    parts = family(model)
+    return (parts.vision_tower, *parts.projectors)
+
+
+def set_trainable(model: nn.Module, train_vision: bool, train_projector: bool) -> None:
+    """Mark what stage 2 trains: the decoder and its head, and of the rest what is asked for.
+
+    Projectors may lie inside the vision tower; they follow train_projector alone.
+    """
     parts = family(model)
     model.requires_grad_(True)
-    if not train_vision:
-        model.get_submodule(parts.vision_tower).requires_grad_(False)
-        for name in parts.projectors:
-            model.get_submodule(name).requires_grad_(True)
+    model.get_submodule(parts.vision_tower).requires_grad_(train_vision)
+    for name in parts.projectors:
+        model.get_submodule(name).requires_grad_(train_projector)

@@ -40,23 +40,31 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
     ranks = engine.start()
     torch.manual_seed(0)
     ours = engine.Engine(Half(), recipe, training, ranks)
-    quiet, watch = FirstUpdatesCheck(ours, may_be_unused=("unused.weight",)), FirstUpdatesCheck(ours)
+    lenient, strict = FirstUpdatesCheck(ours, may_be_unused=("unused.weight",)), FirstUpdatesCheck(ours)
+    waiting = FirstUpdatesCheck(ours, image_parts=("unused",))
+    said = []
+
+    def update(check: FirstUpdatesCheck, images: int = 1) -> None:
+        try:
+            check.after_update(images)
+        except TrainableMismatch as error:
+            said.append(str(error))
+
     for _ in range(2):
         ours.backward(ours(torch.ones(1, 4)), 2)
         ours.step(1e-3)
-    said = []
-    quiet.check()
-    try:
-        watch.check()
-    except TrainableMismatch as error:
-        said.append(str(error))
+        update(lenient)
+        update(strict)
+        update(waiting, images=0)
+    said.append(f"never used: {waiting.never_used()}")
+    for images in (3, 0, 1, 2):
+        update(waiting, images)
+    late = FirstUpdatesCheck(ours, may_be_unused=("weight",))
     frozen = ours.module.frozen.weight
     with torch.no_grad():
         (frozen.ds_tensor if hasattr(frozen, "ds_tensor") else frozen).add_(1.0 if rank else 0.0)
-    try:
-        quiet.check()
-    except TrainableMismatch as error:
-        said.append(str(error))
+    update(late)
+    update(late)
     Path(results, f"{rank}.txt").write_text("\n".join(said))
     engine.stop()
     os._exit(0)  # as pipeline/job.py leaves, and for its reason
@@ -70,6 +78,9 @@ def test_tensors_that_stand_still_or_drift_are_named_on_every_rank(tmp_path, zer
     torch.multiprocessing.spawn(work, args=(port, zero, str(tmp_path)), nprocs=2)
     first, second = (Path(tmp_path, f"{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert first == second, "all ranks decide alike, or the others hang"
-    assert "1 of 2 trained tensors have not moved (first: unused.weight)" in first[0]
-    assert "and 0 of 1 frozen ones have" in first[0]
-    assert "1 of 1 frozen ones have (first: frozen.weight)" in first[1]
+    alone, never, with_images, drifted = first
+    assert "1 of 2 trained tensors have not moved (first: unused.weight)" in alone
+    assert "and 0 of 1 frozen ones have" in alone and "train_projector: false" in alone
+    assert never == "never used: ['unused.weight']", "without images nothing is held against it"
+    assert "1 of 1 trained tensors have not moved (first: unused.weight)" in with_images, "at the second with images"
+    assert "1 of 1 frozen ones have (first: frozen.weight)" in drifted

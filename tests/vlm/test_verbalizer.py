@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pipeline.errors import RecipeError
 from pipeline.vlm.assemble import load_verb_ffns
 from pipeline.vlm.backbone import load_vlm, run_backbone
-from pipeline.vlm.families import decoder_layers, final_norm, set_trainable
+from pipeline.vlm.families import decoder_layers, final_norm, image_parts, set_trainable
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 from pipeline.vlm.verbalizer import VerbalizedVLM, VerbFFN, initial_verb_ffns
 from pipeline.vlm.vocabulary import common_vocabulary
@@ -91,12 +91,16 @@ def test_tokenizers_that_differ_are_refused_with_the_first_token(tiny_models):
 @pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
 def test_everything_trains_but_the_vision_tower(kind, tiny_models):
     model = load_vlm(tiny_models[kind, "student"], torch.float32)
-    set_trainable(model, train_vision=False)
+    set_trainable(model, train_vision=False, train_projector=True)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen and all("visual." in name or "vision_tower." in name for name in frozen)
     assert not any("merger" in name or "projector" in name for name in frozen)
-    set_trainable(model, train_vision=True)
+    set_trainable(model, train_vision=True, train_projector=True)
     assert all(p.requires_grad for p in model.parameters())
+    set_trainable(model, train_vision=False, train_projector=False)
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    parts = image_parts(model)
+    assert still > frozen and still == {n for n, _ in model.named_parameters() if any(f"{p}." in n for p in parts)}
 
 
 def test_hidden_states_are_raw_layer_outputs_at_the_positions_only(tiny_models):
