@@ -5,21 +5,20 @@ The order is a function of (seed, position) alone: neither the number of ranks n
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError, SampleError, UserError
 from pipeline.recipe.schema import Training
 from pipeline.runtime.ranks import Ranks
-from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
+from pipeline.vlm.processing import Batch, ChatEncoder, Encoded
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -82,6 +81,12 @@ class Rejected:
     shard: str
     reason: str
 
+    @classmethod
+    def of(cls, folder: ShardFolder, sample: int, error: SampleError) -> Rejected:
+        """Sample number `sample` of a shard folder, and what is wrong with it."""
+        shard = next(shard.name for shard in reversed(folder.shards) if shard.first <= sample)
+        return cls(folder.keys[sample], shard, str(error))
+
 
 @dataclass(frozen=True)
 class LoadedBatch:
@@ -97,6 +102,14 @@ class LoadedBatch:
     def tokens(self) -> int:
         """Response tokens of the micro-batch."""
         return len(next(iter(self.batches.values())).labels)
+
+    def images(self) -> int:
+        """Samples of the micro-batch with at least one image."""
+        return next(iter(self.batches.values())).images
+
+    def nbytes(self) -> int:
+        """What its tensors take, those that models share once."""
+        return sum(batch.nbytes() for batch in {id(batch): batch for batch in self.batches.values()}.values())
 
     def pin_memory(self) -> LoadedBatch:
         """With its batches in page-locked memory; the loader looks for this name. What is attached is numpy's."""
@@ -120,7 +133,7 @@ class ChatDataset(Dataset):
         return len(self.folder)
 
     def __getitem__(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected | Exception:
-        """A sample; what is wrong with it; or an error that ends the job, for `load` to raise: a worker that raises
+        """A sample; what is wrong with it; or an error that ends the job, for the loader to raise: a worker that raises
         would have torch wrap the message in its traceback."""
         try:
             return self._read(index)
@@ -137,8 +150,7 @@ class ChatDataset(Dataset):
             only, extra = self.attach(index, only)
             return {role: only}, extra
         except SampleError as error:
-            shard = next(s.name for s in reversed(self.folder.shards) if s.first <= index.sample)
-            return Rejected(raw.key, shard, str(error))
+            return Rejected.of(self.folder, index.sample, error)
 
     def _encode(self, raw: Any) -> dict[str, Encoded]:
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
@@ -148,70 +160,12 @@ class ChatDataset(Dataset):
         return encoded
 
 
-def load(
-    dataset: ChatDataset, indices: Iterable[Sequence[SampleIndex]], workers: int, device: str
-) -> Iterator[LoadedBatch]:
-    """Load micro-batches of the given samples, in order, in worker processes.
-
-    Raises what reading a sample raised: CacheError, RecipeError, DataError.
-    """
-    return _load(dataset, indices, workers, device, functools.partial(_merge, **_padding(dataset)))
-
-
-def load_by_length(
-    dataset: ChatDataset, windows: Iterable[Sequence[SampleIndex]], most_tokens: int, workers: int, device: str
-) -> Iterator[list[LoadedBatch]]:
-    """Load windows of samples, in order, each as batches of samples alike in length, the longest first.
-
-    A batch has at most `most_tokens` tokens of the first encoder, padding included, or is a single longer sample. It
-    is a function of its window alone. Only a window without any good sample has an empty batch, for its rejects.
-    Each worker is one window ahead, no more: a window is many samples, and its images lie in memory as pixels.
-    """
-    group = functools.partial(_group, most_tokens=most_tokens, **_padding(dataset))
-    return _load(dataset, windows, workers, device, group, ahead=1)
-
-
-def _load(
-    dataset: ChatDataset,
-    indices: Iterable[Sequence[SampleIndex]],
-    workers: int,
-    device: str,
-    collate: Callable,
-    ahead: int = 2,
-) -> Iterator:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists of what ChatDataset takes
-        num_workers=workers,
-        prefetch_factor=ahead if workers else None,
-        collate_fn=functools.partial(_collate_or_error, collate),
-        pin_memory=device != "cpu",
-    )
-    return map(_raise_error, iter(loader))
-
-
-def _collate_or_error(collate: Callable, samples: list[Any]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)
-
-
-def _raise_error(loaded: Any) -> Any:
-    if isinstance(loaded, Exception):
-        raise loaded
-    return loaded
-
-
-def _padding(dataset: ChatDataset) -> dict[str, Any]:
-    """What a batch is filled up with, for each encoder: one and the same where they are."""
-    fillers = map_unique(ChatEncoder.filler, dataset.encoders)
-    pads = {role: _pad_id(encoder) for role, encoder in dataset.encoders.items()}
-    return {"fillers": fillers, "pads": pads}
-
-
 class BadSamples:
     """Counts what could not be used: read = used + rejected."""
 
-    def __init__(self, largest_share: float):
-        self.largest_share, self.read, self.rejected = largest_share, 0, 0
+    def __init__(self, largest_share: float, listed_in: str = "rejects.jsonl in the run folder"):
+        """listed_in: where the user finds all of them."""
+        self.largest_share, self.listed_in, self.read, self.rejected = largest_share, listed_in, 0, 0
 
     def count(self, read: int, rejected: Sequence[Rejected]) -> None:
         """Add a global batch. Raises DataError when too large a share is bad; the first 100 samples are forgiven 1."""
@@ -223,41 +177,5 @@ class BadSamples:
             raise DataError(
                 f"{self.rejected} of {self.read} samples could not be used, more than data.max_bad_share="
                 f"{self.largest_share}; the last: {newest.key} in {newest.shard}: {newest.reason}. "
-                "See rejects.jsonl in the run folder, and python -m data_prep lint"
+                f"See {self.listed_in}, and python -m data_prep lint"
             )
-
-
-def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str, int]) -> LoadedBatch:
-    used = [sample for sample in samples if not isinstance(sample, Rejected)]
-    made: dict[int, Batch] = {}
-    for role, filler in fillers.items():
-        if id(filler) not in made:  # models with one encoder share the batch
-            made[id(filler)] = collate([encoded[role] for encoded, _ in used], filler, pads[role])
-    batches = {role: made[id(filler)] for role, filler in fillers.items()}
-    rejected = [sample for sample in samples if isinstance(sample, Rejected)]
-    return LoadedBatch(batches, [extra for _, extra in used], rejected)
-
-
-def _group(
-    samples: list[Any], most_tokens: int, fillers: Mapping[str, Encoded], pads: Mapping[str, int]
-) -> list[LoadedBatch]:
-    used = [sample for sample in samples if not isinstance(sample, Rejected)]
-    used.sort(key=_length, reverse=True)
-    batches: list[list[Any]] = []
-    for sample in used:
-        # The first of a batch is its longest: all others are padded to it.
-        if not batches or (len(batches[-1]) + 1) * _length(batches[-1][0]) > most_tokens:
-            batches.append([])
-        batches[-1].append(sample)
-    rejected = [sample for sample in samples if isinstance(sample, Rejected)]
-    first, *rest = batches or [[]]
-    return [_merge(batch, fillers, pads) for batch in ([*first, *rejected], *rest)]
-
-
-def _length(sample: tuple[dict[str, Encoded], Any]) -> int:
-    return len(next(iter(sample[0].values())).response)
-
-
-def _pad_id(encoder: ChatEncoder) -> int:
-    tokenizer = encoder.processor.tokenizer
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

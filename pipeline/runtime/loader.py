@@ -1,0 +1,160 @@
+"""Loading batches in worker processes: what a rank trains on or caches next, ready when it is asked for."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, get_worker_info
+
+from pipeline.errors import DataError
+from pipeline.runtime.batches import ChatDataset, LoadedBatch, Rejected, SampleIndex, map_unique
+from pipeline.runtime.progress import size_text
+from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
+
+STALLED_S = 300
+"""A loader that gives nothing for so long is stuck."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Worker processes hand their tensors over through files here, on Linux."""
+
+
+def load(
+    dataset: ChatDataset, indices: Iterable[Sequence[SampleIndex]], workers: int, device: str
+) -> Iterator[LoadedBatch]:
+    """Load micro-batches of the given samples, in order, in worker processes.
+
+    Raises what reading a sample raised (CacheError, RecipeError, DataError), and DataError where workers get stuck.
+    """
+    return _load(dataset, indices, workers, device, functools.partial(_merge, **_padding(dataset)))
+
+
+def load_by_length(
+    dataset: ChatDataset, windows: Iterable[Sequence[SampleIndex]], most_tokens: int, workers: int, device: str
+) -> Iterator[list[LoadedBatch]]:
+    """Load windows of samples, in order, each as batches of samples alike in length, the longest first.
+
+    A batch has at most `most_tokens` tokens of the first encoder, padding included, or is a single longer sample. It
+    is a function of its window alone. Only a window without any good sample has an empty batch, for its rejects.
+    Each worker is one window ahead, no more: a window is many samples, and its images lie in memory as pixels.
+    """
+    group = functools.partial(_group, most_tokens=most_tokens, **_padding(dataset))
+    return _load(dataset, windows, workers, device, group, ahead=1)
+
+
+def _load(
+    dataset: ChatDataset,
+    indices: Iterable[Sequence[SampleIndex]],
+    workers: int,
+    device: str,
+    collate: Callable,
+    ahead: int = 2,
+) -> Iterator:
+    loader = DataLoader(
+        dataset,
+        batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists of what ChatDataset takes
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        collate_fn=functools.partial(_collate_or_error, collate),
+        pin_memory=device != "cpu",
+        timeout=STALLED_S if workers else 0,
+    )
+    try:
+        batches = iter(loader)  # starts the workers
+    except OSError as error:
+        raise DataError(f"no loader worker could be started: {error}; {_shared_memory(workers)}") from error
+    return _checked(batches, workers)
+
+
+def _checked(loaded: Iterator[Any], workers: int) -> Iterator[Any]:
+    """The loaded batches; raises the error that a worker met, and DataError where a worker died or gives nothing."""
+    while True:
+        try:
+            one = next(loaded, None)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise DataError(
+                f"the data loader is stuck or lost a worker process ({str(error).splitlines()[0]}). Perhaps its shared "
+                f"memory is full: {_shared_memory(workers)}. Or reading data.train has stalled: look at its file system"
+            ) from error
+        if one is None:
+            return
+        if isinstance(one, Exception):
+            raise one
+        yield one
+
+
+def _collate_or_error(collate: Callable, samples: list[Any]) -> Any:
+    error = next((sample for sample in samples if isinstance(sample, Exception)), None)
+    if error is not None:
+        return error
+    batch = collate(samples)
+    worker = get_worker_info()
+    return batch if worker is None else _no_room(batch, worker.num_workers) or batch
+
+
+def _no_room(loaded: LoadedBatch | list[LoadedBatch], workers: int) -> DataError | None:
+    """An error where the batch does not fit into what is left of the shared memory: a worker would lose it silently."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    needed = sum(one.nbytes() for one in (loaded if isinstance(loaded, list) else [loaded]))
+    if needed <= shutil.disk_usage(SHARED_MEMORY).free:
+        return None
+    return DataError(f"a batch of {size_text(needed)} does not fit into shared memory: {_shared_memory(workers)}")
+
+
+def _shared_memory(workers: int) -> str:
+    if not SHARED_MEMORY.is_dir():
+        return f"there is no {SHARED_MEMORY} here; data.workers is {workers}, and 0 needs none"
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    return (
+        f"{SHARED_MEMORY} has {size_text(usage.free)} free of {size_text(usage.total)}. Enlarge it (containers have "
+        "64 MB unless started with --shm-size or --ipc=host), or set data.workers lower: it is "
+        f"{workers}, and 0 needs none"
+    )
+
+
+def _padding(dataset: ChatDataset) -> dict[str, Any]:
+    """What a batch is filled up with, for each encoder: one and the same where they are."""
+    fillers = map_unique(ChatEncoder.filler, dataset.encoders)
+    pads = {role: _pad_id(encoder) for role, encoder in dataset.encoders.items()}
+    return {"fillers": fillers, "pads": pads}
+
+
+def _merge(samples: list[Any], fillers: Mapping[str, Encoded], pads: Mapping[str, int]) -> LoadedBatch:
+    used = [sample for sample in samples if not isinstance(sample, Rejected)]
+    made: dict[int, Batch] = {}
+    for role, filler in fillers.items():
+        if id(filler) not in made:  # models with one encoder share the batch
+            made[id(filler)] = collate([encoded[role] for encoded, _ in used], filler, pads[role])
+    batches = {role: made[id(filler)] for role, filler in fillers.items()}
+    rejected = [sample for sample in samples if isinstance(sample, Rejected)]
+    return LoadedBatch(batches, [extra for _, extra in used], rejected)
+
+
+def _group(
+    samples: list[Any], most_tokens: int, fillers: Mapping[str, Encoded], pads: Mapping[str, int]
+) -> list[LoadedBatch]:
+    used = [sample for sample in samples if not isinstance(sample, Rejected)]
+    used.sort(key=_length, reverse=True)
+    batches: list[list[Any]] = []
+    for sample in used:
+        # The first of a batch is its longest: all others are padded to it.
+        if not batches or (len(batches[-1]) + 1) * _length(batches[-1][0]) > most_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    rejected = [sample for sample in samples if isinstance(sample, Rejected)]
+    first, *rest = batches or [[]]
+    return [_merge(batch, fillers, pads) for batch in ([*first, *rejected], *rest)]
+
+
+def _length(sample: tuple[dict[str, Encoded], Any]) -> int:
+    return len(next(iter(sample[0].values())).response)
+
+
+def _pad_id(encoder: ChatEncoder) -> int:
+    tokenizer = encoder.processor.tokenizer
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
