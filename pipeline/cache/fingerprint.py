@@ -58,6 +58,14 @@ def teacher_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
     return {**model_fingerprints(folder), "chat_template": text_fingerprint(chat_template)}
 
 
+def limit_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:
+    """The limits on a sample: plain numbers, not hashes. That of pixels only where one is set, as in older caches."""
+    limits = {"max_length": str(max_length)}
+    if min_pixels is not None or max_pixels is not None:
+        limits["pixels"] = f"{min_pixels or 'any'} to {max_pixels or 'any'}"
+    return limits
+
+
 def weights_fingerprint(folder: Path) -> str:
     """All *.safetensors of a folder and their index: verbalizers as well as whole models, one file or many.
 

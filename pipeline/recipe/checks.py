@@ -87,12 +87,15 @@ def _left_out(training: Training) -> bool:
 
 
 def _data_problems(recipe: Recipe) -> list[str]:
-    if (recipe.data.train / "manifest.json").is_file():
-        return []
-    return [
-        f"data.train: no {recipe.data.train}/manifest.json; expected a shard folder: "
-        "python -m data_prep shard --help says how to make one"
-    ]
+    data, problems = recipe.data, []
+    if not (data.train / "manifest.json").is_file():
+        problems.append(
+            f"data.train: no {data.train}/manifest.json; expected a shard folder: "
+            "python -m data_prep shard --help says how to make one"
+        )
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        problems.append(f"data.min_pixels: {data.min_pixels} is above data.max_pixels: {data.max_pixels}")
+    return problems
 
 
 def _model_problems(model: Model, role: str) -> list[str]:

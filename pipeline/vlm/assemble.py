@@ -13,9 +13,10 @@ from transformers import AutoConfig
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import target_layers
-from pipeline.recipe.schema import Model, Recipe
+from pipeline.recipe.schema import Data, Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.families import text_config
+from pipeline.vlm.image_size import PixelLimits
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
 from pipeline.vlm.vocabulary import common_vocabulary
@@ -28,12 +29,17 @@ def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
     """
     made: dict[str, ChatEncoder] = {}
     for role in roles:
-        encoder = ChatEncoder(load_processor(getattr(recipe, role).path), recipe.data.max_length)
+        encoder = chat_encoder(getattr(recipe, role).path, recipe.data)
         same = next((other for other in made.values() if _describe(other) == _describe(encoder)), None)
         if same is None:
             encoder.check()
         made[role] = same or encoder
     return made
+
+
+def chat_encoder(folder: Path, data: Data) -> ChatEncoder:
+    """The encoder of one model's folder, with the limits that a recipe sets on its data."""
+    return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels))
 
 
 def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:

@@ -19,6 +19,7 @@ from transformers import AutoProcessor
 from pipeline.errors import RecipeError, SampleError, as_sample_error
 from pipeline.vlm.chat_template import ChatTemplate, Message
 from pipeline.vlm.image_only import load_image_only
+from pipeline.vlm.image_size import NO_LIMITS, PixelLimits
 
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -53,10 +54,16 @@ class Batch:
     """The samples' keys."""
     counts: tuple[int, ...]
     """Response tokens of each sample; they sum to T."""
+    images: int = 0
+    """How many of the samples have an image."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """Move to a device, floating point inputs to the model's number format; pinned ones beside its computation."""
         return self._each(lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking=True))
+
+    def nbytes(self) -> int:
+        """What its tensors take."""
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), self.positions, self.labels))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, without which a copy to a GPU waits for what the GPU computes."""
@@ -85,22 +92,24 @@ def load_processor(folder: Path | str) -> Any:
 class ChatEncoder:
     """Turns chats into model inputs with one processor. Picklable: loader workers hold a copy."""
 
-    def __init__(self, processor: Any, max_length: int):
+    def __init__(self, processor: Any, max_length: int, pixels: PixelLimits = NO_LIMITS):
+        """max_length: in tokens. pixels: of each image; set on the processor where it scales by area itself."""
         self.processor = processor
         self.max_length = max_length
         self.template = ChatTemplate(processor)
+        self._pixels = NO_LIMITS if pixels.set_on(processor) else pixels
 
     def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
         """Encode one chat. Raises SampleError with the reason if it cannot be used."""
         self.template.refuse_control_tokens(messages)
         text = self.template.render(messages)
-        pictures = [decode_image(data) for data in images]
-        features, spans = self._process(text, pictures)
-        features, spans = self._truncate(text, features, spans, pictures)
+        pictures = self._decode(images)
+        features, before = self._process(text, pictures)
+        features, spans = self._truncate(text, features, before, pictures)
         response = self._mask(text, messages, features, spans)
         inputs = self._model_inputs(features)
         if not response.any():
-            raise SampleError(f"no response token within max_length={self.max_length} tokens")
+            raise SampleError(f"no response token within max_length={self.max_length} tokens{_of_images(before)}")
         return Encoded(key, inputs, response)
 
     def check(self) -> None:
@@ -113,8 +122,7 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
         """Model inputs that end where the assistant's turn begins, for generation."""
-        text, pictures = self.template.render(messages, prompt=True), [decode_image(data) for data in images]
-        features, _ = self._process(text, pictures)
+        features, _ = self._process(self.template.render(messages, prompt=True), self._decode(images))
         return self._model_inputs(features)
 
     def filler(self) -> Encoded:
@@ -127,6 +135,9 @@ class ChatEncoder:
         features, _ = self._process(text, [Image.new("RGB", (32, 32), (128, 128, 128))])
         inputs = self._model_inputs(features)
         return Encoded("filler", inputs, torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool))
+
+    def _decode(self, images: Sequence[bytes]) -> list[Image.Image]:
+        return [self._pixels.apply(decode_image(data)) for data in images]
 
     def _process(self, text: str, pictures: list[Image.Image]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         with as_sample_error("the model's processor"):
@@ -181,7 +192,8 @@ def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
     counts = tuple(int(sample.response.sum()) for sample in samples)
     rows = list(samples)
     image_keys = set(filler.inputs) - set(TOKEN_KEYS)
-    if not any(image_keys & set(sample.inputs) for sample in samples):
+    with_images = sum(bool(image_keys & set(sample.inputs)) for sample in samples)
+    if not with_images:
         rows.append(filler)
     width = max(row.inputs["input_ids"].shape[1] for row in rows)
     inputs = {}
@@ -199,6 +211,7 @@ def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
         labels=torch.cat([s.response_ids for s in samples]) if samples else torch.zeros(0, dtype=torch.long),
         keys=tuple(sample.key for sample in samples),
         counts=counts,
+        images=with_images,
     )
 
 
@@ -209,6 +222,14 @@ def decode_image(data: bytes) -> Image.Image:
             return picture.convert("RGB")
     except Exception as error:  # PIL raises many kinds for broken files
         raise SampleError(f"image cannot be decoded: {error}") from error
+
+
+def _of_images(spans: Sequence[Mapping[str, Any]]) -> str:
+    """What to do where images leave no room for the response."""
+    tokens = sum(span["new_span"][1] - span["new_span"][0] for span in spans)
+    if not tokens:
+        return " (data.max_length)"
+    return f": {len(spans)} image(s) come before it. Lower data.max_pixels or raise data.max_length"
 
 
 def _same_shape(parts: list[Tensor]) -> list[Tensor]:
