@@ -39,7 +39,8 @@ models are trained on them.
 Beside the models stands `question_only`: the commonest answer to the same question in training data, without a picture;
 to a question not found there, the commonest answer of all. What a model gets beyond it, it gets from the picture.
 
-Samples that a model cannot take are counted and named: read = used + rejected. Models run in float32 on a CPU, and on a
+Samples that a model cannot take are counted and named: read = used + rejected. More of them than --max-bad-share stop
+the evaluation: a result on what is left would not be a result on this data. Models run in float32 on a CPU, and on a
 GPU in the number format that their config.json names, else in bfloat16.
 """
 
@@ -136,6 +137,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=_positive, default=64, metavar="N", help="longest answer (default: 64)"
     )
     parser.add_argument(
+        "--max-bad-share", type=_share, metavar="SHARE",
+        help="stop when more of the samples cannot be used (default: data.max_bad_share of the run, else 0.01)",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON of all results (default with --run: RUN/evaluation.json)"
     )
 
@@ -166,6 +171,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
+    return share
+
+
 def _status(options: argparse.Namespace) -> None:
     from pipeline.results.status import show, status
 
@@ -177,7 +192,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.results.evaluate.evaluation import evaluate, make_plan
 
     plan = make_plan(
-        options.model, options.run, options.data, options.baseline_data, options.output,
+        options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
         limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)

@@ -19,6 +19,11 @@ from pipeline.recipe.resolve import Resolved, load_recipe, refuse_changes
 
 USER_ERROR, FAILURE = 2, 1
 
+ANOTHER_RANK_S = 3.0
+"""How long a rank other than 0 waits before it prints its error: an error of all ranks is then printed once, by 0."""
+LAUNCHER_S = 30.0
+"""How long a rank that only lost its connection waits for the launcher to end it, with the exit code of the cause."""
+
 
 def run_steps(
     recipe: Path,
@@ -36,10 +41,10 @@ def run_steps(
         _run(resolved, steps, stop_after, shards, only_missing, verbose)
         return _leave(0)
     except (UserError, ShardError) as error:
-        _tell(rank, f"error: {error}")
+        _print_error(rank, f"rank {rank}: error: {error}" if rank else f"error: {error}")
         return _leave(USER_ERROR)
     except Exception as error:
-        _tell(rank, f"rank {rank} failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+        _print_failure(rank, error)
         return _leave(FAILURE)
 
 
@@ -93,8 +98,20 @@ def _leave(code: int) -> int:
     return code
 
 
-def _tell(rank: int, text: str) -> None:
-    """Rank 0 speaks at once; another only if the launcher has not ended it by then, so that one error is read once."""
+def _print_failure(rank: int, error: Exception) -> None:
+    """Print a traceback; of a connection that another rank's end broke, one line, and only if nobody ends this rank."""
+    from pipeline.runtime.ranks import lost_connection
+
+    if lost_connection(error):
+        time.sleep(LAUNCHER_S)
+        text = f"rank {rank} lost its connection to another rank, which failed before it: {str(error).splitlines()[0]}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+    else:
+        _print_error(rank, f"rank {rank} failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+
+
+def _print_error(rank: int, text: str) -> None:
+    """Rank 0 prints at once; another rank only if the launcher has not ended it by then."""
     if rank:
-        time.sleep(3)
+        time.sleep(ANOTHER_RANK_S)
     Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)

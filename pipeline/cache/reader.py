@@ -6,6 +6,7 @@ T response tokens, J cached teacher layers.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from pipeline.cache.layout import (
     VERSION,
     CacheIdentity,
     cache_codec,
-    command_to_remake,
     mismatch_message,
     missing_shards,
     read_identity,
@@ -33,7 +33,7 @@ from pipeline.cache.layout import (
 )
 from pipeline.codec.packing import join_arrays, unpack_record
 from pipeline.commands import cache_command, train_command
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, SampleError
 from pipeline.signal import Signal, Unembedding
 
 
@@ -122,7 +122,11 @@ class TeacherCache:
             ) from None
 
     def check_tokens(self, record: CacheRecord, expected: np.ndarray | Tensor | Sequence[int]) -> None:
-        """Raise CacheError unless the record was made for exactly these response token ids."""
+        """Raise SampleError unless the record was made for exactly these response token ids.
+
+        Tokenizer, template and max_length are those of the cache: that is checked when it is opened. What remains is a
+        sample of which one model's form was cut and the other's was not.
+        """
         wanted, found = np.asarray(expected).tolist(), record.tokens.tolist()
         if wanted == found:
             return
@@ -132,10 +136,9 @@ class TeacherCache:
             if place is None
             else f"at response token {place} expected id {wanted[place]}, found {found[place]}"
         )
-        raise CacheError(
-            f"{self.path}: sample '{record.key}' was cached for other response tokens: {where}. Use the data, "
-            "tokenizer and data.max_length that the cache was made with, or make it again: "
-            f"{command_to_remake(self.path, self.recipe)}"
+        raise SampleError(
+            f"the teacher cache has other response tokens: {where} (teacher or student cut at data.max_length, most "
+            f"likely); see them with: python -m pipeline cache-info {shlex.quote(str(self.path))} --sample {record.key}"
         )
 
     def signal(

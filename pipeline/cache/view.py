@@ -33,8 +33,8 @@ class CacheView:
     def record(self, index: int, epoch: int, expected: np.ndarray) -> tuple[CacheRecord, np.ndarray]:
         """The record of a sample for an epoch, and which of its T tokens it keeps [T] bool.
 
-        Raises SampleError and CacheError as TeacherCache.read does, CacheError where the record was made for other
-        response tokens than `expected` [T].
+        Raises SampleError and CacheError as TeacherCache.read does, and SampleError where the record was made for
+        other response tokens than `expected` [T].
         """
         record = self.cache.read(index)
         self.cache.check_tokens(record, expected)

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, LogitsProcessorList
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.schema import Data
+from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.backbone import load_vlm
-from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate, load_processor
+from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class Vlm:
         return [token for name in names if (token := getattr(self.encoder.processor, name, None)) is not None]
 
 
-def load(folder: Path, max_length: int) -> Vlm:
-    """Load a Hugging Face folder for reading. Raises RecipeError if it is none."""
+def load(folder: Path, data: Data) -> Vlm:
+    """Load a Hugging Face folder for reading, under a recipe's limits on data. Raises RecipeError if it is none."""
     require_model(folder)
     device, dtype = placement(folder)
     model = load_vlm(folder, dtype).to(device).eval()
-    return Vlm(model, ChatEncoder(load_processor(folder), max_length), device, dtype)
+    encoder = chat_encoder(folder, data)
+    encoder.check()
+    return Vlm(model, encoder, device, dtype)
 
 
 def require_model(folder: Path) -> None:

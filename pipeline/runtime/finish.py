@@ -12,7 +12,7 @@ from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job
-from pipeline.runtime.ranks import wait_for_all
+from pipeline.runtime.ranks import on_first_rank
 from pipeline.vlm.export import save_student
 from pipeline.vlm.lora import merge_lora
 
@@ -21,12 +21,13 @@ def finish(
     job: Job, name: str, engine: Engine, backbone: nn.Module, model_folder: Path, summary: dict[str, Any]
 ) -> None:
     """Save the student as a Hugging Face folder and mark the step complete. All ranks must call."""
-    weights = engine.gathered(backbone)
-    if job.ranks.first:
-        training: StudentTraining = getattr(job.recipe, name)
-        if training.lora_rank:
-            weights = merge_lora(weights, training.lora_rank, training.lora_alpha)
+    gathered = engine.gathered(backbone)
+    training: StudentTraining = getattr(job.recipe, name)
+
+    def export() -> None:
+        weights = merge_lora(gathered, training.lora_rank, training.lora_alpha) if training.lora_rank else gathered
         save_student(backbone, weights, job.recipe.student.path, model_folder)
         mark_done(job.recipe.run / name, summary)
         Checkpoints(job.recipe.run / name, 1).drop()
-    wait_for_all()
+
+    on_first_rank(job.ranks, f"{name}: writing {model_folder}", export)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime.batches import BadSamples, ChatDataset, DataOrder, LoadedBatch, derived_seed, load, micro_batches
+from pipeline.runtime.batches import BadSamples, ChatDataset, DataOrder, LoadedBatch, derived_seed, micro_batches
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.first_updates import CHECK_AFTER, FirstUpdatesCheck
+from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
+from pipeline.runtime.loader import load
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
@@ -75,23 +76,31 @@ def train(
     dataset: ChatDataset,
     forward: Callable[[LoadedBatch, MicroStep], StepOutput],
     may_be_unused: tuple[str, ...] = (),
+    image_parts: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
+
+    may_be_unused, image_parts: see FirstUpdatesCheck. The last update is checkpointed too: what comes after it, such
+    as an export, may fail.
 
     Raises Stopped at --stop-after, DataError when too many samples are bad.
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward)
-    watch = FirstUpdatesCheck(engine, may_be_unused)
+    check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
     loaded = loop.resume_and_load(dataset)
     try:
         for update in range(loop.first, total):
-            loop.run_update(update, loaded)
-            if update + 1 == loop.first + CHECK_AFTER:
-                watch.check()
+            images = loop.run_update(update, loaded)
+            check.after_update(images)
             loop.checkpoint(update + 1)
     finally:
         loop.close()
+    if loop.first < total and (unused := check.never_used()):
+        job.say(
+            f"{name}: no batch had an image, so {len(unused)} trained tensors, first {unused[0]}, are as they were; "
+            "train_projector: false leaves the projector out"
+        )
     return loop.averages
 
 
@@ -117,11 +126,12 @@ class _Loop:
         indices = list(micro_batches(order, self.training, self.first, self.total, self.job.ranks))
         return load(dataset, indices, self.job.recipe.data.workers, self.job.ranks.device)
 
-    def run_update(self, update: int, loaded: Iterator[LoadedBatch]) -> None:
+    def run_update(self, update: int, loaded: Iterator[LoadedBatch]) -> int:
+        """One update; returns how many images its global batch had."""
         begun = time.monotonic()
         micros = [next(loaded) for _ in range(self.engine.accumulation)]
         waited = time.monotonic() - begun
-        tokens = self._count(micros)
+        tokens, images = self._count(micros)
         # Anything that draws at random (dropout) draws the same after a resume.
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         rate = learning_rate(self.training, update, self.total)
@@ -136,12 +146,13 @@ class _Loop:
         self.averages = _averages(sums, tokens)
         took = time.monotonic() - begun
         self._report(update + 1, {"learning_rate": rate, "tokens": tokens, **values}, took, waited)
+        return images
 
     def checkpoint(self, updates: int) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
         stop_after = self.job.stop_after
         stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
-        if stopping or (updates % self.training.checkpoint_every == 0 and updates < self.total):
+        if stopping or updates % self.training.checkpoint_every == 0 or updates == self.total:
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
             self.checkpoints.save(self.engine, updates, state)
         if stopping:
@@ -154,15 +165,15 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _count(self, micros: list[LoadedBatch]) -> int:
-        """Response tokens of the global batch. Every rank counts every rank's bad samples, so that all stop alike."""
-        counts = torch.tensor([sum(m.tokens() for m in micros), sum(len(m.rejected) for m in micros)])
-        tokens, rejected = sum_over_ranks(counts.to(self.engine.device)).tolist()
+    def _count(self, micros: list[LoadedBatch]) -> tuple[int, int]:
+        """Response tokens and images of the global batch. Every rank counts all ranks' bad samples: all stop alike."""
+        counts = torch.tensor([(m.tokens(), m.images(), len(m.rejected)) for m in micros]).sum(0)
+        tokens, images, rejected = sum_over_ranks(counts.to(self.engine.device)).tolist()
         newest = gather_lists([r for m in micros for r in m.rejected]) if rejected else []
         if newest and self.job.ranks.first:
             record_rejected(self.job.recipe.run, newest)
         self.bad.count(self.training.batch_size, newest)
-        return tokens
+        return tokens, images
 
     def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
         speed = values["tokens"] / took

@@ -63,6 +63,28 @@ def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]
     return gather_lists(making.result())
 
 
+def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
+    """work() on rank 0, however long it takes: the others meet with it meanwhile, where a barrier would time out.
+
+    what: as in gather_when_ready. All ranks must call. Raises what `work` raised, on rank 0.
+    """
+
+    def make() -> list[Any]:
+        if ranks.first:
+            work()
+        return []
+
+    gather_when_ready(ranks, what, make)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone: what happened stands in that rank's message."""
+    names = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+    return isinstance(error, (dist.DistError, ConnectionError)) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+    )
+
+
 def _is_ready(making: Future[Sequence[Any]]) -> bool:
     wait([making], HEARTBEAT_S)
     if making.done():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import open_cache
-from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
+from pipeline.cache.fingerprint import files_fingerprint, limit_fingerprints, teacher_fingerprints
 from pipeline.cache.layout import codec_params
 from pipeline.cache.reader import CacheRecord
 from pipeline.cache.view import CacheView
@@ -34,7 +34,7 @@ from pipeline.runtime.ranks import gather_when_ready, sum_over_ranks, wait_for_a
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
-from pipeline.vlm.families import family
+from pipeline.vlm.families import family, image_parts
 from pipeline.vlm.processing import Batch, Encoded, load_processor
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
@@ -111,18 +111,18 @@ def run(job: Job) -> None:
         wait_for_all()
         return
     data = ShardFolder(recipe.data.train)
-    view = open_cache_view(job, data)
+    view, made = open_cache_view(job, data), encoders(recipe, ["student"])
     with sharded_loading(recipe):
         student = student_with_verbalizers(
             recipe, view.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
         )
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
-    dataset = ChatDataset(data, encoders(recipe, ["student"]), attach=partial(_attach, view))
+    dataset = ChatDataset(data, made, attach=partial(_attach, view))
     total = number_of_steps(recipe.interact, len(dataset))
     forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
-    rest = family(student.backbone).may_be_unused
-    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, may_be_unused=rest)
+    unused, images = family(student.backbone).may_be_unused, image_parts(student.backbone)
+    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images)
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
 
 
@@ -153,7 +153,7 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     """Fingerprints that the cache must have; the teacher's where its weights are still there, which nothing needs."""
     prints = {
         "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
-        "max_length": str(recipe.data.max_length),
+        **limit_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }
     if any(recipe.teacher.path.glob("*.safetensors")):
         template = str(load_processor(recipe.teacher.path).chat_template)

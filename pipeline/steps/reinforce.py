@@ -12,11 +12,11 @@ from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
-from pipeline.runtime.ranks import wait_for_all
+from pipeline.runtime.ranks import on_first_rank
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 from pipeline.vlm.backbone import load_student, run_backbone
 from pipeline.vlm.export import copy_student
-from pipeline.vlm.families import family, final_norm
+from pipeline.vlm.families import family, final_norm, image_parts
 from pipeline.vlm.processing import Batch
 from pipeline.vlm.verbalizer import LanguageHead
 
@@ -46,10 +46,12 @@ def run(job: Job) -> None:
         return
     begun_from = recipe.student.path if recipe.interact.steps == 0 else recipe.run / "interact" / "student"
     if recipe.reinforce.steps == 0:
-        if job.ranks.first:
+
+        def copy() -> None:
             copy_student(begun_from, recipe.run / "student")
             mark_done(folder, {"updates": 0})
-        wait_for_all()
+
+        on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)
         return
     made = encoders(recipe, ["student"])
     with sharded_loading(recipe):
@@ -57,8 +59,8 @@ def run(job: Job) -> None:
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from)), recipe, recipe.reinforce, job.ranks)
     dataset = ChatDataset(ShardFolder(recipe.data.train), made)
     total = number_of_steps(recipe.reinforce, len(dataset))
-    rest = family(backbone).may_be_unused
-    averages = train(job, NAME, recipe.reinforce, total, engine, dataset, _forward(engine), may_be_unused=rest)
+    forward, unused, images = _forward(engine), family(backbone).may_be_unused, image_parts(backbone)
+    averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images)
     finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
 
 

@@ -14,7 +14,7 @@ from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
-from pipeline.runtime.ranks import wait_for_all
+from pipeline.runtime.ranks import on_first_rank
 from pipeline.vlm.assemble import encoders, load_verbalized, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.verbalizer import VerbalizedVLM
@@ -43,11 +43,7 @@ def run(job: Job) -> Engine | None:
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
     averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)
-    _save(engine, folder)
-    if job.ranks.first:
-        mark_done(folder, {"updates": total, "vocab": vocab, "losses": averages, **_describe(sides)})
-        Checkpoints(folder, 1).drop()
-    wait_for_all()
+    _save(job, engine, folder, {"updates": total, "vocab": vocab, "losses": averages, **_describe(sides)})
     return engine
 
 
@@ -65,14 +61,19 @@ def _forward(engine: Engine):
     return forward
 
 
-def _save(engine: Engine, folder: Path) -> None:
-    for role in ROLES:
-        weights = engine.gathered(engine.module.sides[role].verb_ffns)
-        if engine.ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
+def _save(job: Job, engine: Engine, folder: Path, summary: dict[str, object]) -> None:
+    weights = {role: engine.gathered(engine.module.sides[role].verb_ffns) for role in ROLES}
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for role in ROLES:
             aside = folder / f"{role}.safetensors.partial"
-            save_file(weights, aside)
+            save_file(weights[role], aside)
             aside.replace(folder / f"{role}.safetensors")
+        mark_done(folder, summary)
+        Checkpoints(folder, 1).drop()
+
+    on_first_rank(job.ranks, f"{NAME}: writing the verbalizers to {folder}", write)
 
 
 def _describe(sides: dict[str, VerbalizedVLM]) -> dict[str, object]:

@@ -319,13 +319,13 @@ def test_a_lost_damaged_or_other_order_is_found_at_open(tmp_path, data):
     )
 
 
-def test_tokens_that_differ_are_an_error(tmp_path, data):
+def test_a_sample_with_other_tokens_is_rejected(tmp_path, data):
     cache = TeacherCache(full(tmp_path / "cache", data), data)
     record = cache.read(5)
     tokens = words("k005")[0].tolist()
-    with pytest.raises(CacheError, match=rf"at response token 1 expected id 99, found {tokens[1]}.*data.max_length"):
+    with pytest.raises(SampleError, match=rf"at response token 1 expected id 99, found {tokens[1]}.*data.max_length"):
         cache.check_tokens(record, [tokens[0], 99, *tokens[2:]])
-    with pytest.raises(CacheError, match=r"'k005' was cached for other response tokens: expected 2 tokens, found 3"):
+    with pytest.raises(SampleError, match="has other response tokens: expected 2 tokens, found 3"):
         cache.check_tokens(record, torch.tensor(tokens[:2]))
 
 

@@ -141,7 +141,7 @@ def test_whoever_asks_gets_the_same(cache):
 
 
 def test_other_response_tokens_are_refused_before_anything_is_left_out(cache):
-    with pytest.raises(CacheError, match="expected 599 tokens, found 600"):
+    with pytest.raises(SampleError, match="expected 599 tokens, found 600"):
         CacheView(cache, LAYERS, token_share=0.1).record(0, 0, np.arange(LONG - 1))
 
 

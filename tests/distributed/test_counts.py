@@ -31,7 +31,7 @@ def losses(run: Path, step: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def load_verbalized(tiny_models, data, tmp_path_factory):
+def verbalized(tiny_models, data, tmp_path_factory):
     """(recipe, folder, tally) after stage 1."""
     folder = tmp_path_factory.mktemp("counts")
     recipe = tiny_recipe(

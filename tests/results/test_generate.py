@@ -3,12 +3,15 @@ import torch
 from tiny import KINDS, chats, png, turn, write_vlm
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.schema import Data
 from pipeline.results.generate import Vlm, greedy, load, pad_left
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def vlm(request, tmp_path_factory) -> Vlm:
-    return load(write_vlm(tmp_path_factory.mktemp(request.param), request.param, 3, 32), 512)
+    return load(
+        write_vlm(tmp_path_factory.mktemp(request.param), request.param, 3, 32), Data(train="x", max_length=512)
+    )
 
 
 def prompts(vlm: Vlm, pictures: bool):
@@ -77,7 +80,7 @@ def test_pad_left_moves_padding_to_the_front(vlm):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"no model in .*expected a Hugging Face folder"):
-        load(tmp_path, 512)
+        load(tmp_path, Data(train="x"))
 
 
 def test_chats_of_the_fixtures_are_readable(vlm):

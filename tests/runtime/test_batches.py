@@ -19,10 +19,9 @@ from pipeline.runtime.batches import (
     DataOrder,
     Rejected,
     SampleIndex,
-    load,
-    load_by_length,
     micro_batches,
 )
+from pipeline.runtime.loader import load, load_by_length
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.vlm.processing import ChatEncoder, load_processor

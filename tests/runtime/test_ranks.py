@@ -14,7 +14,7 @@ from pipeline.runtime import ranks
 from pipeline.runtime.ranks import Ranks, gather_when_ready
 
 SLOW = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from pipeline.runtime import ranks
@@ -27,7 +27,8 @@ ranks.HEARTBEAT_S = 0.5
 def make():
     time.sleep(0 if rank else 13)
     return [f"of rank {rank}"]
-print(ranks.gather_when_ready(ranks.Ranks(rank, 2), "hashing", make))
+print(ranks.gather_when_ready(ranks.Ranks(rank, 2), "hashing", make), flush=True)
+os._exit(0)  # as pipeline/job.py leaves, and for its reason: a thread of gloo's may abort the interpreter's way out
 """
 
 

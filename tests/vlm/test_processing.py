@@ -16,7 +16,7 @@ def encoder(request, tiny_models) -> ChatEncoder:
     return ChatEncoder(load_processor(tiny_models[request.param, "student"]), max_length=512)
 
 
-def verbalized(encoder: ChatEncoder, encoded) -> str:
+def response_text(encoder: ChatEncoder, encoded) -> str:
     return encoder.processor.tokenizer.decode(encoded.response_ids)
 
 
@@ -26,7 +26,7 @@ def image_ids(encoder: ChatEncoder, encoded) -> torch.Tensor:
 
 def test_one_turn(encoder):
     encoded = encoder("k", [turn("user", "<image>", "what?"), turn("assistant", "a red star")], [png()])
-    assert verbalized(encoder, encoded) == "a red star<|im_end|>"
+    assert response_text(encoder, encoded) == "a red star<|im_end|>"
     assert encoded.inputs["input_ids"].shape[1] == len(encoded.response)
 
 
@@ -39,7 +39,7 @@ def test_many_turns_and_images_and_a_system_prompt(encoder):
         turn("assistant", "yes, in colour. ünïcödé ✓"),
     ]
     encoded = encoder("k", messages, [png(seed=1), png(size=(84, 56), seed=2), png(seed=3)])
-    assert verbalized(encoder, encoded) == "in colour<|im_end|>yes, in colour. ünïcödé ✓<|im_end|>"
+    assert response_text(encoder, encoded) == "in colour<|im_end|>yes, in colour. ünïcödé ✓<|im_end|>"
     assert not (encoded.response & image_ids(encoder, encoded)).any()
 
 
@@ -91,9 +91,9 @@ def test_truncation_never_cuts_inside_an_image(kind, tiny_models):
             assert f"no response token within max_length={max_length}" in str(error)
             continue
         assert cut.inputs["input_ids"].shape[1] <= max_length
-        assert verbalized(whole, everything).startswith(verbalized(encoder, cut))
+        assert response_text(whole, everything).startswith(response_text(encoder, cut))
         model.model(**cut.inputs)  # refuses inputs whose image tokens and image features do not agree
-        said.add(verbalized(encoder, cut))
+        said.add(response_text(encoder, cut))
         kept.add(len(cut.inputs["image_grid_thw" if kind == "qwen2_vl" else "image_sizes"]))
     # LLaVA-OneVision tiles a picture that stands alone: without the second, the first no longer fits either.
     assert kept == ({1, 2} if kind == "qwen2_vl" else {2})

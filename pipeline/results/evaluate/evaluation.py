@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import Exchange, QuestionOnly, Tally, last_exchange
 from pipeline.results.generate import Vlm, greedy, load, pad_left, require_model, words
+from pipeline.runtime.batches import BadSamples, Rejected
 from pipeline.runtime.folder import write_json
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.vlm.backbone import run_backbone
@@ -27,7 +29,6 @@ from pipeline.vlm.processing import Encoded, collate
 from pipeline.vlm.verbalizer import LanguageHead
 
 QUESTION_ONLY = "question_only"
-MAX_LENGTH: int = Data.model_fields["max_length"].default
 LEARN_FROM = 50_000
 """The baseline reads at most this many training samples, evenly spaced: a majority needs no more."""
 
@@ -41,7 +42,8 @@ class Plan:
     limit: int | None
     batch_size: int
     max_new_tokens: int
-    max_length: int = MAX_LENGTH
+    limits: Data
+    """The recipe's data section, for its limits on samples; its defaults where there is no run."""
     baseline: ShardFolder | None = None
     """What the question-only baseline learns from."""
     output: Path | None = None
@@ -52,17 +54,24 @@ class Plan:
 
 
 def make_plan(
-    models: Sequence[str], run: Path | None, data: Path | None, baseline: Path | None, output: Path | None, **sizes: Any
+    models: Sequence[str],
+    run: Path | None,
+    data: Path | None,
+    baseline: Path | None,
+    output: Path | None,
+    max_bad_share: float | None = None,
+    **sizes: Any,
 ) -> Plan:
     """From a command line to a plan. Raises RecipeError or DataError, before any model is loaded."""
     named = dict(_name_and_folder(text) for text in models)
     if len(named) < len(models):
         raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
-    max_length = MAX_LENGTH
+    limits: Data | None = None
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
+        limits = recipe.data
         named = _models_of(run, recipe.teacher.path, recipe.student.path) | named
-        data, max_length = data or recipe.data.held_out, recipe.data.max_length
+        data = data or recipe.data.held_out
         baseline, output = baseline or recipe.data.train, output or run / "evaluation.json"
     if not named:
         raise RecipeError("nothing to evaluate: give --model DIR (again for each model) or --run RUN")
@@ -76,7 +85,10 @@ def make_plan(
     if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
         baseline = sibling
     learn = None if baseline is None else _with_samples(baseline)
-    return Plan(named, _with_samples(data), max_length=max_length, baseline=learn, output=output, **sizes)
+    limits = limits or Data(train=data)
+    if max_bad_share is not None:
+        limits = limits.model_copy(update={"max_bad_share": max_bad_share})
+    return Plan(named, _with_samples(data), limits=limits, baseline=learn, output=output, **sizes)
 
 
 def run_recipe(run: Path) -> Path:
@@ -88,29 +100,34 @@ def run_recipe(run: Path) -> Path:
 
 
 def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Results by model name, the question-only baseline last; written to plan.output if there is one."""
+    """Results by model name, the question-only baseline last; written to plan.output after each, if there is one.
+
+    Raises DataError where more samples than max_bad_share cannot be used.
+    """
     results: dict[str, dict[str, Any]] = {}
     for name, folder in plan.models.items():
-        vlm = load(folder, plan.max_length)
+        vlm = load(folder, plan.limits)
         results[name] = {"model": str(folder), **score(vlm, plan, name), "data": str(plan.data.path)}
         del vlm
         gc.collect()  # the next model may need all of the memory
+        _write(plan, results)
     if plan.baseline is not None:
         results[QUESTION_ONLY] = score_question_only(plan, plan.baseline)
-    if plan.output is not None:
-        write_json(plan.output, results)
+        _write(plan, results)
     return results
 
 
 def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
     """One model's exact match, in total and by question type, and its perplexity; read = samples + rejected."""
     tally, nats, tokens = Tally(), 0.0, 0
-    rejected: list[dict[str, str]] = []
+    rejected: list[Rejected] = []
+    counted = BadSamples(plan.limits.max_bad_share, listed_in="--max-bad-share in python -m pipeline evaluate --help")
     progress = StepProgress(name, len(plan.indices()))
     try:
         for rows in _chunks(plan.indices(), plan.batch_size):
             asked, bad = _encode(vlm, plan.data, rows)
             rejected += bad
+            counted.count(len(rows), bad)
             for one, answer in zip(asked, _answers(vlm, asked, plan.max_new_tokens), strict=True):
                 tally.add(one.exchange, answer)
             loss, count = response_loss(vlm, [one.chat for one in asked])
@@ -123,7 +140,7 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
         "perplexity": math.exp(min(nats / tokens, 700.0)) if tokens else None,
         "response_tokens": tokens,
         "read": len(plan.indices()),
-        "rejected": rejected,
+        "rejected": [asdict(one) for one in rejected],
     }
 
 
@@ -147,8 +164,9 @@ def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
     tally = Tally()
     for index in plan.indices():
         raw = plan.data.read(index)
-        exchange = last_exchange(raw.record, raw.images)
-        tally.add(exchange, guess(exchange.question))
+        with suppress(SampleError):  # the models have named it
+            exchange = last_exchange(raw.record, raw.images)
+            tally.add(exchange, guess(exchange.question))
     return {**tally.summary(), "learnt_from": str(learn_from.path), "data": str(plan.data.path)}
 
 
@@ -159,7 +177,12 @@ class _Asked:
     chat: Encoded
 
 
-def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Asked], list[dict[str, str]]]:
+def _write(plan: Plan, results: Mapping[str, Any]) -> None:
+    if plan.output is not None:
+        write_json(plan.output, results)
+
+
+def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Asked], list[Rejected]]:
     """What this model can read of some samples, and why it cannot read the others."""
     asked, rejected = [], []
     for index in rows:
@@ -172,7 +195,7 @@ def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Ask
                 raise SampleError(f"the question takes {length} tokens, and max_length is {longest}")
             asked.append(_Asked(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
         except SampleError as error:
-            rejected.append({"key": raw.key, "reason": str(error)})
+            rejected.append(Rejected.of(data, index, error))
     return asked, rejected
 
 

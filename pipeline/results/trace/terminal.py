@@ -24,8 +24,7 @@ from pipeline.results.evaluate.evaluation import run_recipe
 from pipeline.results.generate import Vlm, placement, require_model
 from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPrediction, trace
 from pipeline.runtime.folder import done
-from pipeline.vlm.assemble import load_verb_ffns, load_verbalized, vocabulary_rows
-from pipeline.vlm.processing import ChatEncoder, load_processor
+from pipeline.vlm.assemble import chat_encoder, load_verb_ffns, load_verbalized, vocabulary_rows
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LABEL_WIDTH = 8
@@ -141,7 +140,8 @@ def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> t
     side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
     load_verb_ffns(side, traced_model.verb_ffns)
     side.to(device).eval()
-    encoder = ChatEncoder(load_processor(traced_model.backbone), recipe.data.max_length)
+    encoder = chat_encoder(traced_model.backbone, recipe.data)
+    encoder.check()
     return Vlm(side.backbone, encoder, device, dtype), side
 
 

@@ -14,7 +14,7 @@ import torch
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import folder_for
-from pipeline.cache.fingerprint import files_fingerprint, teacher_fingerprints
+from pipeline.cache.fingerprint import files_fingerprint, limit_fingerprints, teacher_fingerprints
 from pipeline.cache.layout import CacheIdentity, codec_params
 from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
@@ -26,7 +26,14 @@ from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, size_text
-from pipeline.runtime.ranks import gather_lists, gather_when_ready, sum_over_ranks, until_all_done, wait_for_all
+from pipeline.runtime.ranks import (
+    gather_lists,
+    gather_when_ready,
+    on_first_rank,
+    sum_over_ranks,
+    until_all_done,
+    wait_for_all,
+)
 from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
@@ -63,7 +70,7 @@ def run(
         if missing:
             _fill(job, teacher_pass, cache, list(missing))
     wait_for_all()
-    _finish(job, cache, len(data.shards))
+    on_first_rank(job.ranks, f"{NAME}: writing the manifest", lambda: _finish(job, cache, len(data.shards)))
 
 
 def _verbalizers(job: Job) -> dict[str, Any]:
@@ -85,7 +92,9 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
             return []
         verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
         teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
-        return [{**teacher, "verbalizers": verbalizers, "max_length": str(recipe.data.max_length)}]
+        data = recipe.data
+        limits = limit_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
+        return [{**teacher, "verbalizers": verbalizers, **limits}]
 
     (fingerprints,) = gather_when_ready(job.ranks, f"{NAME}: hashing the teacher, {recipe.teacher.path}", prints)
     layers = (*verbalized["layers"], verbalized["depth"])
@@ -148,8 +157,7 @@ def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_fi
     """What must be there before the first shard."""
     if "head" in missing_files:
         head = teacher_pass.head()
-        if job.ranks.first:
-            cache.save_head(head)
+        on_first_rank(job.ranks, f"{NAME}: writing the teacher's head to {cache.path}", lambda: cache.save_head(head))
     if "order" in missing_files:
         order = find_vocabulary_order(teacher_pass)
         if job.ranks.first:
@@ -224,8 +232,6 @@ class _Log:
 
 
 def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
-    if not job.ranks.first:
-        return
     if cache.finish(_fidelity):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})

@@ -10,7 +10,8 @@ from bench.steps import pairs, run
 from bench.steps.measures import operations_of
 from data_prep.shards import ShardFolder
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import ChatDataset, SampleIndex, load
+from pipeline.runtime.batches import ChatDataset, SampleIndex
+from pipeline.runtime.loader import load
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 
 

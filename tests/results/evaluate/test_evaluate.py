@@ -8,6 +8,7 @@ from tiny_run import typed, write_shards
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
+from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import normalise
 from pipeline.results.evaluate.evaluation import Plan, evaluate, make_plan, response_loss, score, score_question_only
 from pipeline.results.generate import greedy, load, words
@@ -17,11 +18,15 @@ SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}
 
 @pytest.fixture(scope="module")
 def teacher(made):
-    return load(made.root / "teacher", 512)
+    return load(made.root / "teacher", limits())
+
+
+def limits(max_bad_share: float = 1.0) -> Data:
+    return Data(train="x", max_length=512, max_bad_share=max_bad_share)
 
 
 def plan_for(data, **changes) -> Plan:
-    return Plan({}, ShardFolder(data), **(SIZES | changes))
+    return Plan({}, ShardFolder(data), **(SIZES | {"limits": limits()} | changes))
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_all_response_tokens(made, teacher):
@@ -74,6 +79,21 @@ def test_read_equals_used_plus_rejected(tmp_path, teacher):
     assert [one["key"] for one in result["rejected"]] == ["broken", "long"]
     assert "cannot be decoded" in result["rejected"][0]["reason"]
     assert "max_length is 512" in result["rejected"][1]["reason"]
+    assert result["rejected"][1]["shard"] == "000000.tar"
+
+
+def test_too_many_bad_samples_end_an_evaluation(tmp_path, teacher):
+    """A picture that the processor raises for is a bad sample like any other; one in a hundred is forgiven."""
+    (_, record, _), good = chats(1)[0], chats(3)
+    long = png(size=(2001, 10))
+    folder = write_shards(tmp_path / "held_out", [*good, ("long", record, [long])])
+    result = score(teacher, plan_for(folder, limits=limits(max_bad_share=0.01)))
+    assert [one["reason"] for one in result["rejected"]] == [
+        "the model's processor refused it: ValueError: absolute aspect ratio must be smaller than 200, got 200.1"
+    ]
+    folder = write_shards(tmp_path / "worse", [*good, ("long", record, [long]), ("longer", record, [long])])
+    with pytest.raises(DataError, match=r"2 of 5 samples could not be used, .*; the last: longer in 000000.tar: .*"):
+        score(teacher, plan_for(folder, limits=limits(max_bad_share=0.01)))
 
 
 def test_a_batch_of_bad_samples_alone_is_survived(tmp_path, teacher):

@@ -5,6 +5,7 @@ import torch
 from tiny import KINDS, png, turn, write_vlm
 from torch.nn import functional as F
 
+from pipeline.recipe.schema import Data
 from pipeline.results.generate import Vlm, greedy, load
 from pipeline.results.trace.layers import generate_from_layer, predict_along, trace
 from pipeline.vlm.families import decoder_layers, final_norm, lm_head
@@ -15,7 +16,7 @@ LAYERS = (1, 3)
 
 
 def traced_model(folder, kind: str, trained: bool, rows: int = 0) -> tuple[Vlm, VerbalizedVLM]:
-    vlm = load(write_vlm(folder, kind, 4, 32, rows=rows), 512)
+    vlm = load(write_vlm(folder, kind, 4, 32, rows=rows), Data(train="x", max_length=512))
     ffns = initial_verb_ffns(LAYERS, 32, "residual", torch.float32, seed=1)
     if trained:
         for block in ffns.values():

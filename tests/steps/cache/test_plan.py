@@ -7,7 +7,7 @@ from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from launch.cache import parse, shard_range
-from pipeline.runtime import batches
+from pipeline.runtime import loader
 from pipeline.runtime.batches import Rejected
 from pipeline.steps.cache.teacher_pass import WINDOW
 from pipeline.steps.cache.writing import plan
@@ -51,10 +51,10 @@ class Sized:
 
 
 def test_a_batch_is_alike_in_length_and_within_its_tokens(monkeypatch):
-    monkeypatch.setattr(batches, "_merge", lambda samples, fillers, pads: samples)
+    monkeypatch.setattr(loader, "_merge", lambda samples, fillers, pads: samples)
     bad = Rejected("k", "000000.tar", "broken")
     samples = [({"teacher": Sized(length)}, None) for length in (5, 90, 7, 6, 200, 8, 30)]
-    found = batches._group([*samples, bad], most_tokens=100, fillers={}, pads={})
+    found = loader._group([*samples, bad], most_tokens=100, fillers={}, pads={})
     sizes = [[len(one[0]["teacher"].response) for one in batch if one is not bad] for batch in found]
     assert sizes == [[200], [90], [30, 8, 7], [6, 5]] and found[0][-1] is bad
-    assert batches._group([bad], 100, {}, {}) == [[bad]], "rejects alone are a batch, so that they are not forgotten"
+    assert loader._group([bad], 100, {}, {}) == [[bad]], "rejects alone are a batch, so that they are not forgotten"
