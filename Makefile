@@ -3,21 +3,31 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-STAMP  := $(VENV)/.installed
 EXTRAS := mpi,lora,easy-vqa,bench,dev
+# What is installed: the versions that CI tested; with UNPINNED=1 the newest of all but those in constraints.in.
+CONSTRAINTS ?= $(if $(UNPINNED),constraints.in,constraints.txt)
+STAMP := $(VENV)/.installed$(if $(UNPINNED),-unpinned)
 
 # The environment's programs first (also its ninja, with which DeepSpeed builds), and root may start MPI.
 RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# The build environments of packages that come as source are held to the same versions: by the first variable in pip
+# before 26.2, by the second since 25.3.
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROOT_USER_ACTION=ignore \
+  $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test peers bench-cache bench-losses bench-steps lint types clean
+.PHONY: help setup lock demo demo-models test test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps \
+  lint types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP)  ## install everything into .venv (the other targets do it by themselves)
+setup: $(STAMP)  ## install everything into .venv (the other targets do it by themselves); UNPINNED=1: the newest
 	@echo "ready: $(VENV)/bin"
+
+lock: $(STAMP)  ## make constraints.txt from setup.cfg and constraints.in again; ARGS=--upgrade takes the newest
+	@$(RUN) uv pip compile setup.cfg constraints.in --universal --python-version 3.10 --all-extras --no-annotate \
+	  --custom-compile-command "make lock" --quiet --output-file constraints.txt $(ARGS)
 
 demo: $(STAMP)  ## the whole story on 2 CPU cores, about 8 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
 	@$(RUN) bash launch/demo.sh
@@ -27,6 +37,20 @@ demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; AR
 
 test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+
+# Other processors round otherwise: torch's own kernels without vector instructions and with AVX2, and MKL's oldest ones.
+test-numerics: $(STAMP)  ## the tests of numbers once more under other kernels: ATen default and avx2, MKL compatible
+	@for kernels in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 "MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41"; do \
+	  echo "== $$kernels"; \
+	  $(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $$kernels python -m pytest -q \
+	    tests/loss tests/codec tests/cache tests/vlm tests/results $(ARGS) || exit 1; \
+	done
+
+matrix:  ## the tests on every Python and transformers that docs/installation.md names, as far as the machine has them
+	@bash tests/matrix.sh
+
+check-wheel: $(STAMP)  ## the wheel in an empty environment outside the checkout: data step, both stages, 4 minutes
+	@$(RUN) bash tests/check_wheel.sh
 
 bench-cache: $(STAMP)  ## the cache's codecs beside other systems', bytes against error; ARGS=--quick tries the script
 	@$(RUN) python -m bench.cache $(ARGS)
@@ -54,7 +78,7 @@ clean:  ## remove what the demo, the tests and the linters left; .venv and your 
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp is newer than what it was installed from, so a second run needs neither time nor a network.
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys' 2>/dev/null \
 	  || { echo "No Python at PYTHON=$(PYTHON): install Python 3.10 or later, or name it: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -64,5 +88,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@command -v "$${CXX:-c++}" >/dev/null \
 	  || { echo "No C++ compiler (CXX=$${CXX:-c++}); DeepSpeed needs one. On Debian or Ubuntu: apt-get install g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	PIP_ROOT_USER_ACTION=ignore $(PIP) install --quiet --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
 	@touch $@

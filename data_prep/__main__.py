@@ -235,6 +235,11 @@ def _preview(args: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The program: `python -m data_prep`, or vlsi-data."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is no error
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

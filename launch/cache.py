@@ -27,10 +27,13 @@ def shard_range(text: str) -> tuple[int, int]:
     return bounds
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/cache.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="deepspeed launch/cache.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="the run's YAML (recipes/)")
     parser.add_argument(
@@ -45,7 +48,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="let libraries log what they like")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return parser().parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,10 +15,13 @@ from pathlib import Path
 STAGES = {1: ("verbalize", "cache"), 2: ("interact", "reinforce")}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="deepspeed launch/train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--stage", type=int, choices=STAGES, required=True, help="1: both models; 2: the student alone")
     parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="the run's YAML (recipes/)")
@@ -32,11 +35,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--verbose", action="store_true", help="let libraries log what they like")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    asked = parser()
+    options = asked.parse_args(arguments)
     if options.only and options.only not in STAGES[options.stage]:
-        parser.error(f"--only {options.only} is no step of stage {options.stage}: {', '.join(STAGES[options.stage])}")
+        asked.error(f"--only {options.only} is no step of stage {options.stage}: {', '.join(STAGES[options.stage])}")
     if options.stop_after is not None and options.stop_after < 1:
-        parser.error(f"--stop-after {options.stop_after}: expected at least 1")
+        asked.error(f"--stop-after {options.stop_after}: expected at least 1")
     return options
 
 

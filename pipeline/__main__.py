@@ -4,10 +4,11 @@
   python -m pipeline evaluate --run runs/demo
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
   python -m pipeline cache-info runs/demo
+  python -m pipeline env
 
 status says which steps are done and what to run next; evaluate compares models on held-out data; trace shows what each
-layer of a model says; cache-info what a teacher cache holds, and how true it is. `python -m pipeline COMMAND --help` is
-the manual of one. Runs are made by launch/train.py, data by python -m data_prep.
+layer of a model says; cache-info what a teacher cache holds, and how true it is; env what a bug report needs.
+`python -m pipeline COMMAND --help` is the manual of one. Runs are made by launch/train.py, data by python -m data_prep.
 """
 
 from __future__ import annotations
@@ -80,6 +81,13 @@ far as it goes. With --sample, each layer's likeliest id for each response token
 """
 
 
+ENV = """What a bug report needs: versions, commit, devices, MPI, and where the shipped recipes lie.
+
+  python -m pipeline env
+  python -m pipeline env --json
+"""
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; imports nothing heavy."""
     parser = _manual(argparse.ArgumentParser, prog="python -m pipeline", description=__doc__)
@@ -89,6 +97,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
         (_add_trace, "trace", "what each layer says about one question", TRACE),
         (_add_cache_info, "cache-info", "what a teacher cache holds, and how true it is", CACHE_INFO),
+        (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
     ):
         command = _manual(commands.add_parser, name=name, help=summary, description=text)
         add(command)
@@ -165,6 +174,10 @@ def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_env(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
@@ -210,7 +223,13 @@ def _cache_info(options: argparse.Namespace) -> None:
     info.run(options.cache, options.verify, options.sample, options.tokenizer)
 
 
-COMMANDS = {"status": _status, "evaluate": _evaluate, "trace": _trace, "cache-info": _cache_info}
+def _env(options: argparse.Namespace) -> None:
+    from pipeline.results import environment
+
+    environment.show(options.json)
+
+
+COMMANDS = {"status": _status, "evaluate": _evaluate, "trace": _trace, "cache-info": _cache_info, "env": _env}
 
 
 if __name__ == "__main__":

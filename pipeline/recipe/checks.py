@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.resolve import SHIPPED
 from pipeline.recipe.schema import STEPS, Model, Recipe, Training
 
 # One owner per number: these belong to the recipe, so a DeepSpeed config says "auto" or nothing there.
@@ -64,7 +65,7 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"deepspeed: no file {path}; the shipped ones are in ds_configs/") from None
+        raise RecipeError(f"deepspeed: no file {path}; the shipped ones are in {SHIPPED / 'ds_configs'}") from None
     except json.JSONDecodeError as error:
         raise RecipeError(f"deepspeed: {path} is not JSON: {error}") from None
 

@@ -26,6 +26,10 @@ FREE = {
 } | {f"{step}.{key}" for step in STEPS for key in ("micro_batch_size", "checkpoint_every", "keep_checkpoints")}
 
 
+SHIPPED = Path(__file__).parents[2]
+"""Where ds_configs/ and recipes/ lie: the checkout, or beside the packages of an installation."""
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A recipe and, for each of its values, where it came from."""
@@ -64,6 +68,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
                 _set(values, key, value)
                 origins[key] = "stage 1"
         recipe = _validate(values, f"{path} with {earlier}")
+    recipe = recipe.model_copy(update={"deepspeed": _shipped(recipe.deepspeed)})
     return Resolved(recipe, {key: _origin(key, origins) for key in leaves(recipe)})
 
 
@@ -93,11 +98,17 @@ def refuse_changes(resolved: Resolved, begun: Iterable[str]) -> None:
         )
 
 
+def _shipped(config: Path) -> Path:
+    """A DeepSpeed config as the recipe names it; ds_configs/NAME that is not found from here is the shipped one."""
+    shipped = SHIPPED / config
+    return shipped if config.parts[:1] == ("ds_configs",) and not config.exists() and shipped.exists() else config
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}; the shipped ones are in recipes/") from None
+        raise RecipeError(f"no recipe at {path}; the shipped ones are in {SHIPPED / 'recipes'}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):

@@ -1,0 +1,56 @@
+"""vlsi-train and vlsi-cache: launch/train.py and launch/cache.py where there is no checkout.
+
+    vlsi-train --stage 1 --recipe R
+    vlsi-train --num_gpus 4 --stage 2 --recipe R
+    srun vlsi-train --stage 2 --recipe R
+
+Options that the program itself does not know go to DeepSpeed's launcher. Under another launcher (torchrun, mpirun, srun
+with RANK set) the program runs as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from launch import cache as cache_program
+from launch import train as train_program
+
+LAUNCHED = ("RANK", "OMPI_COMM_WORLD_RANK")
+"""Set by launchers: DeepSpeed's, torchrun and scripts for srun set the first, mpirun the second."""
+
+
+def train() -> int:
+    """The program vlsi-train."""
+    return _start(train_program, sys.argv[1:])
+
+
+def cache() -> int:
+    """The program vlsi-cache."""
+    return _start(cache_program, sys.argv[1:])
+
+
+def command(program: ModuleType, arguments: Sequence[str]) -> list[str]:
+    """The command line of DeepSpeed's launcher, its own options before the script and the program's behind it."""
+    _, unknown = program.parser().parse_known_args(arguments)
+    own, rest = [], list(unknown)
+    for argument in arguments:
+        if rest and argument == rest[0]:
+            rest.pop(0)
+        else:
+            own.append(argument)
+    program.parse(own)
+    beside = Path(sys.executable).with_name("deepspeed")
+    launcher = str(beside) if beside.is_file() else shutil.which("deepspeed") or "deepspeed"
+    return [launcher, *unknown, str(Path(program.__file__ or "").resolve()), *own]
+
+
+def _start(program: ModuleType, arguments: Sequence[str]) -> int:
+    if any(name in os.environ for name in LAUNCHED):
+        return program.main(list(arguments))
+    line = command(program, arguments)
+    os.execvp(line[0], line)

@@ -1,0 +1,100 @@
+"""`python -m pipeline env`: what a bug report needs, whatever of it is missing or broken here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe.resolve import SHIPPED
+
+PROJECT = "vlsi"
+
+
+def environment() -> dict[str, Any]:
+    """{"project", "system", "packages", "devices", "mpi", "shipped"}; what cannot be found out says why."""
+    return {
+        "project": {"version": _version(PROJECT), "commit": _commit(), "folder": str(SHIPPED)},
+        "system": {
+            "python": sys.version.split()[0],
+            "executable": sys.executable,
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+        },
+        "packages": {name: _version(name) for name in _requirements()},
+        "devices": _attempt(_devices),
+        "mpi": _attempt(_mpi),
+        "shipped": {"recipes": str(SHIPPED / "recipes"), "ds_configs": str(SHIPPED / "ds_configs")},
+    }
+
+
+def show(as_json: bool) -> None:
+    """Print it, as a table or as JSON."""
+    found = environment()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for section, values in found.items():
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            print(f"{section:<10}{name:<22}{value}")
+
+
+def _attempt(find: Any) -> Any:
+    try:
+        return find()
+    except Exception as error:  # a broken package is what this is to show
+        return f"not known: {type(error).__name__}: {error}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _requirements() -> list[str]:
+    """The direct requirements, those of extras included, by name."""
+    try:
+        lines = metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        return []
+    return sorted({re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines})
+
+
+def _commit() -> str:
+    """The commit of the checkout that this runs from, with + where files differ from it."""
+    if not (SHIPPED / ".git").exists() or shutil.which("git") is None:
+        return "not known: no git checkout"
+    described = subprocess.run(
+        ["git", "-C", str(SHIPPED), "describe", "--always", "--abbrev=12", "--dirty=+"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip() or f"not known: {described.stderr.strip()}"
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or "none in this torch"}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
+    found["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "not set")
+    return found
+
+
+def _mpi() -> str:
+    program = Path(sys.executable).with_name("mpirun")
+    path = str(program) if program.is_file() else shutil.which("mpirun")
+    if path is None:
+        return "no mpirun"
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return f"{path}: {said[0] if said else 'it does not say its version'}"
