@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import write_file
-from data_prep.examine import Good, Reject
+from data_prep.records import Good, Reject
 from data_prep.schema import SCHEMA_VERSION, SPLITS, DataError
 from data_prep.shards import shard_name
 from data_prep.split import split_of

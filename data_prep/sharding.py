@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import PARTIAL, write_file
-from data_prep.examine import Good, Place, Reject, build, digest_of, examine
 from data_prep.images import image_suffix
 from data_prep.plan import Plan, PlannedShard, claim_folder, make_plan
 from data_prep.progress import Progress
 from data_prep.ranks import Ranks
+from data_prep.records import Good, Place, Reject, build, digest_of, examine
 from data_prep.schema import SCHEMA_VERSION, SPLITS, BadSample, DataError
 from data_prep.shards import FORMAT, ShardEntry, ShardWriter, describe_shard, write_manifest
 from data_prep.sources import Draft, Source

@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments are read: --help should not wait for torch.
     import torch
 
-    from demo.cards import write_card
     from demo.evaluation import measure
-    from demo.recipes import PLANS, lessons_for
+    from demo.model_cards import write_card
+    from demo.plans import PLANS, lessons_for
     from demo.sizes import SIZES
     from demo.training import teach
     from demo.vocabulary import build_tokenizer, write_processor

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
-from demo.learner import Learner
-from demo.lessons import Lesson, Lessons
+from demo.batches import Lesson, Lessons
 from demo.sizes import Size, model_config
+from demo.trainable import Learner
 
 WARM_UP = 100
 """Steps over which the learning rate rises."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty_records import Planted, faulty_records, good_records
+from faulty_input import Planted, faulty_records, good_records
 
 
 @pytest.fixture(scope="session")

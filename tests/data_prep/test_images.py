@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from faulty_records import bomb, picture
+from faulty_input import bomb, picture
 from PIL import Image
 
 from data_prep.images import MAX_BYTES, check_image, image_suffix, read_image

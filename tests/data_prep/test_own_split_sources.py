@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_records import content_of, shard
+from faulty_input import content_of, shard
 
 from data_prep.puzzles import puzzle
 from data_prep.shards import RawSample, ShardFolder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_records import REPOSITORY, Planted, command, content_of, mpirun, shard
+from faulty_input import REPOSITORY, Planted, command, content_of, mpirun, shard
 
 from data_prep.shards import ShardFolder, describe_shard
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from demo.batches import PuzzleLessons, _box, _move
 from demo.build_models import MODELS, PAIRS, ROLES
 from demo.evaluation import exact_match, held_out
-from demo.learner import Learner, patchify
-from demo.lessons import PuzzleLessons, _box, _move
 from demo.sizes import SIZES, model_config
+from demo.trainable import Learner, patchify
 from demo.vocabulary import build_tokenizer
 from pipeline.vlm.processing import load_processor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from demo.lessons import EasyVQALessons, Lessons, PuzzleLessons
+from demo.batches import EasyVQALessons, Lessons, PuzzleLessons
 from demo.training import Plan
 
 PLANS = {

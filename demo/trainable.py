@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from demo.lessons import Lesson, Lessons
+from demo.batches import Lesson, Lessons
 from demo.vocabulary import CHAT_TEMPLATE, MERGE, PATCH
 
 HEAD_WEIGHT = 0.2
