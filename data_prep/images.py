@@ -1,4 +1,4 @@
-"""Is this image whole, and safe to decode? Files stay as they came; nothing here re-encodes."""
+"""Read and check image files. Nothing here encodes an image again: files stay as they came."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from data_prep.schema import BadSample
 
 MAX_PIXELS = 100_000_000
-"""Largest image that is decoded: 100 megapixels are 300 MB of memory as RGB. A bomb declares far more."""
+"""Largest image that is decoded, in pixels: 100 megapixels take 300 MB of memory as RGB."""
 MAX_BYTES = 1 << 28
-"""Largest image file that is read: 256 MiB."""
+"""Largest image file that is read, in bytes: 256 MiB."""
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 """Pillow's name of a format -> the suffix in the shard. Others stay closed: some of Pillow's readers start programs."""
@@ -33,8 +33,8 @@ def image_suffix(content: bytes) -> str:
 def read_image(folder: Path, name: object) -> bytes:
     """Read an image file inside `folder`.
 
-    Raises BadSample: wrong_type, image_path_escapes, missing_image, image_too_large. The name is judged by its
-    letters alone, so that links which the user put into the folder are followed.
+    Raises BadSample: wrong_type, image_path_escapes, missing_image, image_too_large. Only the
+    name is checked, so symbolic links inside the folder are followed.
     """
     if not isinstance(name, str) or not name:
         raise BadSample("wrong_type", f"an image is {name!r}; expected a path inside the images folder")

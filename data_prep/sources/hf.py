@@ -10,8 +10,8 @@ from typing import Any
 
 from data_prep.chats import to_messages
 from data_prep.images import read_image
-from data_prep.schema import BadSample, DataError, about, type_name
-from data_prep.sources import Draft, Sample, source
+from data_prep.schema import BadSample, DataError, tag_with_id, type_name
+from data_prep.sources import LazyRecord, Sample, source
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 """Suffix of a local file -> the builder of `datasets` that reads it; of a folder, the first that it has."""
@@ -52,7 +52,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 @source("hf", options)
-def read(args: argparse.Namespace) -> Iterator[Draft]:
+def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """A Hugging Face dataset: hub name or local parquet, jsonl or arrow; columns messages and images, or as given.
 
     Raises DataError where `datasets` cannot open or read it, or the columns are not there.
@@ -65,7 +65,7 @@ def read(args: argparse.Namespace) -> Iterator[Draft]:
     for number, row in enumerate(_rows(args, files)):
         columns = columns or _find_columns(row, args.columns)
         done = (number + 1) / total if total else None
-        yield Draft(partial(_sample, row, columns, folder), path.name if files else args.input, done=done)
+        yield LazyRecord(partial(_sample, row, columns, folder), path.name if files else args.input, progress=done)
 
 
 def _rows(args: argparse.Namespace, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -108,7 +108,7 @@ def _undecoded(stream: Any) -> Any:
 
 def _sample(row: dict[str, Any], columns: dict[str, str], folder: Path) -> Sample:
     fields = {field: row.get(column) for field, column in columns.items()}
-    with about(fields.get("id")):
+    with tag_with_id(fields.get("id")):
         images = fields.get("images")
         images = images if isinstance(images, list) else [] if images is None else [images]
         content = [_image(image, folder) for image in images]

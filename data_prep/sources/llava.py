@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 from data_prep.chats import to_messages
 from data_prep.images import read_image
-from data_prep.schema import BadSample, DataError, about
-from data_prep.sources import Draft, Sample, source
+from data_prep.json_records import list_records
+from data_prep.schema import BadSample, DataError, tag_with_id
+from data_prep.sources import LazyRecord, Sample, source
 
-CHUNK = 1 << 20
-"""Characters of a JSON list that are looked at together; a file is never held whole."""
+BLOCK = 1 << 16
+"""Bytes of the file's start that are looked at to tell a JSON list from JSONL."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 @source("llava", options)
-def read(args: argparse.Namespace) -> Iterator[Draft]:
+def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """LLaVA/ShareGPT JSON or JSONL: conversations of human and gpt turns, <image> placeholders, image: path or paths.
 
     Raises DataError where the file is not there or, being one JSON list, is broken beyond the next record.
@@ -41,13 +42,13 @@ def read(args: argparse.Namespace) -> Iterator[Draft]:
     size = max(1, args.input.stat().st_size)
     with open(args.input, "rb") as file:
         if _is_list(file):
-            for record in _list_records(file, args.input):
-                yield Draft(partial(_sample, record, images), args.input.name, done=file.tell() / size)
+            for record in list_records(file, args.input):
+                yield LazyRecord(partial(_sample, record, images), args.input.name, progress=file.tell() / size)
         else:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     make = partial(_line_sample, line, images)
-                    yield Draft(make, args.input.name, line=number, done=file.tell() / size)
+                    yield LazyRecord(make, args.input.name, line=number, progress=file.tell() / size)
 
 
 def _line_sample(line: bytes, images: Path) -> Sample:
@@ -61,9 +62,11 @@ def _line_sample(line: bytes, images: Path) -> Sample:
 
 
 def _sample(record: Any, images: Path) -> Sample:
+    if isinstance(record, BadSample):
+        raise record
     if not isinstance(record, dict):
         raise BadSample("wrong_type", f"the record is a {type(record).__name__}; expected an object")
-    with about(record.get("id")):
+    with tag_with_id(record.get("id")):
         turns = record.get("conversations", record.get("messages"))
         names = _image_names(record)
         messages = to_messages(turns)
@@ -80,81 +83,6 @@ def _image_names(record: dict[str, Any]) -> list[Any]:
 
 def _is_list(file: BinaryIO) -> bool:
     """Whether the file's first character opens a JSON list; leaves the file at its start."""
-    start = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    start = file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
     file.seek(0)
     return start.startswith(b"[")
-
-
-def _list_records(file: BinaryIO, path: Path) -> Iterator[Any]:
-    """The elements of a JSON list, one after the other, in the memory of one chunk and one element.
-
-    Bytes that are not UTF-8 become lone surrogates, which no sample is allowed to have: so only their record is lost.
-    """
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    text, read = _Text(file, decode), 0
-    text.skip_blanks()
-    text.take("\ufeff", optional=True)
-    text.skip_blanks()
-    text.take("[")
-    while True:
-        text.skip_blanks()
-        if text.peek() == "]":
-            return
-        try:
-            yield text.element()
-            read += 1
-            text.skip_blanks()
-            if text.peek() != "]":
-                text.take(",")
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path} is not whole JSON: after {read} good records: {error}. Mend it, or write one record a line "
-                "(JSONL), where a broken line costs that line only"
-            ) from None
-
-
-class _Text:
-    """The characters of a file from a position on, as many as were needed so far."""
-
-    def __init__(self, file: BinaryIO, decode: Any):
-        self._file, self._decode = file, decode
-        self._text, self._place, self._ended = "", 0, False
-
-    def peek(self) -> str:
-        """The next character; empty at the end."""
-        while self._place == len(self._text) and not self._ended:
-            self._more(CHUNK)
-        return self._text[self._place : self._place + 1]
-
-    def skip_blanks(self) -> None:
-        while self.peek() and self.peek() in " \t\r\n":
-            self._place += 1
-
-    def take(self, expected: str, optional: bool = False) -> None:
-        """Step over a character. Raises ValueError where another stands there."""
-        if self.peek() == expected:
-            self._place += 1
-        elif not optional:
-            raise ValueError(f"expected {expected!r}, found {self.peek() or 'the end of the file'!r}")
-
-    def element(self) -> Any:
-        """Parse one JSON value. Raises ValueError where there is none up to the end of the file."""
-        size = CHUNK
-        while True:
-            try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._place)
-            except ValueError:
-                if self._ended:
-                    raise
-            else:
-                if end < len(self._text) or self._ended:  # else it may go on in the next chunk, as numbers do
-                    self._place = end
-                    return value
-            self._more(size)
-            size *= 2  # a long element is parsed again from its start only a few times
-
-    def _more(self, size: int) -> None:
-        block = self._file.read(size)
-        self._ended = len(block) < size
-        self._text = self._text[self._place :] + self._decode(block, self._ended)
-        self._place = 0

@@ -1,4 +1,4 @@
-"""Images, chats with planted faults, and ways to run the command."""
+"""Images, chats with faulty faults, and ways to run the command."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def good_records(images: Path, count: int, first: int = 0) -> list[dict[str, Any
 
 
 @dataclass(frozen=True)
-class Planted:
+class FaultyInput:
     """A LLaVA file with faults in it."""
 
     folder: Path
