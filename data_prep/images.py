@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
-from data_prep.schema import BadSample
+from data_prep.schema import BadSample, type_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,6 +105,43 @@ def read_image(folder: Path, name: object) -> bytes:
         return file.read_bytes()
     except (OSError, ValueError) as error:
         raise BadSample("missing_image", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def image_bytes(source: object, folder: Path) -> bytes:
+    """The image file that a record names: bytes, a path, a data URI, or an object that holds one of these.
+
+    Objects: {"bytes": ..., "path": ...}, {"url": ...}, {"base64": ...}, {"type": "base64", "data": ...}. Raises
+    BadSample as read_image does, broken_image for a data URI that is none, and missing_image for a URL of the network.
+    """
+    if isinstance(source, dict):
+        for name in ("bytes", "base64", "data", "url", "path"):
+            if source.get(name) is not None:
+                value = source[name]
+                return _from_base64(value) if name in ("base64", "data") else image_bytes(value, folder)
+    if isinstance(source, (bytes, bytearray)):
+        return bytes(source)
+    if not isinstance(source, str) or not source:
+        raise BadSample("wrong_type", f"an image is {type_name(source)}; expected bytes, a path or a data URI")
+    scheme = source.partition(":")[0].lower()
+    if scheme == "data":
+        return _from_data_uri(source)
+    if scheme in ("http", "https", "s3", "gs", "hf"):
+        raise BadSample("missing_image", f"{source[:200]}: nothing is fetched from the network; download it")
+    return read_image(folder, unquote(urlsplit(source).path) if scheme == "file" else source)
+
+
+def _from_data_uri(uri: str) -> bytes:
+    head, comma, body = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise BadSample("broken_image", f"{uri[:40]!r}: expected data:image/...;base64,...")
+    return _from_base64(body)
+
+
+def _from_base64(text: object) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)  # type: ignore[arg-type]  # a TypeError says so
+    except (TypeError, ValueError) as error:
+        raise BadSample("broken_image", f"an image's base64 cannot be read: {error}") from None
 
 
 def _with_image(content: bytes, use: Callable[[Image], T]) -> T:

@@ -99,7 +99,7 @@ def faulty_records(images: Path) -> list[tuple[str, Any]]:
         ("broken_image", {"id": "f5", "image": "words.png", "conversations": ask}),
         ("image_too_large", {"id": "f6", "image": "bomb.png", "conversations": ask}),
         ("image_path_escapes", {"id": "f7", "image": "../secret.png", "conversations": ask}),
-        ("image_path_escapes", {"id": "f8", "image": str(images / "0.png"), "conversations": ask}),
+        ("image_path_escapes", {"id": "f8", "image": str(images.parent / "secret.png"), "conversations": ask}),
         (
             "more_placeholders_than_images",
             {"id": "f9", "image": "0.png", "conversations": chat("<image><image> same?")},

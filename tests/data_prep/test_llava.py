@@ -71,7 +71,8 @@ def test_an_empty_list_has_no_records(tmp_path: Path) -> None:
         (", {", "after 2 good records"),
         (" {}]", "after 2 good records: Unexpected symbol '{' at"),
         (", [[", "after 2 good records"),
-        ("] x", "after 2 good records: Additional data found"),
+        ("] x", "after 2 good records: Unexpected symbol 'x' at"),
+        ("] [3]", "after 2 good records: another list follows the first"),
         (', {"score": NaN}]', "after 2 good records: Unexpected symbol 'N' at"),
     ],
 )
@@ -103,9 +104,8 @@ def test_bytes_that_are_not_utf8_cost_only_their_record(tmp_path: Path) -> None:
 )
 def test_a_value_in_a_list_is_what_json_makes_of_it(tmp_path: Path, value: str) -> None:
     record = f'{{"id": "first", "id": "last", "value": {value}}}'
-    with open(written(tmp_path / "a.json", f"[{record}]"), "rb") as file:
-        (found,) = json_records.list_records(file, tmp_path)
-    assert repr(found) == repr(json.loads(record))  # types too: floats are floats, not decimals
+    (found,) = json_records.json_records(written(tmp_path / "a.json", f"[{record}]"))
+    assert repr(found.value) == repr(json.loads(record))  # types too: floats are floats, not decimals
 
 
 def test_a_record_that_is_nested_without_end_costs_only_itself(tmp_path: Path) -> None:
