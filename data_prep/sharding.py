@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import PARTIAL, write_file
+from data_prep.lock import lock_folder
 from data_prep.plan import Plan, PlannedShard, claim_folder, make_plan
 from data_prep.progress import Progress
 from data_prep.ranks import Ranks
@@ -76,6 +77,12 @@ class ShardResult:
 
 def shard(job: ShardJob, ranks: Ranks) -> ShardResult:
     """All: check, plan and write. Raises DataError or RankFailed, on every rank alike."""
+    with ExitStack() as held:
+        ranks.run_on_first(lambda: held.enter_context(lock_folder(job.output)))
+        return _shard(job, ranks)
+
+
+def _shard(job: ShardJob, ranks: Ranks) -> ShardResult:
     found = _check_all(job, ranks)
     plan = make_plan(found, job.samples_per_shard, job.held_out, job.repeated_ids == "number")
     if not plan.read:

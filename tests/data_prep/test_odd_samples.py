@@ -29,8 +29,8 @@ def stored(output: Path) -> list[RawSample]:
 
 
 def repeated(folder: Path) -> list[Any]:
-    return written(folder, [{"id": id, "conversations": chat(f"What is {n}?")} for n, id in enumerate("abaa")]
-                   + [{"id": "a-2", "conversations": chat("What?")}, {"id": 1, "conversations": chat("What?")}])  # fmt: skip
+    ids = ["a", "b", "a", "a", "a-2", 1]
+    return written(folder, [{"id": id, "conversations": chat(f"What is {n}?")} for n, id in enumerate(ids)])
 
 
 def test_repeated_ids_are_numbered_and_counted(tmp_path: Path, capsys: Capture) -> None:
