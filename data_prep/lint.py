@@ -39,9 +39,10 @@ def lint(folders: list[ShardFolder]) -> tuple[list[Problem], list[tuple[str, int
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     total, done = sum(len(folder) for folder in folders), 0
+    problems += _count_problems(folders)
     with Progress("checked") as progress:
         for folder in folders:
-            problems += _unlisted_files(folder)
+            problems += [*_manifest_problems(folder), *_unlisted_files(folder)]
             for shard in folder.shards:
                 problems += _shard_problems(folder, shard)
                 for index in range(shard.first, shard.first + shard.samples):
@@ -49,6 +50,37 @@ def lint(folders: list[ShardFolder]) -> tuple[list[Problem], list[tuple[str, int
                     done += 1
                     progress.update(done, done / total)
     return problems, sorted(notices.items())
+
+
+def _count_problems(folders: list[ShardFolder]) -> Iterator[Problem]:
+    """Always read = written + rejected, over the splits of an output."""
+    if [folder.manifest.get("split") for folder in folders] != list(SPLITS):
+        return
+    facts, others = (folder.manifest.get("provenance") for folder in folders)
+    if facts != others:
+        yield Problem(MANIFEST, "", "the provenance of the splits differs")
+    if not isinstance(facts, dict):
+        return
+    read, rejected = facts.get("read"), facts.get("rejected")
+    written = sum(len(folder) for folder in folders)
+    if isinstance(read, int) and isinstance(rejected, int) and read != written + rejected:
+        yield Problem(MANIFEST, "", f"read {read}, written {written}, rejected {rejected}: read = written + rejected")
+
+
+def _manifest_problems(folder: ShardFolder) -> Iterator[Problem]:
+    """What a manifest says of the folder as a whole. One without a checksum, of an older version, may be damaged."""
+    manifest, name = folder.manifest, f"{folder.path.name}/{MANIFEST}"
+    for field, expected in (
+        ("samples", len(folder)),
+        ("bytes", sum(shard.bytes for shard in folder.shards)),
+        ("split", folder.path.name if folder.path.name in SPLITS else manifest.get("split")),
+    ):
+        if manifest.get(field) != expected:
+            yield Problem(name, "", f"{field} is {manifest.get(field)!r}, expected {expected!r}")
+    provenance = manifest.get("provenance", {})
+    facts = [provenance.get(fact, 0) for fact in ("read", "rejected")] if isinstance(provenance, dict) else [None]
+    if not all(isinstance(fact, int) and fact >= 0 for fact in facts):
+        yield Problem(name, "", f"provenance is {str(provenance)[:200]}: read and rejected must be numbers")
 
 
 def _unlisted_files(folder: ShardFolder) -> Iterator[Problem]:
@@ -66,8 +98,8 @@ def _shard_problems(folder: ShardFolder, shard: ShardInfo) -> Iterator[Problem]:
         yield Problem(_name(folder, shard), "", str(error))
         return
     for field, value in expected.items():
-        if found[field] != value:
-            shown = "" if isinstance(value, list) else f": {found[field]}, expected {value}"
+        if found.get(field) != value:
+            shown = "" if isinstance(value, list) else f": {found.get(field)}, expected {value}"
             yield Problem(_name(folder, shard), "", f"{field} differ from the manifest's{shown}")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.atomic import AtomicFile, write_file
-from data_prep.schema import SCHEMA_VERSION, DataError
+from data_prep.schema import SCHEMA_VERSION, DataError, type_name
 
 MANIFEST = "manifest.json"
 FORMAT = "vlsi-shards"
@@ -27,6 +27,12 @@ OPEN_FILES = 32
 """Shards that one reader keeps open."""
 
 _MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
+
+UNSIGNED = "manifest-sha256:" + "0" * 64
+"""In place of a manifest's checksum while it is taken."""
+_SIGNED = re.compile(rb"manifest-sha256:[0-9a-f]{64}")
+
+SHARD_FIELDS = {"name": str, "samples": int, "bytes": int, "sha256": str, "keys": list, "offsets": list, "end": int}
 
 ShardEntry = dict[str, Any]
 """A shard in manifest.json: name, samples, bytes, sha256, keys, offsets (of each sample's first header), end."""
@@ -145,16 +151,22 @@ def describe_shard(path: Path) -> ShardEntry:
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dict[str, Any]:
-    """Write folder/manifest.json, whole or not at all, one line a shard; `fields` stand first; returns the manifest."""
+    """Write folder/manifest.json, whole or not at all, one line a shard; `fields` stand first; returns the manifest.
+
+    Its "checksum" is the SHA-256 of the file with zeros in the checksum's place.
+    """
     manifest = {
         **fields,
         "samples": sum(shard["samples"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
+        "checksum": UNSIGNED,
     }
     head = json.dumps(manifest, indent=1, ensure_ascii=False)[:-2]
     lines = ",\n".join("  " + json.dumps(shard, ensure_ascii=False) for shard in shards)
-    write_file(folder / MANIFEST, f'{head},\n "shards": [\n{lines}\n ]\n}}\n'.encode())
-    return {**manifest, "shards": shards}
+    content = f'{head},\n "shards": [\n{lines}\n ]\n}}\n'.encode()
+    checksum = _checksum(content)
+    write_file(folder / MANIFEST, content.replace(UNSIGNED.encode(), checksum.encode(), 1))
+    return {**manifest, "checksum": checksum, "shards": shards}
 
 
 def read_manifest(folder: Path, format: str = FORMAT, newest: int = SCHEMA_VERSION) -> dict[str, Any]:
@@ -164,20 +176,57 @@ def read_manifest(folder: Path, format: str = FORMAT, newest: int = SCHEMA_VERSI
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        manifest = json.loads(content.decode())
+        _require(manifest, {"format": str, "version": int}, "the manifest")
         found, version = manifest["format"], manifest["version"]
-        totals = sum(len(shard["keys"]) == len(shard["offsets"]) == shard["samples"] for shard in manifest["shards"])
+        if found == format and version <= newest:
+            _check_manifest(manifest, content)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_no_manifest(folder, format)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); remove it and run again what made the folder") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}; remove it and run again what made the folder") from None
     if found != format:
         raise DataError(f"{path} has format {found!r}; expected {format!r}: this is another kind of shard folder")
     if version > newest:
         raise DataError(f"{path} has version {version}; this program reads up to {newest}: update it")
-    if totals != len(manifest["shards"]):
-        raise DataError(f"{path} is damaged: a shard's keys and offsets do not match its samples")
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any], content: bytes) -> None:
+    """Raise ValueError where the file's bytes are not what its checksum says, or something is missing or impossible.
+
+    Manifests of older versions have no checksum.
+    """
+    has_one = "checksum" in manifest or UNSIGNED.partition(":")[0].encode() in content  # a flip hits one of the two
+    if has_one and manifest.get("checksum") != _checksum(content):
+        raise ValueError("its content does not match its checksum")
+    _require(manifest, {"samples": int, "bytes": int, "shards": list}, "the manifest")
+    for number, shard in enumerate(manifest["shards"]):
+        _require(shard, SHARD_FIELDS, f"shard {number}")
+        if not len(shard["keys"]) == len(shard["offsets"]) == shard["samples"]:
+            raise ValueError(f"shard {number}: keys and offsets do not match its samples")
+        places = [*shard["offsets"], shard["end"]]
+        if not all(isinstance(key, str) for key in shard["keys"]) or not all(isinstance(at, int) for at in places):
+            raise ValueError(f"shard {number}: a key is no text, or an offset no number")
+        if places != sorted(places) or places[0] < 0:
+            raise ValueError(f"shard {number}: the offsets do not rise")
+
+
+def _require(found: Any, fields: dict[str, type], where: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is {type_name(found)}; expected an object")
+    for name, kind in fields.items():
+        if name not in found:
+            raise ValueError(f"{where} has no {name!r}")
+        if not isinstance(found[name], kind) or isinstance(found[name], bool):
+            raise ValueError(f"{where} has {name!r} {type_name(found[name])}; expected a {kind.__name__}")
+
+
+def _checksum(content: bytes) -> str:
+    """Of a manifest's bytes, whatever the checksum in them is."""
+    unsigned = _SIGNED.sub(UNSIGNED.encode(), content, count=1)
+    return f"{UNSIGNED.partition(':')[0]}:{hashlib.sha256(unsigned).hexdigest()}"
 
 
 class ShardFolder:

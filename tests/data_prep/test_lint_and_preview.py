@@ -66,6 +66,38 @@ def test_shards_that_are_cut_gone_or_strange_are_found(output: Path, capsys: Cap
     assert "is cut off" in of_shards["train/000001.tar"] or "is not a whole tar" in of_shards["train/000001.tar"]
 
 
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda m: m.update(split="test"), "split is 'test', expected 'train'"),
+        (lambda m: m.update(samples=3), "samples is 3, expected "),
+        (lambda m: m.update(bytes=3), "bytes is 3, expected "),
+        (lambda m: m["provenance"].update(read=7), "the provenance of the splits differs"),
+        (lambda m: m["provenance"].update(read="7"), "read and rejected must be numbers"),
+    ],
+)
+def test_a_manifest_s_own_facts_are_checked(output: Path, capsys: Capture, change: Callable, what: str) -> None:
+    """Of a manifest without checksum; with one, no byte can differ."""
+    path = output / "train/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    assert any(what in found for _, _, found in problems(output, capsys))
+
+
+def test_all_records_of_the_source_are_accounted_for(output: Path, capsys: Capture) -> None:
+    for split in ("train", "held_out"):
+        path = output / split / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["checksum"]
+        manifest["provenance"]["read"] += 1
+        path.write_text(json.dumps(manifest))
+    assert [what for _, _, what in problems(output, capsys)] == [
+        "read 25, written 24, rejected 0: read = written + rejected"
+    ]
+
+
 def test_bad_records_are_found_by_key(tmp_path: Path, capsys: Capture) -> None:
     def members(**changes: object) -> dict[str, bytes]:
         record = {

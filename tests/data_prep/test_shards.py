@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,8 +116,56 @@ def test_another_kind_or_version_or_a_damaged_manifest_is_refused(folder: Path) 
     path.write_text(text[:100])
     with pytest.raises(DataError, match="is damaged"):
         ShardFolder(folder)
-    path.write_text(text.replace('"key-6"', '"key-6", "key-7"'))
+    path.write_text(unsigned(text).replace('"key-6"', '"key-6", "key-7"'))
     with pytest.raises(DataError, match="keys and offsets do not match"):
+        ShardFolder(folder)
+
+
+def unsigned(text: str) -> str:
+    """A manifest as versions before the checksum wrote it."""
+    return "\n".join(line for line in text.split("\n") if '"checksum"' not in line)
+
+
+def test_a_manifest_without_checksum_is_read(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(unsigned(path.read_text()))
+    assert [ShardFolder(folder).read(index).key for index in range(7)] == [key for key, _ in SAMPLES]
+
+
+def test_every_changed_byte_of_a_manifest_is_found(folder: Path) -> None:
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(DataError, match=r"manifest.json (is damaged|has format|has version)"):
+            ShardFolder(folder)
+    for end in range(0, len(content), 50):
+        path.write_bytes(content[:end])
+        with pytest.raises(DataError, match=r"manifest.json is damaged"):
+            ShardFolder(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.pop("bytes"), "the manifest has no 'bytes'"),
+        (lambda m: m.pop("format"), "the manifest has no 'format'"),
+        (lambda m: m.update(version="1"), "the manifest has 'version' a str; expected a int"),
+        (lambda m: m.update(shards=3), "the manifest has 'shards' a int; expected a list"),
+        (lambda m: m["shards"].append(3), "shard 3 is a int; expected an object"),
+        (lambda m: m["shards"][1].pop("sha256"), "shard 1 has no 'sha256'"),
+        (lambda m: m["shards"][1].pop("end"), "shard 1 has no 'end'"),
+        (lambda m: m["shards"][0].update(keys=[1, 2, 3]), "shard 0: a key is no text"),
+        (lambda m: m["shards"][0]["offsets"].reverse(), "shard 0: the offsets do not rise"),
+        (lambda m: m["shards"][0].update(end=0), "shard 0: the offsets do not rise"),
+    ],
+)
+def test_what_a_manifest_lacks_is_named(folder: Path, change: Callable[[Any], object], message: str) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(unsigned(path.read_text()))
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"is damaged: {message}"):
         ShardFolder(folder)
 
 
