@@ -16,7 +16,7 @@ from data_prep.sources import Source, all_sources, colour, fraction, positive_in
 
 if TYPE_CHECKING:
     from data_prep.plan import Plan
-    from data_prep.sharding import ShardResult
+    from data_prep.sharding import ShardJob, ShardResult
 
 MANUAL = """\
 Instruction data -> WebDataset shards that training reads.
@@ -103,7 +103,10 @@ def _shard_parser(chosen: Source | None, sources: dict[str, Source]) -> argparse
         allow_abbrev=False,
     )
     parser.add_argument("--source", required=True, choices=sources, help="where the samples come from; options below")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; needed except with --explain")
+    parser.add_argument(
+        "--explain", action="store_true", help="print the first three records as they would be stored; write nothing"
+    )
     parser.add_argument(
         "--samples-per-shard", type=positive_int, default=1000, metavar="N", help="samples in a tar file (default 1000)"
     )
@@ -150,7 +153,10 @@ def _on_all_ranks(argv: list[str]) -> int:
         known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         known.add_argument("--source")
         chosen = sources.get(known.parse_known_args(argv)[0].source or "")
-        args = _shard_parser(chosen, sources).parse_args(argv)
+        parser = _shard_parser(chosen, sources)
+        args = parser.parse_args(argv)
+        if args.output is None and not args.explain:
+            parser.error("the following arguments are required: --output")
         ranks = start_ranks()
         return _shard(args, _own_options(sources[args.source], argv), sources[args.source], ranks)
     except (DataError, RankFailed) as error:
@@ -180,10 +186,23 @@ def _shard(args: argparse.Namespace, options: argparse.Namespace, source: Source
         source, options, args.output, args.samples_per_shard, args.held_out, args.max_rejects, args.limit,
         args.repeated_ids, args.convert,
     )  # fmt: skip
+    if args.explain:
+        return _explain(job, ranks)
     result = shard(job, ranks)
     if ranks.rank == 0:
         _print_result(args, result)
     return 1 if result.refused else 0
+
+
+def _explain(job: ShardJob, ranks: Ranks) -> int:
+    from data_prep.explain import explain
+
+    if ranks.rank == 0:
+        texts = list(explain(job))
+        if not texts:
+            raise DataError(f"--source {job.source.name}: read 0 records; expected at least one")
+        print("\n".join(texts))
+    return 0
 
 
 def _print_result(args: argparse.Namespace, result: ShardResult) -> None:

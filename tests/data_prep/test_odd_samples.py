@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,21 @@ def test_convert_writes_what_is_seen(tmp_path: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         shard(*odd_pictures(tmp_path), "--convert", "no-colour", "--output", tmp_path / "out")
     assert "'no-colour'; expected a colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["llava", "hf"])
+def test_explain_prints_what_would_be_stored_and_writes_nothing(source: str, tmp_path: Path, capsys: Capture) -> None:
+    arguments = [*odd_pictures(tmp_path), "--explain"][2:]
+    records = [json.loads(line) for line in (tmp_path / "in.jsonl").read_text().splitlines()]
+    bad = {**records[0], "image": "none.png"}
+    written(tmp_path, [records[0], bad, {**records[3], "system": "Be brief."}, *records])
+    before = content_of(tmp_path)
+    assert shard("--source", source, *arguments) == 0
+    assert content_of(tmp_path) == before
+    first, second, third = re.split(r"^in.jsonl:\d", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    assert "00000000.0.png" in first and "3 x 1 pixels" in first and "note: deep_grey" in first
+    assert "rejected: missing_image: none.png" in second
+    assert '"role": "system"' in third and '"text": "Be brief."' in third and '"type": "image"' in third
 
 
 def test_the_split_is_the_same_with_and_without_converting(tmp_path: Path) -> None:
