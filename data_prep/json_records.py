@@ -79,32 +79,26 @@ def json_records(path: Path) -> Iterator[Found]:
 def _layout(file: BinaryIO) -> tuple[str, bool]:
     """The encoding, and whether each line is a record. Leaves the file at its start."""
     head = file.read(HEAD)
-    whole = not file.read(1)
     file.seek(0)
     encoding = json.detect_encoding(head)
     text = head.decode(encoding, "ignore").lstrip()
     first, *others = text.split("\n")
     following = next((line.strip() for line in others if line.strip()), "")
     if text.startswith("["):
-        return encoding, False
-    if re.match(rf'\{{\s*"({"|".join(LIST_FIELDS)})"\s*:\s*\[', text) and (not following or not _is_object(first)):
-        return encoding, False
-    if whole and not following and _holds_list(first):
+        return encoding, bool(following) and _parses(first)  # a line that is a list: a bad record of JSONL
+    if re.match(rf'\{{\s*"({"|".join(LIST_FIELDS)})"\s*:\s*\[', text) and not (following and _parses(first)):
         return encoding, False
     # An object over several lines: a line of JSONL that was cut off is followed by another object
     opens = first.startswith("{") and first.rstrip().endswith(("{", "[", ",")) and following[:1] in ('"', "}")
     return encoding, not opens
 
 
-def _is_object(line: str) -> bool:
+def _parses(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        json.loads(line)
     except (ValueError, RecursionError):
         return False
-
-
-def _holds_list(line: str) -> bool:
-    return _is_object(line) and any(isinstance(json.loads(line).get(field), list) for field in LIST_FIELDS[:1])
+    return True
 
 
 def _lines(file: BinaryIO, encoding: str) -> Iterator[tuple[int, Callable[[], Any]]]:
