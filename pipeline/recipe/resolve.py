@@ -81,7 +81,9 @@ def refuse_changes(resolved: Resolved, begun: Iterable[str]) -> None:
     begun = set(begun)
     if not begun or not path.is_file():
         return
-    old, new = dict(_flat_items(_read_yaml(path))), leaves(resolved.recipe)
+    values = _read_yaml(path)
+    # The defaults first: an older version of this package wrote no line for a field that is new since.
+    old, new = leaves(_validate(values, str(path))) | dict(_flat_items(values)), leaves(resolved.recipe)
     differing = []
     for key in sorted(set(old) | set(new)):
         section = key.split(".")[0]
@@ -148,8 +150,8 @@ def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _is_set(key: str, origins: Mapping[str, str]) -> bool:
     # steps and epochs stand for one another: setting one is deciding both.
     stem, _, last = key.rpartition(".")
-    twin = {"steps": "epochs", "epochs": "steps"}.get(last)
-    return key in origins or (twin is not None and f"{stem}.{twin}" in origins)
+    other = {"steps": "epochs", "epochs": "steps"}.get(last)
+    return key in origins or (other is not None and f"{stem}.{other}" in origins)
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:

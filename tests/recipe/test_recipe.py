@@ -107,6 +107,22 @@ def test_stage_2_inherits_aloud_and_refuses_what_changed(tmp_path, values):
         refuse_changes(free, ["verbalize", "interact"])
 
 
+def test_a_run_that_an_older_version_began_goes_on(tmp_path, values):
+    """Its recipe.yaml has no line for a field that is new since: the field has its default."""
+    path = write(tmp_path, values)
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = load_recipe(path).to_yaml().splitlines()
+    new = ("train_projector", "max_pixels", "min_pixels")
+    older = [line for line in lines if not line.strip().startswith(new)]
+    assert len(lines) - len(older) == 3
+    (run / "recipe.yaml").write_text("\n".join(older))
+    refuse_changes(load_recipe(path), STEPS)
+    refuse_changes(load_recipe(run / "recipe.yaml"), STEPS)
+    with pytest.raises(RecipeError, match="train_projector: the run has True, now False"):
+        refuse_changes(load_recipe(path, ["train_projector=false"]), STEPS)
+
+
 def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
     values["data"]["train"] = str(tmp_path / "nowhere")
     values["student"]["path"] = str(tmp_path / "nobody")
