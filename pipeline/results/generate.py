@@ -57,10 +57,9 @@ def load(folder: Path, data: Data) -> Vlm:
     """Load a Hugging Face folder for reading, under a recipe's limits on data. Raises RecipeError if it is none."""
     require_model(folder)
     device, dtype = placement(folder)
-    model = load_vlm(folder, dtype).to(device).eval()
     encoder = chat_encoder(folder, data)
     encoder.check()
-    return Vlm(model, encoder, device, dtype)
+    return Vlm(load_vlm(folder, dtype).to(device).eval(), encoder, device, dtype)
 
 
 def require_model(folder: Path) -> None:

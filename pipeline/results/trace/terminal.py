@@ -134,14 +134,14 @@ def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int
 def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
     """A model with its trained verbalizers. Raises RecipeError where they do not fit one another."""
     require_model(traced_model.backbone)
+    encoder = chat_encoder(traced_model.backbone, recipe.data)
+    encoder.check()
     device, dtype = placement(traced_model.backbone)
     summary = done(run / "verbalize") or {}
     vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
     side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
     load_verb_ffns(side, traced_model.verb_ffns)
     side.to(device).eval()
-    encoder = chat_encoder(traced_model.backbone, recipe.data)
-    encoder.check()
     return Vlm(side.backbone, encoder, device, dtype), side
 
 
