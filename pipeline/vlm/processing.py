@@ -45,7 +45,7 @@ class Batch:
     """Samples side by side, padded on the right."""
 
     inputs: dict[str, Tensor]
-    """Model inputs, [B, S] for tokens; a batch without images carries one more row, see ChatEncoder.filler."""
+    """Model inputs, [B, S] for tokens; a batch without images has one more row, see ChatEncoder.filler."""
     positions: Tensor
     """[T] indices into the flattened [B * S] hidden states: where each response token is predicted."""
     labels: Tensor
@@ -58,15 +58,15 @@ class Batch:
     """How many of the samples have an image."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """Move to a device, floating point inputs to the model's number format; pinned ones beside its computation."""
+        """Move to a device. Floating point inputs get the model's dtype. Copies from pinned memory are asynchronous."""
         return self._each(lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking=True))
 
     def nbytes(self) -> int:
-        """What its tensors take."""
+        """Bytes that its tensors take."""
         return sum(tensor.nbytes for tensor in (*self.inputs.values(), self.positions, self.labels))
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory, without which a copy to a GPU waits for what the GPU computes."""
+        """A copy in page-locked memory. Without it a copy to a GPU waits until the GPU is idle."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -75,7 +75,7 @@ class Batch:
 
 
 def load_processor(folder: Path | str) -> Any:
-    """The folder's processor; its image-only twin where transformers cannot build it (no torchvision).
+    """The folder's processor, or its image-only form where transformers cannot build it (no torchvision).
 
     Raises RecipeError if neither can be built, with transformers' own reason.
     """
@@ -113,7 +113,10 @@ class ChatEncoder:
         return Encoded(key, inputs, response)
 
     def check(self) -> None:
-        """Raise RecipeError where no chat at all could be encoded: said at the start, not once a sample."""
+        """Raise RecipeError where no chat at all can be encoded.
+
+        Called at start-up, so that it is not found sample by sample.
+        """
         self.template.check()
         try:
             self.filler()
