@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import re
 import shlex
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def differences(installed: dict[str, str], pinned: dict[str, str]) -> list[str]:
 
 
 def test_every_installed_package_is_pinned_at_its_version():
-    if not (ROOT / ".venv" / ".installed").exists():
+    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".installed").exists():
         pytest.skip("not the environment of make setup")
     installed = {canonicalize_name(one.name): one.version for one in metadata.distributions()}
     unpinned = {name for name in ("setuptools", "wheel") if name not in lock()}

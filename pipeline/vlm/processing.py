@@ -102,6 +102,7 @@ class ChatEncoder:
     def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
         """Encode one chat. Raises SampleError with the reason if it cannot be used."""
         self.template.refuse_control_tokens(messages)
+        _check_number_of_images(messages, images)
         text = self.template.render(messages)
         pictures = self._decode(images)
         features, before = self._process(text, pictures)
@@ -125,6 +126,7 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
         """Model inputs that end where the assistant's turn begins, for generation."""
+        _check_number_of_images(messages, images)
         features, _ = self._process(self.template.render(messages, prompt=True), self._decode(images))
         return self._model_inputs(features)
 
@@ -154,8 +156,10 @@ class ChatEncoder:
                     return_mm_token_type_ids=True,
                 )
             )
-        replaced = features.pop("text_replacement_offsets", None) or [[]]
-        return features, replaced[0]
+        replaced = (features.pop("text_replacement_offsets", None) or [[]])[0]
+        if len(replaced) != len(pictures):
+            raise SampleError(f"the chat template keeps the places of {len(replaced)} of {len(pictures)} images")
+        return features, replaced
 
     def _model_inputs(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
         names = self.processor.model_input_names
@@ -225,6 +229,17 @@ def decode_image(data: bytes) -> Image.Image:
             return picture.convert("RGB")
     except Exception as error:  # PIL raises many kinds for broken files
         raise SampleError(f"image cannot be decoded: {error}") from error
+
+
+def _check_number_of_images(messages: Sequence[Message], images: Sequence[bytes]) -> None:
+    """Raise SampleError unless each image part has its image: not every processor looks."""
+    parts = sum(part["type"] == "image" for message in messages for part in _parts(message))
+    if parts != len(images):
+        raise SampleError(f"the chat has {parts} image part(s), and {len(images)} image(s) came with it")
+
+
+def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
+    return [] if isinstance(message["content"], str) else message["content"]
 
 
 def _of_images(spans: Sequence[Mapping[str, Any]]) -> str:

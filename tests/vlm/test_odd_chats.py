@@ -55,8 +55,9 @@ def model(tiny_models):
 @settings(max_examples=150, deadline=None)
 def test_rejected_with_a_reason_or_a_loss(model, name, chat, images, limits):
     vlm, processor = model
-    processor.chat_template = TEMPLATES[name].replace("{{ t", IMAGE + "{{ t", 1)
+    processor.chat_template = TEMPLATES[name].replace("{{ t", IMAGE + "{{ t")
     encoder = ChatEncoder(processor, 200, limits)
+    encoder.check()
     try:
         encoded = encoder("k", chat, images)
     except SampleError as error:
