@@ -31,13 +31,13 @@ def conversations(tokenizer: Any, seed: int = 0) -> list[Conversation]:
     """All pieces of the reference, shuffled. No paragraph stands in two of them."""
     answers = _answers()
     random.Random(seed).shuffle(answers)
-    made = []
+    found = []
     for topic, answer in answers:
         question = [{"role": "user", "content": f"Tell me about '{topic}' in Python."}]
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, f"{answer}<|im_end|>")]
-        made.append(Conversation(*map(torch.tensor, ids)))
-    return made
+        found.append(Conversation(*map(torch.tensor, ids)))
+    return found
 
 
 def _answers() -> list[tuple[str, str]]:

@@ -62,13 +62,13 @@ class CodecError:
 
         A relative error is the root of the summed squared errors over the summed squared norms.
         """
-        over = {name: torch.stack([batch[name] for batch in self.batches]).mean(0) for name in self.batches[0]}
+        averages = {name: torch.stack([batch[name] for batch in self.batches]).mean(0) for name in self.batches[0]}
         per_pair = {
-            "kl_bias_nats": over["bias"],
-            "kl_rms_nats": over["squared"].sqrt(),
-            "grad_relative_error_token": (over["token_error"] / over["token_norm"]).sqrt(),
-            "grad_relative_error_batch": (over["layer_error"] / over["layer_norm"]).sqrt(),
-            "grad_cosine_batch": over["cosine"],
+            "kl_bias_nats": averages["bias"],
+            "kl_rms_nats": averages["squared"].sqrt(),
+            "grad_relative_error_token": (averages["token_error"] / averages["token_norm"]).sqrt(),
+            "grad_relative_error_batch": (averages["layer_error"] / averages["layer_norm"]).sqrt(),
+            "grad_cosine_batch": averages["cosine"],
         }
         layers = range(max(layer for _, layer in self.pairs) + 1)
         bias = torch.tensor([self._mean(batch["bias"], layers) for batch in self.batches])
@@ -88,7 +88,7 @@ class CodecError:
         return float(torch.stack([torch.stack(one).mean() for one in of_layers]).mean())
 
 
-def legal_pairs(students: int, teachers: int) -> list[tuple[int, int]]:
+def candidate_pairs(students: int, teachers: int) -> list[tuple[int, int]]:
     """(student, teacher) layers that the matching may look at, and the last layers, which stand after all others."""
     ranges = search_ranges(students, teachers)
     return [(i, j) for i, columns in enumerate(ranges) for j in columns] + [(students, teachers)]
@@ -101,56 +101,56 @@ def batch_divergences(
     """Of a batch of tokens: what is true, and what each coded teacher gives; signals hold all tokens."""
     truth, found = [], {name: [] for name in signals}  # type: tuple[list[Divergences], dict[str, list[Divergences]]]
     for start in range(rows.start, rows.stop, ROWS):
-        part = slice(start, min(start + ROWS, rows.stop))
-        student = outputs.student[part].transpose(0, 1)
+        chunk = slice(start, min(start + ROWS, rows.stop))
+        student = outputs.student[chunk].transpose(0, 1)
         log_q = outputs.student_unembedding.logits(student).log_softmax(-1)
-        expected = log_q.exp() @ outputs.student_weight
-        teacher = outputs.teacher[part].transpose(0, 1)
-        truth.append(_dense(outputs, pairs, log_q, expected, outputs.unembedding.logits(teacher)))
+        student_mean = log_q.exp() @ outputs.student_weight
+        teacher = outputs.teacher[chunk].transpose(0, 1)
+        truth.append(_dense(outputs, pairs, log_q, student_mean, outputs.unembedding.logits(teacher)))
         for name, signal in signals.items():
             if isinstance(signal, HiddenSignal):
-                logits = signal.unembedding.logits(signal.hidden[part].transpose(0, 1))
-                found[name].append(_dense(outputs, pairs, log_q, expected, logits))
+                logits = signal.unembedding.logits(signal.hidden[chunk].transpose(0, 1))
+                found[name].append(_dense(outputs, pairs, log_q, student_mean, logits))
             else:
-                found[name].append(_sparse(outputs, pairs, log_q, expected, signal, part))
-    return _joined(truth), {name: _joined(parts) for name, parts in found.items()}
+                found[name].append(_sparse(outputs, pairs, log_q, student_mean, signal, chunk))
+    return _concatenate(truth), {name: _concatenate(parts) for name, parts in found.items()}
 
 
 def _dense(
-    outputs: LayerOutputs, pairs: list[tuple[int, int]], log_q: Tensor, expected: Tensor, logits: Tensor
+    outputs: LayerOutputs, pairs: list[tuple[int, int]], log_q: Tensor, student_mean: Tensor, logits: Tensor
 ) -> Divergences:
     """KL = sum p (log p - log q), gradient E_q[W] - E_p[W]; log_q [S + 1, t, V], expected E_q[W], logits [J, t, V]."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    said = p @ outputs.student_weight
+    teacher_mean = p @ outputs.student_weight
     neg_entropy = (p * log_p).sum(-1)
     kl = torch.stack([neg_entropy[j] - (p[j] * log_q[i]).sum(-1) for i, j in pairs])
-    return Divergences(kl, torch.stack([expected[i] - said[j] for i, j in pairs]))
+    return Divergences(kl, torch.stack([student_mean[i] - teacher_mean[j] for i, j in pairs]))
 
 
 def _sparse(
     outputs: LayerOutputs,
     pairs: list[tuple[int, int]],
     log_q: Tensor,
-    expected: Tensor,
+    student_mean: Tensor,
     signal: SparseSignal,
-    part: slice,
+    chunk: slice,
 ) -> Divergences:
     """With r the tail, Q what the student gives to it, rho = r / Q: gradient (1 - rho) E_q[W] - sum (p - rho q) W."""
     kl, gradient = [], []
     for i, j in pairs:
-        ids, p, r = signal.ids[part, j], signal.probs[part, j], signal.tail[part, j]
+        ids, p, r = signal.ids[chunk, j], signal.probs[chunk, j], signal.tail[chunk, j]
         log_q_at = log_q[i].gather(1, ids)
         q = log_q_at.exp().where(p > 0, 0.0)
         rest = (1.0 - q.sum(1)).clamp_min(1e-6)
         rho = r / rest
-        kl.append(signal.neg_entropy[part, j] - (p * log_q_at).sum(1) - r * rest.log())
+        kl.append(signal.neg_entropy[chunk, j] - (p * log_q_at).sum(1) - r * rest.log())
         kept = embedding_bag(ids, outputs.student_weight, per_sample_weights=p - rho[:, None] * q, mode="sum")
-        gradient.append((p.sum(1) + r - rho)[:, None] * expected[i] - kept)
+        gradient.append((p.sum(1) + r - rho)[:, None] * student_mean[i] - kept)
     return Divergences(torch.stack(kl), torch.stack(gradient))
 
 
-def _joined(parts: list[Divergences]) -> Divergences:
+def _concatenate(parts: list[Divergences]) -> Divergences:
     return Divergences(torch.cat([one.kl for one in parts], 1), torch.cat([one.gradient for one in parts], 1))
 
 

@@ -108,19 +108,19 @@ class LayerOutputs:
 
 def layer_outputs(setting: Setting, progress: Progress) -> LayerOutputs:
     """From the bench's cache where it is there; else about twenty minutes of one core, once."""
-    tensors = _kept("teacher", _teacher, setting, progress) | _kept("student", _student, setting, progress)
+    tensors = _cached("teacher", _teacher, setting, progress) | _cached("student", _student, setting, progress)
     follower = {name.removeprefix("follower."): tensors.pop(name) for name in list(tensors) if "follower." in name}
     return LayerOutputs(setting=setting, follower=follower, **tensors)
 
 
-def _kept(role: str, make: Callable[[Setting, Progress], dict[str, Tensor]], *given: Any) -> dict[str, Tensor]:
+def _cached(role: str, make: Callable[[Setting, Progress], dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
     """What `make` makes, from the bench's cache where it was made before from the same setting and text."""
-    setting = {**asdict(given[0]), "text": hashlib.sha256(json.dumps(topics).encode()).hexdigest()}
+    setting = {**asdict(arguments[0]), "text": hashlib.sha256(json.dumps(topics).encode()).hexdigest()}
     key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
     file = bench_cache() / f"{role}-{key}.safetensors"
     if not file.is_file():
         aside = file.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in make(*given).items()}, aside)
+        save_file({name: tensor.contiguous() for name, tensor in make(*arguments).items()}, aside)
         aside.rename(file)
     return load_file(file)
 
@@ -130,16 +130,16 @@ def _teacher(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     train, held_out = _split(conversations(tokenizer, setting.seed), setting)
     labels = _responses(held_out)
     verbalized = _VerbalizedModel(model, setting.teacher_layers, train, setting, progress, "teacher")
-    said = verbalized.verbalize(verbalized.hidden_states(held_out))
+    outputs = verbalized.verbalize(verbalized.hidden_states(held_out))
     followed = setting.teacher_layers.index(setting.followed)
-    some = verbalized.verbalize([state[: setting.order_tokens] for state in verbalized.states])
+    order_outputs = verbalized.verbalize([state[: setting.order_tokens] for state in verbalized.states])
     return {
         "labels": labels,
         "lengths": torch.tensor([len(one.response) for one in held_out]),
-        "teacher": said.transpose(0, 1),
+        "teacher": outputs.transpose(0, 1),
         "teacher_weight": verbalized.head.weight,
-        "teacher_loss": linear_cross_entropy(said, verbalized.head, labels) / len(labels),
-        "order": _order(some, verbalized.head, progress),
+        "teacher_loss": linear_cross_entropy(outputs, verbalized.head, labels) / len(labels),
+        "order": _order_by_use(order_outputs, verbalized.head, progress),
         "train_teacher": verbalized.verbalize_one(followed, verbalized.states[followed]),
     }
 
@@ -151,13 +151,13 @@ def _student(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     labels = _responses(held_out)
     verbalized = _VerbalizedModel(model, setting.student_layers, train, setting, progress, "student")
     eval_states = verbalized.hidden_states(held_out)
-    said = verbalized.verbalize(eval_states)
+    outputs = verbalized.verbalize(eval_states)
     follower = setting.student_layers.index(setting.follower)
     weights = verbalized.ffns[follower].state_dict()
     return {
-        "student": said.transpose(0, 1),
+        "student": outputs.transpose(0, 1),
         "student_weight": verbalized.head.weight,
-        "student_loss": linear_cross_entropy(said, verbalized.head, labels) / len(labels),
+        "student_loss": linear_cross_entropy(outputs, verbalized.head, labels) / len(labels),
         "train_student": verbalized.states[follower],
         "eval_student": eval_states[follower],
         "norm_weight": model.model.norm.weight,
@@ -203,8 +203,8 @@ class _VerbalizedModel:
 
     def verbalize(self, states: Sequence[Tensor]) -> Tensor:
         """Hidden states of the target layers, and of the last where it is given, to normed outputs [layers, T, d]."""
-        said = [self.verbalize_one(column, states[column]) for column in range(len(self.ffns))]
-        return torch.stack([*said, *states[len(said) :]])
+        outputs = [self.verbalize_one(column, states[column]) for column in range(len(self.ffns))]
+        return torch.stack([*outputs, *states[len(outputs) :]])
 
     def _train(self, labels: Tensor, setting: Setting) -> None:
         """Cross-entropy of each verbalizer, each token once in random order."""
@@ -226,9 +226,9 @@ def _responses(texts: Sequence[Conversation]) -> Tensor:
     return torch.cat([one.response for one in texts])
 
 
-def _split(all_of_them: Sequence[Conversation], setting: Setting) -> tuple[list[Conversation], list[Conversation]]:
+def _split(texts: Sequence[Conversation], setting: Setting) -> tuple[list[Conversation], list[Conversation]]:
     """Conversations that hold exactly as many training and evaluation tokens as asked; the last of each is cut."""
-    queue = iter(all_of_them)
+    queue = iter(texts)
     return _take(queue, setting.train_tokens), _take(queue, setting.eval_tokens)
 
 
@@ -250,8 +250,8 @@ def _add_noise(model: nn.Module, setting: Setting) -> None:
             parameter.add_(noise, alpha=setting.noise * float(parameter.std()))
 
 
-def _order(said: Tensor, head: Unembedding, progress: Progress) -> Tensor:
+def _order_by_use(outputs: Tensor, head: Unembedding, progress: Progress) -> Tensor:
     use = torch.zeros(head.vocab, dtype=torch.float64)
-    for rows in progress.track(said.flatten(0, 1).split(512), description="teacher: use of each id"):
+    for rows in progress.track(outputs.flatten(0, 1).split(512), description="teacher: use of each id"):
         use += head.logits(rows).softmax(1).sum(0, dtype=torch.float64)
     return use.argsort(descending=True)

@@ -102,8 +102,8 @@ def rates(outputs: LayerOutputs, codecs: Mapping[str, Codec]) -> dict[str, dict[
     seconds = interleaved(forms, ROUNDS)
     torch.set_num_threads(threads)
     found: dict[str, dict[str, float]] = {}
-    for (name, what), spent in seconds.items():
-        found.setdefault(name, {})[f"{what}_per_s"] = hidden[..., 0].numel() / median(spent)
+    for (name, direction), spent in seconds.items():
+        found.setdefault(name, {})[f"{direction}_per_s"] = hidden[..., 0].numel() / median(spent)
     return found
 
 
@@ -128,24 +128,24 @@ def _through_cache(
         identity = CacheIdentity({"name": codec.name, **codec.params}, layers, len(outputs.order))
         path = Path(folder) / "cache"
         path.mkdir()
-        making = CacheFolder(path, identity, data)
-        if "order" in making.missing_files:
-            making.save_order(outputs.order.numpy())
-        if "head" in making.missing_files:
-            making.save_head(outputs.unembedding)
-        with making.writer(shard_name(0)) as writer:
+        cache_folder = CacheFolder(path, identity, data)
+        if "order" in cache_folder.missing_files:
+            cache_folder.save_order(outputs.order.numpy())
+        if "head" in cache_folder.missing_files:
+            cache_folder.save_head(outputs.unembedding)
+        with cache_folder.writer(shard_name(0)) as writer:
             for key, tokens, arrays in records:
                 writer.add(key, tokens, arrays)
             writer.commit()
-        making.finish()
+        cache_folder.finish()
         cache = TeacherCache(path, data)
         head = cache.unembedding() if codec.needs_head else None
         signal = cache.signal([cache.read(index) for index in range(len(cache))], layers, unembedding=head)
         sizes = {file.suffix: 0 for file in path.iterdir()}
         for file in path.iterdir():
             sizes[file.suffix] += file.stat().st_size
-        growing = sizes.pop(".tar") + sizes.pop(".json")
-        return signal, growing, sum(sizes.values())
+        growing_bytes = sizes.pop(".tar") + sizes.pop(".json")
+        return signal, growing_bytes, sum(sizes.values())
 
 
 def _through_records(
@@ -154,8 +154,8 @@ def _through_records(
     """A peer's packed records, each stream through zstd, no container around them."""
     packed = [pack_record(tokens, codec.pack(arrays)) for _, tokens, arrays in records]
     layers = outputs.teacher.shape[1]
-    read = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
-    return codec.decode(join_arrays(read)), sum(map(len, packed)), 0
+    unpacked = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
+    return codec.decode(join_arrays(unpacked)), sum(map(len, packed)), 0
 
 
 def _data(path: Path, keys: Sequence[str]) -> ShardFolder:

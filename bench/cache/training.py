@@ -33,19 +33,19 @@ LEARNING_RATE = 3e-3
 """Of 1e-3, 3e-3 and 1e-2 the one that the dense teacher teaches most with."""
 NORM_EPSILON = 1e-5
 
-Teacher = Callable[[int, Tensor], Signal]
+TeacherSignal = Callable[[int, Tensor], Signal]
 """(epoch from 0, rows of the training tokens) -> what the coded teacher says there, J = 1."""
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Schedule:
     """What a student is trained on: the first `tokens` training tokens, again and again for UPDATES updates."""
 
     tokens: int = UPDATES * BATCH
     updates: int = UPDATES
 
 
-def fixed(signal: Signal) -> Teacher:
+def constant_signal(signal: Signal) -> TeacherSignal:
     """The same words in every epoch."""
     return lambda epoch, rows: signal.part(rows)
 
@@ -56,12 +56,12 @@ def coded_signal(outputs: LayerOutputs, codec: Codec, tokens: int, seed: int) ->
     return codec.decode(read_back(codec, arrays), outputs.unembedding)
 
 
-def dense(outputs: LayerOutputs) -> Signal:
+def dense_signal(outputs: LayerOutputs) -> Signal:
     """The followed layer's words themselves."""
     return HiddenSignal(outputs.train_teacher[:, None], outputs.unembedding)
 
 
-def subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, seed: int) -> Teacher:
+def rotating_subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, seed: int) -> TeacherSignal:
     """Of stored points other ones in each epoch, as stage 2 takes them."""
     arrays = read_back(codec, encoded(codec, outputs.train_teacher[:tokens, None], outputs.unembedding, seed))
     n = codec.points // points
@@ -70,13 +70,13 @@ def subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, see
     return lambda epoch, rows: signals[epoch % n].part(rows)
 
 
-def redrawn(outputs: LayerOutputs, codec: Sampled, tokens: int, epochs: int, seed: int) -> Teacher:
+def redrawn_every_epoch(outputs: LayerOutputs, codec: Sampled, tokens: int, epochs: int, seed: int) -> TeacherSignal:
     """A new sample in each epoch, as a live teacher would give."""
     signals = [coded_signal(outputs, codec, tokens, epochs * seed + epoch) for epoch in range(epochs)]
     return lambda epoch, rows: signals[epoch].part(rows)
 
 
-class Follower(nn.Module):
+class AdaptedLayer(nn.Module):
     """Hidden states of the student layer to its normed verbalizer output; only the adapter trains."""
 
     def __init__(self, outputs: LayerOutputs, seed: int):
@@ -90,36 +90,36 @@ class Follower(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, d] -> [T, d]."""
-        said = self.verb_ffn(self.adapter(hidden))
-        return F.rms_norm(said, self.norm_weight.shape, self.norm_weight, NORM_EPSILON)
+        verbalized = self.verb_ffn(self.adapter(hidden))
+        return F.rms_norm(verbalized, self.norm_weight.shape, self.norm_weight, NORM_EPSILON)
 
 
-def train(outputs: LayerOutputs, teacher: Teacher, lesson: Lesson, seed: int) -> float:
+def train(outputs: LayerOutputs, teacher: TeacherSignal, schedule: Schedule, seed: int) -> float:
     """Held-out dense KL in nats after training from this teacher."""
-    follower = Follower(outputs, seed)
+    layer = AdaptedLayer(outputs, seed)
     head = Unembedding(outputs.student_weight.bfloat16(), vocab=len(outputs.student_weight))
-    optimizer = torch.optim.AdamW(follower.adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(layer.adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[tuple[int, Tensor]] = []
-    while len(order) < lesson.updates:
-        epoch = len(order) * BATCH // lesson.tokens
-        order += [(epoch, rows) for rows in torch.randperm(lesson.tokens, generator=generator).split(BATCH)]
-    for update, (epoch, rows) in enumerate(order[: lesson.updates]):
+    while len(order) < schedule.updates:
+        epoch = len(order) * BATCH // schedule.tokens
+        order += [(epoch, rows) for rows in torch.randperm(schedule.tokens, generator=generator).split(BATCH)]
+    for update, (epoch, rows) in enumerate(order[: schedule.updates]):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - update / lesson.updates)
-        loss = column_kl(follower(outputs.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
+            group["lr"] = LEARNING_RATE * (1 - update / schedule.updates)
+        loss = column_kl(layer(outputs.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return held_out(outputs, follower)
+    return held_out_kl(outputs, layer)
 
 
 @torch.no_grad()
-def held_out(outputs: LayerOutputs, follower: Follower) -> float:
+def held_out_kl(outputs: LayerOutputs, layer: AdaptedLayer) -> float:
     """Dense KL on the evaluation tokens, in nats."""
-    said = follower(outputs.eval_student)
+    hidden = layer(outputs.eval_student)
     signal = HiddenSignal(outputs.teacher[:, outputs.followed : outputs.followed + 1], outputs.unembedding)
-    return float(column_kl(said, outputs.student_unembedding, signal, 0)) / len(said)
+    return float(column_kl(hidden, outputs.student_unembedding, signal, 0)) / len(hidden)
 
 
 def share_of_gain(start: float, ends: list[float], dense_ends: list[float]) -> dict[str, Any]:

@@ -28,16 +28,16 @@ class Case:
     """Ids a teacher layer names for a token; no tail, as the default codec."""
 
 
-def normal(*shape: int, spread: float, seed: int) -> Tensor:
+def normal(*shape: int, std: float, seed: int) -> Tensor:
     """Random numbers in bfloat16, without a float32 copy in between."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=spread, generator=generator).to(DEVICE)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std, generator=generator).to(DEVICE)
 
 
 @cache
 def head_weight(vocab: int, width: int) -> Tensor:
     """[V, d]; drawing it takes seconds, and all problems may have the same."""
-    return normal(vocab, width, spread=width**-0.5, seed=0)
+    return normal(vocab, width, std=width**-0.5, seed=0)
 
 
 class Problem:
@@ -47,17 +47,17 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
 
         self.case = case
-        self.h = normal(case.students, case.tokens, case.width, spread=4.0, seed=1).requires_grad_()
-        self.hidden = normal(case.tokens, case.width, spread=4.0, seed=2)
+        self.h = normal(case.students, case.tokens, case.width, std=4.0, seed=1).requires_grad_()
+        self.hidden = normal(case.tokens, case.width, std=4.0, seed=2)
         self.weight = head_weight(case.vocab, case.width).detach().requires_grad_(trained)
         self.head = Unembedding(self.weight, case.vocab)
-        said = (case.tokens, case.teachers, case.kept)
-        ids = torch.randint(case.vocab, said, generator=generator).to(DEVICE)
-        probs = torch.full(said, 1 / case.kept, device=DEVICE)
-        tail = torch.zeros(said[:2], device=DEVICE)
+        shape = (case.tokens, case.teachers, case.kept)
+        ids = torch.randint(case.vocab, shape, generator=generator).to(DEVICE)
+        probs = torch.full(shape, 1 / case.kept, device=DEVICE)
+        tail = torch.zeros(shape[:2], device=DEVICE)
         self.signal = SparseSignal(ids, probs, tail, probs.log().mean(-1), tailed=False)
         self.labels = ids[:, 0, 0].contiguous()
-        self.windows = search_ranges(case.students, case.teachers)
+        self.ranges = search_ranges(case.students, case.teachers)
 
     def clear(self) -> None:
         """Forget gradients, so that every run allocates its own."""
@@ -66,7 +66,7 @@ class Problem:
 
 def interaction(problem: Problem) -> tuple[Tensor, list[int]]:
     """Ours: search, draw, and the gradient of what was drawn, for all student layers. KL [S, J] and the match."""
-    matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.windows)
+    matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.ranges)
     match = adaptive(matrix.values / problem.case.tokens, torch.Generator().manual_seed(0))
     matched_kl(problem.h, problem.head, problem.signal, match, matrix).sum().backward()
     return matrix.values, [column for column in match if column is not None]

@@ -38,7 +38,7 @@ from pipeline.loss.sparse_kl import column_kl
 
 ON_GPU = DEVICE == "cuda"
 
-FEWER = 4
+FEW_ROUNDS = 4
 """Rounds of what is slow or not near its goal."""
 
 FUSED = {"liger_fused": liger_cross_entropy, "cut_cross_entropy": cut_cross_entropy}
@@ -74,11 +74,13 @@ def products(problem: Problem, layers: int, trained: bool = False) -> Callable[[
 
 def dense_form(problem: Problem, form: Callable[..., Tensor]) -> Tensor:
     """One student layer by a dense form, following the first of its candidates."""
-    columns = problem.windows[0]
+    columns = problem.ranges[0]
     return form(problem.h[0], problem.weight, problem.signal, columns, columns.start)
 
 
-def ready(case: Case, threads: int, work: Callable[[Problem], object], trained: bool = False) -> Callable[[], object]:
+def prepared(
+    case: Case, threads: int, work: Callable[[Problem], object], trained: bool = False
+) -> Callable[[], object]:
     """The work on a fresh problem, for a process that measures its memory."""
     torch.set_num_threads(threads)
     return partial(work, Problem(case, trained))
@@ -89,7 +91,7 @@ def agreement(problem: Problem) -> dict[str, float]:
     problem.clear()
     values, match = interaction(problem)
     assert problem.h.grad is not None
-    ours, columns = problem.h.grad[0].double(), problem.windows[0]
+    ours, columns = problem.h.grad[0].double(), problem.ranges[0]
     problem.clear()
     dense = naive_shared(problem.h[0], problem.weight, problem.signal, columns, match[0]).double()
     theirs = problem.h.grad[0].double()
@@ -100,7 +102,7 @@ def agreement(problem: Problem) -> dict[str, float]:
     }
 
 
-def fresh(problem: Problem, work: Callable[[Problem], object]) -> Callable[[], None]:
+def without_old_gradients(problem: Problem, work: Callable[[Problem], object]) -> Callable[[], None]:
     """The work as it is timed: without gradients left by the one before."""
 
     def run() -> None:
@@ -117,14 +119,16 @@ NAIVE = {"naive": naive, "naive_shared": naive_shared, "naive_frugal": naive_fru
 def compare_floor(case: Case, rounds: int, threads: int) -> dict[str, Any]:
     """The interaction loss of all student layers beside its products."""
     whole = Problem(case)
-    floor = interleaved({"floor": products(whole, case.students), "ours": fresh(whole, interaction)}, rounds)
+    floor = interleaved(
+        {"floor": products(whole, case.students), "ours": without_old_gradients(whole, interaction)}, rounds
+    )
     return {
         **asdict(case),
         "dtype": "bfloat16",
         "time_over_floor": ratio(floor["ours"], floor["floor"]),
         "seconds": {name: statistics.median(times) for name, times in floor.items()},
         "ratios_by_round": [o / f for o, f in zip(floor["ours"], floor["floor"], strict=True)],
-        "peak_mib": {"ours": peak_mib(partial(ready, case, threads, interaction))},
+        "peak_mib": {"ours": peak_mib(partial(prepared, case, threads, interaction))},
     }
 
 
@@ -133,10 +137,10 @@ def compare_dense(case: Case, threads: int) -> tuple[dict[str, Any], dict[str, d
     layer = Problem(replace(case, students=1, teachers=case.teachers - case.students + 1))
     works = {name: partial(dense_form, form=form) for name, form in NAIVE.items()}
     peers, absent = peer_forms(layer)
-    forms = {name: fresh(layer, work) for name, work in {"ours": interaction, **works}.items()}
-    seconds = interleaved({**forms, **peers}, FEWER)
-    ours = peak_mib(partial(ready, case, threads, interaction))
-    peak = {name: peak_mib(partial(ready, layer.case, threads, work)) for name, work in works.items()}
+    forms = {name: without_old_gradients(layer, work) for name, work in {"ours": interaction, **works}.items()}
+    seconds = interleaved({**forms, **peers}, FEW_ROUNDS)
+    ours = peak_mib(partial(prepared, case, threads, interaction))
+    peak = {name: peak_mib(partial(prepared, layer.case, threads, work)) for name, work in works.items()}
     entry: dict[str, Any] = {"seconds_one_layer": {name: statistics.median(seconds[name]) for name in forms}}
     for name in NAIVE:
         entry[f"{name}_over_ours_time"] = ratio(seconds[name], seconds["ours"])
@@ -153,12 +157,12 @@ def peer_forms(layer: Problem) -> tuple[dict[str, Callable[[], object]], dict[st
     h, weight, hidden = layer.h[0], layer.weight, layer.hidden
     try:
         trl = trl_pair(h, weight, hidden)
-        forms |= {"trl_forward": partial(trl, False), "trl_both": fresh(layer, lambda _: trl(True))}
+        forms |= {"trl_forward": partial(trl, False), "trl_both": without_old_gradients(layer, lambda _: trl(True))}
     except ImportError as error:
         absent["trl_chunked"] = f"not installed: {error}"
     try:
         liger = liger_pair(h, weight, hidden)
-        forms["liger_both"] = fresh(layer, lambda _: liger())
+        forms["liger_both"] = without_old_gradients(layer, lambda _: liger())
     except ImportError as error:
         absent["liger_chunked"] = f"not installed: {error}"
     return forms, absent
@@ -166,7 +170,7 @@ def peer_forms(layer: Problem) -> tuple[dict[str, Callable[[], object]], dict[st
 
 def peer_entries(layer: Problem, seconds: dict[str, list[float]], absent: dict[str, str]) -> dict[str, dict[str, Any]]:
     """A pair's time, times what a student layer's candidates need of it, over ours for a student layer."""
-    candidates = len(layer.windows[0])
+    candidates = len(layer.ranges[0])
     entries: dict[str, dict[str, Any]] = {name: {"not_run": why} for name, why in absent.items()}
     if "trl_both" in seconds:
         searched = [
@@ -212,12 +216,12 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
         problem = Problem(case, trained)
         forms: dict[str, Callable[[], object]] = {
             "floor": products(problem, 1, trained),
-            "ours": fresh(problem, work),
+            "ours": without_old_gradients(problem, work),
         }
         if work is cross_entropy:
-            forms |= {"naive": fresh(problem, dense_cross_entropy), **fused_forms(problem)}
-        seconds = interleaved(forms, FEWER)
-        peak = {"ours": peak_mib(partial(ready, case, threads, work, trained))}
+            forms |= {"naive": without_old_gradients(problem, dense_cross_entropy), **fused_forms(problem)}
+        seconds = interleaved(forms, FEW_ROUNDS)
+        peak = {"ours": peak_mib(partial(prepared, case, threads, work, trained))}
         entries[name] = {
             "time_over_floor": ratio(seconds["ours"], seconds["floor"]),
             "products": 3 if trained else 2,
@@ -225,7 +229,7 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
             "peak_mib": peak,
         }
         if work is cross_entropy:
-            peak["naive"] = peak_mib(partial(ready, case, threads, dense_cross_entropy, trained))
+            peak["naive"] = peak_mib(partial(prepared, case, threads, dense_cross_entropy, trained))
             entries[name] |= {
                 "naive_over_ours_time": ratio(seconds["naive"], seconds["ours"]),
                 "naive_over_ours_memory": peak["naive"] / peak["ours"],
@@ -240,7 +244,7 @@ def fused_forms(problem: Problem) -> dict[str, Callable[[], object]]:
     for name, make in FUSED.items() if ON_GPU else ():
         with contextlib.suppress(ImportError):
             run = make(problem.h[0], problem.weight, problem.labels)
-            forms[name] = fresh(problem, lambda _, run=run: run())  # type: ignore[misc]
+            forms[name] = without_old_gradients(problem, lambda _, run=run: run())  # type: ignore[misc]
     return forms
 
 

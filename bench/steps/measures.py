@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.steps.pairs import prepare
-from bench.steps.ratios import Opened, Runs, cache_passes, sizes, student_steps, verbalize_steps
+from bench.steps.ratios import PreparedRun, TimedCalls, cache_passes, sizes, student_steps, verbalize_steps
 from bench.steps.startup import one_rank, start_up, train
 from bench.timing import interleaved, peak_mib, ratio
 from pipeline.recipe.resolve import load_recipe
@@ -24,7 +24,7 @@ from pipeline.runtime import engine
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.ranks import Ranks
 
-FIRST_UPDATES = 3
+WARMUP_UPDATES = 3
 """Not counted when stage 2 is watched for its data wait: loader workers start meanwhile."""
 
 RATIOS = {
@@ -45,7 +45,7 @@ def _cpu_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_:
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-UNCOUNTED = {
+CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }
@@ -59,7 +59,7 @@ def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any
         recipe = folder / "recipe.yaml"
         entry = prepare(name, folder, ranks.device)
         train("--stage", "1", "--recipe", str(recipe))
-        entry = {"set_up": entry | sizes(Opened(recipe, ranks)), "rounds": rounds}
+        entry = {"set_up": entry | sizes(PreparedRun(recipe, ranks)), "rounds": rounds}
         entry["peak_mib"] = {
             "cache": _peak_mib(recipe, ranks, live=False),
             "live_teacher": _peak_mib(recipe, ranks, live=True),
@@ -78,7 +78,7 @@ def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str,
     seconds: dict[str, list[float]] = {}
     operations: dict[str, int] = {}
     for make in (student_steps, verbalize_steps, partial(cache_passes, scratch=scratch)):
-        runs = make(Opened(recipe, ranks))
+        runs = make(PreparedRun(recipe, ranks))
         operations |= _operations(runs)
         seconds |= interleaved(runs, rounds, warm=True)
         del runs
@@ -93,14 +93,14 @@ def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str,
     return {**ratios, "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()}}
 
 
-def _operations(runs: Runs) -> dict[str, int]:
+def _operations(runs: TimedCalls) -> dict[str, int]:
     """Additions and multiplications in matrix products, the floor under each time."""
     return {name: operations_of(run) for name, run in runs.items()}
 
 
 def operations_of(run: Callable[[], object]) -> int:
     """Additions and multiplications in matrix products, attention's included."""
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -122,7 +122,7 @@ def _prepared_updates(recipe: Path, live: bool, ranks: Ranks | None) -> Callable
 
 
 def _two_updates(recipe: Path, ranks: Ranks, live: bool) -> None:
-    run = student_steps(Opened(recipe, ranks), live)["interact_live" if live else "interact"]
+    run = student_steps(PreparedRun(recipe, ranks), live)["interact_live" if live else "interact"]
     run()
     run()
 
@@ -138,7 +138,7 @@ def _data_wait(recipe: Path, workers: int, updates: int) -> float:
     run = load_recipe(recipe).recipe.run
     shutil.rmtree(run / "interact", ignore_errors=True)
     steps = ["--stage", "2", "--only", "interact", "--recipe", str(recipe)]
-    train(*steps, "--set", f"interact.steps={FIRST_UPDATES + updates}", f"data.workers={workers}")
-    counted = [line for line in read_metrics(run) if line["step"] == "interact"][FIRST_UPDATES:]
-    waited = sum(line["data_wait"] * line["update_s"] for line in counted)
-    return round(waited / sum(line["update_s"] for line in counted), 4)
+    train(*steps, "--set", f"interact.steps={WARMUP_UPDATES + updates}", f"data.workers={workers}")
+    counted = [line for line in read_metrics(run) if line["step"] == "interact"][WARMUP_UPDATES:]
+    data_wait_s = sum(line["data_wait"] * line["update_s"] for line in counted)
+    return round(data_wait_s / sum(line["update_s"] for line in counted), 4)

@@ -141,7 +141,7 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
         _write_model(folder / role, size, pair, device)
     _write_data(folder / "data", pair)
     training = {"steps": 2, "batch_size": pair.micro_batch, "micro_batch_size": pair.micro_batch, "learning_rate": 1e-4}
-    sides = {
+    models = {
         role: {"path": str(folder / role), "layers": list(layers)}
         for role, layers in (("teacher", pair.teacher_layers), ("student", pair.student_layers))
     }
@@ -151,7 +151,7 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
         "deepspeed": str(CONFIGS[pair.precision]),
         "data": {"train": str(folder / "data"), "workers": 0},
         "cache": {"batch_tokens": pair.cache_tokens},
-        **sides,
+        **models,
         **{step: dict(training) for step in ("verbalize", "interact", "reinforce")},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
@@ -161,8 +161,8 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
 def _prepare_demo(folder: Path) -> dict[str, Any]:
     """The shipped puzzle models as the demo's recipe uses them, but on one rank, a micro-batch an update."""
     shard = ["shard", "--source", "puzzles", "--count", str(DEMO_SAMPLES), "--held-out-count", "16"]
-    made = [sys.executable, "-m", "data_prep", *shard, "--samples-per-shard", "64", "--output", str(folder / "data")]
-    subprocess.run(made, check=True, capture_output=True)
+    command = [sys.executable, "-m", "data_prep", *shard, "--samples-per-shard", "64", "--output", str(folder / "data")]
+    subprocess.run(command, check=True, capture_output=True)
     changes = {
         "run": folder / "run",
         "deepspeed": CONFIGS["fp32"],
@@ -235,11 +235,11 @@ def _write_data(folder: Path, pair: Pair) -> None:
     samples = []
     for index in range(pair.samples):
         answer = " ".join(draw.choices(WORDS, k=draw.randint(*pair.words)))
-        asked = [{"type": "image"}, {"type": "text", "text": "what is the color of the shape"}]
+        question = [{"type": "image"}, {"type": "text", "text": "what is the color of the shape"}]
         record = {
             "id": f"sample {index}",
             "messages": [
-                {"role": "user", "content": asked},
+                {"role": "user", "content": question},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
             "provenance": {"source": "bench", "index": index},

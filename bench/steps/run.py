@@ -32,7 +32,7 @@ GOALS = {
     "cache_speed_over_forward": ("at least", 0.85),
 }
 """For real shapes: there the vocabulary is a small part of the work."""
-LARGEST_DATA_WAIT = 0.02
+MAX_DATA_WAIT = 0.02
 
 
 def show(entries: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -50,7 +50,7 @@ def show(entries: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     for workers in ("1_workers", "2_workers"):
         shares = [entry.get("data_wait_share", {}).get(workers) for entry in entries.values()]
         waits = ["" if share is None else f"{share:.1%}" for share in shares]
-        table.add_row(f"data wait, loader workers: {workers[0]}", f"below {LARGEST_DATA_WAIT:.0%}", *waits)
+        table.add_row(f"data wait, loader workers: {workers[0]}", f"below {MAX_DATA_WAIT:.0%}", *waits)
     console.print(table)
     for entry in entries.values():
         if "start_up" in entry:

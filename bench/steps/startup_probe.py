@@ -38,7 +38,7 @@ def stamped(call: Callable[..., Any], phase: str) -> Callable[..., Any]:
     return wrapped
 
 
-def leave(call: Callable[..., Any]) -> Callable[..., Any]:
+def exit_after(call: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call(*args, **kwargs)
         stamp("first update")
@@ -64,7 +64,7 @@ def main() -> int:
     interact.student_with_verbalizers = stamped(interact.student_with_verbalizers, "model loaded")
     interact.Engine = stamped(interact.Engine, "engine")  # type: ignore[misc,assignment]
     loop._Loop.resume_and_load = stamped(loop._Loop.resume_and_load, "data and log opened")  # type: ignore[method-assign]
-    loop._Loop.run_update = leave(loop._Loop.run_update)  # type: ignore[method-assign]
+    loop._Loop.run_update = exit_after(loop._Loop.run_update)  # type: ignore[method-assign]
     return train.main()
 
 

@@ -96,5 +96,5 @@ def _mpi() -> str:
     path = str(program) if program.is_file() else shutil.which("mpirun")
     if path is None:
         return "no mpirun"
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-    return f"{path}: {said[0] if said else 'it does not say its version'}"
+    lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return f"{path}: {lines[0] if lines else 'it does not say its version'}"

@@ -43,8 +43,8 @@ class Vlm:
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: those of generation_config.json and the tokenizer's own."""
-        named = self.model.generation_config.eos_token_id
-        ids = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        configured = self.model.generation_config.eos_token_id
+        ids = set(configured if isinstance(configured, list) else [configured]) | {self.tokenizer.eos_token_id}
         return sorted(ids - {None})
 
     def placeholder_ids(self) -> list[int]:
@@ -86,15 +86,15 @@ def move(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype)
 def pad_left(prompts: Sequence[Mapping[str, Tensor]], filler: Encoded, pad_id: int) -> dict[str, Tensor]:
     """Prompts side by side as [B, S], padded on the left, so that all of them end where an answer begins."""
     lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
-    silent = [
+    without_response = [
         Encoded("", dict(prompt), torch.zeros(length, dtype=torch.bool))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    right = collate(silent, filler, pad_id).inputs
-    width = right["input_ids"].shape[1]
-    inputs = {name: value for name, value in right.items() if any(name in prompt for prompt in prompts)}
+    padded = collate(without_response, filler, pad_id).inputs
+    width = padded["input_ids"].shape[1]
+    inputs = {name: value for name, value in padded.items() if any(name in prompt for prompt in prompts)}
     for name in set(inputs) & set(TOKEN_KEYS):  # padding moves from the end to the front; a filler row goes
-        rows = zip(right[name], lengths, strict=False)
+        rows = zip(padded[name], lengths, strict=False)
         inputs[name] = torch.stack([row.roll(width - length) for row, length in rows])
     return inputs
 
@@ -107,24 +107,24 @@ def greedy(
 
     processors may put other logits in place of the model's own.
     """
-    stops, given = vlm.stop_ids(), vlm.model.generation_config
-    plain = GenerationConfig(
+    stops, original = vlm.stop_ids(), vlm.model.generation_config
+    greedy_config = GenerationConfig(
         eos_token_id=stops, pad_token_id=vlm.pad_id, do_sample=False, max_new_tokens=max_new_tokens
     )
     # A folder's own generation settings (a repetition penalty, sampling) would otherwise fill what is left unset.
-    vlm.model.generation_config = plain
+    vlm.model.generation_config = greedy_config
     try:
         output = vlm.model.generate(**move(inputs, vlm.device, vlm.dtype), logits_processor=processors)
     finally:
-        vlm.model.generation_config = given
-    return [_until(row, stops) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        vlm.model.generation_config = original
+    return [_truncate_at_stop(row, stops) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
-def words(vlm: Vlm, ids: Sequence[int]) -> str:
+def decode_text(vlm: Vlm, ids: Sequence[int]) -> str:
     """Tokens as text, control tokens left out."""
     return vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def _until(row: list[int], stops: list[int]) -> list[int]:
-    ends = [place for place, token in enumerate(row) if token in stops]
-    return row[: ends[0] + 1] if ends else row
+def _truncate_at_stop(row: list[int], stops: list[int]) -> list[int]:
+    stop_indices = [index for index, token in enumerate(row) if token in stops]
+    return row[: stop_indices[0] + 1] if stop_indices else row

@@ -22,8 +22,8 @@ from pipeline.runtime.folder import begun_steps, done, read_metrics
 from pipeline.runtime.progress import size_text
 
 # What a line of metrics.jsonl holds beside losses.
-_NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
-_NO_LOSS |= {"gradient_norm"}
+_NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
+_NOT_LOSSES |= {"gradient_norm"}
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
 
 
@@ -83,7 +83,7 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
     table.add_column("on disk", justify="right")
     for step in steps:
         size = size_text(step.size) if step.size else ""
-        table.add_row(step.name, step.state, step.progress, _shown(step.losses), size)
+        table.add_row(step.name, step.state, step.progress, _format_losses(step.losses), size)
     console.print(table)
     parts = [f"{name} {size_text(size)}" for name, size in _other_parts(run)]
     console.print(f"on disk: {', '.join([*parts, f'total {size_text(size_of(run))}'])}", markup=False, soft_wrap=True)
@@ -103,11 +103,11 @@ def size_of(path: Path) -> int:
 
 def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     summary, lines = done(run / name), read_metrics(run, name)
-    losses = (summary or {}).get("losses") or (_losses(lines[-1]) if lines else {})
+    losses = (summary or {}).get("losses") or (_losses_of_line(lines[-1]) if lines else {})
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
     size = size_of(run / name)
     if name == "cache":
-        progress = _shards(run / name, _planned(recipe, name)) if begun else ""
+        progress = _shard_progress(run / name, _planned(recipe, name)) if begun else ""
     elif summary is not None:
         progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
@@ -115,7 +115,7 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     return StepStatus(name, state, progress, losses, size)
 
 
-def _shards(root: Path, planned: int | str) -> str:
+def _shard_progress(root: Path, planned: int | str) -> str:
     """How far the cache is that was begun last."""
     cache = newest(root)
     return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
@@ -133,7 +133,7 @@ def _planned(recipe: Recipe, name: str) -> int | str:
     return len(manifest["shards"]) if name == "cache" else number_of_steps(training, manifest["samples"])
 
 
-def _shown(losses: Mapping[str, float]) -> str:
+def _format_losses(losses: Mapping[str, float]) -> str:
     """{"teacher/1": 2.0, "teacher/2": 1.5, "last": 1.0} -> a line for each part."""
     groups: dict[str, list[str]] = {}
     for name, value in losses.items():
@@ -142,8 +142,8 @@ def _shown(losses: Mapping[str, float]) -> str:
     return "\n".join(f"{group}  {'  '.join(values)}" for group, values in groups.items())
 
 
-def _losses(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name not in _NO_LOSS and isinstance(value, float)}
+def _losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in _NOT_LOSSES and isinstance(value, float)}
 
 
 def _other_parts(run: Path) -> Iterator[tuple[str, int]]:

@@ -44,7 +44,7 @@ def test_a_task_outside_its_array_is_refused():
         shard_range(10, 4, 4)
 
 
-def array_task(tmp_path, task: int, shards: int = 16, **also: str) -> tuple[str, int]:
+def array_task(tmp_path, task: int, shards: int = 16, **variables: str) -> tuple[str, int]:
     """What the array's script says, and its exit code, with `srun` replaced by `echo`."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "$@"\n')
@@ -52,7 +52,7 @@ def array_task(tmp_path, task: int, shards: int = 16, **also: str) -> tuple[str,
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{}] * shards}))
     (tmp_path / "recipe.yaml").write_text(f"data: {{train: {tmp_path}}}")
     environment = {key: value for key, value in os.environ.items() if key != "TASKS"}
-    environment |= {"RECIPE": str(tmp_path / "recipe.yaml"), "SLURM_CPUS_PER_TASK": "1", **also}
+    environment |= {"RECIPE": str(tmp_path / "recipe.yaml"), "SLURM_CPUS_PER_TASK": "1", **variables}
     environment |= {
         "SLURM_ARRAY_TASK_ID": str(task),
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -63,21 +63,21 @@ def array_task(tmp_path, task: int, shards: int = 16, **also: str) -> tuple[str,
 
 
 def test_a_task_of_an_array_reads_its_part(tmp_path):
-    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="16")
-    assert code == 0 and "launch/cache.py --recipe" in said and said.strip().endswith("--shards 7-7")
+    output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="16")
+    assert code == 0 and "launch/cache.py --recipe" in output and output.strip().endswith("--shards 7-7")
 
 
 def test_a_task_submitted_again_alone_must_know_of_how_many_it_is(tmp_path):
-    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1")
-    assert code == 2 and "Traceback" not in said
-    assert said.startswith(
+    output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1")
+    assert code == 2 and "Traceback" not in output
+    assert output.startswith(
         "expected a task from 0 to 0, found 7; where parts run again, say of how many they are: TASKS="
     )
 
 
 def test_a_task_submitted_again_alone_reads_the_same_part(tmp_path):
-    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1", TASKS="16")
-    assert code == 0 and said.strip().endswith("--shards 7-7")
+    output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1", TASKS="16")
+    assert code == 0 and output.strip().endswith("--shards 7-7")
 
 
 def test_as_rank_outside_of_srun_says_what_to_run():

@@ -89,6 +89,6 @@ def test_the_table_names_parts_losses_and_sizes(run, capsys):
     (run / "verbalize" / "teacher.safetensors").write_bytes(b"x" * 1_200_000)
     show(run, *status(run))
     out = capsys.readouterr().out
-    for words in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
-        assert words in out
+    for text in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
+        assert text in out
     assert size_of(run) > 1_200_000

@@ -13,7 +13,7 @@ from data_prep.shards import MANIFEST
 from pipeline.cache.paths import IDENTITY, newest
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, look
+from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, inspect_cache
 from pipeline.results.status import size_of
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.progress import size_text
@@ -40,13 +40,13 @@ def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> 
             f"{len(folders)} caches in {path}: name one. The one begun last: "
             f"python -m pipeline cache-info {shlex.quote(str(latest))}"
         )
-    cache = look(folders[0])
+    cache = inspect_cache(folders[0])
     if sample is None:
         show(cache)
     else:
-        from pipeline.results.cache import words  # reads words with transformers, which takes seconds to import
+        from pipeline.results.cache import top_tokens  # reads words with transformers, which takes seconds to import
 
-        words.show(cache, sample, tokenizer)
+        top_tokens.show(cache, sample, tokenizer)
     if check:
         from pipeline.results.cache import verify as verification
 
@@ -56,11 +56,11 @@ def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> 
 def show(cache: CacheOnDisk) -> None:
     """Print a cache's identity, its state, sizes and speed, and its fidelity."""
     console = Console(highlight=False)
-    console.print(_narrow(str(cache.path), identity(cache)))
+    console.print(_two_columns(str(cache.path), identity(cache)))
     console.print()
-    console.print(_narrow("on disk", contents(cache)))
+    console.print(_two_columns("on disk", contents(cache)))
     console.print()
-    for line in _remarks(cache):
+    for line in _missing_lines(cache):
         console.print(line, markup=False, soft_wrap=True)
     measured = fidelity(cache)
     if measured is None or not measured.tokens:
@@ -88,17 +88,17 @@ def identity(cache: CacheOnDisk) -> dict[str, str]:
 
 def contents(cache: CacheOnDisk) -> dict[str, str]:
     """State, numbers of things, bytes and speed."""
-    samples = sum(len(shard["keys"]) for shard in cache.whole)
-    tokens = sum(shard["tokens"] for shard in cache.whole)
-    skipped = sum(len(shard["skipped"]) for shard in cache.whole)
+    samples = sum(len(shard["keys"]) for shard in cache.intact)
+    tokens = sum(shard["tokens"] for shard in cache.intact)
+    skipped = sum(len(shard["skipped"]) for shard in cache.intact)
     token_layers = tokens * len(cache.identity.layers)
     size = size_of(cache.path)
     rows = {
         "state": cache.state,
-        "shards": f"{len(cache.whole):,}",
+        "shards": f"{len(cache.intact):,}",
         "samples": f"{samples:,}, of which skipped {skipped:,}",
         "tokens": f"{tokens:,} response tokens, {token_layers:,} token-layers",
-        "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _parts(cache.path)),
+        "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _bytes_by_kind(cache.path)),
     }
     if token_layers:
         rows["bytes a token-layer"] = f"{size / token_layers:.2f}, all files counted"
@@ -119,7 +119,7 @@ def tokens_per_second(cache: CacheOnDisk) -> float | None:
 
 def fidelity(cache: CacheOnDisk) -> Fidelity | None:
     """What was measured while the shards were made, summed over them; None where nothing was."""
-    parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.whole if "fidelity" in shard]
+    parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.intact if "fidelity" in shard]
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -128,14 +128,14 @@ def _show_list(folders: Sequence[Path]) -> None:
     table.add_column("on disk", justify="right")
     for folder in folders:
         try:
-            state = look(folder).state
+            state = inspect_cache(folder).state
         except CacheError:
             state = "cannot be read: name it to see why"
         table.add_row(folder.name, state, size_text(size_of(folder)))
     Console(highlight=False).print(table)
 
 
-def _narrow(title: str, rows: Mapping[str, str]) -> Table:
+def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a fingerprint loses no digit on a narrow terminal
@@ -144,7 +144,7 @@ def _narrow(title: str, rows: Mapping[str, str]) -> Table:
     return table
 
 
-def _parts(path: Path) -> Iterator[tuple[str, int]]:
+def _bytes_by_kind(path: Path) -> Iterator[tuple[str, int]]:
     """Bytes of each kind of file that there is."""
     kinds = {".tar": "records", ".json": "sidecars", ".int32": "order", ".safetensors": "head"}
     sizes: dict[str, int] = {}
@@ -154,7 +154,7 @@ def _parts(path: Path) -> Iterator[tuple[str, int]]:
     yield from sorted(sizes.items(), key=lambda item: -item[1])
 
 
-def _remarks(cache: CacheOnDisk) -> Iterator[str]:
+def _missing_lines(cache: CacheOnDisk) -> Iterator[str]:
     """What is missing, and the command that makes it."""
     broken = [f"  {name}: {why}" for name, why in cache.missing.items() if why != "not made yet"]
     if broken:

@@ -59,7 +59,7 @@ class CacheOnDisk:
         return self.manifest is not None and not self.missing and len(self.manifest["shards"]) == self.planned
 
     @property
-    def whole(self) -> list[Shard]:
+    def intact(self) -> list[Shard]:
         """Sidecars of the shards that nothing is known against."""
         return [sidecar for name, sidecar in self.sidecars.items() if name not in self.missing]
 
@@ -69,10 +69,12 @@ class CacheOnDisk:
         if self.complete:
             return "complete"
         if self.planned is None:
-            return f"{len(self.whole)} shards, not complete"
-        return f"{len(self.whole)} of {self.planned} shards" + ("" if self.missing else f", no {MANIFEST} for them yet")
+            return f"{len(self.intact)} shards, not complete"
+        return f"{len(self.intact)} of {self.planned} shards" + (
+            "" if self.missing else f", no {MANIFEST} for them yet"
+        )
 
-    def only(self, name: str) -> CacheOnDisk:
+    def with_one_shard(self, name: str) -> CacheOnDisk:
         """The same cache as if it had this shard alone: little to hand to another process."""
         sidecars, expected = {name: self.sidecars[name]}, {name: self.expected[name]}
         return replace(self, sidecars=sidecars, expected=expected, missing={}, manifest=None)
@@ -100,26 +102,26 @@ def find_caches(path: Path) -> list[Path]:
     )
 
 
-def look(path: Path) -> CacheOnDisk:
+def inspect_cache(path: Path) -> CacheOnDisk:
     """What a cache's folder holds. Raises CacheError: another format version, or cache.json or the manifest damaged."""
-    beside = Path(os.path.normpath(path / ".." / "..")) / "recipe.yaml"
-    recipe = beside if beside.is_file() else None
+    recipe_path = Path(os.path.normpath(path / ".." / "..")) / "recipe.yaml"
+    recipe = recipe_path if recipe_path.is_file() else None
     identity = read_identity(path, recipe or "R")
     manifest = _manifest(path, recipe)
     listed = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
-    sidecars = dict(sorted((listed | own_sidecars(path)).items()))
-    made_from = {name: {"name": name, "sha256": s["data_sha256"], "keys": s["keys"]} for name, s in sidecars.items()}
-    data = _data(recipe)
-    if any(data.get(name, {}).get("sha256") != shard["sha256"] for name, shard in made_from.items()):
+    sidecars = dict(sorted((listed | valid_sidecars(path)).items()))
+    mirrored = {name: {"name": name, "sha256": s["data_sha256"], "keys": s["keys"]} for name, s in sidecars.items()}
+    data = _data_shards(recipe)
+    if any(data.get(name, {}).get("sha256") != shard["sha256"] for name, shard in mirrored.items()):
         data = {}  # the run has gone on to other data
     planned = len(data) or (len(listed) if listed.keys() == sidecars.keys() and manifest else None)
-    expected = data or made_from
+    expected = data or mirrored
     missing = missing_shards(path, identity, list(expected.values()), sidecars)
     made_for = identity.made_for(path)
     return CacheOnDisk(path, identity, made_for, sidecars, expected, missing, manifest, planned, recipe)
 
 
-def own_sidecars(path: Path) -> dict[str, Shard]:
+def valid_sidecars(path: Path) -> dict[str, Shard]:
     """{shard: sidecar} of all whole sidecars in a folder; one that is damaged counts as none."""
     names = [file.with_suffix(".tar").name for file in path.glob("*.json") if file.name not in (IDENTITY, MANIFEST)]
     return {
@@ -129,9 +131,9 @@ def own_sidecars(path: Path) -> dict[str, Shard]:
     }
 
 
-def read_record(file: BinaryIO, sidecar: Shard, place: int) -> bytes:
+def read_record(file: BinaryIO, sidecar: Shard, index: int) -> bytes:
     """The bytes of a shard's record number `place`, from 0. Raises ValueError where the tar is damaged there."""
-    key, bounds = sidecar["keys"][place], [*sidecar["offsets"][place : place + 2], sidecar["end"]]
+    key, bounds = sidecar["keys"][index], [*sidecar["offsets"][index : index + 2], sidecar["end"]]
     file.seek(bounds[0])
     content = file.read(bounds[1] - bounds[0])
     if len(content) < bounds[1] - bounds[0]:
@@ -155,7 +157,7 @@ def _manifest(path: Path, recipe: Path | None) -> dict[str, Any] | None:
         raise CacheError(f"{error}. Put it right: {cache_command(recipe or 'R', '--only-missing')}") from None
 
 
-def _data(recipe: Path | None) -> dict[str, Shard]:
+def _data_shards(recipe: Path | None) -> dict[str, Shard]:
     """{shard: the data manifest's entry}; empty where recipe or data are not at hand."""
     try:
         manifest = read_manifest(load_recipe(recipe).recipe.data.train) if recipe else {"shards": []}

@@ -39,13 +39,13 @@ PADDING = 2
 
 
 @dataclass(frozen=True)
-class Words:
+class TopTokens:
     """One sample of a cache: its first tokens, and each layer's likeliest ids there."""
 
     shard: str
     tokens: Sequence[int]
     """[T] all response token ids."""
-    likeliest: Sequence[Sequence[int]]
+    top_ids: Sequence[Sequence[int]]
     """[min(T, SHOWN), J] ids."""
     shares: Sequence[Sequence[str]]
     """[min(T, SHOWN), J] of the points that fell on them, or their probability."""
@@ -56,21 +56,21 @@ def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
 
     Raises CacheError: no such key, a damaged record, no tokenizer; SampleError where the sample was skipped.
     """
-    words = top_words(cache, key)
-    place = folder or tokenizer_folder(cache)
-    tokenizer = _load_tokenizer(place)
+    sample = read_top_tokens(cache, key)
+    path = folder or tokenizer_folder(cache)
+    tokenizer = _load_tokenizer(path)
     console = Console(highlight=False)
-    console.print(Text(f"{key}, in {words.shard}: {len(words.tokens):,} response tokens", "bold"))
-    console.print(Text(_text(tokenizer, words.tokens)))
-    for table in _tables(cache, words, tokenizer, console.width):
+    console.print(Text(f"{key}, in {sample.shard}: {len(sample.tokens):,} response tokens", "bold"))
+    console.print(Text(_quoted(tokenizer, sample.tokens)))
+    for table in _tables(cache, sample, tokenizer, console.width):
         console.print(table)
-    if len(words.tokens) > SHOWN:
-        console.print(f"and {len(words.tokens) - SHOWN:,} tokens more")
-    for line in _legend(cache, place):
+    if len(sample.tokens) > SHOWN:
+        console.print(f"and {len(sample.tokens) - SHOWN:,} tokens more")
+    for line in _legend(cache, path):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def top_words(cache: CacheOnDisk, key: str) -> Words:
+def read_top_tokens(cache: CacheOnDisk, key: str) -> TopTokens:
     """What the cache holds of a sample. Raises CacheError and SampleError as `show` does."""
     name = next((name for name, sidecar in cache.sidecars.items() if key in sidecar["keys"]), None)
     if name is None:
@@ -90,13 +90,13 @@ def top_words(cache: CacheOnDisk, key: str) -> Words:
             f"{cache.path / name}: record '{key}' is damaged: {error}. What else is: python -m pipeline cache-info "
             f"{shlex.quote(str(cache.path))} --verify"
         ) from None
-    ids, probs = likeliest(signal)
+    ids, probs = top1(signal)
     points = codec.points if isinstance(codec, Sampled) else None
-    shares = [[_share(p, points) for p in row] for row in probs.tolist()]
-    return Words(name, tokens.tolist(), ids.tolist(), shares)
+    shares = [[_share_text(p, points) for p in row] for row in probs.tolist()]
+    return TopTokens(name, tokens.tolist(), ids.tolist(), shares)
 
 
-def likeliest(signal: Signal) -> tuple[Tensor, Tensor]:
+def top1(signal: Signal) -> tuple[Tensor, Tensor]:
     """Of T tokens and J layers the likeliest id and its probability, [T, J] each; logits of one layer at a time."""
     if isinstance(signal, HiddenSignal):
         best = [signal.unembedding.logits(layer).softmax(-1).max(-1) for layer in signal.hidden.unbind(1)]
@@ -110,18 +110,18 @@ def tokenizer_folder(cache: CacheOnDisk) -> Path:
 
     Raises CacheError where there is none.
     """
-    asked: list[Path] = []
+    candidates: list[Path] = []
     if cache.recipe is not None:
         try:
             recipe = load_recipe(cache.recipe).recipe
         except RecipeError as error:
             raise CacheError(f"{error}\nGive --tokenizer DIR instead") from None
-        asked = [recipe.teacher.path, recipe.student.path, cache.recipe.parent / "student"]
-    for folder in asked:
+        candidates = [recipe.teacher.path, recipe.student.path, cache.recipe.parent / "student"]
+    for folder in candidates:
         if _has_tokenizer(folder):
             return folder
-    looked = ", ".join(map(str, asked)) or "no recipe.yaml two folders above the cache to name one"
-    raise CacheError(f"no tokenizer to read ids with ({looked}); give the teacher's or student's: --tokenizer DIR")
+    searched = ", ".join(map(str, candidates)) or "no recipe.yaml two folders above the cache to name one"
+    raise CacheError(f"no tokenizer to read ids with ({searched}); give the teacher's or student's: --tokenizer DIR")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -143,11 +143,13 @@ def _load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _tables(cache: CacheOnDisk, words: Words, tokenizer: Any, width: int) -> Iterator[Table]:
-    tokens = words.tokens[:SHOWN]
-    verbalized = [Text(_cut(_text(tokenizer, [token]))) for token in tokens]
-    left = [[Text("#"), *(Text(str(place)) for place in range(1, len(tokens) + 1))], [Text("token"), *verbalized]]
-    layers = [[Text(_name(cache, j)), *_cells(words, tokenizer, j)] for j in range(len(cache.identity.layers))]
+def _tables(cache: CacheOnDisk, sample: TopTokens, tokenizer: Any, width: int) -> Iterator[Table]:
+    tokens = sample.tokens[:SHOWN]
+    texts = [Text(_shorten(_quoted(tokenizer, [token]))) for token in tokens]
+    left = [[Text("#"), *(Text(str(number)) for number in range(1, len(tokens) + 1))], [Text("token"), *texts]]
+    layers = [
+        [Text(_layer_heading(cache, j)), *_layer_cells(sample, tokenizer, j)] for j in range(len(cache.identity.layers))
+    ]
     room = width - sum(map(_width, left))
     while layers:
         count = 1
@@ -162,31 +164,31 @@ def _tables(cache: CacheOnDisk, words: Words, tokenizer: Any, width: int) -> Ite
         layers = layers[count:]
 
 
-def _name(cache: CacheOnDisk, column: int) -> str:
+def _layer_heading(cache: CacheOnDisk, column: int) -> str:
     layers = cache.identity.layers
     return f"layer {layers[column]}" if column < len(layers) - 1 else "last layer"
 
 
-def _cells(words: Words, tokenizer: Any, column: int) -> Iterator[Text]:
-    for token, said, shares in zip(words.tokens, words.likeliest, words.shares, strict=False):
-        text = f"{_cut(_text(tokenizer, [said[column]]))} {shares[column]}"
-        yield Text(text, "bold" if said[column] == token else "")
+def _layer_cells(sample: TopTokens, tokenizer: Any, column: int) -> Iterator[Text]:
+    for token, ids, shares in zip(sample.tokens, sample.top_ids, sample.shares, strict=False):
+        text = f"{_shorten(_quoted(tokenizer, [ids[column]]))} {shares[column]}"
+        yield Text(text, "bold" if ids[column] == token else "")
 
 
 def _width(column: Sequence[Text]) -> int:
     return max(cell.cell_len for cell in column) + PADDING
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+def _quoted(tokenizer: Any, ids: Sequence[int]) -> str:
     """In quotes and escaped: a space counts in a token, and what data says must not steer a terminal."""
     return repr(tokenizer.decode(list(ids)))
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= TEXT_WIDTH else f"{text[: TEXT_WIDTH - 3]}..."
 
 
-def _share(probability: float, points: int | None) -> str:
+def _share_text(probability: float, points: int | None) -> str:
     return f"{probability:.2f}" if points is None else f"{round(probability * points)}/{points}"
 
 

@@ -33,7 +33,7 @@ class Exchange:
     """The text of the last user turn."""
     answer: str
     """The text of the last assistant turn."""
-    kind: str | None = None
+    question_type: str | None = None
     """question_type, where the data has one."""
 
 
@@ -45,7 +45,7 @@ def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchang
         raise SampleError("no assistant turn")
     before = messages[: turns[-1]]
     shown = sum(part["type"] == "image" for message in before for part in message["content"])
-    question, answer = list(_pairs(record))[-1]
+    question, answer = list(_questions_and_answers(record))[-1]
     return Exchange(before, images[:shown], question, answer, record.get("question_type"))
 
 
@@ -57,7 +57,7 @@ class QuestionOnly:
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
         for record in records:
-            for question, answer in _pairs(record):
+            for question, answer in _questions_and_answers(record):
                 answers[normalise(question)][normalise(answer)] += 1
                 overall[normalise(answer)] += 1
         if not overall:
@@ -79,8 +79,8 @@ class Tally:
 
     def add(self, exchange: Exchange, answer: str) -> None:
         """Count one answer; right if equal to the data's after normalisation."""
-        self._asked[exchange.kind] += 1
-        self._right[exchange.kind] += normalise(answer) == normalise(exchange.answer)
+        self._asked[exchange.question_type] += 1
+        self._right[exchange.question_type] += normalise(answer) == normalise(exchange.answer)
 
     @property
     def samples(self) -> int:
@@ -89,8 +89,10 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         """{"exact_match": share, "samples": N}, and "by_type": the same for each type, where the data has types."""
-        kinds = sorted(kind for kind in self._asked if kind is not None)
-        by_type = {kind: _share(self._right[kind], self._asked[kind]) for kind in kinds}
+        types = sorted(question_type for question_type in self._asked if question_type is not None)
+        by_type = {
+            question_type: _share(self._right[question_type], self._asked[question_type]) for question_type in types
+        }
         return {**_share(self._right.total(), self.samples), **({"by_type": by_type} if by_type else {})}
 
 
@@ -98,12 +100,12 @@ def _share(right: int, asked: int) -> dict[str, Any]:
     return {"exact_match": right / asked if asked else 0.0, "samples": asked}
 
 
-def _pairs(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _questions_and_answers(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(question, answer) of each assistant turn; the question is the nearest user turn before it."""
     question = ""
     for message in record["messages"]:
-        words = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+        text = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
         if message["role"] == "user":
-            question = words
+            question = text
         elif message["role"] == "assistant":
-            yield question, words
+            yield question, text

@@ -19,7 +19,7 @@ from pipeline.loss.linear_ce import token_log_probs
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import Exchange, QuestionOnly, Tally, last_exchange
-from pipeline.results.generate import Vlm, greedy, load, pad_left, require_model, words
+from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left, require_model
 from pipeline.runtime.batches import BadSamples, Rejected
 from pipeline.runtime.folder import write_json
 from pipeline.runtime.progress import StepProgress, say
@@ -29,7 +29,7 @@ from pipeline.vlm.processing import Encoded, collate
 from pipeline.vlm.verbalizer import LanguageHead
 
 QUESTION_ONLY = "question_only"
-LEARN_FROM = 50_000
+BASELINE_SAMPLES = 50_000
 """The baseline reads at most this many training samples, evenly spaced: a majority needs no more."""
 
 
@@ -63,14 +63,14 @@ def make_plan(
     **sizes: Any,
 ) -> Plan:
     """From a command line to a plan. Raises RecipeError or DataError, before any model is loaded."""
-    named = dict(_name_and_folder(text) for text in models)
+    named = dict(_split_model_argument(text) for text in models)
     if len(named) < len(models):
         raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
     limits: Data | None = None
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
         limits = recipe.data
-        named = _models_of(run, recipe.teacher.path, recipe.student.path) | named
+        named = _run_models(run, recipe.teacher.path, recipe.student.path) | named
         data = data or recipe.data.held_out
         baseline, output = baseline or recipe.data.train, output or run / "evaluation.json"
     if not named:
@@ -84,11 +84,11 @@ def make_plan(
     sibling = data.parent / "train"
     if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
         baseline = sibling
-    learn = None if baseline is None else _with_samples(baseline)
+    baseline_data = None if baseline is None else _open_non_empty(baseline)
     limits = limits or Data(train=data)
     if max_bad_share is not None:
         limits = limits.model_copy(update={"max_bad_share": max_bad_share})
-    return Plan(named, _with_samples(data), limits=limits, baseline=learn, output=output, **sizes)
+    return Plan(named, _open_non_empty(data), limits=limits, baseline=baseline_data, output=output, **sizes)
 
 
 def run_recipe(run: Path) -> Path:
@@ -121,16 +121,18 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
     """One model's exact match, in total and by question type, and its perplexity; read = samples + rejected."""
     tally, nats, tokens = Tally(), 0.0, 0
     rejected: list[Rejected] = []
-    counted = BadSamples(plan.limits.max_bad_share, listed_in="--max-bad-share in python -m pipeline evaluate --help")
+    bad_samples = BadSamples(
+        plan.limits.max_bad_share, listed_in="--max-bad-share in python -m pipeline evaluate --help"
+    )
     progress = StepProgress(name, len(plan.indices()))
     try:
-        for rows in _chunks(plan.indices(), plan.batch_size):
-            asked, bad = _encode(vlm, plan.data, rows)
+        for rows in _batches(plan.indices(), plan.batch_size):
+            encoded, bad = _encode(vlm, plan.data, rows)
             rejected += bad
-            counted.count(len(rows), bad)
-            for one, answer in zip(asked, _answers(vlm, asked, plan.max_new_tokens), strict=True):
-                tally.add(one.exchange, answer)
-            loss, count = response_loss(vlm, [one.chat for one in asked])
+            bad_samples.count(len(rows), bad)
+            for sample, answer in zip(encoded, _greedy_answers(vlm, encoded, plan.max_new_tokens), strict=True):
+                tally.add(sample.exchange, answer)
+            loss, count = response_loss(vlm, [sample.chat for sample in encoded])
             nats, tokens = nats + loss, tokens + count
             progress.advance(f"exact match {tally.summary()['exact_match']:.1%}", by=len(rows))
     finally:
@@ -140,7 +142,7 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
         "perplexity": math.exp(min(nats / tokens, 700.0)) if tokens else None,
         "response_tokens": tokens,
         "read": len(plan.indices()),
-        "rejected": [asdict(one) for one in rejected],
+        "rejected": [asdict(sample) for sample in rejected],
     }
 
 
@@ -159,7 +161,7 @@ def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
 
 def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
     """The baseline's exact match on the samples that the models read."""
-    spacing = math.ceil(len(learn_from) / LEARN_FROM)
+    spacing = math.ceil(len(learn_from) / BASELINE_SAMPLES)
     guess = QuestionOnly(learn_from.read(index).record for index in range(0, len(learn_from), max(1, spacing)))
     tally = Tally()
     for index in plan.indices():
@@ -171,7 +173,7 @@ def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _EncodedSample:
     exchange: Exchange
     prompt: Mapping[str, Any]
     chat: Encoded
@@ -182,9 +184,9 @@ def _write(plan: Plan, results: Mapping[str, Any]) -> None:
         write_json(plan.output, results)
 
 
-def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Asked], list[Rejected]]:
+def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_EncodedSample], list[Rejected]]:
     """What this model can read of some samples, and why it cannot read the others."""
-    asked, rejected = [], []
+    encoded, rejected = [], []
     for index in rows:
         raw = data.read(index)
         try:
@@ -193,20 +195,20 @@ def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Ask
             length, longest = prompt["input_ids"].shape[1], vlm.encoder.max_length
             if length >= longest:
                 raise SampleError(f"the question takes {length} tokens, and max_length is {longest}")
-            asked.append(_Asked(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
+            encoded.append(_EncodedSample(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
         except SampleError as error:
             rejected.append(Rejected.of(data, index, error))
-    return asked, rejected
+    return encoded, rejected
 
 
-def _answers(vlm: Vlm, asked: Sequence[_Asked], max_new_tokens: int) -> list[str]:
-    if not asked:
+def _greedy_answers(vlm: Vlm, encoded: Sequence[_EncodedSample], max_new_tokens: int) -> list[str]:
+    if not encoded:
         return []
-    inputs = pad_left([one.prompt for one in asked], vlm.encoder.filler(), vlm.pad_id)
-    return [words(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
+    inputs = pad_left([sample.prompt for sample in encoded], vlm.encoder.filler(), vlm.pad_id)
+    return [decode_text(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
 
 
-def _with_samples(folder: Path) -> ShardFolder:
+def _open_non_empty(folder: Path) -> ShardFolder:
     shards = ShardFolder(folder)
     if not len(shards):
         raise DataError(
@@ -215,12 +217,12 @@ def _with_samples(folder: Path) -> ShardFolder:
     return shards
 
 
-def _chunks(indices: range, size: int) -> Iterator[range]:
+def _batches(indices: range, size: int) -> Iterator[range]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 
 
-def _name_and_folder(text: str) -> tuple[str, Path]:
+def _split_model_argument(text: str) -> tuple[str, Path]:
     """'NAME=DIR' or 'DIR'; a '/' before the '=' belongs to a folder's name."""
     name, equals, folder = text.partition("=")
     if equals and name and folder and "/" not in name:
@@ -228,7 +230,7 @@ def _name_and_folder(text: str) -> tuple[str, Path]:
     return Path(text).resolve().name, Path(text)
 
 
-def _models_of(run: Path, teacher: Path, student: Path) -> dict[str, Path]:
+def _run_models(run: Path, teacher: Path, student: Path) -> dict[str, Path]:
     named = {"teacher": teacher, "untouched": student}
     if (run / "student").is_dir():
         return named | {"distilled": run / "student"}

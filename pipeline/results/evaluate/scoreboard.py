@@ -23,7 +23,7 @@ def show(results: Results, plan: Plan) -> None:
     types = sorted({kind for result in results.values() for kind in result.get("by_type", {})})
     if types:
         console.print(_by_type(results, types))
-    for line in _remarks(results, plan):
+    for line in _notes(results, plan):
         console.print(line, markup=False)
 
 
@@ -56,7 +56,7 @@ def _by_type(results: Results, types: Sequence[str]) -> Table:
     return table
 
 
-def _remarks(results: Results, plan: Plan) -> Iterator[str]:
+def _notes(results: Results, plan: Plan) -> Iterator[str]:
     samples = max(1, max(result["samples"] for result in results.values()))
     yield f"exact match: greedy answer to the last question of a chat, compared after: {NORMALISATION}."
     yield f"  By chance alone a row may be off by up to {98 / math.sqrt(samples):.1f} points (95 %)."

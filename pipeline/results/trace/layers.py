@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pipeline.results.generate import Vlm, greedy, move, words
+from pipeline.results.generate import Vlm, decode_text, greedy, move
 from pipeline.signal import Unembedding
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import decoder_layers, final_norm
@@ -65,13 +65,13 @@ def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor]
     One generation for each layer, over the model's own key-value cache; one more forward to read along.
     """
     free = {layer: generate_from_layer(vlm, side, prompt, layer, max_new_tokens) for layer in side.all_layers()}
-    answer = [said.token for said in free[side.depth]]
+    answer = [prediction.token for prediction in free[side.depth]]
     along = predict_along(vlm, side, prompt, answer)
     return ModelTrace(
         name,
         tuple(
-            LayerTrace(layer, said, free[layer], words(vlm, [one.token for one in free[layer]]))
-            for layer, said in zip(side.all_layers(), along, strict=True)
+            LayerTrace(layer, predictions, free[layer], decode_text(vlm, [one.token for one in free[layer]]))
+            for layer, predictions in zip(side.all_layers(), along, strict=True)
         ),
     )
 
@@ -81,11 +81,11 @@ def predict_along(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], answer: Sequence[int]
 ) -> list[tuple[TokenPrediction, ...]]:
     """Each layer's likeliest token where each of the answer's T tokens is predicted, the answer itself given."""
-    inputs = move(_continued(prompt, answer), vlm.device, vlm.dtype)
+    inputs = move(_append_answer(prompt, answer), vlm.device, vlm.dtype)
     begin = prompt["input_ids"].shape[1] - 1
     positions = torch.arange(begin, begin + len(answer), device=vlm.device)
     hidden = run_backbone(vlm.model, inputs, side.all_layers(), positions)
-    tokens, probabilities = side.head(_likeliest, side.verbalize_states(hidden))
+    tokens, probabilities = side.head(_top1, side.verbalize_states(hidden))
     return [
         tuple(_prediction(vlm, token, p) for token, p in zip(*row, strict=True))
         for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
@@ -96,23 +96,23 @@ def generate_from_layer(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], layer: int, max_new_tokens: int
 ) -> tuple[TokenPrediction, ...]:
     """One layer's greedy answer: in generation, its verbalized logits stand in for the model's own."""
-    voice = _LayerGeneration(side, layer, vlm.placeholder_ids())
+    processor = _LayerGeneration(side, layer, vlm.placeholder_ids())
     try:
-        (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([voice]))
+        (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([processor]))
     finally:
-        voice.close()
-    return tuple(_prediction(vlm, token, p) for token, p in zip(ids, voice.probabilities, strict=True))
+        processor.close()
+    return tuple(_prediction(vlm, token, p) for token, p in zip(ids, processor.probabilities, strict=True))
 
 
 class _LayerGeneration(LogitsProcessor):
     """Hears a decoder layer while the model generates, and speaks in its place."""
 
-    def __init__(self, side: VerbalizedVLM, layer: int, unsayable: list[int]):
-        self.side, self.layer, self.unsayable = side, layer, unsayable
+    def __init__(self, side: VerbalizedVLM, layer: int, banned_ids: list[int]):
+        self.side, self.layer, self.banned_ids = side, layer, banned_ids
         self.probabilities: list[float] = []
-        self._hook = decoder_layers(side.backbone)[layer - 1].register_forward_hook(self._hear)
+        self._hook = decoder_layers(side.backbone)[layer - 1].register_forward_hook(self._store_hidden)
 
-    def _hear(self, _module: Any, _inputs: Any, output: Any) -> None:
+    def _store_hidden(self, _module: Any, _inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self._hidden = hidden[:, -1]
 
@@ -121,10 +121,10 @@ class _LayerGeneration(LogitsProcessor):
         verbalized = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
         logits = side.head(_logits, final_norm(side.backbone)(verbalized))
         probabilities = logits.softmax(-1)
-        logits[:, self.unsayable] = float("-inf")
+        logits[:, self.banned_ids] = float("-inf")
         self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
-        beyond = scores.shape[-1] - logits.shape[-1]  # rows that only pad the vocabulary are never said
-        return torch.nn.functional.pad(logits, (0, beyond), value=float("-inf"))
+        padding_rows = scores.shape[-1] - logits.shape[-1]  # rows that only pad the vocabulary are never said
+        return torch.nn.functional.pad(logits, (0, padding_rows), value=float("-inf"))
 
     def close(self) -> None:
         self._hook.remove()
@@ -134,13 +134,13 @@ def _logits(verbalized: Tensor, unembedding: Unembedding) -> Tensor:
     return unembedding.logits(verbalized)
 
 
-def _likeliest(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
+def _top1(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
     """[L + 1, T, d] -> tokens and probabilities, each [L + 1, T]; logits of one layer at a time."""
     best = [unembedding.logits(layer).softmax(-1).max(-1) for layer in verbalized]
     return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
 
 
-def _continued(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
+def _append_answer(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
     """The prompt with an answer's tokens after it."""
     ids = torch.tensor([list(answer)])
     more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

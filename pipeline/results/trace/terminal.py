@@ -108,14 +108,14 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
     found, missing = [], []
     for stage, traced_model in wanted:
         if not traced_model.verb_ffns.is_file():
-            stage, lacking = 1, traced_model.verb_ffns
+            stage, missing_file = 1, traced_model.verb_ffns
         elif not (traced_model.backbone / "config.json").is_file():
-            lacking = traced_model.backbone / "config.json"
+            missing_file = traced_model.backbone / "config.json"
         else:
             found.append(traced_model)
             continue
         make = train_command(stage, run / "recipe.yaml")
-        missing.append(f"{traced_model.name} is left out: no {lacking}; {make}")
+        missing.append(f"{traced_model.name} is left out: no {missing_file}; {make}")
     if not found:
         raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))
     return found, missing
@@ -152,11 +152,11 @@ def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str
     if question.expected is not None:
         console.print(Text(f"expected  {printable(question.expected)}"))
     console.print("\nFreely: each layer's own greedy answer, and the mean probability of its tokens\n")
-    console.print(Columns([_free_table(one) for one in traces], padding=(0, 3)))
+    console.print(Columns([_free_table(model_trace) for model_trace in traces], padding=(0, 3)))
     console.print(
         "\nRead along the model's own final answer (top row): each layer's likeliest next token and its probability\n"
     )
-    tables = [table for one in traces for table in _along_tables(one, console.width)]
+    tables = [table for model_trace in traces for table in _along_tables(model_trace, console.width)]
     console.print(Columns(tables, padding=(0, 3)))
     console.print(Text("last: the model itself, without a verbalizer; [end]: end of turn; bold: as the last layer"))
     for line in missing:
@@ -168,68 +168,72 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _free_table(one: ModelTrace) -> Table:
-    table = _table(one, _depth(one))
+def _free_table(model_trace: ModelTrace) -> Table:
+    table = _table(model_trace, _depth_suffix(model_trace))
     table.add_column("says", max_width=40)
     table.add_column("p", justify="right")
-    for layer in one.layers:
-        mean = sum(said.probability for said in layer.free) / max(1, len(layer.free))
+    for layer in model_trace.layers:
+        mean = sum(prediction.probability for prediction in layer.free) / max(1, len(layer.free))
         unfinished = "" if layer.free and layer.free[-1].ends else " ..."
-        style = "bold" if layer.text == one.layers[-1].text else ""
-        table.add_row(_label(layer, one), Text(printable(layer.text) + unfinished, style), f"{mean:.2f}")
+        style = "bold" if layer.text == model_trace.layers[-1].text else ""
+        table.add_row(_layer_label(layer, model_trace), Text(printable(layer.text) + unfinished, style), f"{mean:.2f}")
     return table
 
 
-def _along_tables(one: ModelTrace, width: int) -> Iterator[Table]:
+def _along_tables(model_trace: ModelTrace, width: int) -> Iterator[Table]:
     """One table, or several where the answer has more tokens than the terminal is wide."""
-    for places in _fitting([_column(one, place) for place in range(len(one.answer))], width - LABEL_WIDTH):
-        table = _table(one, f", from token {places[0] + 1}" if places[0] else _depth(one))
-        for place in places:
-            table.add_column(_shown(one.answer[place]), no_wrap=True)
-        for layer in one.layers:
-            table.add_row(_label(layer, one), *(_cell(layer.along[i], one.answer[i]) for i in places))
+    for positions in _split_to_width(
+        [_column(model_trace, position) for position in range(len(model_trace.answer))], width - LABEL_WIDTH
+    ):
+        table = _table(model_trace, f", from token {positions[0] + 1}" if positions[0] else _depth_suffix(model_trace))
+        for position in positions:
+            table.add_column(_token_text(model_trace.answer[position]), no_wrap=True)
+        for layer in model_trace.layers:
+            table.add_row(
+                _layer_label(layer, model_trace), *(_cell(layer.along[i], model_trace.answer[i]) for i in positions)
+            )
         yield table
 
 
-def _fitting(columns: Sequence[Sequence[Text]], width: int) -> Iterator[list[int]]:
+def _split_to_width(columns: Sequence[Sequence[Text]], width: int) -> Iterator[list[int]]:
     """Which columns stand in each table, three spaces between them."""
-    places: list[int] = []
+    positions: list[int] = []
     used = 0
-    for place, cells in enumerate(columns):
+    for position, cells in enumerate(columns):
         needed = max(cell.cell_len for cell in cells) + 3
-        if places and used + needed > width:
-            yield places
-            places, used = [], 0
-        places, used = [*places, place], used + needed
-    yield places
+        if positions and used + needed > width:
+            yield positions
+            positions, used = [], 0
+        positions, used = [*positions, position], used + needed
+    yield positions
 
 
-def _column(one: ModelTrace, place: int) -> list[Text]:
-    final = one.answer[place]
-    return [_shown(final), *(_cell(layer.along[place], final) for layer in one.layers)]
+def _column(model_trace: ModelTrace, position: int) -> list[Text]:
+    final = model_trace.answer[position]
+    return [_token_text(final), *(_cell(layer.along[position], final) for layer in model_trace.layers)]
 
 
-def _table(one: ModelTrace, more: str) -> Table:
-    title = Text(one.name + more, "bold")
+def _table(model_trace: ModelTrace, more: str) -> Table:
+    title = Text(model_trace.name + more, "bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("layer", justify="right", no_wrap=True)
     return table
 
 
-def _depth(one: ModelTrace) -> str:
-    return f" ({one.layers[-1].layer} layers)"
+def _depth_suffix(model_trace: ModelTrace) -> str:
+    return f" ({model_trace.layers[-1].layer} layers)"
 
 
-def _label(layer: LayerTrace, one: ModelTrace) -> str:
-    return "last" if layer is one.layers[-1] else str(layer.layer)
+def _layer_label(layer: LayerTrace, model_trace: ModelTrace) -> str:
+    return "last" if layer is model_trace.layers[-1] else str(layer.layer)
 
 
-def _cell(said: TokenPrediction, final: TokenPrediction) -> Text:
-    text = _shown(said)
-    text.append(f" {said.probability:.2f}")
-    text.stylize("bold" if said.token == final.token else "")
+def _cell(prediction: TokenPrediction, final: TokenPrediction) -> Text:
+    text = _token_text(prediction)
+    text.append(f" {prediction.probability:.2f}")
+    text.stylize("bold" if prediction.token == final.token else "")
     return text
 
 
-def _shown(said: TokenPrediction) -> Text:
-    return Text("[end]" if said.ends else printable(said.text.strip() or said.text.replace(" ", "_")))
+def _token_text(prediction: TokenPrediction) -> Text:
+    return Text("[end]" if prediction.ends else printable(prediction.text.strip() or prediction.text.replace(" ", "_")))

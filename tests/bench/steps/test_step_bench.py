@@ -54,9 +54,9 @@ def test_attention_is_counted_on_a_cpu_too():
     key, value = (torch.randn(2, 2, tokens, width, requires_grad=True) for _ in range(2))
 
     def attend(backward):
-        said = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         if backward:
-            said.sum().backward()
+            output.sum().backward()
 
     product = 2 * 2 * heads * tokens * tokens * width
     assert operations_of(lambda: attend(False)) == 2 * product
