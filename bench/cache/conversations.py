@@ -1,4 +1,4 @@
-"""Text that every Python brings along: the language reference behind help(), as questions and answers.
+"""Questions and answers made from Python's language reference, which every Python installation has (see help()).
 
 T response tokens.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 ANSWER_LENGTH = 600
-"""Characters that an answer has at least; with this tokenizer about 190 tokens."""
+"""Minimum number of characters of an answer; with this tokenizer about 190 tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Conversation:
     """One question and its answer, as token ids."""
 
     prompt: Tensor
-    """Ids of the chat template up to where the answer starts."""
+    """Ids of the chat template up to the start of the answer."""
     response: Tensor
-    """[T] ids of the answer and the end of its turn."""
+    """[T] ids of the answer and of its end-of-turn token."""
 
 
 def conversations(tokenizer: Any, seed: int = 0) -> list[Conversation]:
-    """All pieces of the reference, shuffled. No paragraph stands in two of them."""
+    """All conversations, shuffled. No paragraph is in two of them."""
     answers = _answers()
     random.Random(seed).shuffle(answers)
     found = []
@@ -41,7 +41,7 @@ def conversations(tokenizer: Any, seed: int = 0) -> list[Conversation]:
 
 
 def _answers() -> list[tuple[str, str]]:
-    """(topic, a few of its paragraphs). Topics quote each other at length: what was seen is left out."""
+    """(topic, a few of its paragraphs). Topics quote each other at length, so repeated paragraphs are left out."""
     seen: set[str] = set()
     answers = []
     for topic, text in sorted(topics.items()):

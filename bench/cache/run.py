@@ -1,9 +1,9 @@
-"""The cache's codecs beside other systems' on a real language model: bytes against error. `make bench-cache`.
+"""Compare the cache's codecs with other systems' on a real language model: bytes against error. `make bench-cache`.
 
-Leaves bench/results/cache.json: an entry for each codec (the project's default under "default"), the question of
-repeated epochs, and whether the goals are met. About twenty minutes of two cores, half as much again the first time,
-when the verbalizers are trained. All numbers are of one teacher (SmolLM2-135M-Instruct), whose
-verbalizers were trained for 90 updates; they are flatter than well-trained ones, which is harder for every top-k.
+Writes bench/results/cache.json: an entry for each codec (the project's default is "default"), the repeated-epochs
+test, and whether the goals are met. Takes about twenty minutes on two cores, and half as much again the first time,
+when the verbalizers are trained. All numbers are for one teacher (SmolLM2-135M-Instruct). Its verbalizers were trained
+for 90 updates, so its distributions are flatter than those of well-trained ones, which is harder for every top-k.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ GROUPS = {"shallow": range(0, 3), "middle": range(3, 6), "deep": range(6, 9), "l
 
 LARGE_VOCABULARY = 152_064
 NOT_TRAINED_FROM = ("sampled32", "sampled256", "hidden")
-"""Codecs that are left out of the training test, for time."""
+"""Codecs that are left out of the training test, to save time."""
 
 EPOCHS = 4
-"""How often the repeated-epochs test sees its tokens."""
+"""Number of epochs of the repeated-epochs test."""
 
 QUICK = Setting(steps=4, eval_tokens=256, order_tokens=256)
 
 
 def codecs(outputs: LayerOutputs, seed: int = 0) -> dict[str, Codec]:
-    """By the name of the entry; the project's first, the peers' at their published settings."""
+    """{entry name: codec}; the project's codecs first, then the others at their published settings."""
     order = outputs.order.numpy()
     return {
         "default": make_codec("sampled", points=64, seed=seed, order=order),
@@ -85,7 +85,7 @@ def errors(outputs: LayerOutputs, coded: Mapping[str, Coded], progress: Progress
 def training_test(
     outputs: LayerOutputs, seeds: range, schedule: Schedule, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """The training test for each codec."""
+    """Results of the training test for each codec."""
     names = ["dense", *(name for name in codecs(outputs) if name not in NOT_TRAINED_FROM)]
     task = progress.add_task("training from each", total=len(seeds) * len(names))
     ends: dict[str, list[float]] = {name: [] for name in names}
@@ -93,7 +93,7 @@ def training_test(
     start = train(outputs, signals["dense"], replace(schedule, updates=0), 0)
     for seed in seeds:
         for name, codec in codecs(outputs, seed).items():
-            drawn = isinstance(codec, Sampled)  # the others draw nothing: they are the same for each seed
+            drawn = isinstance(codec, Sampled)  # the others draw nothing, so they are the same for every seed
             if name not in NOT_TRAINED_FROM and (drawn or name not in signals):
                 signals[name] = constant_signal(coded_signal(outputs, codec, schedule.tokens, seed))
         for name, teacher in signals.items():
@@ -104,7 +104,10 @@ def training_test(
 
 
 def repeated_epochs(outputs: LayerOutputs, seeds: range, schedule: Schedule, progress: Progress) -> dict[str, Any]:
-    """A few tokens again and again: the same 64 points, 64 others of 256 stored ones, or 64 new ones each time."""
+    """Train on a few tokens for several epochs, with different points per epoch.
+
+    Compares the same 64 points in every epoch, 64 different ones of 256 stored points, and 64 new points.
+    """
     order = outputs.order.numpy()
 
     def signal_makers(seed: int) -> dict[str, Callable[[], TeacherSignal]]:
@@ -129,8 +132,8 @@ def repeated_epochs(outputs: LayerOutputs, seeds: range, schedule: Schedule, pro
 
 
 def projected_bytes(one: Coded, vocab: int) -> float | None:
-    """Arithmetic, not a measurement: what each id would take more in a vocabulary of 152,064. None: it cannot."""
-    if isinstance(one.codec, MegatronTopK):  # 17 bits an id
+    """Bytes per token and layer at a vocabulary of 152,064, by arithmetic, not measured; None if ids do not fit."""
+    if isinstance(one.codec, MegatronTopK):  # 17 bits per id
         return None
     bits = math.log2(LARGE_VOCABULARY / vocab)
     if isinstance(one.codec, DistillKit):
@@ -141,7 +144,7 @@ def projected_bytes(one: Coded, vocab: int) -> float | None:
 def measure(
     setting: Setting, seeds: range, schedule: Schedule, repeated_schedule: Schedule, progress: Progress
 ) -> dict[str, Any]:
-    """Everything, as it stands in the JSON."""
+    """All results, in the form of the JSON."""
     outputs = layer_outputs(setting, progress)
     all_codecs = codecs(outputs)
     coded = {
@@ -184,7 +187,7 @@ def measure(
 
 
 def goals(default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the default codec is to reach, and whether it does."""
+    """Goals of the default codec, and whether it meets them."""
     limits = {"bytes_per_token_layer": 50.0, "projected_bytes_at_152k": 56.0}
     met = {
         name: {"at_most": limit, "is": default[name], "met": default[name] <= limit} for name, limit in limits.items()
@@ -197,7 +200,7 @@ def goals(default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
-    """The table."""
+    """Print the table, the repeated-epochs results and the goals."""
     table = Table(title="A teacher's distribution, coded: per token and layer")
     columns = ("codec", "bytes", "at 152k", "KL bias", "KL RMS", "gradient error", "cosine", "draw TV", "dense gain")
     for column in (*columns, "encode/s", "decode/s"):
@@ -230,13 +233,13 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small share of everything, to try the script; no JSON")
     quick = parser.parse_args().quick
     console = Console(width=None if sys.stdout.isatty() else 150)
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)  # whatever OMP_NUM_THREADS says; the rates are of one thread
+    torch.set_num_threads(os.cpu_count() or 1)  # regardless of OMP_NUM_THREADS; the rates use one thread
     with Progress(console=console) as progress:
         if quick:
             results = measure(QUICK, range(1), Schedule(BATCH, 2), Schedule(BATCH, EPOCHS), progress)

@@ -1,4 +1,4 @@
-"""What the benches of the losses work on: random numbers of a small student's shape beside a large teacher's."""
+"""Inputs of the loss benchmarks: random tensors with the shapes of a small student and a large teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: by default a small student's head beside a large teacher's layers."""
+    """Shapes of a measurement; by default a small student's head and a large teacher's layers."""
 
     tokens: int = 256
     width: int = 1536
@@ -25,23 +25,23 @@ class Case:
     students: int = 7
     teachers: int = 20
     kept: int = 64
-    """Ids a teacher layer names for a token; no tail, as the default codec."""
+    """Ids per token and teacher layer; no tail, as in the default codec."""
 
 
 def normal(*shape: int, std: float, seed: int) -> Tensor:
-    """Random numbers in bfloat16, without a float32 copy in between."""
+    """Normal random numbers in bfloat16, made without a float32 copy."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std, generator=generator).to(DEVICE)
 
 
 @cache
 def head_weight(vocab: int, width: int) -> Tensor:
-    """[V, d]; drawing it takes seconds, and all problems may have the same."""
+    """[V, d] head weight. Drawing it takes seconds, so all problems share one."""
     return normal(vocab, width, std=width**-0.5, seed=0)
 
 
 class Problem:
-    """Tensors of a case, in bfloat16; the student's distributions have an entropy of about ln V - 8 nat."""
+    """Tensors of a case, in bfloat16. The student's distributions have an entropy of about ln V - 8 nat."""
 
     def __init__(self, case: Case, trained: bool = False):
         generator = torch.Generator().manual_seed(0)
@@ -60,12 +60,15 @@ class Problem:
         self.ranges = search_ranges(case.students, case.teachers)
 
     def clear(self) -> None:
-        """Forget gradients, so that every run allocates its own."""
+        """Drop gradients, so that every run allocates its own."""
         self.h.grad = self.weight.grad = None
 
 
 def interaction(problem: Problem) -> tuple[Tensor, list[int]]:
-    """Ours: search, draw, and the gradient of what was drawn, for all student layers. KL [S, J] and the match."""
+    """This project's interaction loss: search, draw, and the gradient of the drawn candidates, for all student layers.
+
+    Returns KL [S, J] and the match.
+    """
     matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.ranges)
     match = adaptive(matrix.values / problem.case.tokens, torch.Generator().manual_seed(0))
     matched_kl(problem.h, problem.head, problem.signal, match, matrix).sum().backward()

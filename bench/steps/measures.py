@@ -1,4 +1,4 @@
-"""All that bench/steps.py measures on one pair of models."""
+"""All measurements of bench.steps for one pair of models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.ranks import Ranks
 
 WARMUP_UPDATES = 3
-"""Not counted when stage 2 is watched for its data wait: loader workers start meanwhile."""
+"""Updates at the start of stage 2 that are not counted for the data wait: loader workers start during them."""
 
 RATIOS = {
     "interact_over_finetune": ("interact", "finetune"),
@@ -34,7 +34,7 @@ RATIOS = {
     "cache_speed_over_forward": ("forward", "cache"),
     "cache_speed_over_forward_and_heads": ("forward_and_heads", "cache"),
 }
-"""Name of a ratio: what is above and below."""
+"""{ratio: (numerator, denominator)}."""
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -49,11 +49,14 @@ CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }
-"""A CPU's attention, which torch's counter does not know, from shapes, as it counts that of a GPU."""
+"""Operation counts of attention on a CPU, which torch's counter lacks; from the shapes, as torch counts it on a GPU."""
 
 
 def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any]:
-    """A pair's entry in the JSON; the demo's also has the start-up. updates: of stage 2, to see its data wait."""
+    """A pair's entry in the JSON; the demo's entry also has the start-up time.
+
+    updates: number of updates of stage 2 used to measure its data wait.
+    """
     with TemporaryDirectory() as place:
         folder = Path(place)
         recipe = folder / "recipe.yaml"
@@ -74,7 +77,7 @@ def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any
 
 
 def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str, Any]:
-    """Times and operations of everything, and the ratios of both."""
+    """Times and operations of all calls, and the ratios of both."""
     seconds: dict[str, list[float]] = {}
     operations: dict[str, int] = {}
     for make in (student_steps, verbalize_steps, partial(cache_passes, scratch=scratch)):
@@ -94,19 +97,19 @@ def _ratios(recipe: Path, ranks: Ranks, scratch: Path, rounds: int) -> dict[str,
 
 
 def _operations(runs: TimedCalls) -> dict[str, int]:
-    """Additions and multiplications in matrix products, the floor under each time."""
+    """Additions and multiplications in matrix products, the lower bound of each time."""
     return {name: operations_of(run) for name, run in runs.items()}
 
 
 def operations_of(run: Callable[[], object]) -> int:
-    """Additions and multiplications in matrix products, attention's included."""
+    """Additions and multiplications in matrix products, including attention."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
         run()
     return counter.get_total_flops()
 
 
 def _peak_mib(recipe: Path, ranks: Ranks, live: bool) -> float:
-    """Memory that stage 2a takes, model and optimizer included: resident on a CPU, allocated on an accelerator."""
+    """Peak memory of stage 2a in MiB, with model and optimizer: resident on a CPU, allocated on an accelerator."""
     _free(ranks)
     peak = peak_mib(partial(_prepared_updates, recipe, live, ranks if ranks.device != "cpu" else None))
     _free(ranks)
@@ -114,7 +117,7 @@ def _peak_mib(recipe: Path, ranks: Ranks, live: bool) -> float:
 
 
 def _prepared_updates(recipe: Path, live: bool, ranks: Ranks | None) -> Callable[[], object]:
-    """Two updates; without ranks, this is a process of its own that has yet to become one."""
+    """Two updates, to be run. Without `ranks` this is a fresh process, which first becomes the only rank."""
     if ranks is None:
         os.environ |= one_rank()
         ranks = engine.start()
@@ -134,7 +137,7 @@ def _free(ranks: Ranks) -> None:
 
 
 def _data_wait(recipe: Path, workers: int, updates: int) -> float:
-    """Share of stage 2a's time that it waits for its loader."""
+    """Share of stage 2a's time spent on waiting for its loader."""
     run = load_recipe(recipe).recipe.run
     shutil.rmtree(run / "interact", ignore_errors=True)
     steps = ["--stage", "2", "--only", "interact", "--recipe", str(recipe)]

@@ -1,6 +1,6 @@
-"""What bench/steps.py times: each step of the project beside what it is to be compared with, on one loaded batch.
+"""Calls that bench.steps times: each step of the project and the plain work it is compared with, on one loaded batch.
 
-The steps are the project's own, private functions included: a copy would measure the copy. All run in the project's
+The steps are the project's own, including private functions: a copy would measure the copy. All run in the project's
 Engine, on one rank.
 """
 
@@ -37,11 +37,11 @@ from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.cohost import CoHost
 
 TimedCalls = dict[str, Callable[[], object]]
-"""By name, what is timed."""
+"""{name: call to be timed}."""
 
 
 class PreparedRun:
-    """A run that stage 1 has been through, and its first micro-batch."""
+    """A run with a complete stage 1, and its first micro-batch."""
 
     def __init__(self, recipe: Path, ranks: Ranks):
         self.job = Job(load_recipe(recipe).recipe, ranks)
@@ -51,13 +51,13 @@ class PreparedRun:
         self.vocab = self.view.cache.identity.vocab
 
     def load(self, dataset: ChatDataset) -> LoadedBatch:
-        """The first samples of the data."""
+        """Load the first samples of the data as one micro-batch."""
         indices = [SampleIndex(index) for index in range(self.recipe.interact.micro_batch_size)]
         return next(load(dataset, [indices], 0, self.job.ranks.device))
 
 
 def sizes(prepared: PreparedRun) -> dict[str, Any]:
-    """What decides the ratios, for the record."""
+    """The sizes that determine the ratios, for the results."""
     loaded = prepared.load(ChatDataset(prepared.data, encoders(prepared.recipe, ["student"])))
     verbalizers = done(prepared.recipe.run / "verbalize") or {}
     return {
@@ -69,9 +69,9 @@ def sizes(prepared: PreparedRun) -> dict[str, Any]:
 
 
 def student_steps(prepared: PreparedRun, live: bool = True) -> TimedCalls:
-    """Stage 2's steps: "finetune", "interact" from the cache and, if asked for, "interact_live" with a live teacher.
+    """Stage 2's steps: "finetune", "interact" from the cache and, if `live`, "interact_live" with a live teacher.
 
-    One engine and one optimizer for all: they train the same weights.
+    All use one engine and one optimizer, because they train the same weights.
     """
     recipe, view = prepared.recipe, prepared.view
     student = student_with_verbalizers(
@@ -100,7 +100,7 @@ def student_steps(prepared: PreparedRun, live: bool = True) -> TimedCalls:
 
 
 def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
-    """Stage 1a's step, and "forwards": the two frozen backbones alone, without heads."""
+    """Stage 1a's step ("verbalize"), and "forwards": the two frozen backbones alone, without heads."""
     recipe = prepared.recipe
     sides = {
         role: load_verbalized(
@@ -122,7 +122,7 @@ def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
 
 
 def cache_passes(prepared: PreparedRun, scratch: Path) -> TimedCalls:
-    """Once over the data: "forward" of the teacher alone, "forward_and_heads", and "cache", written into `scratch`."""
+    """One pass over the data: "forward" of the teacher alone, "forward_and_heads", or "cache", written to `scratch`."""
     identity, codec = prepared.view.cache.identity, prepared.view.cache.codec
     engine = cache._load_teacher(prepared.job, prepared.vocab)
     teacher = engine.module.sides["teacher"]
@@ -155,7 +155,7 @@ def cache_passes(prepared: PreparedRun, scratch: Path) -> TimedCalls:
 
 
 class _Student(nn.Module):
-    """One student, interacting or finetuned."""
+    """One student, which interacts or is finetuned."""
 
     def __init__(self, interaction: interact.Interaction, finetuned: reinforce.Finetuned):
         super().__init__()
@@ -167,7 +167,7 @@ class _Student(nn.Module):
 
 @dataclass(frozen=True)
 class _PartOfEngine:
-    """One part of an engine's module, called as if it were the whole."""
+    """One part of an engine's module, called as if it were the whole module."""
 
     engine: Engine
     name: str
@@ -186,7 +186,7 @@ class _PartOfEngine:
 
 @dataclass(frozen=True)
 class _LiveTeacher:
-    """A teacher in memory that answers as `CacheView` does; what is attached to a batch is the batch itself."""
+    """A teacher in memory with the interface of `CacheView`; the data attached to a batch is the batch itself."""
 
     engine: Engine
     layers: tuple[int, ...]
@@ -202,6 +202,6 @@ def _update(engine: Engine, forward: Callable[[LoadedBatch, MicroStep], StepOutp
 
 
 def _logits(hidden: Tensor, unembedding: Unembedding) -> None:
-    """Every distribution once, as anybody would have to who wants to know it."""
+    """Compute the logits of every distribution once, as any method that uses them must."""
     for rows in hidden.flatten(0, 1).split(rows_per_chunk(unembedding.vocab)):
         unembedding.logits(rows)

@@ -1,4 +1,4 @@
-"""`python -m pipeline status`: what a run has done, what lies on disk, and the command to run next."""
+"""`python -m pipeline status`: the progress of a run's steps, its disk usage, and the next command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.runtime.folder import begun_steps, done, read_metrics
 from pipeline.runtime.progress import size_text
 
-# What a line of metrics.jsonl holds beside losses.
+# Fields of a metrics.jsonl line that are not losses.
 _NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
 _NOT_LOSSES |= {"gradient_norm"}
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
@@ -29,23 +29,23 @@ STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
 
 @dataclass(frozen=True)
 class StepStatus:
-    """One step of a run."""
+    """Progress of one step of a run."""
 
     name: str
     state: str
     """"done", "begun" or "not begun"."""
     progress: str
-    """How far, in the step's own unit; empty where nothing is known."""
+    """Progress in the step's own unit; empty if not known."""
     losses: Mapping[str, float]
-    """The newest update's, in nat a response token."""
+    """Losses of the last update, in nat per response token."""
     size: int
     """Bytes on disk."""
 
 
 def status(run: Path) -> tuple[list[StepStatus], str]:
-    """The four steps, and the exact command to run next.
+    """The status of the four steps, and the exact command to run next.
 
-    Raises RecipeError if the folder is no run: not there, or with other things in it than a recipe.
+    Raises RecipeError if the folder is not a run: it does not exist, or holds files but no recipe.yaml.
     """
     if not run.is_dir() or (any(run.iterdir()) and not (run / "recipe.yaml").is_file()):
         raise RecipeError(
@@ -62,7 +62,7 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
 
 
 def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
-    """What to run next. Without interaction (interact.steps: 0) stage 1 is not needed."""
+    """The command to run next. Stage 1 is not needed without interaction (interact.steps: 0)."""
     needed = STEPS if recipe.interact.steps != 0 else STEPS[2:]
     for step in needed:
         if step not in complete:
@@ -91,7 +91,7 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file or of all files in a folder; what vanishes meanwhile (a running job's) counts nothing."""
+    """Bytes of a file, or of all files in a folder. Files that a running job removes meanwhile are not counted."""
     total = 0
     for file in [path] if path.is_file() else path.rglob("*"):
         try:
@@ -116,13 +116,13 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
 
 
 def _shard_progress(root: Path, planned: int | str) -> str:
-    """How far the cache is that was begun last."""
+    """Progress of the cache that was begun last."""
     cache = newest(root)
     return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
 
 
 def _planned(recipe: Recipe, name: str) -> int | str:
-    """Updates or cache shards that make the step complete; "?" where the training data is not at hand."""
+    """Number of updates or cache shards of the complete step; "?" if the training data is not available."""
     training = getattr(recipe, name)
     if getattr(training, "steps", None) is not None:
         return training.steps
@@ -134,7 +134,7 @@ def _planned(recipe: Recipe, name: str) -> int | str:
 
 
 def _format_losses(losses: Mapping[str, float]) -> str:
-    """{"teacher/1": 2.0, "teacher/2": 1.5, "last": 1.0} -> a line for each part."""
+    """{"teacher/1": 2.0, "teacher/2": 1.5, "last": 1.0} -> one line of text for each group."""
     groups: dict[str, list[str]] = {}
     for name, value in losses.items():
         group, slash, layer = name.rpartition("/")

@@ -1,4 +1,4 @@
-"""The job scripts' plumbing: shard ranges of a cache array, and ranks on a real SLURM of one node."""
+"""The SLURM job scripts: shard ranges of a cache array, and ranks on a real SLURM of one node."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ONE_NODE = ROOT / "tests" / "cluster" / "one_node_slurm.sh"
 sys.path.insert(0, str(SCRIPTS))
 from shard_range import shard_range  # noqa: E402  (a script beside the job scripts, not a package)
 
-# Leaves as the project's ranks do: on the interpreter's own way out a thread of gloo may still be there and abort it.
+# Exit as the project's ranks do: at a normal interpreter exit a gloo thread may still be running and abort the process.
 PROGRAM = """
 import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -45,7 +45,7 @@ def test_a_task_outside_its_array_is_refused():
 
 
 def array_task(tmp_path, task: int, shards: int = 16, **variables: str) -> tuple[str, int]:
-    """What the array's script says, and its exit code, with `srun` replaced by `echo`."""
+    """(output, exit code) of the array's script, with `srun` replaced by `echo`."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -103,7 +103,7 @@ def test_submitting_without_a_recipe_says_what_to_run():
 
 @pytest.fixture(scope="module")
 def slurm():
-    """A one-node SLURM, as an environment; one that runs already is used and left running."""
+    """Environment variables of a one-node SLURM. One that is already running is used and left running."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
         pytest.skip("needs root and the packages slurmctld, slurmd, slurm-client and munge")
     directory = Path(os.environ.get("SLURM_DIR", "/tmp/one-node-slurm"))

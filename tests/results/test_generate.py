@@ -24,7 +24,7 @@ def prompts(vlm: Vlm, pictures: bool):
 
 
 def naive(vlm: Vlm, prompt, count: int) -> list[int]:
-    """One prompt alone, everything computed again for each token, no generate and no cache."""
+    """Greedy ids of one prompt alone, recomputed in full for each token: no generate(), no key-value cache."""
     inputs, ids = dict(prompt), []
     for _ in range(count):
         with torch.no_grad():

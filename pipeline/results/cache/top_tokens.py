@@ -1,4 +1,4 @@
-"""`python -m pipeline cache-info --sample`: what each cached layer of the teacher said about one sample, in words.
+"""`python -m pipeline cache-info --sample`: the most likely token of each cached layer, for one sample.
 
 T response tokens, J teacher layers.
 """
@@ -29,32 +29,32 @@ from pipeline.results.cache.on_disk import CacheOnDisk, read_record
 from pipeline.signal import HiddenSignal, Signal
 
 SHOWN = 16
-"""Response tokens that are printed of a longer sample."""
+"""Number of response tokens printed of a longer sample."""
 
 TEXT_WIDTH = 12
-"""Columns of the terminal that a token's words take at most."""
+"""Maximum width of a token's text, in terminal columns."""
 
 PADDING = 2
-"""Columns of space beside each column of a table."""
+"""Space added to each table column, in terminal columns."""
 
 
 @dataclass(frozen=True)
 class TopTokens:
-    """One sample of a cache: its first tokens, and each layer's likeliest ids there."""
+    """One sample of a cache: its response tokens, and each layer's most likely ids for the first of them."""
 
     shard: str
     tokens: Sequence[int]
-    """[T] all response token ids."""
+    """[T] ids of all response tokens."""
     top_ids: Sequence[Sequence[int]]
-    """[min(T, SHOWN), J] ids."""
+    """[min(T, SHOWN), J] most likely ids."""
     shares: Sequence[Sequence[str]]
-    """[min(T, SHOWN), J] of the points that fell on them, or their probability."""
+    """[min(T, SHOWN), J] number of sampled points on these ids, or their probability, as text."""
 
 
 def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
-    """Print a table of tokens and layers, several side by side where they are wider than the terminal.
+    """Print tables of tokens by layers, as many tables as the terminal width requires.
 
-    Raises CacheError: no such key, a damaged record, no tokenizer; SampleError where the sample was skipped.
+    Raises CacheError: no such key, a damaged record, no tokenizer. Raises SampleError if the sample was skipped.
     """
     sample = read_top_tokens(cache, key)
     path = folder or tokenizer_folder(cache)
@@ -71,7 +71,7 @@ def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
 
 
 def read_top_tokens(cache: CacheOnDisk, key: str) -> TopTokens:
-    """What the cache holds of a sample. Raises CacheError and SampleError as `show` does."""
+    """Read and decode one sample. Raises CacheError and SampleError as `show` does."""
     name = next((name for name, sidecar in cache.sidecars.items() if key in sidecar["keys"]), None)
     if name is None:
         raise CacheError(_no_such_key(cache, key))
@@ -97,7 +97,7 @@ def read_top_tokens(cache: CacheOnDisk, key: str) -> TopTokens:
 
 
 def top1(signal: Signal) -> tuple[Tensor, Tensor]:
-    """Of T tokens and J layers the likeliest id and its probability, [T, J] each; logits of one layer at a time."""
+    """The most likely ids and their probabilities, each [T, J]; logits exist for one layer at a time."""
     if isinstance(signal, HiddenSignal):
         best = [signal.unembedding.logits(layer).softmax(-1).max(-1) for layer in signal.hidden.unbind(1)]
         return torch.stack([b.indices for b in best], 1), torch.stack([b.values for b in best], 1)
@@ -106,9 +106,9 @@ def top1(signal: Signal) -> tuple[Tensor, Tensor]:
 
 
 def tokenizer_folder(cache: CacheOnDisk) -> Path:
-    """Where the run has a tokenizer: its teacher's, its student's or its distilled student's folder.
+    """A folder of the run with a tokenizer: the teacher's, the student's or the distilled student's.
 
-    Raises CacheError where there is none.
+    Raises CacheError if none has one.
     """
     candidates: list[Path] = []
     if cache.recipe is not None:
@@ -180,7 +180,7 @@ def _width(column: Sequence[Text]) -> int:
 
 
 def _quoted(tokenizer: Any, ids: Sequence[int]) -> str:
-    """In quotes and escaped: a space counts in a token, and what data says must not steer a terminal."""
+    """The decoded text, quoted and escaped: spaces matter in tokens, and data must not send terminal control codes."""
     return repr(tokenizer.decode(list(ids)))
 
 

@@ -1,4 +1,4 @@
-"""`python -m pipeline cache-info --verify`: hash every shard again, and decode every record."""
+"""`python -m pipeline cache-info --verify`: hash every shard and decode every record."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from pipeline.runtime.progress import StepProgress
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 
 NO_HEAD = Unembedding(torch.zeros(0, 0), 0)
-"""Decoding hidden states only hands the head on; checking them does not look at it."""
+"""Placeholder head. Decoding hidden states only passes the head on, and the checks do not use it."""
 
 ROUNDING = 1e-3
-"""How far probabilities may sum from 1."""
+"""Largest allowed distance of a sum of probabilities from 1."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written."""
+    """One problem that verification found."""
 
     file: str
     key: str
-    """Empty where the file as a whole is meant."""
+    """Key of the record; empty if the problem concerns the whole file."""
     what: str
 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard, read back."""
+    """The result of checking one shard."""
 
     name: str
     problems: tuple[Problem, ...]
     found_by_only_missing: bool
-    """Whether --only-missing sees by itself that it has to be made again."""
+    """Whether --only-missing finds without help that the shard has to be made again."""
     records: int
-    """Decoded without error."""
+    """Number of records decoded without error."""
     tokens: int
-    """In these records."""
+    """Number of response tokens in these records."""
     seconds: float
-    """Of one core, spent unpacking and decoding them."""
+    """CPU seconds spent on unpacking and decoding."""
 
 
 def run(cache: CacheOnDisk) -> None:
-    """Verify a cache and print what was found.
+    """Verify a cache and print the problems.
 
-    Raises CacheError, with the command that makes it right, where anything is wrong.
+    Raises CacheError if there is any; its message has the command that repairs the cache.
     """
     workers = max(1, min(os.cpu_count() or 1, len(cache.sidecars)))
     started = time.monotonic()
@@ -77,14 +77,17 @@ def run(cache: CacheOnDisk) -> None:
 
 
 def check_shards(cache: CacheOnDisk, workers: int) -> list[ShardCheck]:
-    """Every shard that was made, in order, each in one process. Raises CacheError where the codec lacks its order."""
+    """Check every shard that was made, in `workers` processes; results in shard order.
+
+    Raises CacheError if the codec's vocabulary order is missing.
+    """
     if not cache.sidecars:
         return []
     codec = cache_codec(cache.path, cache.identity, cache.recipe or "R")
     total = sum(len(sidecar["keys"]) for sidecar in cache.sidecars.values())
     checked: dict[str, ShardCheck] = {}
     wrong = 0
-    # Forked before the progress bar has its thread; fresh interpreters would take seconds each to import torch.
+    # Fork before the progress bar starts its thread. Fresh interpreters would each take seconds to import torch.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), torch.set_num_threads, (1,)) as pool:
         jobs: list[Future[ShardCheck]] = [
             pool.submit(check_shard, cache.with_one_shard(name), codec, name) for name in cache.sidecars
@@ -102,11 +105,11 @@ def check_shards(cache: CacheOnDisk, workers: int) -> list[ShardCheck]:
 
 
 def check_shard(cache: CacheOnDisk, codec: Codec, name: str) -> ShardCheck:
-    """Hash a shard and decode its records, one in memory at a time."""
+    """Hash a shard and decode its records; one record is in memory at a time."""
     sidecar = cache.sidecars[name]
     wrong = missing_shards(cache.path, cache.identity, [cache.expected[name]], cache.sidecars, verify=True)
     problems = [Problem(name, "", why) for why in wrong.values()]
-    foreign = sidecar["made_for"] != cache.made_for  # its records would be read with a wrong codec
+    foreign = sidecar["made_for"] != cache.made_for  # its records belong to another codec, and would be misread
     if foreign or not (cache.path / name).is_file():
         return ShardCheck(name, tuple(problems), True, 0, 0, 0.0)
     tokens, skipped, seconds = 0, set(), 0.0
@@ -131,7 +134,10 @@ def check_shard(cache: CacheOnDisk, codec: Codec, name: str) -> ShardCheck:
 
 
 def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
-    """Decode one record; returns its tokens. Raises SampleError where it was skipped, ValueError where it is wrong."""
+    """Decode one record and return its number of response tokens.
+
+    Raises SampleError if the sample was skipped, ValueError if the record is wrong.
+    """
     tokens, streams = unpack_record(record, cache.made_for)
     layers = len(cache.identity.layers)
     try:
@@ -143,7 +149,7 @@ def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
 
 
 def repair_command(cache: CacheOnDisk, checked: Sequence[ShardCheck]) -> str:
-    """The command that makes all of it right: a sidecar that vouches for bad records has to go first."""
+    """The command that repairs the cache. It first removes each sidecar that declares bad records valid."""
     misleading = [shard.name for shard in checked if shard.problems and not shard.found_by_only_missing]
     files = " ".join(shlex.quote(str((cache.path / name).with_suffix(".json"))) for name in misleading)
     return f"rm {files} && {cache.command()}" if misleading else cache.command()
@@ -162,7 +168,7 @@ def _check_values(signal: Signal, vocab: int) -> None:
 
 
 def check_other_files(cache: CacheOnDisk) -> list[Problem]:
-    """What is wrong with sidecars, the manifest and the head."""
+    """Problems of the sidecars, the manifest and the head."""
     listed = {shard["name"]: shard for shard in cache.manifest["shards"]} if cache.manifest else {}
     valid, problems = valid_sidecars(cache.path), []
     for name, entry in listed.items():
@@ -187,7 +193,7 @@ def _head_problems(cache: CacheOnDisk) -> Iterator[Problem]:
 
 
 def _problem_lines(problems: Sequence[Problem]) -> Iterator[str]:
-    """A line for each problem; neighbours that have the same one share it."""
+    """One line per problem; neighbouring records of a file with the same problem share a line."""
     for (file, what), group in groupby(problems, key=lambda problem: (problem.file, problem.what)):
         keys = [problem.key for problem in group]
         records = keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]} ({len(keys):,})"

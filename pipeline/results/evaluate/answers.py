@@ -1,4 +1,4 @@
-"""When an answer counts as right, and what can be answered without looking at the picture. No torch here."""
+"""Exact match of answers after normalisation, and the question-only baseline. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pipeline.errors import SampleError
 NORMALISATION = (
     "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end"
 )
-"""What `normalise` does, in the words of the manual and of the table."""
+"""What `normalise` does, as the help text and the table state it."""
 
 
 def normalise(text: str) -> str:
-    """An answer as it is compared; see NORMALISATION. Articles stay."""
+    """Normalise an answer for comparison; see NORMALISATION. Articles are kept."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".,;:!? ")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The last question of a chat, with everything said before it, and the answer that the data gives."""
+    """The last question of a chat, the turns before it, and the reference answer."""
 
     messages: Sequence[Mapping[str, Any]]
-    """The chat up to where the last assistant turn begins."""
+    """All turns before the last assistant turn."""
     images: Sequence[bytes]
-    """The images of those messages, in order."""
+    """Images of these turns, in order."""
     question: str
-    """The text of the last user turn."""
+    """Text of the last user turn."""
     answer: str
-    """The text of the last assistant turn."""
+    """Text of the last assistant turn."""
     question_type: str | None = None
-    """question_type, where the data has one."""
+    """`question_type` of the record; None if it has none."""
 
 
 def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchange:
@@ -50,10 +50,10 @@ def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchang
 
 
 class QuestionOnly:
-    """The question-only majority baseline: the commonest answer to the same question in other data, images unseen."""
+    """Majority baseline: the most common answer to the same question in other data, without the image."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]):
-        """Learn from every question and answer of the given records. Raises ValueError if there are none."""
+        """Count every question and answer of the records. Raises ValueError if there are none."""
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
         for record in records:
@@ -66,29 +66,29 @@ class QuestionOnly:
         self._overall = overall.most_common(1)[0][0]
 
     def __call__(self, question: str) -> str:
-        """The (normalised) answer; for a question never seen, the commonest answer of all."""
+        """The normalised answer; for a question that was not counted, the most common answer overall."""
         return self._best.get(normalise(question), self._overall)
 
 
 class Tally:
-    """Right answers out of all, in total and for each question type."""
+    """Counts of correct answers, in total and by question type."""
 
     def __init__(self) -> None:
         self._right: Counter[str | None] = Counter()
         self._asked: Counter[str | None] = Counter()
 
     def add(self, exchange: Exchange, answer: str) -> None:
-        """Count one answer; right if equal to the data's after normalisation."""
+        """Count one answer; it is correct if it equals the reference answer after normalisation."""
         self._asked[exchange.question_type] += 1
         self._right[exchange.question_type] += normalise(answer) == normalise(exchange.answer)
 
     @property
     def samples(self) -> int:
-        """Answers counted."""
+        """Number of answers counted."""
         return self._asked.total()
 
     def summary(self) -> dict[str, Any]:
-        """{"exact_match": share, "samples": N}, and "by_type": the same for each type, where the data has types."""
+        """{"exact_match": share, "samples": count}; with question types also "by_type": the same for each type."""
         types = sorted(question_type for question_type in self._asked if question_type is not None)
         by_type = {
             question_type: _share(self._right[question_type], self._asked[question_type]) for question_type in types
@@ -101,7 +101,7 @@ def _share(right: int, asked: int) -> dict[str, Any]:
 
 
 def _questions_and_answers(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(question, answer) of each assistant turn; the question is the nearest user turn before it."""
+    """(question, answer) of each assistant turn; the question is the text of the nearest user turn before it."""
     question = ""
     for message in record["messages"]:
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()

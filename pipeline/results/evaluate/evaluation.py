@@ -1,4 +1,4 @@
-"""Exact match and perplexity on data that was never trained on, for one model or several side by side."""
+"""Exact match and perplexity on held-out data, for one model or several."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from pipeline.vlm.verbalizer import LanguageHead
 
 QUESTION_ONLY = "question_only"
 BASELINE_SAMPLES = 50_000
-"""The baseline reads at most this many training samples, evenly spaced: a majority needs no more."""
+"""Maximum number of training samples, evenly spaced, that the baseline reads. A majority needs no more."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call evaluates, and on what."""
+    """Models, data and settings of one evaluation."""
 
     models: Mapping[str, Path]
     data: ShardFolder
@@ -43,13 +43,13 @@ class Plan:
     batch_size: int
     max_new_tokens: int
     limits: Data
-    """The recipe's data section, for its limits on samples; its defaults where there is no run."""
+    """The recipe's data section, for its limits on samples; without a run, the defaults."""
     baseline: ShardFolder | None = None
-    """What the question-only baseline learns from."""
+    """Data that the question-only baseline counts."""
     output: Path | None = None
 
     def indices(self) -> range:
-        """The samples that are read."""
+        """Indices of the samples that are read."""
         return range(len(self.data) if self.limit is None else min(self.limit, len(self.data)))
 
 
@@ -62,7 +62,7 @@ def make_plan(
     max_bad_share: float | None = None,
     **sizes: Any,
 ) -> Plan:
-    """From a command line to a plan. Raises RecipeError or DataError, before any model is loaded."""
+    """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
     named = dict(_split_model_argument(text) for text in models)
     if len(named) < len(models):
         raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
@@ -92,7 +92,7 @@ def make_plan(
 
 
 def run_recipe(run: Path) -> Path:
-    """The resolved recipe in a run's folder. Raises RecipeError if the folder is no run."""
+    """Path of the resolved recipe in a run's folder. Raises RecipeError if the folder is not a run."""
     path = run / "recipe.yaml"
     if not path.is_file():
         raise RecipeError(f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it")
@@ -100,9 +100,9 @@ def run_recipe(run: Path) -> Path:
 
 
 def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Results by model name, the question-only baseline last; written to plan.output after each, if there is one.
+    """{model name: results}, the question-only baseline last; if plan.output is set, written there after each model.
 
-    Raises DataError where more samples than max_bad_share cannot be used.
+    Raises DataError if the share of unusable samples exceeds max_bad_share.
     """
     results: dict[str, dict[str, Any]] = {}
     for name, folder in plan.models.items():
@@ -118,7 +118,7 @@ def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
-    """One model's exact match, in total and by question type, and its perplexity; read = samples + rejected."""
+    """One model's exact match, in total and by question type, and its perplexity. read = samples + rejected."""
     tally, nats, tokens = Tally(), 0.0, 0
     rejected: list[Rejected] = []
     bad_samples = BadSamples(
@@ -148,7 +148,7 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
 
 @torch.inference_mode()
 def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
-    """Cross-entropy in nat, summed over all response tokens of the chats, and the number of those tokens."""
+    """(cross-entropy in nat summed over all response tokens of the chats, number of these tokens)."""
     if not chats:
         return 0.0, 0
     batch = collate(chats, vlm.encoder.filler(), vlm.pad_id).to(vlm.device, vlm.dtype)
@@ -160,13 +160,13 @@ def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
 
 
 def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
-    """The baseline's exact match on the samples that the models read."""
+    """Exact match of the baseline on the same samples."""
     spacing = math.ceil(len(learn_from) / BASELINE_SAMPLES)
     guess = QuestionOnly(learn_from.read(index).record for index in range(0, len(learn_from), max(1, spacing)))
     tally = Tally()
     for index in plan.indices():
         raw = plan.data.read(index)
-        with suppress(SampleError):  # the models have named it
+        with suppress(SampleError):  # the models' results list this sample
             exchange = last_exchange(raw.record, raw.images)
             tally.add(exchange, guess(exchange.question))
     return {**tally.summary(), "learnt_from": str(learn_from.path), "data": str(plan.data.path)}
@@ -185,7 +185,7 @@ def _write(plan: Plan, results: Mapping[str, Any]) -> None:
 
 
 def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_EncodedSample], list[Rejected]]:
-    """What this model can read of some samples, and why it cannot read the others."""
+    """(encoded samples, samples that this model cannot use with the reason)."""
     encoded, rejected = [], []
     for index in rows:
         raw = data.read(index)
@@ -223,7 +223,7 @@ def _batches(indices: range, size: int) -> Iterator[range]:
 
 
 def _split_model_argument(text: str) -> tuple[str, Path]:
-    """'NAME=DIR' or 'DIR'; a '/' before the '=' belongs to a folder's name."""
+    """Split 'NAME=DIR' or 'DIR'; a '/' before the '=' means that the '=' belongs to the folder name."""
     name, equals, folder = text.partition("=")
     if equals and name and folder and "/" not in name:
         return name, Path(folder)

@@ -1,4 +1,4 @@
-"""The tables of `python -m pipeline evaluate`, and what their numbers mean."""
+"""The tables of `python -m pipeline evaluate`, with notes on what the numbers mean."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipeline.results.evaluate.answers import NORMALISATION
 from pipeline.results.evaluate.evaluation import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
-"""What `evaluate` returns."""
+"""Return value of `evaluate`: {model name: results}."""
 
 
 def show(results: Results, plan: Plan) -> None:
-    """Print the results as tables, with what the numbers mean and what was left out."""
+    """Print the results as tables, then notes on the numbers and on rejected samples."""
     console = Console(highlight=False)
     console.print(_totals(results, plan))
     types = sorted({kind for result in results.values() for kind in result.get("by_type", {})})

@@ -1,6 +1,6 @@
-"""What each target layer says, through its verbalizer, about one question (paper, Figure 3).
+"""Predictions of each target layer, through its verbalizer, for one question (paper, Figure 3).
 
-L target layers and the last one, T tokens of an answer, d width.
+L target layers and the last layer, T tokens of an answer, d width.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from pipeline.vlm.verbalizer import VerbalizedVLM
 
 @dataclass(frozen=True)
 class TokenPrediction:
-    """The likeliest next token of a verbalized distribution."""
+    """The most likely next token of a verbalized distribution."""
 
     token: int
     text: str
     probability: float
     ends: bool
-    """Whether it ends the turn."""
+    """Whether the token ends the turn."""
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer says."""
+    """Predictions of one layer."""
 
     layer: int
-    """Counted from 1; the deepest is the model's last, which speaks through the model's own head."""
+    """Layer number, from 1. The deepest is the model's last layer, which uses the model's own head, no verbalizer."""
     along: tuple[TokenPrediction, ...]
-    """[T] its next token at each position of the model's own final answer, that answer given."""
+    """[T] predictions at each position of the model's final answer, with that answer as input."""
     free: tuple[TokenPrediction, ...]
-    """Its own greedy answer, its own tokens given, up to its end of turn."""
+    """The layer's own greedy answer: its own tokens are fed back, until its end of turn."""
     text: str
-    """That answer's words."""
+    """Text of the layer's own answer."""
 
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """All target layers of one model, the last layer last."""
+    """Traces of all target layers of one model; the last layer is last."""
 
     name: str
     layers: tuple[LayerTrace, ...]
 
     @property
     def answer(self) -> tuple[TokenPrediction, ...]:
-        """The model's own final answer, end-of-turn token included."""
+        """The model's final answer, including its end-of-turn token."""
         return self.layers[-1].free
 
 
 def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], max_new_tokens: int) -> ModelTrace:
-    """Let every layer answer a prompt by itself, then read all layers along the last one's answer.
+    """Generate every layer's own answer to a prompt, then predict with all layers along the last layer's answer.
 
-    One generation for each layer, over the model's own key-value cache; one more forward to read along.
+    Costs one generation per layer, with the model's key-value cache, and one more forward for the predictions along.
     """
     free = {layer: generate_from_layer(vlm, side, prompt, layer, max_new_tokens) for layer in side.all_layers()}
     answer = [prediction.token for prediction in free[side.depth]]
@@ -80,7 +80,7 @@ def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor]
 def predict_along(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], answer: Sequence[int]
 ) -> list[tuple[TokenPrediction, ...]]:
-    """Each layer's likeliest token where each of the answer's T tokens is predicted, the answer itself given."""
+    """Each layer's most likely token at the T positions that predict the answer, with the answer itself as input."""
     inputs = move(_append_answer(prompt, answer), vlm.device, vlm.dtype)
     begin = prompt["input_ids"].shape[1] - 1
     positions = torch.arange(begin, begin + len(answer), device=vlm.device)
@@ -95,7 +95,7 @@ def predict_along(
 def generate_from_layer(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], layer: int, max_new_tokens: int
 ) -> tuple[TokenPrediction, ...]:
-    """One layer's greedy answer: in generation, its verbalized logits stand in for the model's own."""
+    """One layer's greedy answer: its verbalized logits replace the model's own in generation."""
     processor = _LayerGeneration(side, layer, vlm.placeholder_ids())
     try:
         (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([processor]))
@@ -105,7 +105,10 @@ def generate_from_layer(
 
 
 class _LayerGeneration(LogitsProcessor):
-    """Hears a decoder layer while the model generates, and speaks in its place."""
+    """Logits processor that replaces the model's logits by those of one decoder layer's verbalizer.
+
+    A forward hook stores the layer's hidden state at the last position.
+    """
 
     def __init__(self, side: VerbalizedVLM, layer: int, banned_ids: list[int]):
         self.side, self.layer, self.banned_ids = side, layer, banned_ids
@@ -123,7 +126,8 @@ class _LayerGeneration(LogitsProcessor):
         probabilities = logits.softmax(-1)
         logits[:, self.banned_ids] = float("-inf")
         self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
-        padding_rows = scores.shape[-1] - logits.shape[-1]  # rows that only pad the vocabulary are never said
+        # Rows of the head that only pad the vocabulary are never generated.
+        padding_rows = scores.shape[-1] - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, padding_rows), value=float("-inf"))
 
     def close(self) -> None:
@@ -135,13 +139,13 @@ def _logits(verbalized: Tensor, unembedding: Unembedding) -> Tensor:
 
 
 def _top1(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
-    """[L + 1, T, d] -> tokens and probabilities, each [L + 1, T]; logits of one layer at a time."""
+    """[L + 1, T, d] -> ids and probabilities, each [L + 1, T]; logits exist for one layer at a time."""
     best = [unembedding.logits(layer).softmax(-1).max(-1) for layer in verbalized]
     return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
 
 
 def _append_answer(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
-    """The prompt with an answer's tokens after it."""
+    """The prompt's inputs with the answer's ids appended."""
     ids = torch.tensor([list(answer)])
     more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {

@@ -1,4 +1,4 @@
-"""`python -m pipeline trace`: one question put to every model of a run, and how the answers are shown."""
+"""`python -m pipeline trace`: trace one question through the models of a run, and print the tables."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from pipeline.vlm.assemble import chat_encoder, load_verb_ffns, load_verbalized,
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LABEL_WIDTH = 8
-"""Columns of the terminal that a table's layer numbers take."""
+"""Width of the layer column, in terminal columns."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A chat up to where the assistant speaks."""
+    """A chat up to the assistant turn to be generated."""
 
     messages: Sequence[Mapping[str, Any]]
     images: Sequence[bytes]
     expected: str | None = None
-    """The data's answer, where the question comes from data."""
+    """The reference answer; None if the question does not come from data."""
 
     @property
     def text(self) -> str:
-        """The words of the last turn; the pictures as [image]."""
+        """Text of the last turn, with [image] for each image."""
         parts = self.messages[-1]["content"]
         return " ".join("[image]" if part["type"] == "image" else part["text"] for part in parts)
 
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A model of a run, and the verbalizers that it speaks through."""
+    """A model of a run, and the verbalizers used to trace it."""
 
     name: str
     backbone: Path
@@ -60,7 +60,7 @@ class TracedModel:
 def run(
     folder: Path, image: Path | None, text: str | None, sample: str | None, data: Path | None, max_new_tokens: int
 ) -> None:
-    """Trace one question (an image with a text, or a sample of shards) through a run's models, and print it."""
+    """Trace one question (an image and a text, or a sample of a shard folder) through a run's models, and print it."""
     recipe = load_recipe(run_recipe(folder)).recipe
     if sample is not None and image is None and text is None:
         question = question_from_data(data or recipe.data.held_out, sample)
@@ -73,7 +73,7 @@ def run(
 
 
 def question_from_file(image: Path, text: str) -> Question:
-    """A question about a picture on disk. Raises RecipeError if there is no such file."""
+    """A question about an image file. Raises RecipeError if there is no such file."""
     if not image.is_file():
         raise RecipeError(f"--image {image}: no such file")
     content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -94,10 +94,10 @@ def question_from_data(data: Path | None, key: str) -> Question:
 
 
 def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[str]]:
-    """Teacher, untouched and distilled student as far as the run has them, and why each of the others is left out.
+    """The available ones of teacher, untouched and distilled student, and the reason why each other is left out.
 
-    The distilled student speaks through the untouched one's verbalizers, which are not trained again (paper, 4.4).
-    Raises RecipeError if there is none at all.
+    The distilled student uses the untouched student's verbalizers, which are not trained again (paper, 4.4).
+    Raises RecipeError if none is available.
     """
     verb = run / "verbalize"
     wanted = [
@@ -122,7 +122,7 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
 
 
 def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int) -> Iterator[ModelTrace]:
-    """Trace one model after the other, so that only one is in memory."""
+    """Trace the models one after the other, so that only one is in memory."""
     for traced_model in traced_models(run, recipe)[0]:
         vlm, side = load_traced_model(traced_model, run, recipe)
         prompt = vlm.encoder.prompt(question.messages, question.images)
@@ -132,7 +132,7 @@ def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int
 
 
 def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
-    """A model with its trained verbalizers. Raises RecipeError where they do not fit one another."""
+    """Load a model with its trained verbalizers. Raises RecipeError if they do not fit each other."""
     require_model(traced_model.backbone)
     device, dtype = placement(traced_model.backbone)
     summary = done(run / "verbalize") or {}
@@ -146,7 +146,7 @@ def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> t
 
 
 def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str]) -> None:
-    """Print what was asked, every layer's own answer, every layer along the final answer, and what is missing."""
+    """Print the question, every layer's own answer, its predictions along the final answer, and what is missing."""
     console = Console(highlight=False)
     console.print(Text(f"\nquestion  {printable(question.text)}", style="bold"))
     if question.expected is not None:
@@ -164,7 +164,7 @@ def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str
 
 
 def printable(text: str) -> str:
-    """Text without control characters: what models and data say must not steer a terminal."""
+    """Escape control characters: text from models and data must not control the terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -181,7 +181,7 @@ def _free_table(model_trace: ModelTrace) -> Table:
 
 
 def _along_tables(model_trace: ModelTrace, width: int) -> Iterator[Table]:
-    """One table, or several where the answer has more tokens than the terminal is wide."""
+    """One table, or several if the answer has more tokens than fit the terminal."""
     for positions in _split_to_width(
         [_column(model_trace, position) for position in range(len(model_trace.answer))], width - LABEL_WIDTH
     ):
@@ -196,7 +196,7 @@ def _along_tables(model_trace: ModelTrace, width: int) -> Iterator[Table]:
 
 
 def _split_to_width(columns: Sequence[Sequence[Text]], width: int) -> Iterator[list[int]]:
-    """Which columns stand in each table, three spaces between them."""
+    """Column indices of each table; columns are three spaces apart."""
     positions: list[int] = []
     used = 0
     for position, cells in enumerate(columns):

@@ -1,4 +1,4 @@
-"""The cache bench's own parts, on random hidden states instead of a language model's."""
+"""The parts of the cache benchmark, on random hidden states instead of a language model's."""
 
 import numpy as np
 import pytest
@@ -59,11 +59,12 @@ def test_what_a_peer_packs_it_unpacks(outputs, name):
     codec = published(VOCAB, outputs.order.numpy())[name]
     arrays = record_arrays(codec.encode(outputs.teacher, outputs.unembedding, torch.zeros(TOKENS, len(LAYERS) + 1)))
     read = codec.unpack(codec.pack(arrays), TOKENS, len(LAYERS) + 1)
-    for key in set(arrays) & set(read) - {"ranks", "entropy", "tail"}:  # a sample is not stored as it was drawn
+    # A sample is not stored in the order in which it was drawn.
+    for key in set(arrays) & set(read) - {"ranks", "entropy", "tail"}:
         np.testing.assert_array_equal(read[key], arrays[key])
     signal = codec.decode(join_arrays([read]))
     total = signal.probs.sum(-1) + signal.tail
-    if name == "distillkit_k50_bucket":  # a curve may hold more than there is
+    if name == "distillkit_k50_bucket":  # a curve may exceed the available probability
         total = total.clamp(max=1.0)
     half = 2.0**-11 * 10  # float16 log-probabilities of up to 10 nats
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=half)

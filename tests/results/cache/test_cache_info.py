@@ -1,4 +1,4 @@
-"""cache-info: what it shows of a cache, what it verifies, what it says in words, and how it refuses."""
+"""cache-info: its tables, --verify, --sample, and its errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def example(key: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write_cache(run: Path, root: Path, codec: str, names: list[str] | None = None, verify: bool = False) -> Path:
-    """A cache as a job leaves it, in RUN/cache/NAME, of all data shards or some; the second sample is skipped."""
+    """Write a cache as a job does, to RUN/cache/NAME, of all or some data shards; the second sample is skipped."""
     data = ShardFolder(root / "shards" / "train")
     made_by = {"weights": "a" * 64, "tokenizer": tokenizer_fingerprint(root / "teacher"), "max_length": "512"}
     made = CacheIdentity({"name": codec, **CODECS[codec]}, LAYERS, V, made_by)
@@ -75,7 +75,7 @@ def write_shard(folder: CacheFolder, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with data, a tokenizer and, for each codec, a run: nothing here is changed by tests."""
+    """A folder with data, a tokenizer and one run per codec. Tests do not change it."""
     root = tmp_path_factory.mktemp("cache_info")
     write_data(root / "shards" / "train", 12, shards=3)
     byte_tokenizer().save_pretrained(root / "teacher")
@@ -93,7 +93,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(made, tmp_path, request) -> SimpleNamespace:
-    """One run of its own, to be damaged: run, cache, recipe."""
+    """A copy of one run, which the test may damage: run, cache, recipe."""
     codec = getattr(request, "param", "sampled")
     shutil.copytree(made / codec, tmp_path / "run")
     write_recipe(tmp_path / "run", made)
@@ -102,7 +102,7 @@ def copied(made, tmp_path, request) -> SimpleNamespace:
 
 
 def command(copied, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
+    """(exit code, stdout, stderr)."""
     code = main(["cache-info", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -115,7 +115,7 @@ def flip(file: Path, place: int) -> None:
 
 
 def repaired(copied, made) -> None:
-    """What --only-missing does."""
+    """Repair as --only-missing does."""
     assert (
         write_cache(copied.run, made, inspect_cache(copied.cache).identity.codec["name"], verify=True) == copied.cache
     )
@@ -235,7 +235,7 @@ def test_a_truncated_shard_is_named_at_once_and_verify_lists_what_is_lost(copied
 
 
 def test_only_missing_would_make_what_verify_finds(copied, made):
-    """The command that verify names finds the same shards: sidecars, files and hashes."""
+    """The command that verify names finds the same shards, from sidecars, files and hashes."""
     flip(copied.cache / "000000.tar", 512 + 40)
     (copied.cache / "000001.json").write_text("{")
     (copied.cache / "000002.tar").unlink()
@@ -251,7 +251,7 @@ def test_only_missing_would_make_what_verify_finds(copied, made):
 
 
 def rewrite(copied, made, change) -> None:
-    """Replace the last shard's records by others, sidecar and manifest in agreement, as a faulty writer would."""
+    """Replace the last shard's records, with a matching sidecar and manifest, as a faulty writer would."""
     cache = inspect_cache(copied.cache)
     folder = CacheFolder(copied.cache, cache.identity, ShardFolder(made / "shards" / "train"))
     sidecar = cache.sidecars["000002.tar"]
@@ -354,7 +354,7 @@ def test_a_sample_in_words_is_what_each_layer_said(made, capsys, codec):
     for t in range(len(tokens)):
         for j in range(len(LAYERS)):
             p = float(probs[t, j, top.top_ids[t][j]])
-            if codec == "sampled":  # systematic samples give each id floor(N p) or ceil(N p) points, over neighbours
+            if codec == "sampled":  # each id, and each range of neighbours, gets N p points, rounded down or up
                 count, points = map(int, top.shares[t][j].split("/"))
                 assert points == 32 and abs(count - 32 * p) < 2
             else:

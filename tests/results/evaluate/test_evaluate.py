@@ -51,7 +51,7 @@ def test_batch_size_changes_no_result(made, teacher):
 
 
 def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
-    """Half of the data's answers are what this model says, in other case and punctuation: so half are right."""
+    """Reference answers of the first four samples are the model's own, in other case and punctuation."""
     samples = []
     for index, (key, record, images) in enumerate(chats(8, seed=3)):
         ids = greedy(teacher, teacher.encoder.prompt(record["messages"][:1], images), 6)[0]
@@ -87,7 +87,7 @@ def test_read_equals_used_plus_rejected(tmp_path, teacher):
 
 
 def test_too_many_bad_samples_end_an_evaluation(tmp_path, teacher):
-    """A picture that the processor raises for is a bad sample like any other; one in a hundred is forgiven."""
+    """An image that the processor refuses is a bad sample. At max_bad_share 0.01 one is tolerated, two are not."""
     (_, record, _), good = chats(1)[0], chats(3)
     long = png(size=(2001, 10))
     folder = write_shards(tmp_path / "held_out", [*good, ("long", record, [long])])

@@ -1,4 +1,4 @@
-"""What the verbalizers say, held to naive computations with transformers' own hidden states."""
+"""Traces against naive computations with transformers' own hidden states."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def extended(prompt, ids):
 
 @torch.no_grad()
 def naive(vlm: Vlm, side: VerbalizedVLM, inputs, layer: int) -> torch.Tensor:
-    """[S, V] verbalized probabilities at every position, by transformers' own hidden_states and logits."""
+    """[S, V] verbalized probabilities at every position, from transformers' own hidden_states and logits."""
     out = vlm.model(**inputs, output_hidden_states=True, use_cache=False)
     if layer == side.depth:
         return out.logits[0, :, : len(vlm.tokenizer)].softmax(-1)
