@@ -197,7 +197,7 @@ def _terms(log_q: Tensor, said: SparseSignal) -> tuple[Tensor, Tensor, Tensor]:
     """
     p = said.probs.to(log_q.dtype)
     kl, mass = said.neg_entropy.to(log_q.dtype) - (p * log_q).sum(-1), p.sum(-1)
-    if not said.tailed:
+    if not said.has_tail:
         return kl, mass, p
     tail = said.tail.to(log_q.dtype)
     q = log_q.exp().masked_fill_(p == 0, 0.0)
@@ -218,7 +218,7 @@ def _search(
     weight, vocab = workspace.unembedding.weight, workspace.unembedding.vocab
     (tokens, _), kept = h.shape, signal.ids.shape[2]
     wide = accumulator(weight.dtype)
-    heavy = min(HEAVY, vocab) if signal.tailed else 1
+    heavy = min(HEAVY, vocab) if signal.has_tail else 1
     found = _Candidates(
         columns=columns,
         log_q=h.new_empty(tokens, len(columns), kept, dtype=wide),

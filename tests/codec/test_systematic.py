@@ -19,7 +19,7 @@ def draw(logits, order, u, head=None):
 @pytest.mark.parametrize("vocab", [1, 5, BLOCK, BLOCK + 1, 5 * BLOCK, 1000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 5.0, 60.0])
 def test_points_are_those_of_the_cumulative_sum(vocab, spread, monkeypatch):
-    monkeypatch.setattr(systematic, "AT_ONCE", 4 * max(vocab, N * BLOCK))  # in several parts, the last one smaller
+    monkeypatch.setattr(systematic, "CPU_ELEMENTS", 4 * max(vocab, N * BLOCK))  # in several parts, the last one smaller
     generator = torch.Generator().manual_seed(vocab)
     logits = spread * torch.randn(ROWS, vocab, generator=generator)
     order, u = torch.randperm(vocab, generator=generator), torch.rand(ROWS, generator=generator, dtype=torch.float64)
@@ -66,4 +66,4 @@ def test_the_blocks_that_points_fall_into_bound_the_rows_at_a_time(monkeypatch):
     seen, inner = [], systematic._draw
     monkeypatch.setattr(systematic, "_draw", lambda logits, *rest: seen.append(len(logits)) or inner(logits, *rest))
     draw_points(torch.randn(20, 5), Unembedding(torch.empty(0, 1), 5), torch.arange(5), torch.rand(20).double(), 1024)
-    assert max(seen) * 1024 * BLOCK <= systematic.AT_ONCE and sum(seen) == 20
+    assert max(seen) * 1024 * BLOCK <= systematic.CPU_ELEMENTS and sum(seen) == 20

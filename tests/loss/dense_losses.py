@@ -66,7 +66,7 @@ def topk_signal(probs, kept, tail=True):
         p = p / p.sum(-1, keepdim=True)
     rest = probs.clone().scatter_(-1, ids, 0).sum(-1) if tail else torch.zeros_like(p[..., 0])
     neg_entropy = torch.special.xlogy(p, p).sum(-1) + torch.special.xlogy(rest, rest)
-    return SparseSignal(ids, p, rest, neg_entropy, tailed=tail)
+    return SparseSignal(ids, p, rest, neg_entropy, has_tail=tail)
 
 
 def random_probs(tokens, teachers, vocab, spread=2.0, seed=2, dtype=torch.float64):

@@ -107,7 +107,7 @@ def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(options
     results = {}
     for fused in (False, True):
         monkeypatch.setattr(probabilities, "fusible", lambda weight, fused=fused: fused)
-        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "tailed"}
+        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "has_tail"}
         x, there = h.to(DEVICE).requires_grad_(), replace(signal, **moved)
         matrix = kl_matrix(x, on_device(head), there, [range(2)], chunk=4)
         loss = matched_kl(x, on_device(head), there, [1], matrix)[0]

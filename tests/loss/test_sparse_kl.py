@@ -44,7 +44,7 @@ def make_signal(kind, tokens=TOKENS, teachers=TEACHERS, vocab=VOCAB):
     if kind == "sampled":  # ids drawn with replacement: some come twice, none stands for the rest
         ids = torch.multinomial(probs.flatten(0, 1), 9, True, generator=torch.Generator().manual_seed(5))
         p = torch.full((tokens, teachers, 9), 1 / 9, dtype=torch.float64)
-        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1), tailed=False)
+        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1), has_tail=False)
     signal = topk_signal(probs, {"all kept": vocab, "no tail": 6}.get(kind, 9), tail=kind != "no tail")
     if kind == "padded":
         pad = torch.zeros_like(signal.ids[..., :4])
