@@ -65,7 +65,7 @@ def narrowest(largest: int) -> str:
 def pack_record(tokens: np.ndarray, streams: Mapping[str, bytes], made_for: str = "") -> bytes:
     """Response token ids [T] and a codec's streams -> the bytes of one record.
 
-    made_for: the hash of the cache's identity (CacheIdentity.made_for). `unpack_record` needs the same one.
+    made_for: the hash of the cache's identity (CacheIdentity.made_for). `unpack_record` must get the same one.
     """
     dtype = narrowest(int(tokens.max(initial=0)))
     compressor = zstandard.ZstdCompressor(level=LEVEL)
