@@ -55,7 +55,7 @@ class Problem:
         ids = torch.randint(case.vocab, shape, generator=generator).to(DEVICE)
         probs = torch.full(shape, 1 / case.kept, device=DEVICE)
         tail = torch.zeros(shape[:2], device=DEVICE)
-        self.signal = SparseSignal(ids, probs, tail, probs.log().mean(-1), tailed=False)
+        self.signal = SparseSignal(ids, probs, tail, probs.log().mean(-1), has_tail=False)
         self.labels = ids[:, 0, 0].contiguous()
         self.ranges = search_ranges(case.students, case.teachers)
 
