@@ -67,7 +67,7 @@ def test_a_task_of_an_array_reads_its_part(tmp_path):
     assert code == 0 and "launch/cache.py --recipe" in output and output.strip().endswith("--shards 7-7")
 
 
-def test_a_task_submitted_again_alone_must_know_of_how_many_it_is(tmp_path):
+def test_a_task_submitted_again_alone_needs_the_number_of_tasks(tmp_path):
     output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1")
     assert code == 2 and "Traceback" not in output
     assert output.startswith(
@@ -80,7 +80,7 @@ def test_a_task_submitted_again_alone_reads_the_same_part(tmp_path):
     assert code == 0 and output.strip().endswith("--shards 7-7")
 
 
-def test_as_rank_outside_of_srun_says_what_to_run():
+def test_as_rank_outside_of_srun_names_the_command():
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run(
         [SCRIPTS / "as_rank.sh", "true"], env=environment, capture_output=True, text=True, check=False
@@ -94,7 +94,7 @@ def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", SCRIPTS / script], check=True)
 
 
-def test_submitting_without_a_recipe_says_what_to_run():
+def test_submitting_without_a_recipe_names_the_command():
     environment = {key: value for key, value in os.environ.items() if key != "RECIPE"}
     done = subprocess.run([SCRIPTS / "submit_chain.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0

@@ -40,7 +40,7 @@ def naive(vlm: Vlm, prompt, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("pictures", [True, False])
-def test_a_padded_batch_says_what_each_prompt_says_alone(vlm, pictures):
+def test_a_padded_batch_generates_what_each_prompt_generates_alone(vlm, pictures):
     prompt_list = prompts(vlm, pictures)
     together = greedy(vlm, pad_left(prompt_list, vlm.encoder.filler(), vlm.pad_id), 6)
     assert together == [naive(vlm, prompt, 6) for prompt in prompt_list]

@@ -23,7 +23,7 @@ def test_real_shapes_are_refused_on_a_cpu(monkeypatch, capsys):
     assert "--shape real needs a GPU with 80 GB, and torch finds none" in capsys.readouterr().err
 
 
-def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
+def test_a_pair_has_its_declared_sizes(monkeypatch, tmp_path):
     tiny = replace(
         pairs.RANDOM_PAIRS["real-2b"],
         teacher=pairs.Size(layers=4, width=64, inner=64, heads=4, kv_heads=2, rows=1100, tied=False),

@@ -154,7 +154,7 @@ def test_fidelity_is_that_of_all_shards(made, capsys):
     assert f"{measured.draw_tv():.4f}" in out
 
 
-def test_every_place_that_names_a_cache(made):
+def test_every_path_that_names_a_cache(made):
     (cache,) = find_caches(made / "topk")
     assert find_caches(made / "topk" / "cache") == find_caches(cache) == [cache]
     assert inspect_cache(cache).recipe == made / "topk" / "recipe.yaml"
@@ -170,7 +170,7 @@ def test_several_caches_are_listed_and_one_must_be_named(copied, made, capsys):
     assert code == 0 and f"next: deepspeed launch/cache.py --recipe {copied.recipe} --only-missing" in out
 
 
-def test_a_cache_in_the_making(made, tmp_path, capsys):
+def test_an_incomplete_cache(made, tmp_path, capsys):
     run = tmp_path / "run"
     write_recipe(run, made)
     path = write_cache(run, made, "sampled", ["000002.tar"])
@@ -200,7 +200,7 @@ def test_data_that_has_grown_or_changed(copied, made, tmp_path):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_verify_of_a_good_cache_says_how_fast(made, capsys, codec):
+def test_verify_of_a_good_cache_prints_its_speed(made, capsys, codec):
     code, out, err = command(None, capsys, made / codec, "--verify")
     assert (code, err) == (0, "")
     assert re.search(r"verified 3 shards: 11 records, \d+ token-layers decoded in .* token-layers/s", out)
@@ -338,14 +338,14 @@ def test_a_foreign_shard_is_named(copied, made):
     assert [(p.key, p.what) for p in checked[1].problems] == [("", "made for another cache")]
 
 
-def test_an_order_that_is_gone_is_said_with_its_command(copied, capsys):
+def test_a_missing_order_is_reported_with_its_command(copied, capsys):
     (copied.cache / "order.int32").unlink()
     code, _, err = command(copied, capsys, copied.cache, "--verify")
     assert code == 2 and "no order.int32" in err and f"--recipe {copied.recipe} --only-missing" in err
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_sample_in_words_is_what_each_layer_said(made, capsys, codec):
+def test_a_sample_shows_the_top_tokens_of_each_layer(made, capsys, codec):
     tokens, hidden = example("s00002")
     _, out, _ = command(None, capsys, made / codec, "--sample", "s00002")
     probs = HEAD.logits(hidden.bfloat16() if codec == "hidden" else hidden).softmax(-1)
@@ -365,13 +365,13 @@ def test_a_sample_in_words_is_what_each_layer_said(made, capsys, codec):
     assert repr(first) in out and "layer 1" in out and "last layer" in out and "may be wrong" not in out
 
 
-def test_a_long_sample_is_cut_and_says_so(made, capsys):
+def test_a_long_sample_is_cut_with_a_note(made, capsys):
     (long,) = [key for key in (f"s{n:05d}" for n in range(12)) if len(example(key)[0]) == 21]
     _, out, _ = command(None, capsys, made / "topk", "--sample", long)
     assert "and 5 tokens more" in out and re.search(r"^ *16 ", out, re.M) and not re.search(r"^ *17 ", out, re.M)
 
 
-def test_another_tokenizer_reads_the_words_with_a_warning(copied, tmp_path, capsys):
+def test_another_tokenizer_gives_a_warning(copied, tmp_path, capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "other")
@@ -417,13 +417,13 @@ def test_a_run_without_a_tokenizer_asks_for_one(copied, tmp_path, capsys):
         ("manifest.json", "{", "manifest.json is damaged"),
     ],
 )
-def test_a_cache_that_cannot_be_read_says_what_to_run(copied, capsys, file, content, message):
+def test_a_cache_that_cannot_be_read_names_the_command(copied, capsys, file, content, message):
     (copied.cache / file).write_text(content)
     code, _, err = command(copied, capsys, copied.run)
     assert code == 2 and message in err and f"deepspeed launch/cache.py --recipe {copied.recipe}" in err
 
 
-def test_a_damaged_record_is_not_put_into_words(copied, capsys):
+def test_a_damaged_record_is_not_shown(copied, capsys):
     flip(copied.cache / "000000.tar", sidecar_of(copied)["offsets"][0] + 512 + 40)
     code, _, err = command(copied, capsys, copied.run, "--sample", "s00000")
     assert code == 2 and "record 's00000' is damaged" in err and f"cache-info {copied.cache} --verify" in err

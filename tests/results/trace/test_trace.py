@@ -65,7 +65,7 @@ def logit_lens(vlm: Vlm, inputs, layer: int) -> torch.Tensor:
         return lm_head(vlm.model)(final_norm(vlm.model)(h))[:, : len(vlm.tokenizer)].softmax(-1)
 
 
-def test_untrained_verbalizers_say_what_the_logit_lens_says(untrained):
+def test_untrained_verbalizers_equal_the_logit_lens(untrained):
     vlm, side = untrained
     prompt, answer = prompt_of(vlm), [70, 71, 72]
     begin = prompt["input_ids"].shape[1] - 1
@@ -104,7 +104,7 @@ def test_each_layers_own_answer_equals_feeding_back_its_own_tokens(trained):
             assert step.probability == pytest.approx(float(expected.max()), abs=1e-6)
             ids.append(step.token)
         answers.add(tuple(ids))
-    assert len(answers) == 3, "the layers of this test should not all say the same"
+    assert len(answers) == 3, "the layers of this test should give different answers"
 
 
 def test_the_last_layers_own_answer_is_the_models(trained):
@@ -113,12 +113,14 @@ def test_the_last_layers_own_answer_is_the_models(trained):
     assert [one.token for one in predictions] == greedy(vlm, prompt_of(vlm), 8)[0]
 
 
-def test_rows_that_only_pad_the_vocabulary_are_never_said(tmp_path):
+def test_rows_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
     vlm, side = traced_model(tmp_path, "qwen2_vl", trained=True, rows=2000)
     vocab = len(vlm.tokenizer)
     found = trace("teacher", vlm, side, prompt_of(vlm), 4)
     assert all(prediction.token < vocab for layer in found.layers for prediction in (*layer.along, *layer.free))
-    assert max(greedy(vlm, prompt_of(vlm), 4)[0]) >= vocab, "without the cut these random weights say padding"
+    assert max(greedy(vlm, prompt_of(vlm), 4)[0]) >= vocab, (
+        "without the limit these random weights generate padding ids"
+    )
 
 
 def test_free_answers_stop_at_the_end_of_turn_and_hooks_go_away(trained):
