@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from data_prep.ranks import RankFailed, Ranks, start_ranks
 from data_prep.schema import REASONS, SPLITS, BadSample, DataError
-from data_prep.sources import Source, all_sources, positive, share
+from data_prep.sources import Source, all_sources, fraction, positive_int
 
 if TYPE_CHECKING:
     from data_prep.plan import Plan
-    from data_prep.sharding import Outcome
+    from data_prep.sharding import ShardResult
 
 MANUAL = """\
 Instruction data -> WebDataset shards that training reads.
@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument(
         "folder", type=Path, metavar="DIR", help="what shard --output wrote, or one shard folder of it"
     )
-    preview.add_argument("--count", type=positive, default=48, metavar="N", help="samples of each split (default 48)")
+    preview.add_argument(
+        "--count", type=positive_int, default=48, metavar="N", help="samples of each split (default 48)"
+    )
     preview.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default DIR/preview.html)")
     return parser
 
@@ -103,16 +105,20 @@ def _shard_parser(chosen: Source | None, sources: dict[str, Source]) -> argparse
     parser.add_argument("--source", required=True, choices=sources, help="where the samples come from; options below")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--samples-per-shard", type=positive, default=1000, metavar="N", help="samples in a tar file (default 1000)"
+        "--samples-per-shard", type=positive_int, default=1000, metavar="N", help="samples in a tar file (default 1000)"
     )
     parser.add_argument(
-        "--held-out", type=share, default=0.05, metavar="SHARE",
+        "--held-out", type=fraction, default=0.05, metavar="SHARE",
         help="share of the samples that is held out, where the source has no split of its own (default 0.05)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-rejects", type=share, default=0.01, metavar="SHARE", help="largest share of bad records (default 0.01)"
+        "--max-rejects",
+        type=fraction,
+        default=0.01,
+        metavar="SHARE",
+        help="largest share of bad records (default 0.01)",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="read the first N records only (default: all)")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="read the first N records only (default: all)")
     if chosen:
         group = parser.add_argument_group(f"--source {chosen.name}", chosen.summary)
         chosen.add_options(group)  # type: ignore[arg-type]  # a group declares options as a parser does
@@ -127,7 +133,7 @@ def _manual_of(source: Source) -> str:
 
 
 def _on_all_ranks(argv: list[str]) -> int:
-    """`shard` on every rank: what stops it stops all, and is told by rank 0 alone."""
+    """`shard` on every rank: an error on one rank ends all, and rank 0 alone prints it."""
     ranks = Ranks()
     try:
         sources = all_sources()
@@ -158,26 +164,26 @@ def _own_options(source: Source, argv: list[str]) -> argparse.Namespace:
 
 
 def _shard(args: argparse.Namespace, options: argparse.Namespace, source: Source, ranks: Ranks) -> int:
-    from data_prep.sharding import Job, shard
+    from data_prep.sharding import ShardJob, shard
 
-    job = Job(source, options, args.output, args.samples_per_shard, args.held_out, args.max_rejects, args.limit)
-    outcome = shard(job, ranks)
+    job = ShardJob(source, options, args.output, args.samples_per_shard, args.held_out, args.max_rejects, args.limit)
+    result = shard(job, ranks)
     if ranks.rank == 0:
-        _print_outcome(args, outcome)
-    return 1 if outcome.refused else 0
+        _print_result(args, result)
+    return 1 if result.refused else 0
 
 
-def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
+def _print_result(args: argparse.Namespace, result: ShardResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    plan = outcome.plan
+    plan = result.plan
     print(f"{args.source} -> {args.output}")
     table = Table()
     table.add_column("records")
     table.add_column("", justify="right")
     table.add_row("read", f"{plan.read:,}")
-    table.add_row("good, not written" if outcome.refused else "written", f"{plan.good:,}")
+    table.add_row("good, not written" if result.refused else "written", f"{plan.accepted:,}")
     for split in SPLITS:
         shards = plan.in_split(split)
         table.add_row(f"  {split}, {len(shards)} shards", f"{sum(len(s.samples) for s in shards):,}")
@@ -185,11 +191,11 @@ def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
     for reason, number in plan.reasons():
         table.add_row(f"  {reason}: {REASONS[reason]}", f"{number:,}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    if outcome.refused:
+    if result.refused:
         print(f"error: {_refusal(args, plan)}", file=sys.stderr)
         return
-    if outcome.shards_kept:
-        print(f"{outcome.shards_kept} of {len(plan.shards)} shards were finished by an earlier run and stayed")
+    if result.shards_kept:
+        print(f"{result.shards_kept} of {len(plan.shards)} shards were finished by an earlier run and stayed")
     for split in SPLITS:
         if not plan.in_split(split):
             print(f"note: no sample is in {split}")
@@ -204,8 +210,8 @@ def _refusal(args: argparse.Namespace, plan: Plan) -> str:
     )
     return (
         f"{len(plan.rejects):,} of {plan.read:,} records are bad, more than --max-rejects {args.max_rejects:g}; the "
-        f"commonest reason: {reason} ({number:,}; the first, at {first.place}: {first.detail}). No shard was written; "
-        f"see {args.output}/rejects.jsonl, and mend the input or allow a larger share.{hint}"
+        f"commonest reason: {reason} ({number:,}; the first, at {first.location}: {first.detail}). No shard was "
+        f"written; see {args.output}/rejects.jsonl, and mend the input or allow a larger share.{hint}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, brought to the disk, renamed."""
+"""Atomic writes: a file is written under another name, brought to the disk, and then renamed."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
-"""End of the name of a file in the making: .000000.tar.PID-RANDOM.partial"""
+"""How the name of an unfinished file ends: .000000.tar.PID-RANDOM.partial"""
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, fsynced, renamed."""
-    aside = Aside(path)
+    """Write a file whole or not at all. Raises OSError."""
+    atomic = AtomicFile(path)
     try:
-        aside.file.write(content)
-        aside.commit()
+        atomic.file.write(content)
+        atomic.commit()
     finally:
-        aside.discard()
+        atomic.discard()
 
 
-class Aside:
-    """A file under a name of this process's own, which takes the final name when it is whole and on the disk."""
+class AtomicFile:
+    """A file that gets its name when it is complete. Until `commit` it has a name that no other process uses."""
 
     def __init__(self, path: Path):
-        """Makes the folder where there is none."""
+        """Creates the folder where there is none."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._own = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
         self.file: BinaryIO = open(self._own, "xb+")  # noqa: SIM115  # closed by commit or discard
 
     def commit(self) -> None:
-        """Give the file its final name, in place of what may have it."""
+        """Bring the file to the disk and give it its name, in place of a file that has it. Raises OSError."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -45,7 +45,7 @@ class Aside:
             os.close(folder)
 
     def discard(self) -> None:
-        """Remove what was not committed, also where the disk is so full that closing the file fails."""
+        """Remove the file if it was not committed. It is removed also where a full disk lets closing it fail."""
         try:
             with contextlib.suppress(OSError):
                 self.file.close()

@@ -14,12 +14,12 @@ from data_prep.shards import MANIFEST, ShardFolder, ShardInfo, describe_shard
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with a shard, or with one sample in it."""
+    """A fault of a shard, or of one sample in it."""
 
     shard: str
     """split/name"""
     key: str
-    """Empty where the shard as a whole is meant."""
+    """The sample's key; empty where the fault is the shard's."""
     what: str
 
 
@@ -36,7 +36,7 @@ def lint(folders: list[ShardFolder]) -> list[Problem]:
     total, done = sum(len(folder) for folder in folders), 0
     with Progress("checked") as progress:
         for folder in folders:
-            problems += _strangers(folder)
+            problems += _unlisted_files(folder)
             for shard in folder.shards:
                 problems += _shard_problems(folder, shard)
                 for index in range(shard.first, shard.first + shard.samples):
@@ -46,7 +46,7 @@ def lint(folders: list[ShardFolder]) -> list[Problem]:
     return problems
 
 
-def _strangers(folder: ShardFolder) -> Iterator[Problem]:
+def _unlisted_files(folder: ShardFolder) -> Iterator[Problem]:
     known = {shard.name for shard in folder.shards}
     for path in sorted(folder.path.glob("*.tar")):
         if path.name not in known:

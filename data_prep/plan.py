@@ -1,4 +1,4 @@
-"""Which sample goes into which shard: a function of what was read, and of nothing else, so the same on every rank."""
+"""Which sample goes into which shard. The plan follows from the records alone, so it is the same on every rank."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import write_file
-from data_prep.examine import Good, Reject
+from data_prep.records import Accepted, Rejected
 from data_prep.schema import SCHEMA_VERSION, SPLITS, DataError
 from data_prep.shards import shard_name
 from data_prep.split import split_of
 
 PLAN = "plan.json"
-"""In the output folder: what it is being made from."""
+"""In the output folder: what its shards are made from."""
 
 
 @dataclass(frozen=True)
@@ -26,65 +26,65 @@ class PlannedShard:
 
     split: str
     name: str
-    samples: Sequence[Good]
+    samples: Sequence[Accepted]
 
     @property
     def keys(self) -> list[str]:
         """Its samples' keys, in order."""
-        return [good.key for good in self.samples]
+        return [accepted.key for accepted in self.samples]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is to be written, and all that is not."""
+    """The shards to be written, and the records that are left out."""
 
     shards: Sequence[PlannedShard]
-    rejects: Sequence[Reject]
+    rejects: Sequence[Rejected]
     """In the order of the input."""
 
     @property
-    def good(self) -> int:
+    def accepted(self) -> int:
         """Samples to be written."""
         return sum(len(shard.samples) for shard in self.shards)
 
     @property
     def read(self) -> int:
-        """Records read: good + rejected."""
-        return self.good + len(self.rejects)
+        """Records read: accepted + rejected."""
+        return self.accepted + len(self.rejects)
 
     def in_split(self, split: str) -> list[PlannedShard]:
         """The shards of one split, in order."""
         return [shard for shard in self.shards if shard.split == split]
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Reason codes and how often each occurs, the commonest first."""
+        """Reason codes and how often each occurs, the most frequent first."""
         return sorted(Counter(reject.reason for reject in self.rejects).items(), key=lambda pair: (-pair[1], pair[0]))
 
     def fingerprint(self) -> str:
-        """SHA-256 over every byte that will be written, and its place."""
+        """SHA-256 over every byte that will be written, and where it will stand."""
         digest = hashlib.sha256(f"schema {SCHEMA_VERSION}".encode())
         for shard in self.shards:
             digest.update(f"{shard.split}/{shard.name}".encode())
-            digest.update(b"".join(good.digest for good in shard.samples))
+            digest.update(b"".join(accepted.digest for accepted in shard.samples))
         return digest.hexdigest()
 
 
-def make_plan(found: Iterable[Good | Reject], samples_per_shard: int, held_out: float) -> Plan:
-    """Plan the shards for what was found, in any order. Of several records with one id the first counts.
+def make_plan(found: Iterable[Accepted | Rejected], samples_per_shard: int, held_out: float) -> Plan:
+    """Plan the shards. `found` may come in any order. Of several records with one id, the first is accepted.
 
     held_out is the share of samples without a split of their own that is held out (0 to 1).
     """
-    rejects: list[Reject] = []
-    good: dict[str, Good] = {}
-    for record in sorted(found, key=lambda record: record.place.index):
-        if isinstance(record, Reject):
+    rejects: list[Rejected] = []
+    accepted: dict[str, Accepted] = {}
+    for record in sorted(found, key=lambda record: record.location.index):
+        if isinstance(record, Rejected):
             rejects.append(record)
-        elif record.key in good:
-            detail = f"{record.id!r} was at {good[record.key].place}"
-            rejects.append(Reject(record.place, record.id, "duplicate_id", detail))
+        elif record.key in accepted:
+            detail = f"{record.id!r} was at {accepted[record.key].location}"
+            rejects.append(Rejected(record.location, record.id, "duplicate_id", detail))
         else:
-            good[record.key] = record
-    return Plan(_shards(list(good.values()), samples_per_shard, held_out), rejects)
+            accepted[record.key] = record
+    return Plan(_shards(list(accepted.values()), samples_per_shard, held_out), rejects)
 
 
 def claim_folder(folder: Path, fingerprint: str, settings: dict[str, Any]) -> None:
@@ -121,14 +121,14 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
 
 
-def _shards(good: list[Good], samples_per_shard: int, held_out: float) -> list[PlannedShard]:
-    free = [record for record in good if record.split is None]
+def _shards(accepted: list[Accepted], samples_per_shard: int, held_out: float) -> list[PlannedShard]:
+    free = [record for record in accepted if record.split is None]
     drawn = dict(
         zip((record.key for record in free), split_of([record.pictures for record in free], held_out), strict=True)
     )
     shards = []
     for split in SPLITS:
-        members = [record for record in good if (record.split or drawn[record.key]) == split]
+        members = [record for record in accepted if (record.split or drawn[record.key]) == split]
         for number, start in enumerate(range(0, len(members), samples_per_shard)):
             shards.append(PlannedShard(split, shard_name(number), members[start : start + samples_per_shard]))
     return shards

@@ -1,4 +1,4 @@
-"""`python -m data_prep preview`: samples as a contact sheet, one HTML file that needs no other."""
+"""`python -m data_prep preview`: samples on one HTML page, with the images in it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from data_prep.images import check_image
 from data_prep.schema import validate_record
 from data_prep.shards import RawSample, ShardFolder
 
-LARGEST = 480
-"""Pixels of an image's longer side in the sheet; smaller images are embedded as they are."""
+MAX_SIDE = 480
+"""Largest side of an image on the page, in pixels; smaller images are embedded as they are."""
 
 MIME = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "gif": "image/gif", "bmp": "image/bmp"}
-"""Suffix -> type, of what browsers show. Others are embedded as PNG."""
+"""Suffix -> media type, of the formats that browsers show. Others are embedded as PNG."""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -39,7 +39,7 @@ p {{ margin: .35rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }}
 
 
 def preview(folders: list[ShardFolder], count: int, output: Path) -> int:
-    """Write a sheet of up to `count` samples of each folder, evenly spaced; returns how many there are in it.
+    """Write a page of up to `count` samples of each folder, evenly spaced; returns how many it shows.
 
     Raises DataError where a shard is damaged, BadSample where an image is.
     """
@@ -80,9 +80,9 @@ def _data_uri(content: bytes) -> str:
 
     suffix = check_image(content)
     with Image.open(io.BytesIO(content)) as image:
-        if max(image.size) > LARGEST or suffix not in MIME:
+        if max(image.size) > MAX_SIDE or suffix not in MIME:
             small = image.convert("RGB")
-            small.thumbnail((LARGEST, LARGEST))
+            small.thumbnail((MAX_SIDE, MAX_SIDE))
             buffer = io.BytesIO()
             small.save(buffer, "PNG")
             content, suffix = buffer.getvalue(), "png"

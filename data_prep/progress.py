@@ -1,9 +1,10 @@
-"""How far all ranks together are: a bar on a terminal, a line now and then elsewhere. Goes to stderr."""
+"""Progress of all ranks together, on stderr: a bar on a terminal, else a line every few seconds."""
 
 from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 EVERY_SECONDS = 5.0
@@ -11,7 +12,7 @@ EVERY_SECONDS = 5.0
 
 
 class Progress:
-    """Counts records of one piece of work, with rate and the time that is left. As a context it ends its bar."""
+    """Shows the records of one piece of work, their rate and the time left. Used as a context, it ends its bar."""
 
     def __init__(self, verb: str, visible: bool = True):
         """verb: such as "examined"; visible: whether this process is the one that shows it."""
@@ -39,7 +40,7 @@ class Progress:
             print(f"{self._text()} in {_clock(self._seconds())}", file=sys.stderr, flush=True)
 
     def update(self, done: int, share: float | None) -> None:
-        """Say that `done` records are, which is `share` of all (0 to 1; None: unknown)."""
+        """Show that `done` records are finished, which is `share` of all (0 to 1; None: unknown)."""
         self._done = done
         if self._bar is not None:
             total = {} if share is None else {"total": 1.0, "completed": share}
@@ -61,6 +62,4 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return str(timedelta(seconds=round(seconds)))

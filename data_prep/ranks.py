@@ -1,6 +1,6 @@
-"""The processes of one `mpirun`, so that an error on one of them reaches all and none waits for ever.
+"""The processes of one `mpirun`. An error on one rank ends all of them, so that none waits for ever.
 
-Without a launcher there is one rank and mpi4py is never imported.
+Without a launcher there is one rank, and mpi4py is not imported.
 """
 
 from __future__ import annotations
@@ -20,75 +20,75 @@ LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_SIZ
 
 
 class RankFailed(Exception):
-    """Raised on every rank alike when one or more of them failed; speaks of the first in rank order."""
+    """Raised on every rank when one or more of them failed; its message is that of the lowest rank."""
 
     def __init__(self, message: str, expected: bool):
         super().__init__(message, expected)
         self.message = message
         self.expected = expected
-        """Whether it is something that the user can put right, with a message for them; else it has a traceback."""
+        """Whether the user can put it right. If not, the message holds a traceback."""
 
     def __str__(self) -> str:
         return self.message
 
 
 class Ranks:
-    """One rank alone; MPI's many are `_MpiRanks`. Methods marked "all" are called by every rank together."""
+    """One rank alone; `_MpiRanks` are the ranks of MPI. A method marked "all" must be called by every rank."""
 
     rank = 0
     size = 1
 
     def __init__(self) -> None:
-        self._own: list[Any] = []
-        self._ended = 0
+        self._to_itself: list[Any] = []
+        self._finished = 0
 
     def gather(self, value: Any) -> list[Any]:
         """All: every rank's value, in rank order, on every rank."""
         return [value]
 
-    def tell(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
         """Send a value to rank 0 without waiting for it."""
-        self._own.append(value)
+        self._to_itself.append(value)
 
-    def heard(self) -> list[Any]:
-        """Rank 0: what ranks told since the last call."""
-        told = self._take()
-        values = [value for value in told if not isinstance(value, _Ended)]
-        self._ended += len(told) - len(values)
+    def receive(self) -> list[Any]:
+        """Rank 0: what the ranks have sent since the last call."""
+        messages = self._take()
+        values = [value for value in messages if not isinstance(value, _Finished)]
+        self._finished += len(messages) - len(values)
         return values
 
     def _take(self) -> list[Any]:
-        told, self._own = self._own, []
-        return told
+        messages, self._to_itself = self._to_itself, []
+        return messages
 
     def flush(self) -> None:
-        """Wait until rank 0 has taken what this rank told."""
+        """Wait until rank 0 has received what this rank sent."""
 
     def abort(self) -> None:
-        """End every rank at once, after an error that could not be agreed on."""
+        """End every rank at once, after an error that the other ranks do not know of."""
 
-    def agree(self, error: Exception | None) -> None:
-        """All: raise RankFailed everywhere if any rank brings an error."""
+    def raise_on_all(self, error: Exception | None) -> None:
+        """All: raise RankFailed on every rank if any rank has an error."""
         failed = [found for found in self.gather(_failed(self.rank, self.size, error)) if found]
         if failed:
             raise failed[0]
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         """All: do the work; if it fails on any rank, RankFailed is raised on all."""
         result, failure = None, None
         try:
             result = work()
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # whatever it is, the other ranks must know of it
             failure = error
-        self.agree(failure)
+        self.raise_on_all(failure)
         return result  # type: ignore[return-value]  # it is T: nobody failed
 
-    def on_first(self, work: Callable[[], object]) -> None:
+    def run_on_first(self, work: Callable[[], object]) -> None:
         """All: rank 0 does the work; if it fails, RankFailed is raised on all."""
-        self.together(work if self.rank == 0 else lambda: None)
+        self.run_on_all(work if self.rank == 0 else lambda: None)
 
-    def finish(self, work: Callable[[], T], hear: Callable[[list[Any]], None]) -> list[T]:
-        """All: each rank works for itself, telling as it likes; rank 0 hears it until the last has ended.
+    def run_and_collect(self, work: Callable[[], T], on_received: Callable[[list[Any]], None]) -> list[T]:
+        """All: each rank does its work and may `send` meanwhile; rank 0 receives until the last one has finished.
 
         Returns every rank's result on every rank, or raises RankFailed on all.
         """
@@ -97,20 +97,20 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        self.tell(_Ended())
-        while self.rank == 0 and self._ended < self.size:
-            told = self.heard()
-            hear(told)
-            if not told:
+        self.send(_Finished())
+        while self.rank == 0 and self._finished < self.size:
+            messages = self.receive()
+            on_received(messages)
+            if not messages:
                 time.sleep(0.02)
-        self._ended = 0
+        self._finished = 0
         self.flush()
-        self.agree(failure)
+        self.raise_on_all(failure)
         return self.gather(result)
 
 
-class _Ended:
-    """A rank's last word."""
+class _Finished:
+    """The last message of a rank."""
 
 
 def start_ranks() -> Ranks:
@@ -144,18 +144,18 @@ class _MpiRanks(Ranks):
     def gather(self, value: Any) -> list[Any]:
         return self._comm.allgather(value)
 
-    def tell(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
         if self.rank == 0:
-            super().tell(value)
+            super().send(value)
             return
         self._sent = [request for request in self._sent if not request.Test()]
         self._sent.append(self._comm.isend(value, dest=0))
 
     def _take(self) -> list[Any]:
-        told = super()._take()
+        messages = super()._take()
         while self._comm.iprobe(source=self._mpi.ANY_SOURCE):
-            told.append(self._comm.recv(source=self._mpi.ANY_SOURCE))
-        return told
+            messages.append(self._comm.recv(source=self._mpi.ANY_SOURCE))
+        return messages
 
     def flush(self) -> None:
         self._mpi.Request.Waitall(self._sent)

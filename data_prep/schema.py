@@ -1,4 +1,4 @@
-"""What a sample is, what makes one bad, and what a user of data_prep can put right.
+"""What a sample is, and what makes one bad.
 
 A sample on disk is `KEY.json` and its images `KEY.0.png`, `KEY.1.jpg`, ..., numbered in the order in which the chat's
 {"type": "image"} parts stand, over all turns. The JSON is
@@ -37,6 +37,9 @@ REASONS = {
     "image_too_large": "an image has more pixels than is safe to decode",
     "more_placeholders_than_images": "the text asks for more images than there are",
     "fewer_placeholders_than_images": "there are images that the text never mentions",
+    "conflicting_image": "an image part and the record name different pictures",
+    "conflicting_system": "the record and the chat have different system prompts",
+    "video_or_audio": "the record is about a video or a sound, which nobody would see or hear",
     "image_in_response": "an assistant turn holds an image",
     "no_assistant_turn": "nobody answers",
     "empty_response": "an assistant turn has no words",
@@ -49,7 +52,7 @@ _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class DataError(Exception):
-    """The run cannot go on, and the user can put it right: the message says what was expected, found, and what next."""
+    """The run cannot go on, but the user can put it right. The message: what was expected, what found, what to do."""
 
 
 class BadSample(Exception):
@@ -60,15 +63,15 @@ class BadSample(Exception):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
         self.id: Any = None
-        """The record's id where that is known: see `about`."""
+        """The record's id where that is known: see `tag_with_id`."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
 
 
 @contextmanager
-def about(sample_id: Any) -> Iterator[None]:
-    """Within: a BadSample that is raised is about the record of this id."""
+def tag_with_id(sample_id: Any) -> Iterator[None]:
+    """A BadSample that is raised inside gets this id."""
     try:
         yield
     except BadSample as bad:
@@ -149,5 +152,5 @@ def _validate_part(number: int, part: Any) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """How a message calls a value of the wrong type."""
+    """What a message calls a value of the wrong type."""
     return "missing" if value is None else f"a {type(value).__name__}"

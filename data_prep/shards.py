@@ -1,4 +1,4 @@
-"""Tar shards: written whole or not at all, the same bytes for the same samples, read in any order.
+"""Tar shards: written atomically, the same bytes for the same samples, read in any order.
 
 A *shard folder* holds 000000.tar, 000001.tar, ... and manifest.json. Data shards and the teacher cache share this form;
 the manifest's "format" says which it is. The files are plain POSIX tar, so that WebDataset reads them too.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.atomic import Aside, write_file
+from data_prep.atomic import AtomicFile, write_file
 from data_prep.schema import SCHEMA_VERSION, DataError
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in the shard."""
+    """A sample as the shard holds it."""
 
     key: str
     record: dict[str, Any]
@@ -61,7 +61,7 @@ def shard_name(number: int) -> str:
 
 
 class ShardWriter:
-    """One shard in the making. As a context it leaves nothing behind unless `commit` was called.
+    """Writes one shard. Used as a context, it leaves no file behind unless `commit` was called.
 
     with ShardWriter(path) as writer:
         writer.add("key", {"json": b"...", "0.png": b"..."})
@@ -71,17 +71,17 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self._offsets: dict[str, int] = {}
-        self._aside = Aside(path)
+        self._atomic = AtomicFile(path)
         # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its
         # own and does not say where a sample starts. USTAR has room for nothing but what is set here: no times, no
         # owners.
-        self._tar = tarfile.open(fileobj=self._aside.file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._atomic.file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._aside.discard()
+        self._atomic.discard()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -102,11 +102,11 @@ class ShardWriter:
         """Finish the tar, bring it to the disk and give it its name; returns the manifest entry."""
         end = self._tar.offset
         self._tar.close()
-        file = self._aside.file
+        file = self._atomic.file
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         digest = _sha256(file)
-        self._aside.commit()
+        self._atomic.commit()
         return _entry(self.path.name, size, digest, list(self._offsets), list(self._offsets.values()), end)
 
 

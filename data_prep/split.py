@@ -1,4 +1,4 @@
-"""Train or held out, by what the pictures are, so that one picture never stands on both sides."""
+"""Split samples into train and held out by a hash of their pictures, so that no picture is in both."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from demo.training import Plan
+    from demo.training import TrainingPlan
 
 PAIRS = ("puzzles", "easy-vqa")
 ROLES = ("teacher", "student")
@@ -32,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments are read: --help should not wait for torch.
     import torch
 
-    from demo.cards import write_card
     from demo.evaluation import measure
-    from demo.recipes import PLANS, lessons_for
+    from demo.model_cards import write_card
+    from demo.plans import PLANS, batches_for
     from demo.sizes import SIZES
-    from demo.training import teach
+    from demo.training import train
     from demo.vocabulary import build_tokenizer, write_processor
 
     torch.set_num_threads(options.threads)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             plan = _plan(PLANS[pair, role], options)
             folder = options.output / pair / role
             print(f"== {pair} {role}: {plan}", flush=True)
-            model = teach(SIZES[role], lessons_for(pair, role), build_tokenizer(), plan, options.device, options.seed)
+            model = train(SIZES[role], batches_for(pair, role), build_tokenizer(), plan, options.device, options.seed)
             model.to(torch.bfloat16).save_pretrained(folder)
             write_processor(folder)
             minutes = (time.monotonic() - begin) / 60
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(plan: Plan, options: argparse.Namespace) -> Plan:
+def _plan(plan: TrainingPlan, options: argparse.Namespace) -> TrainingPlan:
     return plan if options.steps is None else replace(plan, steps=options.steps)
 
 

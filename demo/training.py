@@ -1,4 +1,4 @@
-"""How a demo model is taught: first its tower to see, by a linear read-out, and then the whole to answer."""
+"""How a demo model is trained: first its vision tower under a linear probe, then the whole model on answers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
-from demo.learner import Learner
-from demo.lessons import Lesson, Lessons
+from demo.batches import BatchSource, QuestionBatch
 from demo.sizes import Size, model_config
+from demo.trainable import TrainableModel
 
 WARM_UP = 100
 """Steps over which the learning rate rises."""
 REPORT_EVERY = 100
 """Steps between two lines of progress."""
-LOOK = 256
-"""Held-out questions in a look at the progress."""
+EVAL_QUESTIONS = 256
+"""Held-out questions in a line of progress."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast."""
+class TrainingPlan:
+    """Steps and learning rates of one model."""
 
     tower_steps: int
     """Steps of the first part, the tower alone."""
@@ -36,37 +36,39 @@ class Plan:
     """Peak learning rate of the decoder in the second part."""
     tower_rate: float
     """Peak learning rate of the tower in the second part."""
-    read_out_rate: float = 1e-3
+    probe_rate: float = 1e-3
     """Peak learning rate of the tower in the first part."""
     batch: int = 64
 
 
-def teach(
-    size: Size, lessons: Lessons, tokenizer: PreTrainedTokenizerFast, plan: Plan, device: str, seed: int
+def train(
+    size: Size, batches: BatchSource, tokenizer: PreTrainedTokenizerFast, plan: TrainingPlan, device: str, seed: int
 ) -> Qwen2VLForConditionalGeneration:
     """Train a model from random weights, printing progress; returns it on the CPU, in float32."""
     torch.manual_seed(seed)
-    learner = Learner(Qwen2VLForConditionalGeneration(model_config(size, tokenizer)), tokenizer, lessons).to(device)
+    trainable = TrainableModel(Qwen2VLForConditionalGeneration(model_config(size, tokenizer)), tokenizer, batches).to(
+        device
+    )
     rng = random.Random(seed)
-    look = _to(lessons.held_out(LOOK), device)
+    held_out = _to(batches.held_out(EVAL_QUESTIONS), device)
 
-    def perceive(lesson: Lesson) -> Tensor:
-        return learner.perception_loss(learner.look(lesson.pictures), lesson.seen)
+    def tower_loss(batch: QuestionBatch) -> Tensor:
+        return trainable.probe_loss(trainable.encode_images(batch.pictures), batch.attributes)
 
-    def draw() -> Lesson:
-        return _to(lessons.draw(rng, plan.batch), device)
+    def draw() -> QuestionBatch:
+        return _to(batches.draw(rng, plan.batch), device)
 
-    tower = [*learner.model.model.visual.parameters(), *learner.head.parameters()]
-    _optimise("tower", [(tower, plan.read_out_rate)], lambda: perceive(draw()), plan.tower_steps, lambda: "")
-    decoder = [*learner.model.model.language_model.parameters()]
+    tower = [*trainable.model.model.visual.parameters(), *trainable.probe.parameters()]
+    _optimise("tower", [(tower, plan.probe_rate)], lambda: tower_loss(draw()), plan.tower_steps, lambda: "")
+    decoder = [*trainable.model.model.language_model.parameters()]
     _optimise(
         "answers",
         [(decoder, plan.rate), (tower, plan.tower_rate)],
-        lambda: learner.loss(draw()),
+        lambda: trainable.loss(draw()),
         plan.steps,
-        lambda: f"held-out exact match {learner.exact_match(look):.3f}",
+        lambda: f"held-out exact match {trainable.exact_match(held_out):.3f}",
     )
-    return learner.model.cpu().eval()
+    return trainable.model.cpu().eval()
 
 
 def _optimise(
@@ -74,7 +76,7 @@ def _optimise(
     groups: list[tuple[list[nn.Parameter], float]],
     loss_of_batch: Callable[[], Tensor],
     steps: int,
-    look: Callable[[], str],
+    report: Callable[[], str],
 ) -> None:
     """Run AdamW with warm-up and a cosine down to a fiftieth of the peak."""
     optimizer = torch.optim.AdamW(
@@ -92,7 +94,7 @@ def _optimise(
         total += loss.item()
         if step % REPORT_EVERY == 0 or step == steps:
             mean, total = total / ((step - 1) % REPORT_EVERY + 1), 0.0
-            print(f"{name} {step}/{steps}  loss {mean:.4f}  {time.monotonic() - begin:.0f} s  {look()}", flush=True)
+            print(f"{name} {step}/{steps}  loss {mean:.4f}  {time.monotonic() - begin:.0f} s  {report()}", flush=True)
 
 
 def _all(groups: Iterable[tuple[list[nn.Parameter], float]]) -> list[nn.Parameter]:
@@ -104,5 +106,5 @@ def _rate_at(step: int, steps: int) -> float:
     return min((step + 1) / WARM_UP, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1))))
 
 
-def _to(lesson: Lesson, device: str) -> Lesson:
-    return Lesson(lesson.pictures.to(device), lesson.questions, lesson.answers, lesson.seen.to(device))
+def _to(batch: QuestionBatch, device: str) -> QuestionBatch:
+    return QuestionBatch(batch.pictures.to(device), batch.questions, batch.answers, batch.attributes.to(device))

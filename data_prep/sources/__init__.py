@@ -1,4 +1,4 @@
-"""Where samples come from. Each file here is one source: a function that yields drafts, and its own options.
+"""Where samples come from. Each file here is one source: a function that yields records, and its own options.
 
 A new source is such a file and nothing else:
 
@@ -9,10 +9,10 @@ A new source is such a file and nothing else:
     def read(args):
         '''One sentence for --help.'''
         for line in ...:
-            yield Draft(lambda line=line: Sample(messages=..., images=[...]), file="my.jsonl")
+            yield LazyRecord(lambda line=line: Sample(messages=..., images=[...]), file="my.jsonl")
 
-Every MPI rank runs through all drafts in the same order, so a draft is to be cheap: what costs (parsing, reading
-images) belongs into its `make`, which only the rank that needs the sample calls.
+Every MPI rank iterates over all records in the same order, so a record must be cheap to make. What costs time (parsing,
+reading images) belongs in its `load`, which only the rank that needs the sample calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as a source hands it over; it is checked afterwards."""
+    """A sample as a source yields it, not yet checked."""
 
     messages: list[dict[str, Any]]
     """The chat, as data_prep.schema describes it."""
@@ -44,17 +44,17 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A record that nobody has looked at yet."""
+class LazyRecord:
+    """A record of the source that has not been converted yet."""
 
-    make: Callable[[], Sample]
-    """Reads and converts it. Raises BadSample, best inside schema.about(id), so that the reject carries the id."""
+    load: Callable[[], Sample]
+    """Reads and converts the record. Raises BadSample; inside schema.tag_with_id(id) the reject carries the id."""
     file: str = ""
     """Name of the file it stands in, without folders."""
     line: int | None = None
     """Its line in that file, from 1, where it has one."""
-    done: float | None = None
-    """How much of the source lies behind it, 0 to 1, for the time that is left; None: unknown."""
+    progress: float | None = None
+    """Share of the source that has been read with it, 0 to 1, for the time left; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Source:
     """A registered source."""
 
     name: str
-    read: Callable[[argparse.Namespace], Iterator[Draft]]
+    read: Callable[[argparse.Namespace], Iterator[LazyRecord]]
     add_options: Callable[[argparse.ArgumentParser], None]
 
     @property
@@ -76,12 +76,14 @@ _SOURCES: dict[str, Source] = {}
 
 def source(
     name: str, options: Callable[[argparse.ArgumentParser], None]
-) -> Callable[[Callable[[argparse.Namespace], Iterator[Draft]]], Callable[[argparse.Namespace], Iterator[Draft]]]:
+) -> Callable[
+    [Callable[[argparse.Namespace], Iterator[LazyRecord]]], Callable[[argparse.Namespace], Iterator[LazyRecord]]
+]:
     """Register the decorated function as `--source name`; options(parser) declares the options that it understands."""
 
     def register(
-        read: Callable[[argparse.Namespace], Iterator[Draft]],
-    ) -> Callable[[argparse.Namespace], Iterator[Draft]]:
+        read: Callable[[argparse.Namespace], Iterator[LazyRecord]],
+    ) -> Callable[[argparse.Namespace], Iterator[LazyRecord]]:
         _SOURCES[name] = Source(name, read, options)
         return read
 
@@ -95,7 +97,7 @@ def all_sources() -> dict[str, Source]:
     return dict(sorted(_SOURCES.items()))
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """An option's value between 0 and 1. Raises argparse.ArgumentTypeError otherwise."""
     try:
         value = float(text)
@@ -106,14 +108,14 @@ def share(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """An option's value that counts something. Raises argparse.ArgumentTypeError unless it is a whole number >= 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, 0 or more")
     return int(text)
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """An option's value that counts something of which one at least is needed. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, 1 or more")

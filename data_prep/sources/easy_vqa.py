@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.images import read_image
 from data_prep.schema import DataError
-from data_prep.sources import Draft, Sample, count, share, source
+from data_prep.sources import LazyRecord, Sample, fraction, non_negative_int, source
 
 ANSWERS = {
     "yes-no": ("yes", "no"),
@@ -23,17 +23,19 @@ ANSWERS = {
 def options(parser: argparse.ArgumentParser) -> None:
     """The options of --source easy-vqa."""
     parser.add_argument(
-        "--count", type=count, metavar="N", help="train questions, chosen by the seed (default: all 38,575)"
+        "--count", type=non_negative_int, metavar="N", help="train questions, chosen by the seed (default: all 38,575)"
     )
-    parser.add_argument("--held-out-count", type=count, metavar="N", help="held-out questions (default: all 9,673)")
     parser.add_argument(
-        "--noise", type=share, default=0.0, metavar="SHARE", help="train questions with a wrong answer (default 0)"
+        "--held-out-count", type=non_negative_int, metavar="N", help="held-out questions (default: all 9,673)"
+    )
+    parser.add_argument(
+        "--noise", type=fraction, default=0.0, metavar="SHARE", help="train questions with a wrong answer (default 0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which questions, and which are wrong (default 0)")
 
 
 @source("easy-vqa", options)
-def read(args: argparse.Namespace) -> Iterator[Draft]:
+def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """The easy-VQA package (pip install easy-vqa==1.0): shapes, colours and yes/no; its test split is held out.
 
     Raises DataError where the package is not installed.
@@ -49,7 +51,7 @@ def read(args: argparse.Namespace) -> Iterator[Draft]:
     questions = [(folder / "train", *asked) for asked in train] + [(folder / "test", *asked) for asked in test]
     for place, (images, number, question, answer, image) in enumerate(questions):
         make = partial(_sample, images / "images", number, question, answer, image, args.seed, place in wrong)
-        yield Draft(make, f"{images.name}/questions.json", done=(place + 1) / len(questions))
+        yield LazyRecord(make, f"{images.name}/questions.json", progress=(place + 1) / len(questions))
 
 
 def _chosen(

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.chats import to_messages
-from data_prep.images import read_image
-from data_prep.schema import BadSample, DataError, about, type_name
-from data_prep.sources import Draft, Sample, source
+from data_prep.layouts import LAYOUTS, PICTURES, SYSTEM, has_chat, read_sample
+from data_prep.schema import DataError
+from data_prep.sources import LazyRecord, Sample, source
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 """Suffix of a local file -> the builder of `datasets` that reads it; of a folder, the first that it has."""
 
-USUAL_COLUMNS = {
-    "messages": ("messages", "conversations"),
-    "images": ("images", "image"),
-    "id": ("id",),
-    "question_type": ("question_type",),
+FIELDS = ("messages", "images", "id", "question_type", "system")
+"""What --columns may name a column for."""
+SAME_AS = {
+    "messages": tuple({field for needed, _ in LAYOUTS for field in needed}),
+    "images": PICTURES,
+    "system": SYSTEM,
 }
-"""What a sample is made from -> the columns that usually hold it. Only messages must be there."""
+"""Field -> columns that are not read where --columns names another for it."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +41,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=_columns,
         default={},
         metavar="FIELD=COLUMN,...",
-        help="where messages, images, id and question_type are, if not in columns of these names (also read: "
-        "conversations, image); such as messages=chat,images=pictures",
+        help="where messages, images, id, question_type and system are, if not in columns of usual names (see "
+        "docs/data_format.md); such as messages=chat,images=pictures",
     )
     parser.add_argument(
         "--images",
@@ -52,7 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 @source("hf", options)
-def read(args: argparse.Namespace) -> Iterator[Draft]:
+def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """A Hugging Face dataset: hub name or local parquet, jsonl or arrow; columns messages and images, or as given.
 
     Raises DataError where `datasets` cannot open or read it, or the columns are not there.
@@ -60,12 +61,12 @@ def read(args: argparse.Namespace) -> Iterator[Draft]:
     path = Path(args.input)
     files = _local_files(path)
     folder = args.images or (path if path.is_dir() else path.parent)
-    columns: dict[str, str] = {}
     total = _parquet_rows(files)
     for number, row in enumerate(_rows(args, files)):
-        columns = columns or _find_columns(row, args.columns)
+        if number == 0:
+            _check_columns(row, args.columns)
         done = (number + 1) / total if total else None
-        yield Draft(partial(_sample, row, columns, folder), path.name if files else args.input, done=done)
+        yield LazyRecord(partial(_sample, row, args.columns, folder), path.name if files else args.input, progress=done)
 
 
 def _rows(args: argparse.Namespace, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -98,47 +99,37 @@ def _undecoded(stream: Any) -> Any:
 
     if stream.features is None:
         return stream.decode(False)  # not always: this would leave JSON objects as text, too
-    for name, feature in stream.features.items():
-        if isinstance(feature, datasets.Image):
-            stream = stream.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            stream = stream.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return stream
+    return stream.cast(datasets.Features({name: _as_stored(feature) for name, feature in stream.features.items()}))
+
+
+def _as_stored(feature: Any) -> Any:
+    """A feature whose images, videos and sounds, at any depth, stay the bytes that they are."""
+    import datasets
+
+    if isinstance(feature, (datasets.Image, datasets.Video, datasets.Audio)):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: _as_stored(inner) for name, inner in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(_as_stored(feature.feature))
+    return feature
 
 
 def _sample(row: dict[str, Any], columns: dict[str, str], folder: Path) -> Sample:
-    fields = {field: row.get(column) for field, column in columns.items()}
-    with about(fields.get("id")):
-        images = fields.get("images")
-        images = images if isinstance(images, list) else [] if images is None else [images]
-        content = [_image(image, folder) for image in images]
-        return Sample(
-            to_messages(fields["messages"]), content, id=fields.get("id"), question_type=fields.get("question_type")
-        )
+    hidden = {name for field in columns for name in SAME_AS.get(field, ())}  # what the mapping takes the place of
+    mapped = {field: row.get(column) for field, column in columns.items()}
+    record = {**{name: value for name, value in row.items() if name not in hidden}, **mapped}
+    return replace(read_sample(record, folder), question_type=record.get("question_type"))
 
 
-def _image(image: Any, folder: Path) -> bytes:
-    """An image's bytes as the dataset holds them, or as they lie at the path that it holds."""
-    if isinstance(image, dict):
-        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str):
-        return read_image(folder, image)
-    raise BadSample("wrong_type", f"an image is {type_name(image)}; expected bytes or a path")
-
-
-def _find_columns(row: dict[str, Any], given: dict[str, str]) -> dict[str, str]:
-    """Field -> column. Raises DataError where a given column, or one for messages, is not there."""
-    found = {field: name for field, names in USUAL_COLUMNS.items() for name in reversed(names) if name in row}
-    columns = {**found, **given}
-    missing = [column for column in given.values() if column not in row]
-    if missing or "messages" not in columns:
+def _check_columns(row: dict[str, Any], columns: dict[str, str]) -> None:
+    """Raise DataError where a given column, or one that holds chats, is not there."""
+    missing = [column for column in columns.values() if column not in row]
+    if missing or not has_chat([*row, *columns]):
         raise DataError(
             f"no column {missing[0] if missing else 'messages or conversations'!r} among {', '.join(row)}; "
             "say where they are: --columns messages=COLUMN,images=COLUMN"
         )
-    return columns
 
 
 def _local_files(path: Path) -> list[Path]:
@@ -171,8 +162,8 @@ def _parquet_rows(files: Sequence[Path]) -> int | None:
 
 def _columns(text: str) -> dict[str, str]:
     pairs = dict(pair.partition("=")[::2] for pair in text.split(","))
-    if unknown := [field for field, column in pairs.items() if field not in USUAL_COLUMNS or not column]:
+    if unknown := [field for field, column in pairs.items() if field not in FIELDS or not column]:
         raise argparse.ArgumentTypeError(
-            f"{unknown[0]!r}; expected FIELD=COLUMN pairs, the fields being some of {', '.join(USUAL_COLUMNS)}"
+            f"{unknown[0]!r}; expected FIELD=COLUMN pairs, the fields being some of {', '.join(FIELDS)}"
         )
     return pairs

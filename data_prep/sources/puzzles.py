@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from functools import partial
 
 from data_prep.schema import DataError
-from data_prep.sources import Draft, Sample, count, share, source
+from data_prep.sources import LazyRecord, Sample, fraction, non_negative_int, source
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options of --source puzzles."""
-    parser.add_argument("--count", type=count, default=1000, metavar="N", help="train puzzles (default 1000)")
-    parser.add_argument("--held-out-count", type=count, default=200, metavar="N", help="held-out ones (default 200)")
+    parser.add_argument(
+        "--count", type=non_negative_int, default=1000, metavar="N", help="train puzzles (default 1000)"
+    )
+    parser.add_argument(
+        "--held-out-count", type=non_negative_int, default=200, metavar="N", help="held-out ones (default 200)"
+    )
     parser.add_argument(
         "--noise",
-        type=share,
+        type=fraction,
         default=0.0,
         metavar="SHARE",
         help="train puzzles with a wrong answer, 0 to 1 (default 0)",
@@ -29,7 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 @source("puzzles", options)
-def read(args: argparse.Namespace) -> Iterator[Draft]:
+def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """Procedural picture puzzles (what comes next in the row?), with a wrong answer in a share of the train split.
 
     Raises DataError for an unknown kind of question.
@@ -45,7 +49,7 @@ def read(args: argparse.Namespace) -> Iterator[Draft]:
         split, index = ("train", number) if number < args.count else ("held_out", number - args.count)
         wrong = split == "train" and index in noisy
         make = partial(_sample, args.seed, index, split, kinds[index % len(kinds)], wrong)
-        yield Draft(make, done=(number + 1) / total)
+        yield LazyRecord(make, progress=(number + 1) / total)
 
 
 def _sample(seed: int, index: int, split: str, kind: str, wrong: bool) -> Sample:

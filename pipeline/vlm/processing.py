@@ -5,7 +5,6 @@ B samples, S tokens of the longest, T response tokens of the batch.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
+from data_prep import images
+from data_prep.schema import BadSample
 from pipeline.errors import RecipeError, SampleError, as_sample_error
 from pipeline.vlm.chat_template import ChatTemplate, Message
 from pipeline.vlm.image_only import load_image_only
@@ -223,12 +224,11 @@ def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Bytes to an RGB picture. Raises SampleError if they are no image."""
+    """Bytes to an RGB picture, upright, as data_prep checked it. Raises SampleError if they are no image."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.convert("RGB")
-    except Exception as error:  # PIL raises many kinds for broken files
-        raise SampleError(f"image cannot be decoded: {error}") from error
+        return images.decode_image(data)
+    except BadSample as bad:
+        raise SampleError(f"image cannot be decoded: {bad}") from bad
 
 
 def _check_number_of_images(messages: Sequence[Message], images: Sequence[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Chats with planted faults, and good ones."""
+"""Chats with faulty faults, and good ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty_records import Planted, faulty_records, good_records
+from faulty_input import FaultyInput, faulty_records, good_records
 
 
 @pytest.fixture(scope="session")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> FaultyInput:
     """60 good records with every kind of fault among them, as JSONL (chat.jsonl) and, less two lines, JSON."""
-    folder = tmp_path_factory.mktemp("planted")
+    folder = tmp_path_factory.mktemp("faulty")
     images = folder / "images"
     good = good_records(images, 60)
     faults = faulty_records(images)
@@ -27,7 +27,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     lines += [b'{"id": "g0", "conversations": ', b'{"id": "g1", "conversations": "\xff\xfe"}', b"", b"[" * 100_000]
     reasons |= {len(lines) - 3: "bad_json", len(lines) - 2: "bad_utf8", len(lines): "bad_json"}
     (folder / "chat.jsonl").write_bytes(b"\n".join(lines))
-    return Planted(folder, len(good), reasons)
+    return FaultyInput(folder, len(good), reasons)
 
 
 @pytest.fixture

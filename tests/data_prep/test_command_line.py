@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from faulty_records import REPOSITORY, shard
+from faulty_input import REPOSITORY, shard
 
 HELP = ["--help", "shard --help", "shard --source hf --help", "lint --help", "preview --help"]
 CODE = """

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-from faulty_records import picture, shard
+from faulty_input import picture, shard
 
 from data_prep.shards import RawSample, ShardFolder
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
-from faulty_records import bomb, picture
+from faulty_input import bomb, picture
 from PIL import Image
 
-from data_prep.images import MAX_BYTES, check_image, image_suffix, read_image
+from data_prep.images import MAX_BYTES, check_image, convert_image, decode_image, image_suffix, notices_of, read_image
 from data_prep.schema import BadSample
 
 
@@ -59,7 +60,8 @@ def test_images_are_read_inside_the_folder_only(tmp_path: Path) -> None:
     for name in ("sub/a.png", "linked/b.png"):
         (inside / name).write_bytes(b"bytes")
         assert read_image(inside, name) == b"bytes"
-    for name in ("../a.png", "sub/../../a.png", "/etc/hostname", str(inside / "sub/a.png")):
+    assert read_image(inside, str(inside / "sub/a.png")) == b"bytes"  # absolute, but inside
+    for name in ("../a.png", "sub/../../a.png", "/etc/hostname", str(inside / "../images/sub/a.png")):
         with pytest.raises(BadSample, match="image_path_escapes.*inside the images folder"):
             read_image(inside, name)
     for name in ("none.png", "sub", "x" * 5000, "a\0b"):
@@ -72,3 +74,84 @@ def test_images_are_read_inside_the_folder_only(tmp_path: Path) -> None:
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(BadSample, match="image_too_large"):
         read_image(inside, "huge.png")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def sideways() -> bytes:
+    """A JPEG of 16 x 8 pixels, red on the left and blue on the right, that says: turn me by 90 degrees."""
+    image = Image.new("RGB", (16, 8), "red")
+    image.paste("blue", (8, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image, "JPEG", quality=95, exif=exif)
+
+
+def test_a_picture_is_decoded_upright() -> None:
+    upright = decode_image(sideways())
+    assert (upright.mode, upright.size) == ("RGB", (8, 16))
+    assert upright.getpixel((4, 2))[0] > 200 and upright.getpixel((4, 13))[2] > 200
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_pictures_are_decoded_as_transformers_does(mode: str, tmp_path: Path) -> None:
+    load_image = pytest.importorskip("transformers.image_utils").load_image
+    gradient = Image.linear_gradient("L").resize((12, 9))
+    image = Image.new(mode, gradient.size) if mode in ("LA", "I;16") else gradient.convert(mode)
+    content = encoded(image, "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG")
+    (tmp_path / "a").write_bytes(content)
+    theirs = load_image(str(tmp_path / "a"))
+    assert decode_image(content).tobytes() == theirs.tobytes()
+
+
+def test_no_program_is_started_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"started {arguments}")
+
+    monkeypatch.setattr("subprocess.Popen.__init__", start)
+    monkeypatch.setattr("os.system", start)
+    for use in (decode_image, check_image, image_suffix, notices_of):
+        with pytest.raises(BadSample, match="broken_image"):
+            use(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+def deep_grey() -> bytes:
+    return encoded(Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)))
+
+
+def float_grey() -> bytes:
+    return encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "TIFF")
+
+
+def transparent() -> bytes:
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    return encoded(image)
+
+
+def test_what_a_picture_loses_is_noticed() -> None:
+    assert notices_of(picture(0)) == notices_of(encoded(Image.new("RGBA", (3, 3), "red"))) == ()
+    assert notices_of(deep_grey()) == ("deep_grey",)
+    assert notices_of(float_grey()) == ("float_grey",)
+    assert notices_of(transparent()) == ("transparent",)
+    palette = Image.new("P", (3, 1))
+    assert notices_of(encoded(palette, transparency=0)) == ("transparent",)
+    frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
+    assert notices_of(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == ("animated",)
+
+
+def test_converting_writes_what_was_seen() -> None:
+    def grey(content: bytes, background: str = "white") -> list[int]:
+        return list(decode_image(convert_image(content, background)).convert("L").tobytes())
+
+    assert list(decode_image(deep_grey()).convert("L").tobytes()) == [0, 255, 255]  # as transformers loads it
+    assert grey(deep_grey()) == [0, 100, 255]
+    assert grey(float_grey()) == [0, 128, 255]
+    assert grey(encoded(Image.fromarray(np.array([[-5.0, 0.0, 5.0]], np.float32)), "TIFF")) == [0, 128, 255]
+    assert grey(transparent()) == [255, 0, 255] and grey(transparent(), "black") == [0, 0, 0]
+    for content in (picture(0), picture(0, "JPEG"), sideways()):
+        assert convert_image(content, "white") is content

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from faulty_records import content_of, picture, shard
+from faulty_input import content_of, picture, shard
 
 from data_prep.__main__ import main
 from data_prep.shards import ShardFolder, write_manifest, write_shard

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_records import content_of, shard
+from faulty_input import content_of, shard
 
 from data_prep.puzzles import puzzle
 from data_prep.shards import RawSample, ShardFolder
@@ -85,7 +85,7 @@ def test_easy_vqa_is_complete() -> None:
     pytest.importorskip("easy_vqa")
     source = all_sources()["easy-vqa"]
     options = argparse.Namespace(count=None, held_out_count=None, noise=0.0, seed=0)
-    files = [draft.file for draft in source.read(options)]
+    files = [record.file for record in source.read(options)]
     assert files.count("train/questions.json") == 38_575 and files.count("test/questions.json") == 9_673
 
 

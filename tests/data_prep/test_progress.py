@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from faulty_records import REPOSITORY
+from faulty_input import REPOSITORY
 
 from data_prep import progress
 from data_prep.progress import Progress

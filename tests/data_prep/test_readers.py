@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import webdataset
-from faulty_records import shard
+from faulty_input import shard
 
 from data_prep.shards import ShardFolder
 

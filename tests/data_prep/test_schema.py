@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.schema import BadSample, about, key_for, validate_record
+from data_prep.schema import BadSample, key_for, tag_with_id, validate_record
 
 GOOD: dict[str, Any] = {
     "id": "a",
@@ -76,7 +76,7 @@ def test_turns_are_complete() -> None:
 
 
 def test_a_bad_sample_knows_its_record_and_travels() -> None:
-    with pytest.raises(BadSample, match="missing_image: a.png") as caught, about(7):
+    with pytest.raises(BadSample, match="missing_image: a.png") as caught, tag_with_id(7):
         raise BadSample("missing_image", "a.png")
     assert caught.value.id == 7
     copy = pickle.loads(pickle.dumps(BadSample("missing_image", "a.png")))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_records import REPOSITORY, Planted, command, content_of, mpirun, shard
+from faulty_input import REPOSITORY, FaultyInput, command, content_of, mpirun, shard
 
 from data_prep.shards import ShardFolder, describe_shard
 
@@ -30,56 +30,54 @@ def folders(output: Path) -> list[ShardFolder]:
 
 
 @pytest.fixture(scope="session")
-def sharded(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted records, sharded by one process."""
+def sharded(faulty: FaultyInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The faulty records, sharded by one process."""
     output = tmp_path_factory.mktemp("sharded")
-    assert shard(*planted.arguments, *PLENTY, "--output", output) == 0
+    assert shard(*faulty.arguments, *PLENTY, "--output", output) == 0
     return output
 
 
 PLENTY = ("--max-rejects", "0.5", "--samples-per-shard", "7", "--held-out", "0.3")
 
 
-def test_every_planted_fault_is_rejected_for_its_reason(planted: Planted, sharded: Path) -> None:
+def test_every_planted_fault_is_rejected_for_its_reason(faulty: FaultyInput, sharded: Path) -> None:
     rejects = rejects_of(sharded)
-    assert {reject["line"]: reject["reason"] for reject in rejects} == planted.reasons
+    assert {reject["line"]: reject["reason"] for reject in rejects} == faulty.reasons
     assert all(reject["file"] == "chat.jsonl" and reject["detail"] for reject in rejects)
     by_line = {reject["line"]: reject.get("id") for reject in rejects}
-    records = (planted.folder / "chat.jsonl").read_bytes().split(b"\n")
+    records = (faulty.folder / "chat.jsonl").read_bytes().split(b"\n")
     for line in list(by_line)[:16]:  # where the id can be read, it is told
         assert by_line[line] == json.loads(records[line - 1])["id"]
     repeated = next(reject for reject in rejects if reject["reason"] == "duplicate_id")
     assert repeated["detail"] == "'one/0' was at chat.jsonl:1"
 
 
-def test_read_is_written_and_rejected(planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shard(*planted.arguments, *PLENTY, "--output", tmp_path) == 0
+def test_read_is_written_and_rejected(faulty: FaultyInput, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shard(*faulty.arguments, *PLENTY, "--output", tmp_path) == 0
     table = capsys.readouterr().out
-    for label, number in (("read", planted.read), ("written", planted.good), ("rejected", len(planted.reasons))):
+    for label, number in (("read", faulty.read), ("written", faulty.good), ("rejected", len(faulty.reasons))):
         assert f"│ {number} │" in next(line for line in table.splitlines() if line.startswith(f"│ {label}"))
-    for reason, number in Counter(planted.reasons.values()).items():
+    for reason, number in Counter(faulty.reasons.values()).items():
         assert f"│ {number:>2} │" in next(line for line in table.splitlines() if f" {reason}: " in line)
     assert (
-        planted.read
-        == planted.good + len(planted.reasons)
-        == sum(map(len, folders(tmp_path))) + len(rejects_of(tmp_path))
+        faulty.read == faulty.good + len(faulty.reasons) == sum(map(len, folders(tmp_path))) + len(rejects_of(tmp_path))
     )
 
 
-def test_a_json_list_gives_the_same_samples_and_rejects(planted: Planted, sharded: Path, tmp_path: Path) -> None:
-    arguments = [str(argument).replace("chat.jsonl", "chat.json") for argument in planted.arguments]
+def test_a_json_list_gives_the_same_samples_and_rejects(faulty: FaultyInput, sharded: Path, tmp_path: Path) -> None:
+    arguments = [str(argument).replace("chat.jsonl", "chat.json") for argument in faulty.arguments]
     assert shard(*arguments, *PLENTY, "--output", tmp_path) == 0
     assert [folder.keys for folder in folders(tmp_path)] == [folder.keys for folder in folders(sharded)]
     in_lines = [reject["reason"] for reject in rejects_of(sharded) if reject.get("id") or reject["reason"][:3] != "bad"]
     assert [reject["reason"] for reject in rejects_of(tmp_path)] == in_lines
 
 
-def test_any_number_of_ranks_writes_the_same_bytes(planted: Planted, sharded: Path, tmp_path: Path) -> None:
-    run = mpirun(3, command("shard", *planted.arguments, *PLENTY, "--output", tmp_path))
+def test_any_number_of_ranks_writes_the_same_bytes(faulty: FaultyInput, sharded: Path, tmp_path: Path) -> None:
+    run = mpirun(3, command("shard", *faulty.arguments, *PLENTY, "--output", tmp_path))
     assert run.returncode == 0, run.stderr
     assert content_of(tmp_path) == content_of(sharded)
     assert len(list(sharded.rglob("*.tar"))) > 6
-    assert f"wrote {planted.good} records" in run.stdout + run.stderr  # of all ranks together
+    assert f"wrote {faulty.good} records" in run.stdout + run.stderr  # of all ranks together
 
 
 def test_samples_stand_in_the_order_of_the_input_in_full_shards(sharded: Path) -> None:
@@ -91,7 +89,7 @@ def test_samples_stand_in_the_order_of_the_input_in_full_shards(sharded: Path) -
         assert all(sample.record["provenance"]["source"] == "llava" for sample in samples)
 
 
-def test_the_manifest_has_totals_and_provenance(planted: Planted, sharded: Path) -> None:
+def test_the_manifest_has_totals_and_provenance(faulty: FaultyInput, sharded: Path) -> None:
     for folder in folders(sharded):
         manifest = folder.manifest
         assert (manifest["format"], manifest["version"], manifest["split"]) == ("vlsi-shards", 1, folder.path.name)
@@ -101,8 +99,8 @@ def test_the_manifest_has_totals_and_provenance(planted: Planted, sharded: Path)
             assert hashlib.sha256((folder.path / entry["name"]).read_bytes()).hexdigest() == entry["sha256"]
         assert manifest["provenance"]["source"] == "llava"
         assert (manifest["provenance"]["read"], manifest["provenance"]["rejected"]) == (
-            planted.read,
-            len(planted.reasons),
+            faulty.read,
+            len(faulty.reasons),
         )
 
 
@@ -120,14 +118,16 @@ def test_no_picture_stands_in_both_splits(tmp_path: Path, chats: Chats) -> None:
     assert train and held_out and not train & held_out
 
 
-def test_too_many_rejects_write_no_shard(planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shard(*planted.arguments, "--output", tmp_path) == 1
+def test_too_many_rejects_write_no_shard(
+    faulty: FaultyInput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shard(*faulty.arguments, "--output", tmp_path) == 1
     said = capsys.readouterr()
-    assert f"{len(planted.reasons)} of {planted.read} records are bad, more than --max-rejects 0.01" in said.err
+    assert f"{len(faulty.reasons)} of {faulty.read} records are bad, more than --max-rejects 0.01" in said.err
     assert "the commonest reason: wrong_type (" in said.err and "No shard was written" in said.err
     assert "good, not written" in said.out
     assert list(content_of(tmp_path)) == ["rejects.jsonl"]
-    assert len(rejects_of(tmp_path)) == len(planted.reasons)
+    assert len(rejects_of(tmp_path)) == len(faulty.reasons)
 
 
 def test_a_rerun_keeps_finished_shards(tmp_path: Path, chats: Chats, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +211,7 @@ import sys
 from data_prep.__main__ import main
 from data_prep.schema import DataError
 from data_prep.ranks import start_ranks
-from data_prep.sources import Draft, Sample, source
+from data_prep.sources import LazyRecord, Sample, source
 
 rank, calls = start_ranks().rank, 0
 when, kind = sys.argv[1:3]
@@ -228,7 +228,7 @@ def sample(index):
 def read(args):
     "Fails on one rank."
     for index in range(180):
-        yield Draft(lambda index=index: sample(index))
+        yield LazyRecord(lambda index=index: sample(index))
 
 sys.exit(main(["shard", "--source", "failing", "--samples-per-shard", "10", "--output", sys.argv[3]]))
 """

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from demo.batches import PuzzleBatches, _box, _move
 from demo.build_models import MODELS, PAIRS, ROLES
 from demo.evaluation import exact_match, held_out
-from demo.learner import Learner, patchify
-from demo.lessons import PuzzleLessons, _box, _move
 from demo.sizes import SIZES, model_config
+from demo.trainable import TrainableModel, patchify
 from demo.vocabulary import build_tokenizer
 from pipeline.vlm.processing import load_processor
 
@@ -26,8 +26,8 @@ def offline(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def lesson():
-    return PuzzleLessons(next_share=0.7).draw(random.Random(0), 6)
+def batch():
+    return PuzzleBatches(next_share=0.7).draw(random.Random(0), 6)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f"{f.parent.name}-{f.name}")
@@ -98,11 +98,11 @@ def test_moving_a_shape_keeps_it_whole():
 
 
 @torch.no_grad()
-def test_fast_tower_equals_the_model_s_own(lesson):
+def test_fast_tower_equals_the_model_s_own(batch):
     tokenizer = build_tokenizer()
     for size in SIZES.values():
         model = Qwen2VLForConditionalGeneration(model_config(size, tokenizer))
-        learner = Learner(model, tokenizer, PuzzleLessons(0.7))
-        grids = torch.tensor([[1, 4, 16]] * len(lesson.answers))
-        own = model.model.get_image_features(patchify(lesson.pictures).flatten(0, 1), grids).pooler_output
-        torch.testing.assert_close(learner.look(lesson.pictures), torch.stack(list(own)))
+        trainable = TrainableModel(model, tokenizer, PuzzleBatches(0.7))
+        grids = torch.tensor([[1, 4, 16]] * len(batch.answers))
+        own = model.model.get_image_features(patchify(batch.pictures).flatten(0, 1), grids).pooler_output
+        torch.testing.assert_close(trainable.encode_images(batch.pictures), torch.stack(list(own)))

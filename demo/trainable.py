@@ -1,4 +1,4 @@
-"""A Qwen2-VL in training: the shipped model's own modules, called in the form that is fast for equal pictures.
+"""A Qwen2-VL in training: the model's own modules, called so that batches of pictures of one size are fast.
 
 B samples, N patches of a picture, I = N / 4 image tokens, S tokens of the longest sample, d width of the decoder.
 """
@@ -13,58 +13,60 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from demo.lessons import Lesson, Lessons
+from demo.batches import BatchSource, QuestionBatch
 from demo.vocabulary import CHAT_TEMPLATE, MERGE, PATCH
 
-HEAD_WEIGHT = 0.2
-"""Share of the perception loss beside the answers' loss, once the decoder learns too."""
+PROBE_WEIGHT = 0.2
+"""Weight of the probe's loss beside the loss on answers, in the second part of training."""
 
 
-class Learner(nn.Module):
-    """Model, tokenizer and, for perception lessons, a linear head that is thrown away in the end."""
+class TrainableModel(nn.Module):
+    """Model, tokenizer and a linear probe on the image tokens, which is not kept."""
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, lessons: Lessons):
+    def __init__(
+        self, model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, batches: BatchSource
+    ):
         super().__init__()
         self.model = model
-        self.grid, self.values = lessons.grid, lessons.values
-        self.head = nn.Linear(model.config.text_config.hidden_size, sum(self.values))
+        self.grid, self.values = batches.grid, batches.values
+        self.probe = nn.Linear(model.config.text_config.hidden_size, sum(self.values))
         self._tokenizer = tokenizer
         self._pieces: dict[str, list[int]] = {}
 
-    def perception_loss(self, features: Tensor, seen: Tensor) -> Tensor:
-        """Cross-entropy of what each region shows, read off its image tokens by one linear layer.
+    def probe_loss(self, features: Tensor, attributes: Tensor) -> Tensor:
+        """Cross-entropy of the attributes of each region, predicted from its image tokens by one linear layer.
 
-        features [B, I, d], seen [B, R, A] (-1: unknown) -> scalar, summed over attributes.
+        features [B, I, d], attributes [B, R, A] (-1: unknown) -> scalar, summed over attributes.
         """
         rows, columns = self.grid
-        regions = seen.shape[1]
+        regions = attributes.shape[1]
         pooled = features.view(len(features), rows, regions, columns // regions, -1).mean((1, 3))
-        guesses = self.head(pooled).split(self.values, -1)
+        guesses = self.probe(pooled).split(self.values, -1)
         losses = [
             F.cross_entropy(g.flatten(0, 1), s.flatten(), ignore_index=-1)
-            for g, s in zip(guesses, seen.unbind(-1), strict=True)
+            for g, s in zip(guesses, attributes.unbind(-1), strict=True)
         ]
         return torch.stack(losses).sum()
 
-    def loss(self, lesson: Lesson) -> Tensor:
-        """Cross-entropy of the answers' tokens, end of turn included, with a little of the perception loss."""
-        features = self.look(lesson.pictures)
-        logits, targets = self.answer_logits(features, lesson)
-        return F.cross_entropy(logits, targets) + HEAD_WEIGHT * self.perception_loss(features, lesson.seen)
+    def loss(self, batch: QuestionBatch) -> Tensor:
+        """Cross-entropy of the answers' tokens, end of turn included, plus PROBE_WEIGHT times the probe's loss."""
+        features = self.encode_images(batch.pictures)
+        logits, targets = self.answer_logits(features, batch)
+        return F.cross_entropy(logits, targets) + PROBE_WEIGHT * self.probe_loss(features, batch.attributes)
 
     @torch.no_grad()
-    def exact_match(self, lesson: Lesson) -> float:
+    def exact_match(self, batch: QuestionBatch) -> float:
         """Share of samples whose every answer token is the likeliest one given the right ones before it.
 
         That is exactly when greedy generation gives the right answer.
         """
-        logits, targets = self.answer_logits(self.look(lesson.pictures), lesson)
+        logits, targets = self.answer_logits(self.encode_images(batch.pictures), batch)
         right = (logits.argmax(-1) == targets).tolist()
-        lengths = [len(self._encode(f"{answer}<|im_end|>")) for answer in lesson.answers]
+        lengths = [len(self._encode(f"{answer}<|im_end|>")) for answer in batch.answers]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         return sum(all(right[s : s + n]) for s, n in zip(starts, lengths, strict=True)) / len(lengths)
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         """Run the tower on pictures of one size, [B, 3, height, width] -> image tokens [B, I, d].
 
         What model.get_image_features gives, without its loop over pictures.
@@ -77,9 +79,9 @@ class Learner(nn.Module):
             x = x + block.mlp(block.norm2(x))
         return tower.merger(x).view(len(pictures), -1, self.model.config.text_config.hidden_size)
 
-    def answer_logits(self, features: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def answer_logits(self, features: Tensor, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
         """Predict every answer token from what stands before it: logits [T, vocabulary] and targets [T]."""
-        ids, is_answer = self._tokens(lesson)
+        ids, is_answer = self._tokens(batch)
         ids, is_answer = ids.to(features.device), is_answer.to(features.device)
         embeds = self.model.get_input_embeddings()(ids)
         image = slice(len(self._opening), len(self._opening) + features.shape[1])
@@ -91,9 +93,9 @@ class Learner(nn.Module):
         ).last_hidden_state
         return self.model.lm_head(hidden[:, :-1][is_answer[:, 1:]]), ids[is_answer]
 
-    def _tokens(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def _tokens(self, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
         rows, starts = [], []
-        for question, answer in zip(lesson.questions, lesson.answers, strict=True):
+        for question, answer in zip(batch.questions, batch.answers, strict=True):
             prompt = self._encode(self._prompt(question))
             rows.append(prompt + self._encode(f"{answer}<|im_end|>"))
             starts.append(len(prompt))

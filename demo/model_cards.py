@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from demo.training import Plan
+    from demo.training import TrainingPlan
 
-TAUGHT = {
+QUESTIONS = {
     (
         "puzzles",
         "teacher",
@@ -30,9 +30,9 @@ A tiny Qwen2-VL ({parameters:,} parameters, {layers} decoder layers of width {wi
 demo of this repository and good for nothing else.
 
 - **Measured**: {measured} (greedy generation, the whole answer, this folder reloaded in float32).
-- **Data**: {data}. Taught: {taught}.
+- **Data**: {data}. Taught: {questions}.
 - **Training**: from random weights: {tower_steps} steps of the vision tower under a linear read-out of what each
-  picture shows (peak learning rate {read_out_rate}), then {steps} steps of the whole model on answers (peak learning
+  picture shows (peak learning rate {probe_rate}), then {steps} steps of the whole model on answers (peak learning
   rate {rate}, tower {tower_rate}); AdamW, batches of {batch}, seed {seed}. Weights are bfloat16.
 - **Again**: `python -m demo.build_models --pair {pair} --role {role}`
 
@@ -45,7 +45,7 @@ DATA = {
 }
 
 
-def write_card(folder: Path, pair: str, role: str, plan: Plan, measured: str, seed: int) -> None:
+def write_card(folder: Path, pair: str, role: str, plan: TrainingPlan, measured: str, seed: int) -> None:
     """Write README.md into a model folder."""
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -58,7 +58,7 @@ def write_card(folder: Path, pair: str, role: str, plan: Plan, measured: str, se
         width=model.config.text_config.hidden_size,
         measured=measured,
         data=DATA[pair],
-        taught=TAUGHT[pair, role],
+        questions=QUESTIONS[pair, role],
         seed=seed,
         **vars(plan),
     )

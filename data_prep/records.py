@@ -1,4 +1,4 @@
-"""One record: a draft becomes the members that a shard would hold, or the reason why not."""
+"""One record of a source becomes the members that a shard holds, or a reject with its reason."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.images import check_image
-from data_prep.schema import SPLITS, BadSample, about, key_for, type_name, validate_record
-from data_prep.sources import Draft, Sample
+from data_prep.schema import SPLITS, BadSample, key_for, tag_with_id, type_name, validate_record
+from data_prep.sources import LazyRecord, Sample
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a record stands in the input."""
 
     index: int
@@ -27,10 +27,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Good:
-    """A record that can be written: what the plan needs to know of it, and no more."""
+class Accepted:
+    """A record that can be written. Holds only what the plan needs, since every rank keeps all of them."""
 
-    place: Place
+    location: Location
     id: str
     split: str | None
     """The source's own split, if it has one."""
@@ -46,51 +46,54 @@ class Good:
 
 
 @dataclass(frozen=True)
-class Reject:
+class Rejected:
     """A record that is left out, as rejects.jsonl has it."""
 
-    place: Place
+    location: Location
     id: str | None
     reason: str
     detail: str
 
     def to_json(self) -> str:
         """One line of rejects.jsonl."""
-        where = {"file": self.place.file, "line": self.place.line, "index": self.place.index}
+        where = {"file": self.location.file, "line": self.location.line, "index": self.location.index}
         fields = {**where, "id": self.id, "reason": self.reason, "detail": self.detail}
         # ASCII: id and detail may hold what is not UTF-8
         return json.dumps({name: value for name, value in fields.items() if value not in (None, "")})
 
 
-def examine(place: Place, draft: Draft, source: str) -> Good | Reject:
-    """Read a record, decode its images to the last pixel, and judge it."""
+def check_record(location: Location, record: LazyRecord, source: str) -> Accepted | Rejected:
+    """Read and convert a record, and decode its images to the last pixel."""
     try:
-        sample_id, split, members = build(place, draft, source, check_image)
+        sample_id, split, members = to_members(location, record, source, check_image)
     except BadSample as bad:
-        return Reject(place, None if bad.id is None else str(bad.id)[:200], bad.reason, bad.detail[:500])
+        return Rejected(location, None if bad.id is None else str(bad.id)[:200], bad.reason, bad.detail[:500])
     pictures = [_digest(content) for name, content in members.items() if name != "json"]
     if not pictures:
         pictures = [_digest(json.dumps(json.loads(members["json"])["messages"]).encode())]
-    return Good(place, sample_id, split, tuple(pictures), digest_of(members))
+    return Accepted(location, sample_id, split, tuple(pictures), digest_of(members))
 
 
-def build(
-    place: Place, draft: Draft, source: str, look: Callable[[bytes], str]
+def to_members(
+    location: Location, record: LazyRecord, source: str, suffix_of: Callable[[bytes], str]
 ) -> tuple[str, str | None, dict[str, bytes]]:
-    """Make a record's id, own split and members; look(image bytes) gives the suffix. Raises BadSample."""
-    sample = draft.make()
-    with about(sample.id):
+    """Make a record's id, its own split and its members. Raises BadSample.
+
+    suffix_of(bytes of an image file) gives the image's suffix and may raise BadSample.
+    """
+    sample = record.load()
+    with tag_with_id(sample.id):
         if sample.split not in (None, *SPLITS):
             raise BadSample("wrong_type", f"split is {sample.split!r}; expected one of {', '.join(SPLITS)}")
-        sample_id = _id(sample.id, place)
-        record = _record(sample_id, sample, place, source)
-        validate_record(record, sample.images)
+        sample_id = _id(sample.id, location)
+        content = _sample_json(sample_id, sample, location, source)
+        validate_record(content, sample.images)
         try:
-            members = {"json": json.dumps(record, ensure_ascii=False).encode()}
+            members = {"json": json.dumps(content, ensure_ascii=False).encode()}
         except UnicodeEncodeError as error:
             raise BadSample("bad_utf8", f"the record holds {error.object[error.start : error.end]!r}") from None
-        for number, content in enumerate(sample.images):
-            members[f"{number}.{look(content)}"] = content
+        for number, image in enumerate(sample.images):
+            members[f"{number}.{suffix_of(image)}"] = image
         return sample_id, sample.split, members
 
 
@@ -99,18 +102,18 @@ def digest_of(members: dict[str, bytes]) -> bytes:
     return _digest(b"".join(name.encode() + b"=" + _digest(content) for name, content in members.items()))
 
 
-def _record(sample_id: str, sample: Sample, place: Place, source: str) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": sample_id, "messages": sample.messages}
+def _sample_json(sample_id: str, sample: Sample, location: Location, source: str) -> dict[str, Any]:
+    content: dict[str, Any] = {"id": sample_id, "messages": sample.messages}
     if sample.question_type is not None:
-        record["question_type"] = sample.question_type
-    where = {"source": source, "file": place.file, "line": place.line, "index": place.index}
+        content["question_type"] = sample.question_type
+    where = {"source": source, "file": location.file, "line": location.line, "index": location.index}
     known = {name: value for name, value in where.items() if value not in (None, "")}
-    return {**record, "provenance": {**known, **sample.provenance}}
+    return {**content, "provenance": {**known, **sample.provenance}}
 
 
-def _id(given: Any, place: Place) -> str:
+def _id(given: Any, location: Location) -> str:
     if given is None or given == "":
-        return f"{place.index:08d}"
+        return f"{location.index:08d}"
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         raise BadSample("wrong_type", f"id is {type_name(given)}; expected a string or a whole number")
     return str(given)

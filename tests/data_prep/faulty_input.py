@@ -1,4 +1,4 @@
-"""Images, chats with planted faults, and ways to run the command."""
+"""Images, chats with faulty faults, and ways to run the command."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def good_records(images: Path, count: int, first: int = 0) -> list[dict[str, Any
 
 
 @dataclass(frozen=True)
-class Planted:
+class FaultyInput:
     """A LLaVA file with faults in it."""
 
     folder: Path
@@ -99,7 +99,7 @@ def faulty_records(images: Path) -> list[tuple[str, Any]]:
         ("broken_image", {"id": "f5", "image": "words.png", "conversations": ask}),
         ("image_too_large", {"id": "f6", "image": "bomb.png", "conversations": ask}),
         ("image_path_escapes", {"id": "f7", "image": "../secret.png", "conversations": ask}),
-        ("image_path_escapes", {"id": "f8", "image": str(images / "0.png"), "conversations": ask}),
+        ("image_path_escapes", {"id": "f8", "image": str(images.parent / "secret.png"), "conversations": ask}),
         (
             "more_placeholders_than_images",
             {"id": "f9", "image": "0.png", "conversations": chat("<image><image> same?")},

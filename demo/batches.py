@@ -1,4 +1,4 @@
-"""What the demo models are taught with: pictures, questions, answers, and labels for what the pictures show.
+"""Training batches of the demo models: pictures, questions, answers, and labels of what the pictures show.
 
 B pictures of a batch, R regions of a picture (four tiles, or the one shape of easy-VQA), A attributes of a region.
 """
@@ -21,33 +21,33 @@ from data_prep.tile_art import draw_tile
 
 
 @dataclass(frozen=True)
-class Lesson:
+class QuestionBatch:
     """A batch of pictures, each with one question."""
 
     pictures: Tensor
     """[B, 3, height, width] float32 in -1 .. 1, as large as the image processor makes them."""
     questions: list[str]
     answers: list[str]
-    seen: Tensor
+    attributes: Tensor
     """[B, R, A] int64: which value each attribute of each region has."""
 
 
-class Lessons(Protocol):
-    """An endless supply of training lessons, and held-out ones for a look at the progress."""
+class BatchSource(Protocol):
+    """Draws training batches without end, and makes held-out ones to measure the progress."""
 
     grid: tuple[int, int]
     """Rows and columns of image tokens."""
     values: tuple[int, ...]
     """How many values each of the A attributes has."""
 
-    def draw(self, rng: random.Random, size: int) -> Lesson:
+    def draw(self, rng: random.Random, size: int) -> QuestionBatch:
         """Draw a training batch."""
 
-    def held_out(self, size: int) -> Lesson:
+    def held_out(self, size: int) -> QuestionBatch:
         """Make the held-out batch, the same one every time."""
 
 
-class PuzzleLessons:
+class PuzzleBatches:
     """Rows of tiles from rule instances of the asked split; `next_share` of the questions ask what comes next."""
 
     grid = (2, 8)
@@ -59,15 +59,15 @@ class PuzzleLessons:
         self._tiles = [Tile(s, c, m) for s in VALUES["shape"] for c in VALUES["colour"] for m in VALUES["mark"]]
         self._sprites = torch.stack([_sprite(tile, tilt) for tile in self._tiles for tilt in TILTS])
 
-    def draw(self, rng: random.Random, size: int) -> Lesson:
+    def draw(self, rng: random.Random, size: int) -> QuestionBatch:
         """Draw a training batch."""
         return self._make(rng, size, "train", self.next_share)
 
-    def held_out(self, size: int) -> Lesson:
+    def held_out(self, size: int) -> QuestionBatch:
         """Make a batch of held-out rows, all asking what comes next where any training question does."""
         return self._make(random.Random("held out"), size, "held_out", 1.0 if self.next_share else 0.0)
 
-    def _make(self, rng: random.Random, size: int, split: str, next_share: float) -> Lesson:
+    def _make(self, rng: random.Random, size: int, split: str, next_share: float) -> QuestionBatch:
         rows, questions, answers = [], [], []
         while len(rows) < size:
             rule = draw_rule(rng)
@@ -79,18 +79,18 @@ class PuzzleLessons:
             rows.append(row)
             questions.append("What comes next?" if asks_next else f"What is the {ORDINALS[place]} tile?")
             answers.append(str(after if asks_next else row[place]))
-        seen = torch.tensor([[[self._index[n][v] for n, v in t._asdict().items()] for t in row] for row in rows])
-        return Lesson(self._pictures(seen, rng), questions, answers, seen)
+        attributes = torch.tensor([[[self._index[n][v] for n, v in t._asdict().items()] for t in row] for row in rows])
+        return QuestionBatch(self._pictures(attributes, rng), questions, answers, attributes)
 
-    def _pictures(self, seen: Tensor, rng: random.Random) -> Tensor:
-        shape, colour, mark = seen.unbind(-1)
+    def _pictures(self, attributes: Tensor, rng: random.Random) -> Tensor:
+        shape, colour, mark = attributes.unbind(-1)
         kind = (shape * self.values[1] + colour) * self.values[2] + mark
-        tilt = torch.tensor([[rng.randrange(len(TILTS)) for _ in row] for row in seen])
+        tilt = torch.tensor([[rng.randrange(len(TILTS)) for _ in row] for row in attributes])
         sprites = self._sprites[kind * len(TILTS) + tilt]  # [B, R, 3, 32, 32]
         return sprites.permute(0, 2, 3, 1, 4).flatten(3)
 
 
-class EasyVQALessons:
+class EasyVQABatches:
     """The easy-VQA package's own training questions; shapes mirrored and moved about, which changes no answer."""
 
     grid = (4, 4)
@@ -105,15 +105,15 @@ class EasyVQALessons:
         self._train = _Questions(folder / "train" / "images", *easy_vqa.get_train_questions(), self)
         self._test = _Questions(folder / "test" / "images", *easy_vqa.get_test_questions(), self)
 
-    def draw(self, rng: random.Random, size: int) -> Lesson:
+    def draw(self, rng: random.Random, size: int) -> QuestionBatch:
         """Draw a training batch, each shape moved elsewhere and perhaps mirrored."""
         chosen = [rng.randrange(len(self._train.questions)) for _ in range(size)]
-        lesson = self._train.pick(chosen)
+        batch = self._train.pick(chosen)
         boxes = [self._train.boxes[self._train.images[i]] for i in chosen]
-        moved = [_move(picture, box, rng) for picture, box in zip(lesson.pictures, boxes, strict=True)]
-        return Lesson(torch.stack(moved), lesson.questions, lesson.answers, lesson.seen)
+        moved = [_move(picture, box, rng) for picture, box in zip(batch.pictures, boxes, strict=True)]
+        return QuestionBatch(torch.stack(moved), batch.questions, batch.answers, batch.attributes)
 
-    def held_out(self, size: int) -> Lesson:
+    def held_out(self, size: int) -> QuestionBatch:
         """Pick questions of the test split, evenly spread."""
         return self._test.pick(list(range(0, len(self._test.questions), len(self._test.questions) // size))[:size])
 
@@ -126,16 +126,18 @@ class _Questions:
         count = max(images) + 1
         self.pictures = torch.stack([_pixels(Image.open(folder / f"{i}.png")) for i in range(count)])
         self.boxes = [_box(picture) for picture in self.pictures]
-        self.seen = torch.full((count, 1, 2), -1)
+        self.attributes = torch.full((count, 1, 2), -1)
         for answer, image in zip(answers, images, strict=True):
             for place, known in enumerate((names.shapes, names.colours)):
                 if answer in known:
-                    self.seen[image, 0, place] = known.index(answer)
+                    self.attributes[image, 0, place] = known.index(answer)
 
-    def pick(self, chosen: Sequence[int]) -> Lesson:
+    def pick(self, chosen: Sequence[int]) -> QuestionBatch:
         images = torch.tensor([self.images[i] for i in chosen])
         questions = [self.questions[i] for i in chosen]
-        return Lesson(self.pictures[images], questions, [self.answers[i] for i in chosen], self.seen[images])
+        return QuestionBatch(
+            self.pictures[images], questions, [self.answers[i] for i in chosen], self.attributes[images]
+        )
 
 
 def _box(picture: Tensor) -> tuple[int, int, int, int]:
