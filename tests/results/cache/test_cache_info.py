@@ -254,7 +254,7 @@ def rewrite(copied, made, change) -> None:
         for place, key in enumerate(sidecar["keys"]):
             with open(copied.cache / "000002.tar", "rb") as file:
                 tokens, streams = unpack_record(read_record(file, sidecar, place), cache.made_for)
-            writer._keep(key, pack_record(tokens, change(streams), cache.made_for))
+            writer._add_record(key, pack_record(tokens, change(streams), cache.made_for))
         writer._tokens = sidecar["tokens"]
         writer.commit()
     folder.finish()
