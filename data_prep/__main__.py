@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.ranks import RankFailed, Ranks, start_ranks
 from data_prep.schema import REASONS, SPLITS, BadSample, DataError
-from data_prep.sources import Source, all_sources, fraction, positive_int
+from data_prep.sources import Source, all_sources, colour, fraction, positive_int
 
 if TYPE_CHECKING:
     from data_prep.plan import Plan
@@ -118,6 +118,16 @@ def _shard_parser(chosen: Source | None, sources: dict[str, Source]) -> argparse
         metavar="SHARE",
         help="largest share of bad records (default 0.01)",
     )
+    parser.add_argument(
+        "--repeated-ids", choices=("number", "reject"), default="number",
+        help="what happens to a record whose id an earlier one has: it gets ID-2, ID-3, ..., or is rejected "
+        "(default number)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--convert", type=colour, nargs="?", const="white", metavar="COLOUR",
+        help="write images of more than 8 bits, and transparent ones on this background (default white), as they are "
+        "seen; else images stay byte for byte as they are",
+    )  # fmt: skip
     parser.add_argument("--limit", type=positive_int, metavar="N", help="read the first N records only (default: all)")
     if chosen:
         group = parser.add_argument_group(f"--source {chosen.name}", chosen.summary)
@@ -166,7 +176,10 @@ def _own_options(source: Source, argv: list[str]) -> argparse.Namespace:
 def _shard(args: argparse.Namespace, options: argparse.Namespace, source: Source, ranks: Ranks) -> int:
     from data_prep.sharding import ShardJob, shard
 
-    job = ShardJob(source, options, args.output, args.samples_per_shard, args.held_out, args.max_rejects, args.limit)
+    job = ShardJob(
+        source, options, args.output, args.samples_per_shard, args.held_out, args.max_rejects, args.limit,
+        args.repeated_ids, args.convert,
+    )  # fmt: skip
     result = shard(job, ranks)
     if ranks.rank == 0:
         _print_result(args, result)
@@ -194,12 +207,26 @@ def _print_result(args: argparse.Namespace, result: ShardResult) -> None:
     if result.refused:
         print(f"error: {_refusal(args, plan)}", file=sys.stderr)
         return
+    if plan.repeated:
+        print(f"note: {plan.repeated:,} records had the id of an earlier one and were numbered (--repeated-ids)")
+    _print_notices(plan.notices(), args.convert)
     if result.shards_kept:
         print(f"{result.shards_kept} of {len(plan.shards)} shards were finished by an earlier run and stayed")
     for split in SPLITS:
         if not plan.in_split(split):
             print(f"note: no sample is in {split}")
     print(f"look at it: python -m data_prep preview {args.output}")
+
+
+def _print_notices(notices: list[tuple[str, int]], background: str | None) -> None:
+    from data_prep.images import CONVERTED, NOTICES
+
+    for name, number in notices:
+        if background is None or name not in CONVERTED:
+            hint = "; shard --convert writes what is seen" if name in CONVERTED else ""
+            print(f"note: {number:,} images are {name} ({NOTICES[name]}){hint}")
+        else:
+            print(f"note: {number:,} images were {name} and are written as they look on {background}")
 
 
 def _refusal(args: argparse.Namespace, plan: Plan) -> str:
@@ -219,11 +246,12 @@ def _lint(folder: Path) -> int:
     from data_prep.lint import lint, shard_folders
 
     folders = shard_folders(folder)
-    problems = lint(folders)
+    problems, notices = lint(folders)
     for problem in problems:
         print(f"{problem.shard}\t{problem.key or '-'}\t{problem.what}")
     for found in folders:
         print(f"{found.path}: {len(found.shards)} shards, {len(found):,} samples, {found.manifest['bytes']:,} bytes")
+    _print_notices(notices, None)
     print(f"{len(problems)} problems" if problems else "all good")
     return 1 if problems else 0
 

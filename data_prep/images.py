@@ -46,12 +46,16 @@ def decode_image(content: bytes) -> Image:
     return _with_image(content, _upright_rgb)
 
 
-def check_image(content: bytes) -> str:
-    """Decode an image file to its last pixel; returns the suffix, such as "png". Raises as decode_image does."""
+def check_image(content: bytes) -> tuple[str, tuple[str, ...]]:
+    """Decode an image file to its last pixel; returns its suffix, such as "png", and the keys of NOTICES that apply.
 
-    def check(image: Image) -> str:
+    Raises as decode_image does.
+    """
+
+    def check(image: Image) -> tuple[str, tuple[str, ...]]:
+        suffix, notices = _suffix(image), _notices(image)
         _upright_rgb(image)
-        return _suffix(image)
+        return suffix, notices + _frames(image)
 
     return _with_image(content, check)
 
@@ -59,11 +63,6 @@ def check_image(content: bytes) -> str:
 def image_suffix(content: bytes) -> str:
     """The suffix alone, from the image file's header. Raises as decode_image does."""
     return _with_image(content, _suffix)
-
-
-def notices_of(content: bytes) -> tuple[str, ...]:
-    """Keys of NOTICES that are true of an image file. Raises as decode_image does."""
-    return _with_image(content, _notices)
 
 
 def convert_image(content: bytes, background: str) -> bytes:
@@ -180,17 +179,22 @@ def _upright_rgb(image: Image) -> Image:
 
 
 def _notices(image: Image) -> tuple[str, ...]:
-    found = []
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        found.append("animated")
-        image.seek(0)
     if image.mode == "I" or image.mode.startswith("I;"):
-        found.append("deep_grey")
-    elif image.mode == "F":
-        found.append("float_grey")
-    elif image.has_transparency_data and _smallest(image.convert("RGBA").getchannel("A")) < 255:
-        found.append("transparent")
-    return tuple(found)
+        return ("deep_grey",)
+    if image.mode == "F":
+        return ("float_grey",)
+    if image.has_transparency_data and _smallest(image.convert("RGBA").getchannel("A")) < 255:
+        return ("transparent",)
+    return ()
+
+
+def _frames(image: Image) -> tuple[str, ...]:
+    """To be called last: it may leave the file at its second frame."""
+    try:
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: what phones write
+    except Exception:  # the first frame is whole; of the others nothing is used
+        return ()
+    return ("animated",) if animated else ()
 
 
 def _smallest(channel: Any) -> float:

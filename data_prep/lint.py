@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,12 @@ def shard_folders(path: Path) -> list[ShardFolder]:
     return [ShardFolder(folder) for folder in inside or [path]]
 
 
-def lint(folders: list[ShardFolder]) -> list[Problem]:
-    """Check hashes, offsets, messages and images of every sample, and that no key comes twice."""
+def lint(folders: list[ShardFolder]) -> tuple[list[Problem], list[tuple[str, int]]]:
+    """Check hashes, offsets, messages and images of every sample, and that no key comes twice.
+
+    Returns the faults, and of how many images each key of images.NOTICES is true.
+    """
+    notices: Counter[str] = Counter()
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     total, done = sum(len(folder) for folder in folders), 0
@@ -40,10 +45,10 @@ def lint(folders: list[ShardFolder]) -> list[Problem]:
             for shard in folder.shards:
                 problems += _shard_problems(folder, shard)
                 for index in range(shard.first, shard.first + shard.samples):
-                    problems += _sample_problems(folder, shard, index, seen)
+                    problems += _sample_problems(folder, shard, index, seen, notices)
                     done += 1
                     progress.update(done, done / total)
-    return problems
+    return problems, sorted(notices.items())
 
 
 def _unlisted_files(folder: ShardFolder) -> Iterator[Problem]:
@@ -66,7 +71,9 @@ def _shard_problems(folder: ShardFolder, shard: ShardInfo) -> Iterator[Problem]:
             yield Problem(_name(folder, shard), "", f"{field} differ from the manifest's{shown}")
 
 
-def _sample_problems(folder: ShardFolder, shard: ShardInfo, index: int, seen: dict[str, str]) -> Iterator[Problem]:
+def _sample_problems(
+    folder: ShardFolder, shard: ShardInfo, index: int, seen: dict[str, str], notices: Counter[str]
+) -> Iterator[Problem]:
     key, name = folder.keys[index], _name(folder, shard)
     if key in seen:
         yield Problem(name, key, f"this key is also in {seen[key]}")
@@ -75,12 +82,14 @@ def _sample_problems(folder: ShardFolder, shard: ShardInfo, index: int, seen: di
         members = folder.read_members(index)
         sample = folder.read(index)
         validate_record(sample.record, sample.images)
-        suffixes = [f"{number}.{check_image(content)}" for number, content in enumerate(sample.images)]
+        looked = [check_image(content) for content in sample.images]
     except BadSample as bad:
         yield Problem(name, key, str(bad))
     except DataError as error:
         yield Problem(name, key, str(error).partition(". The shard is")[0])
     else:
+        notices.update(name for _, found in looked for name in found)
+        suffixes = [f"{number}.{suffix}" for number, (suffix, _) in enumerate(looked)]
         if list(members) != ["json", *suffixes]:
             yield Problem(name, key, f"members {', '.join(members)}; expected {', '.join(['json', *suffixes])}")
         if key_for(sample.record["id"]) != key:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ class Plan:
         """Records read: accepted + rejected."""
         return self.accepted + len(self.rejects)
 
+    @property
+    def repeated(self) -> int:
+        """Samples whose id was numbered, because an earlier record has it."""
+        return sum(accepted.repeats is not None for shard in self.shards for accepted in shard.samples)
+
+    def notices(self) -> list[tuple[str, int]]:
+        """Keys of images.NOTICES, and of how many images each is true."""
+        found = Counter(name for shard in self.shards for accepted in shard.samples for name in accepted.notices)
+        return sorted(found.items())
+
     def in_split(self, split: str) -> list[PlannedShard]:
         """The shards of one split, in order."""
         return [shard for shard in self.shards if shard.split == split]
@@ -65,26 +75,44 @@ class Plan:
         digest = hashlib.sha256(f"schema {SCHEMA_VERSION}".encode())
         for shard in self.shards:
             digest.update(f"{shard.split}/{shard.name}".encode())
-            digest.update(b"".join(accepted.digest for accepted in shard.samples))
+            for accepted in shard.samples:
+                digest.update(accepted.digest + (accepted.id.encode() if accepted.repeats is not None else b""))
         return digest.hexdigest()
 
 
-def make_plan(found: Iterable[Accepted | Rejected], samples_per_shard: int, held_out: float) -> Plan:
+def make_plan(
+    found: Iterable[Accepted | Rejected], samples_per_shard: int, held_out: float, number_repeated: bool = True
+) -> Plan:
     """Plan the shards. `found` may come in any order. Of several records with one id, the first is accepted.
 
-    held_out is the share of samples without a split of their own that is held out (0 to 1).
+    held_out is the share of samples without a split of their own that is held out (0 to 1). With number_repeated the
+    later ones get the ids ID-2, ID-3, ..., as far as no record has these itself; without, they are rejected.
     """
+    found = list(found)
+    ids = {record.id for record in found if isinstance(record, Accepted)}
+    numbers: Counter[str] = Counter()
     rejects: list[Rejected] = []
     accepted: dict[str, Accepted] = {}
     for record in sorted(found, key=lambda record: record.location.index):
         if isinstance(record, Rejected):
             rejects.append(record)
+        elif record.key in accepted and number_repeated:
+            record = _numbered(record, ids, numbers)
+            accepted[record.key] = record
         elif record.key in accepted:
             detail = f"{record.id!r} was at {accepted[record.key].location}"
             rejects.append(Rejected(record.location, record.id, "duplicate_id", detail))
         else:
             accepted[record.key] = record
     return Plan(_shards(list(accepted.values()), samples_per_shard, held_out), rejects)
+
+
+def _numbered(record: Accepted, ids: set[str], numbers: Counter[str]) -> Accepted:
+    """The record under an id that is not in `ids`, which it joins; `numbers` remembers where to begin."""
+    while (new := f"{record.id}-{numbers[record.id] + 2}") in ids:
+        numbers[record.id] += 1
+    ids.add(new)
+    return replace(record, id=new, repeats=record.id)
 
 
 def claim_folder(folder: Path, fingerprint: str, settings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import write_file
-from data_prep.images import check_image
+from data_prep.images import check_image, decode_image
 from data_prep.schema import validate_record
 from data_prep.shards import RawSample, ShardFolder
 
@@ -78,10 +78,10 @@ def _turn(turn: dict[str, Any], images: Iterator[bytes]) -> str:
 def _data_uri(content: bytes) -> str:
     from PIL import Image
 
-    suffix = check_image(content)
+    suffix = check_image(content)[0]
     with Image.open(io.BytesIO(content)) as image:
         if max(image.size) > MAX_SIDE or suffix not in MIME:
-            small = image.convert("RGB")
+            small = decode_image(content)
             small.thumbnail((MAX_SIDE, MAX_SIDE))
             buffer = io.BytesIO()
             small.save(buffer, "PNG")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.images import check_image
+from data_prep.images import check_image, convert_image, image_suffix
 from data_prep.schema import SPLITS, BadSample, key_for, tag_with_id, type_name, validate_record
 from data_prep.sources import LazyRecord, Sample
 
@@ -32,12 +31,17 @@ class Accepted:
 
     location: Location
     id: str
+    """The sample's id. Differs from the record's where that is repeated: see `plan.make_plan`."""
     split: str | None
     """The source's own split, if it has one."""
     pictures: tuple[bytes, ...]
     """A digest of each image's bytes; of the chat's text where there are no images."""
     digest: bytes
-    """Of all the members' bytes."""
+    """Of all the members' bytes, with the record's id."""
+    notices: tuple[str, ...] = ()
+    """Of each image, the keys of images.NOTICES that apply."""
+    repeats: str | None = None
+    """The record's id, where an earlier record has it too."""
 
     @property
     def key(self) -> str:
@@ -62,39 +66,75 @@ class Rejected:
         return json.dumps({name: value for name, value in fields.items() if value not in (None, "")})
 
 
-def check_record(location: Location, record: LazyRecord, source: str) -> Accepted | Rejected:
-    """Read and convert a record, and decode its images to the last pixel."""
+@dataclass(frozen=True)
+class Converted:
+    """A record in the form in which a shard holds it."""
+
+    id: str
+    split: str | None
+    members: dict[str, bytes]
+    images: list[bytes]
+    """The image files as they came."""
+    notices: tuple[str, ...]
+    """Of each image, the keys of images.NOTICES that apply; empty where images were not decoded."""
+
+
+def check_record(location: Location, record: LazyRecord, source: str, background: str | None) -> Accepted | Rejected:
+    """Read and convert a record, and decode its images to the last pixel. background: as in convert_record."""
     try:
-        sample_id, split, members = to_members(location, record, source, check_image)
+        converted = convert_record(location, record, source, background)
     except BadSample as bad:
         return Rejected(location, None if bad.id is None else str(bad.id)[:200], bad.reason, bad.detail[:500])
-    pictures = [_digest(content) for name, content in members.items() if name != "json"]
+    pictures = [_digest(content) for content in converted.images]
     if not pictures:
-        pictures = [_digest(json.dumps(json.loads(members["json"])["messages"]).encode())]
-    return Accepted(location, sample_id, split, tuple(pictures), digest_of(members))
+        pictures = [_digest(json.dumps(json.loads(converted.members["json"])["messages"]).encode())]
+    digest = digest_of(converted.members)
+    return Accepted(location, converted.id, converted.split, tuple(pictures), digest, converted.notices)
 
 
-def to_members(
-    location: Location, record: LazyRecord, source: str, suffix_of: Callable[[bytes], str]
-) -> tuple[str, str | None, dict[str, bytes]]:
+def convert_record(
+    location: Location, record: LazyRecord, source: str, background: str | None, decode: bool = True
+) -> Converted:
     """Make a record's id, its own split and its members. Raises BadSample.
 
-    suffix_of(bytes of an image file) gives the image's suffix and may raise BadSample.
+    background: a colour, with which images go through images.convert_image; None: they stay as they came.
+    decode: whether to decode each image to its last pixel.
     """
-    sample = record.load()
+    try:
+        sample = record.load()
+    except RecursionError:
+        raise BadSample("bad_json", "lists and objects are nested too deeply") from None
     with tag_with_id(sample.id):
         if sample.split not in (None, *SPLITS):
             raise BadSample("wrong_type", f"split is {sample.split!r}; expected one of {', '.join(SPLITS)}")
         sample_id = _id(sample.id, location)
         content = _sample_json(sample_id, sample, location, source)
         validate_record(content, sample.images)
-        try:
-            members = {"json": json.dumps(content, ensure_ascii=False).encode()}
-        except UnicodeEncodeError as error:
-            raise BadSample("bad_utf8", f"the record holds {error.object[error.start : error.end]!r}") from None
+        members = {"json": to_json(content)}
+        notices: tuple[str, ...] = ()
         for number, image in enumerate(sample.images):
-            members[f"{number}.{suffix_of(image)}"] = image
-        return sample_id, sample.split, members
+            if decode:
+                notices += check_image(image)[1]
+            stored = image if background is None else convert_image(image, background)
+            members[f"{number}.{image_suffix(stored)}"] = stored
+        return Converted(sample_id, sample.split, members, sample.images, notices)
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """A sample's JSON as its shard holds it. Raises BadSample (bad_utf8)."""
+    try:
+        return json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("bad_utf8", f"the record holds {error.object[error.start : error.end]!r}") from None
+
+
+def with_id(members: dict[str, bytes], accepted: Accepted) -> dict[str, bytes]:
+    """The members with the id that was given to a record whose own is repeated."""
+    if accepted.repeats is None:
+        return members
+    content = json.loads(members["json"])
+    provenance = {**content["provenance"], "repeated_id": accepted.repeats}
+    return {**members, "json": to_json({**content, "id": accepted.id, "provenance": provenance})}
 
 
 def digest_of(members: dict[str, bytes]) -> bytes:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import PARTIAL, write_file
-from data_prep.images import image_suffix
+from data_prep.lock import lock_folder
 from data_prep.plan import Plan, PlannedShard, claim_folder, make_plan
 from data_prep.progress import Progress
 from data_prep.ranks import Ranks
-from data_prep.records import Accepted, Location, Rejected, check_record, digest_of, to_members
+from data_prep.records import Accepted, Location, Rejected, check_record, convert_record, digest_of, with_id
 from data_prep.schema import SCHEMA_VERSION, SPLITS, BadSample, DataError
 from data_prep.shards import FORMAT, ShardEntry, ShardWriter, describe_shard, write_manifest
 from data_prep.sources import LazyRecord, Source
@@ -45,12 +45,18 @@ class ShardJob:
     held_out: float
     max_rejects: float
     limit: int | None
+    repeated_ids: str = "number"
+    """number or reject: what happens to a record whose id an earlier one has."""
+    convert: str | None = None
+    """A background colour: images of more than 8 bits or with transparency are written as they look on it."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the bytes that are written. Paths are cut to their last part: a moved input is the same."""
         own = {name: value.name if isinstance(value, Path) else value for name, value in vars(self.options).items()}
         common = {"samples_per_shard": self.samples_per_shard, "held_out": self.held_out, "limit": self.limit}
-        return {"source": self.source.name, **own, **common}
+        chosen = {"repeated_ids": self.repeated_ids, "convert": self.convert}
+        unusual = {name: value for name, value in chosen.items() if value not in ("number", None)}
+        return {"source": self.source.name, **own, **common, **unusual}
 
     def records(self) -> Iterator[tuple[Location, LazyRecord]]:
         """The source's records, each with its location."""
@@ -71,7 +77,14 @@ class ShardResult:
 
 def shard(job: ShardJob, ranks: Ranks) -> ShardResult:
     """All: check, plan and write. Raises DataError or RankFailed, on every rank alike."""
-    plan = make_plan(_check_all(job, ranks), job.samples_per_shard, job.held_out)
+    with ExitStack() as held:
+        ranks.run_on_first(lambda: held.enter_context(lock_folder(job.output)))
+        return _shard(job, ranks)
+
+
+def _shard(job: ShardJob, ranks: Ranks) -> ShardResult:
+    found = _check_all(job, ranks)
+    plan = make_plan(found, job.samples_per_shard, job.held_out, job.repeated_ids == "number")
     if not plan.read:
         raise DataError(f"--source {job.source.name}: read 0 records; expected at least one")
     refused = len(plan.rejects) > job.max_rejects * plan.read
@@ -121,7 +134,7 @@ def _check_some(job: ShardJob, records: Iterator[tuple[Location, LazyRecord]], r
     for location, record in islice(records, EXCHANGE_EVERY * ranks.size):
         seen, progress = seen + 1, record.progress
         if location.index % ranks.size == ranks.rank:
-            found.append(check_record(location, record, job.source.name))
+            found.append(check_record(location, record, job.source.name, job.convert))
     return _Checked(found, seen, progress)
 
 
@@ -179,12 +192,12 @@ def _write_missing(
 def _members(job: ShardJob, location: Location, record: LazyRecord, accepted: Accepted) -> dict[str, bytes]:
     """Read a sample's members again. Raises DataError where they differ from what was checked."""
     try:
-        members = to_members(location, record, job.source.name, image_suffix)[2]
+        members = convert_record(location, record, job.source.name, job.convert, decode=False).members
     except BadSample as bad:
         raise DataError(f"{location} changed between the first reading and the second: {bad}; run again") from None
     if digest_of(members) != accepted.digest:
         raise DataError(f"{location} changed between the first reading and the second; run again")
-    return members
+    return with_id(members, accepted)
 
 
 def _finished(job: ShardJob, shard: PlannedShard) -> ShardEntry | None:

@@ -115,6 +115,17 @@ def non_negative_int(text: str) -> int:
     return int(text)
 
 
+def colour(text: str) -> str:
+    """An option's value that is a colour. Raises argparse.ArgumentTypeError unless Pillow knows it."""
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a colour, such as white or '#808080'") from None
+    return text
+
+
 def positive_int(text: str) -> int:
     """An option's value that counts something of which one at least is needed. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:

@@ -8,7 +8,7 @@ import pytest
 from faulty_input import bomb, picture
 from PIL import Image
 
-from data_prep.images import MAX_BYTES, check_image, convert_image, decode_image, image_suffix, notices_of, read_image
+from data_prep.images import MAX_BYTES, check_image, convert_image, decode_image, image_suffix, read_image
 from data_prep.schema import BadSample
 
 
@@ -25,7 +25,8 @@ from data_prep.schema import BadSample
     ],
 )
 def test_known_formats_have_their_suffix(format: str, suffix: str) -> None:
-    assert check_image(picture(0, format)) == image_suffix(picture(0, format)) == suffix
+    assert check_image(picture(0, format)) == (suffix, ())
+    assert image_suffix(picture(0, format)) == suffix
 
 
 def reason(content: bytes) -> str:
@@ -114,7 +115,7 @@ def test_no_program_is_started_to_decode(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("subprocess.Popen.__init__", start)
     monkeypatch.setattr("os.system", start)
-    for use in (decode_image, check_image, image_suffix, notices_of):
+    for use in (decode_image, check_image, image_suffix):
         with pytest.raises(BadSample, match="broken_image"):
             use(encoded(Image.new("RGB", (4, 4)), "EPS"))
 
@@ -133,15 +134,19 @@ def transparent() -> bytes:
     return encoded(image)
 
 
+def notices(content: bytes) -> tuple[str, ...]:
+    return check_image(content)[1]
+
+
 def test_what_a_picture_loses_is_noticed() -> None:
-    assert notices_of(picture(0)) == notices_of(encoded(Image.new("RGBA", (3, 3), "red"))) == ()
-    assert notices_of(deep_grey()) == ("deep_grey",)
-    assert notices_of(float_grey()) == ("float_grey",)
-    assert notices_of(transparent()) == ("transparent",)
+    assert notices(picture(0)) == notices(encoded(Image.new("RGBA", (3, 3), "red"))) == ()
+    assert notices(deep_grey()) == ("deep_grey",)
+    assert notices(float_grey()) == ("float_grey",)
+    assert notices(transparent()) == ("transparent",)
     palette = Image.new("P", (3, 1))
-    assert notices_of(encoded(palette, transparency=0)) == ("transparent",)
+    assert notices(encoded(palette, transparency=0)) == ("transparent",)
     frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
-    assert notices_of(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == ("animated",)
+    assert notices(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == ("animated",)
 
 
 def test_converting_writes_what_was_seen() -> None:

@@ -37,7 +37,7 @@ def sharded(faulty: FaultyInput, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return output
 
 
-PLENTY = ("--max-rejects", "0.5", "--samples-per-shard", "7", "--held-out", "0.3")
+PLENTY = ("--repeated-ids", "reject", "--max-rejects", "0.5", "--samples-per-shard", "7", "--held-out", "0.3")
 
 
 def test_every_planted_fault_is_rejected_for_its_reason(faulty: FaultyInput, sharded: Path) -> None:
@@ -121,7 +121,7 @@ def test_no_picture_stands_in_both_splits(tmp_path: Path, chats: Chats) -> None:
 def test_too_many_rejects_write_no_shard(
     faulty: FaultyInput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert shard(*faulty.arguments, "--output", tmp_path) == 1
+    assert shard(*faulty.arguments, "--repeated-ids", "reject", "--output", tmp_path) == 1
     said = capsys.readouterr()
     assert f"{len(faulty.reasons)} of {faulty.read} records are bad, more than --max-rejects 0.01" in said.err
     assert "the commonest reason: wrong_type (" in said.err and "No shard was written" in said.err

@@ -1,0 +1,76 @@
+"""Two runs never write one output folder at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faulty_input import REPOSITORY, command, content_of, shard
+
+from data_prep.lock import LOCK, lock_folder
+from data_prep.schema import DataError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from data_prep.lock import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+PUZZLES = ("--source", "puzzles", "--count", 20, "--held-out-count", 4)
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    run = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert run.stdout is not None and run.stdout.readline() == b"held\n"
+    yield run
+    run.kill()
+    run.wait()
+    run.stdout.close()
+
+
+def test_the_second_refuses_with_both_processes(
+    tmp_path: Path, holder: subprocess.Popen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content_of(tmp_path)
+    assert shard(*PUZZLES, "--output", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert f"is being written by process {holder.pid} on " in said and f"this is process {os.getpid()} on " in said
+    assert "use mpirun -n N" in said and "Traceback" not in said
+    assert content_of(tmp_path) == before
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path, holder: subprocess.Popen) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / LOCK).exists()
+    assert shard(*PUZZLES, "--output", tmp_path) == 0
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
+        with pytest.raises(DataError, match="is being written"), lock_folder(tmp_path):
+            pass
+        raise ZeroDivisionError
+    with lock_folder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_each_believe_to_be_rank_0_write_one_whole_folder(tmp_path: Path) -> None:
+    arguments = command("shard", *PUZZLES, "--output", tmp_path / "out")
+    runs = [subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [run.communicate()[1] for run in runs]
+    codes = [run.returncode for run in runs]
+    assert 0 in codes and set(codes) <= {0, 2}
+    for code, text in zip(codes, said, strict=True):
+        assert code == 0 or "is being written by" in text
+    assert shard(*PUZZLES, "--output", tmp_path / "alone") == 0
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "alone")
