@@ -8,7 +8,7 @@ COPY . .
 RUN grep -vE '^(torch|triton|nvidia-|cuda-)' constraints.txt > /tmp/constraints.txt \
     && python -c 'import torch; print(f"torch=={torch.__version__}")' >> /tmp/constraints.txt \
     && PIP_BUILD_CONSTRAINT=/tmp/constraints.txt pip install --no-cache-dir --constraint /tmp/constraints.txt '.[mpi,lora]' \
-    && useradd --create-home vlsi
-USER vlsi
+    && useradd --uid 1000 --create-home vlsi
+USER 1000
 WORKDIR /home/vlsi
 CMD ["vlsi", "env"]

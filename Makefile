@@ -66,9 +66,10 @@ bench-losses: peers  ## the losses beside their matrix products, dense torch and
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)
 
-lint: $(STAMP)  ## ruff: style and formatting
+lint: $(STAMP)  ## ruff: style and formatting; hadolint: the Dockerfile
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+	@$(RUN) hadolint Dockerfile
 
 types: $(STAMP)  ## mypy
 	@$(RUN) mypy

@@ -1,1 +1,1 @@
-"""One script for each claim of the README: run as `python -m bench.NAME`, results in bench/results/NAME.json."""
+"""Benchmarks, one package for each claim of the README: `python -m bench.NAME` writes bench/results/NAME.json."""

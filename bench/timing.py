@@ -1,8 +1,9 @@
-"""How the benches measure: what is compared runs in turn in one process, ratios are medians over the rounds.
+"""Timing and memory measurement of the benchmarks.
 
-On a shared machine another program slows a whole round, not one side of a ratio; seconds are reported beside the ratios
-but only those of one round may be compared. Everything runs once before it is timed, and every other round runs
-backwards, so that nobody is always the one who comes after another.
+All forms that are compared run in turn in one process. Ratios are medians over the rounds. On a shared machine another
+program slows a whole round, not one side of a ratio. Seconds are reported beside the ratios, but only seconds of the
+same round may be compared. Every form runs once before it is timed. Every second round runs in reverse order, so that
+no form always runs after the same other form.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What a number was measured on, and when."""
+    """The machine, its load, torch's version and the date of a measurement."""
     with open("/proc/meminfo") as file:
         kib = int(file.readline().split()[1])
     return {
@@ -44,7 +45,10 @@ def _processor() -> str:
 
 
 def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int, warm: bool = False) -> dict[str, list[float]]:
-    """Wall seconds of each form in each round: one after the other, round by round. warm: each has run already."""
+    """Wall seconds of each form in each round; the forms of a round run one after the other.
+
+    warm: every form has already run once.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values() if not warm else ():
         form()
@@ -59,7 +63,7 @@ def interleaved(forms: Mapping[str, Callable[[], object]], rounds: int, warm: bo
 
 
 def _finish() -> None:
-    """Wait for what an accelerator still has to do."""
+    """Wait until the accelerator has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -70,11 +74,11 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
-    """By how many MiB memory grows at its peak while what `prepare` hands out runs.
+    """Peak growth of memory, in MiB, while the callable returned by `prepare` runs.
 
-    On a CPU resident memory in a fresh process, so that nothing is left over from another form; `prepare` must be
-    importable there. The peak is the kernel's (VmHWM), set back once the inputs are there: nothing has to look at the
-    right moment. On an accelerator what torch has allocated there.
+    On a CPU: resident memory of a fresh process, so that no other form has left memory behind; `prepare` must be
+    importable there. The kernel records the peak (VmHWM), which is reset after the inputs exist, so no sampling is
+    needed. On an accelerator: memory allocated by torch.
     """
     if torch.cuda.is_available():
         return _allocated_peak_mib(prepare())
@@ -111,7 +115,7 @@ def _status_mib(field: str) -> float:
 
 
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
-    """Leave them in bench/results/NAME.json, and say where that is."""
+    """Write bench/results/NAME.json and return its path."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")

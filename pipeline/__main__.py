@@ -1,4 +1,4 @@
-"""Look at what came of a run.
+"""Inspect the results of a run.
 
   python -m pipeline status runs/demo
   python -m pipeline evaluate --run runs/demo
@@ -6,9 +6,10 @@
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
-status says which steps are done and what to run next; evaluate compares models on held-out data; trace shows what each
-layer of a model says; cache-info what a teacher cache holds, and how true it is; env what a bug report needs.
-`python -m pipeline COMMAND --help` is the manual of one. Runs are made by launch/train.py, data by python -m data_prep.
+status shows which steps are done and what to run next. evaluate compares models on held-out data. trace shows what each
+layer of a model predicts. cache-info shows what a teacher cache holds, and how close it is to the teacher. env prints
+what a bug report needs. `python -m pipeline COMMAND --help` describes one command in full. Runs are made by
+launch/train.py, data by python -m data_prep.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import argparse
 import sys
 from pathlib import Path
 
-STATUS = """Which steps of a run are begun or done, their last losses, what lies on disk, and the command to run next.
+STATUS = """Show which steps of a run are begun or done, their last losses, disk usage, and the command to run next.
 
   python -m pipeline status runs/demo
 """
 
-EVALUATE = """Greedy answers and perplexity on held-out data, for one model or several in one table.
+EVALUATE = """Measure exact match of greedy answers and perplexity on held-out data, for one or several models.
 
   python -m pipeline evaluate --run runs/demo
   python -m pipeline evaluate --run runs/demo --model finetuned=runs/plain/student
@@ -31,57 +32,62 @@ EVALUATE = """Greedy answers and perplexity on held-out data, for one model or s
 
 With --run: the run's teacher, its untouched student and its distilled student, on the recipe's data.held_out.
 
-Each chat's last question is put, with all that was said before it, and answered greedily. The answer is right if it
-equals the data's after normalisation of both: Unicode NFKC, lower case, white space collapsed and stripped, and any of
-. , ; : ! ? stripped at the end. Articles stay. The result is given in total and, where the data has question types, for
-each type. Perplexity is exp of the mean cross-entropy (nat) over all response tokens, end of turn included, as the
-models are trained on them.
+Exact match: each model answers the last question of each chat greedily, with all earlier turns as input. An answer is
+correct if it equals the reference answer after both are normalised: Unicode NFKC, lower case, white space collapsed and
+stripped, and any of . , ; : ! ? stripped at the end. Articles are kept. The share of correct answers is shown in total
+and, if the data has question types, for each type.
 
-Beside the models stands `question_only`: the commonest answer to the same question in training data, without a picture;
-to a question not found there, the commonest answer of all. What a model gets beyond it, it gets from the picture.
+Perplexity: exp of the mean cross-entropy (nat) over all response tokens, end-of-turn tokens included; these are the
+tokens that the models are trained on.
 
-Samples that a model cannot take are counted and named: read = used + rejected. More of them than --max-bad-share stop
-the evaluation: a result on what is left would not be a result on this data. Models run in float32 on a CPU, and on a
-GPU in the number format that their config.json names, else in bfloat16.
+The table also has a baseline, `question_only`: the most common answer to the same question in training data, without
+the image. For a question that is not in the training data it is the most common answer overall. What a model gains
+over this baseline, it gains from the image.
+
+Samples that a model cannot use are counted and listed: read = used + rejected. If their share exceeds --max-bad-share,
+the evaluation stops: results on the remaining samples would not be results on this data. Models run in float32 on a
+CPU. On a GPU they run in the dtype of their config.json, else in bfloat16.
 """
 
-TRACE = """What each target layer of a run's models says about one question, side by side (paper, Figure 3).
+TRACE = """Show what each target layer of a run's models predicts for one question, side by side (paper, Figure 3).
 
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
   python -m pipeline trace --run runs/demo --sample 000017
   python -m pipeline trace --run runs/demo --sample 000017 --data shards/train
 
-Shown for the teacher, the untouched student and the distilled student; the distilled one speaks through the untouched
-one's verbalizers, which are not trained again. Two ways:
+Shown for the teacher, the untouched student and the distilled student. The distilled student uses the untouched
+student's verbalizers, which are not trained again. There are two kinds of tables:
 
-  freely      each layer's own greedy answer: its own likeliest token is fed back, up to its end of turn
-  read along  the model's own final answer is given, and at each of its positions stands the layer's likeliest token
-              and that token's probability
+  freely      each layer's own greedy answer: its own most likely token is fed back, until its end-of-turn token
+  read along  the model's own final answer is the input; for each of its positions the table has the layer's most
+              likely token and its probability
 
-What the run does not have yet is left out, with the command that makes it. The teacher runs here as well: it needs the
-memory. Time: one generation for each target layer of each model.
+A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, so
+its memory is needed. Time: one generation for each target layer of each model.
 """
 
-CACHE_INFO = """What a teacher cache is made of, how far it is, what it weighs, and how true it is to the teacher.
+CACHE_INFO = """Show what a teacher cache was made from, its progress, its size, and how close it is to the teacher.
 
   python -m pipeline cache-info runs/demo
   python -m pipeline cache-info runs/demo/cache/sampled-3f2a9c1b --verify
   python -m pipeline cache-info runs/demo --sample 000017
 
-CACHE is a cache's own folder, a run's cache/ or a run's folder; where several caches lie there, they are listed, and
-one has to be named.
+CACHE is a cache's own folder, a run's cache/ or a run's folder. If there are several caches, they are listed, and you
+have to name one.
 
-Shown: what it was made from, with all fingerprints; shards, samples, tokens, bytes, speed; and for each layer what was
-measured while it was written, on a small random share of the tokens, against the dense distributions: entropy,
-probability of the stored ids, bias and RMS of the KL, error of the gradient, and how far Algorithm 1's draw moves.
+Shown: what the cache was made from, with all fingerprints; the numbers of shards, samples, tokens and bytes; the speed;
+and for each layer its fidelity. Fidelity was measured while the cache was written, on a small random share of the
+tokens, against the dense distributions: entropy, probability of the stored ids, bias and RMS of the KL, error of the
+gradient, and how far Algorithm 1's draw moves.
 
-With --verify every shard is hashed and every record decoded, one process for each core; what is wrong is listed by file
-and record, with the command that makes it right, and the exit code is 2. A cache that is not complete is verified as
-far as it goes. With --sample, each layer's likeliest id for each response token of a sample, in words, instead.
+With --verify every shard is hashed and every record is decoded, with one process per core. Problems are listed by file
+and record, with the command that repairs the cache, and the exit code is 2. An incomplete cache is verified as far as
+it exists. With --sample the command shows instead, for one sample, each layer's most likely id for each response token,
+as text.
 """
 
 
-ENV = """What a bug report needs: versions, commit, devices, MPI, and where the shipped recipes lie.
+ENV = """Print what a bug report needs: versions, commit, devices, MPI, and where the shipped recipes are.
 
   python -m pipeline env
   python -m pipeline env --json
@@ -89,24 +95,24 @@ ENV = """What a bug report needs: versions, commit, devices, MPI, and where the 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; imports nothing heavy."""
+    """Parse the command line; imports no heavy package."""
     parser = _manual(argparse.ArgumentParser, prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, name, summary, text in (
-        (_add_status, "status", "what a run has done, and what to run next", STATUS),
+        (_add_status, "status", "progress of a run, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
-        (_add_trace, "trace", "what each layer says about one question", TRACE),
-        (_add_cache_info, "cache-info", "what a teacher cache holds, and how true it is", CACHE_INFO),
+        (_add_trace, "trace", "what each layer predicts for one question", TRACE),
+        (_add_cache_info, "cache-info", "what a teacher cache holds, and how close it is to the teacher", CACHE_INFO),
         (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
     ):
         command = _manual(commands.add_parser, name=name, help=summary, description=text)
         add(command)
-        command.add_argument("--verbose", action="store_true", help="let libraries log what they like")
+        command.add_argument("--verbose", action="store_true", help="do not filter the libraries' log messages")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 with a message for what the user can put right."""
+    """Run one command. Returns the exit code: 0, or 2 with a message for an error that the user can correct."""
     options = parse(arguments)
     from data_prep.schema import DataError as ShardError
     from pipeline.errors import SampleError, UserError
@@ -132,50 +138,68 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", action="append", default=[], metavar="[NAME=]DIR",
-        help="a Hugging Face VLM folder; again for each model; without a NAME, the folder's name is its name",
+        help="a Hugging Face VLM folder; repeat for each model; without NAME the folder's name is used",
     )  # fmt: skip
-    parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: its teacher and students")
-    parser.add_argument("--data", type=Path, metavar="SHARDS", help="shard folder with manifest.json, as in X/held_out")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: evaluate its teacher and students")
+    parser.add_argument(
+        "--data", type=Path, metavar="SHARDS", help="shard folder with manifest.json, such as X/held_out"
+    )
     parser.add_argument(
         "--baseline-data", type=Path, metavar="SHARDS",
-        help="what question_only learns from (default: the run's data.train, or X/train beside X/held_out)",
+        help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=_positive, metavar="N", help="read the first N samples only")
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples at once (default: 32)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="read only the first N samples")
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples per batch (default: 32)")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="longest answer (default: 64)"
+        "--max-new-tokens",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="maximum answer length in tokens (default: 64)",
     )
     parser.add_argument(
         "--max-bad-share", type=_share, metavar="SHARE",
-        help="stop when more of the samples cannot be used (default: data.max_bad_share of the run, else 0.01)",
+        help="stop if a larger share of samples cannot be used (default: the run's data.max_bad_share, else 0.01)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON of all results (default with --run: RUN/evaluation.json)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write all results to this JSON file (default with --run: RUN/evaluation.json)",
     )
 
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture")
-    parser.add_argument("--question", metavar="TEXT", help="a question about it")
-    parser.add_argument("--sample", metavar="KEY", help="instead: the last question of this sample")
-    parser.add_argument("--data", type=Path, metavar="SHARDS", help="where it is (default: the recipe's data.held_out)")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="an image")
+    parser.add_argument("--question", metavar="TEXT", help="a question about the image")
+    parser.add_argument("--sample", metavar="KEY", help="instead of an image: the last question of this sample")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=32, metavar="N", help="longest answer (default: 32)"
+        "--data", type=Path, metavar="SHARDS", help="shard folder of the sample (default: the recipe's data.held_out)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="maximum answer length in tokens (default: 32)",
     )
 
 
 def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache's folder, a run's cache/ or a run's folder")
-    parser.add_argument("--verify", action="store_true", help="hash every shard again and decode every record")
-    parser.add_argument("--sample", metavar="KEY", help="what each layer said about this sample, in words")
+    parser.add_argument("--verify", action="store_true", help="hash every shard and decode every record")
+    parser.add_argument("--sample", metavar="KEY", help="show instead each layer's most likely tokens for this sample")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="reads the ids of --sample (default: the run's teacher's)"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer that decodes the ids of --sample (default: the run's teacher's)",
     )
 
 
 def _add_env(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The commands that messages advise, as they are typed in a checkout or, elsewhere, with the installed programs."""
+"""The commands that error messages suggest: the form for a checkout or for the installed programs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import shlex
 from pathlib import Path
 
 CHECKOUT = (Path(__file__).parents[1] / "setup.cfg").is_file()
+"""Whether this code runs from a checkout; otherwise from an installed package."""
 
 
 def train_command(stage: int, recipe: Path | str, *more: str) -> str:
-    """The command that runs a stage of a recipe; `more` are further arguments, quoted where a shell wants it."""
+    """The command that runs a stage of a recipe. `more`: further arguments. All arguments are quoted for a shell."""
     return _command("train", "--stage", str(stage), "--recipe", str(recipe), *more)
 
 
 def cache_command(recipe: Path | str, *more: str) -> str:
-    """The command that makes a teacher cache, or what is missing of it."""
+    """The command that builds a teacher cache, or its missing parts. `more`: further arguments."""
     return _command("cache", "--recipe", str(recipe), *more)
 
 

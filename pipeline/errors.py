@@ -1,4 +1,4 @@
-"""What can go wrong that a user can put right. Programs print these without a traceback and exit with code 2."""
+"""Errors that a user can fix. Programs print a UserError without a traceback and exit with code 2."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Expected, found, which knob, what to run next: the message is all that the user sees."""
+    """Base class. The message is all that the user sees.
+
+    It says what was expected, what was found, which setting it is about and which command to run next.
+    """
 
 
 class RecipeError(UserError):
-    """The recipe, a DeepSpeed config or a command line contradicts itself or what lies on disk."""
+    """The recipe, a DeepSpeed config or a command line contradicts itself or the files on disk."""
 
 
 class DataError(UserError):
-    """A shard folder is missing, broken, or has more bad samples than the recipe allows."""
+    """A shard folder is missing or broken, or has more bad samples than the recipe allows."""
 
 
 class CacheError(UserError):
-    """A teacher cache is missing, incomplete, or was made for something else."""
+    """A teacher cache is missing or incomplete, or was made from other models, data or settings."""
 
 
 class SampleError(Exception):
-    """One bad sample: counted, recorded with its key and reason, and skipped."""
+    """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 
 
 @contextmanager
 def as_sample_error(what: str) -> Iterator[None]:
-    """Around a call of a library that is given one sample: whatever it raises about the sample becomes a SampleError.
+    """Turn any exception of the wrapped code into a SampleError. `what` names the library in the message.
 
-    A missing package or too little memory is no fault of the sample and passes through.
+    It wraps a call that gives one sample to a library. A missing package (ImportError) or too little memory
+    (MemoryError) is not the sample's fault, so these are not converted. UserError and SampleError are not either.
     """
     try:
         yield

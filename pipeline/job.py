@@ -39,13 +39,13 @@ def run_steps(
     try:
         resolved = prepare(recipe, overrides, steps, world)
         _run(resolved, steps, stop_after, shards, only_missing, verbose)
-        return _leave(0)
+        return _exit(0)
     except (UserError, ShardError) as error:
         _print_error(rank, f"rank {rank}: error: {error}" if rank else f"error: {error}")
-        return _leave(USER_ERROR)
+        return _exit(USER_ERROR)
     except Exception as error:
         _print_failure(rank, error)
-        return _leave(FAILURE)
+        return _exit(FAILURE)
 
 
 def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world: int) -> Resolved:
@@ -84,8 +84,8 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     engine.stop()
 
 
-def _leave(code: int) -> int:
-    """Leave the process at once under a launcher; elsewhere return the exit code.
+def _exit(code: int) -> int:
+    """End the process at once under a launcher; elsewhere return the exit code.
 
     After a failure other ranks may be waiting in a collective for this one. After success, a thread of the
     communication library now and then outlives the process group and aborts the interpreter on its way out ("terminate

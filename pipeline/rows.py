@@ -1,4 +1,4 @@
-"""What a teacher's layers say about tokens, as rows: one for each token and layer, a chunk of them at a time.
+"""Teacher hidden states as rows, one for each token and layer, in chunks.
 
 T response tokens, J teacher layers, d width of the teacher, c rows of a chunk.
 """
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def row_states(hidden: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Hidden states [T, J, d] as [c, d] of at most `chunk` rows: a token's layers, then the next token's.
+    """Hidden states [T, J, d] in chunks [c, d] of at most `chunk` rows, in the order of tokens, then layers.
 
-    A row that is not all finite is NaN throughout: a soft-cap would make finite logits of it. States come from a model
-    layer by layer; to reshape them would copy them all, so each chunk takes its own.
+    A row with any value that is not finite becomes all NaN. Otherwise a soft-cap could turn it into finite logits.
+
+    Each chunk gathers its own rows. The states come from the model layer by layer, so a reshape would copy them all.
     """
     tokens, layers, _ = hidden.shape
     for row in torch.arange(tokens * layers, device=hidden.device).split(chunk):

@@ -1,6 +1,8 @@
-"""What a teacher says about response tokens: the type that a live teacher and a cached one both answer with.
+"""Teacher signals: the next-token distributions of some teacher layers at some response tokens.
 
-T response tokens, J teacher layers, K kept ids, V common vocabulary, d width of the model that speaks.
+A live teacher and a cache return the same types, so a training step cannot tell them apart.
+
+T response tokens, J teacher layers, K kept ids, V common vocabulary, d width of the model whose head is used.
 """
 
 from __future__ import annotations
@@ -11,27 +13,36 @@ import torch
 from torch import Tensor
 
 Rows = slice | Tensor
-"""Some of the tokens: a slice, their indices, or a mask."""
+"""A selection of tokens: a slice, an index tensor or a boolean mask."""
 
 
 @dataclass(frozen=True)
 class Unembedding:
-    """A language head as plain tensors: logits(h) = softcap(scale * (h W^T + b)), cut to the common vocabulary."""
+    """A language head as plain tensors, cut to the common vocabulary.
+
+    logits(h) = softcap(scale * (h W^T + b)), with softcap(z) = softcap * tanh(z / softcap).
+    """
 
     weight: Tensor
-    """[rows, d]; rows may exceed the vocabulary by padding."""
+    """[rows, d]. rows >= V: a model may pad its vocabulary."""
     vocab: int
-    """V, the common vocabulary: ids below it exist in both models."""
+    """V, the size of the common vocabulary: ids below it exist in both models."""
     bias: Tensor | None = None
+    """[rows], or None."""
     scale: float = 1.0
+    """Factor on the products h W^T + b."""
     softcap: float | None = None
+    """Bound of the absolute value of a logit; None: no cap."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] normed hidden states -> [..., V] logits in float32 (the product itself in the weight's dtype)."""
+        """Normed hidden states [..., d] -> logits [..., V] in float32. The matrix product is in the weight's dtype."""
         return self.scale_and_cap_(self.products(hidden).float())
 
     def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """h W^T + b [..., V] in the weight's dtype; in `out`, if given, for hidden [c, d] and without gradient."""
+        """h W^T + b [..., V] in the weight's dtype.
+
+        `out`: memory to write the result to. It needs hidden [c, d], and no gradient is recorded.
+        """
         hidden, weight = hidden.to(self.weight.dtype), self.weight[: self.vocab]
         bias = None if self.bias is None else self.bias[: self.vocab]
         if out is None:
@@ -39,7 +50,7 @@ class Unembedding:
         return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
     def scale_and_cap_(self, products: Tensor) -> Tensor:
-        """What is made of the products [..., V], in place: scaled, then capped."""
+        """Turn products h W^T + b [..., V] into logits in place: scale first, then soft-cap."""
         if self.scale != 1.0:
             products.mul_(self.scale)
         if self.softcap is not None:
@@ -49,35 +60,35 @@ class Unembedding:
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """A few ids of each distribution, the rest as one bucket."""
+    """Distributions over a few ids each, with all other ids together as one bucket, the tail."""
 
     ids: Tensor
-    """[T, J, K] int64; an entry that pads has probability 0."""
+    """[T, J, K] int64. Padding entries have probability 0."""
     probs: Tensor
-    """[T, J, K] float32, absolute: never renormalised over the kept ids."""
+    """[T, J, K] float32 absolute probabilities: never renormalised over the kept ids."""
     tail: Tensor
-    """[T, J] float32: probability of all other ids together; 0 where the codec has no such bucket."""
+    """[T, J] float32: total probability of all other ids; 0 where the codec has no tail."""
     neg_entropy: Tensor
-    """[T, J] float32, nat: sum p log p over the entries and the tail, so that KL(p, p) = 0."""
-    tailed: bool = True
-    """False where the codec has no such bucket: nobody then needs to look at the numbers on the device."""
+    """[T, J] float32, nats: sum of p log p over the entries and the tail, so that KL(p, p) = 0."""
+    has_tail: bool = True
+    """False where the codec has no tail. Code then need not read `tail` back from the device to find out."""
 
     def part(self, rows: Rows, columns: int | slice = slice(None)) -> SparseSignal:
-        """What is said of some tokens, by some layers; with a number for the layer, that dimension is gone."""
+        """The signal of some tokens and some layers. An integer `columns` drops the layer dimension."""
         some = {name: getattr(self, name)[rows][:, columns] for name in ("ids", "probs", "tail", "neg_entropy")}
         return replace(self, **some)
 
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """The exact form: normed verbalizer outputs, and the head that turns them into logits."""
+    """Exact distributions: normed verbalizer outputs, and the head that turns them into logits."""
 
     hidden: Tensor
-    """[T, J, d]."""
+    """[T, J, d] normed verbalizer outputs."""
     unembedding: Unembedding
 
     def part(self, rows: Rows, columns: int | slice = slice(None)) -> HiddenSignal:
-        """As that of SparseSignal."""
+        """The signal of some tokens and some layers, as in SparseSignal."""
         return replace(self, hidden=self.hidden[rows][:, columns])
 
 

@@ -77,12 +77,12 @@ def violations(root: Path) -> list[str]:
             owner = max((prefix for prefix in MAY_IMPORT if within(module, [prefix])), key=len)
             ours = [owner, *MAY_IMPORT[owner]]
             for name in sorted(imports_of(path, root)):
-                estimate_size = within(name, TOPS)
+                is_ours = within(name, TOPS)
                 others = within(name, NEVER.get(top, [])) or (
                     name.split(".")[0] in ONLY and module not in ONLY[name.split(".")[0]]
                 )
-                private = estimate_size and name.split(".")[-1].startswith("_")
-                if others or private or (estimate_size and not within(name, ours)):
+                private = is_ours and name.split(".")[-1].startswith("_")
+                if others or private or (is_ours and not within(name, ours)):
                     found.append(f"{module} imports {name}")
     return found
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data_prep.shards import FORMAT, shard_name, write_manifest, write_shard
-from pipeline.vlm.image_only import TWINS
+from pipeline.vlm.image_only import IMAGE_ONLY
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -92,7 +92,7 @@ def _qwen2_vl(tokenizer, layers: int, width: int, tie: bool, rows: int):
         tie_word_embeddings=tie,
     )  # fmt: skip
     images = tf.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
-    return config, TWINS["Qwen2VLProcessor"](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
+    return config, IMAGE_ONLY["Qwen2VLProcessor"](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
 
 
 def _llava_onevision(tokenizer, layers: int, width: int, tie: bool, rows: int):
@@ -113,7 +113,7 @@ def _llava_onevision(tokenizer, layers: int, width: int, tie: bool, rows: int):
         tie_word_embeddings=tie,
     )  # fmt: skip
     images = tf.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=grid)
-    return config, TWINS["LlavaOnevisionProcessor"](
+    return config, IMAGE_ONLY["LlavaOnevisionProcessor"](
         image_processor=images,
         tokenizer=tokenizer,
         num_image_tokens=4,
@@ -141,7 +141,7 @@ def _newer_qwen(kind: str):
             made = tf.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **shared)
             twin = "Qwen3VLProcessor"
             images = tf.Qwen2VLImageProcessorPil(min_pixels=32 * 32, max_pixels=64 * 64, patch_size=16)
-        return made, TWINS[twin](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
+        return made, IMAGE_ONLY[twin](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
 
     return build
 

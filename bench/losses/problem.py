@@ -1,4 +1,4 @@
-"""What the benches of the losses work on: random numbers of a small student's shape beside a large teacher's."""
+"""Inputs of the loss benchmarks: random tensors with the shapes of a small student and a large teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: by default a small student's head beside a large teacher's layers."""
+    """Shapes of a measurement; by default a small student's head and a large teacher's layers."""
 
     tokens: int = 256
     width: int = 1536
@@ -25,48 +25,51 @@ class Case:
     students: int = 7
     teachers: int = 20
     kept: int = 64
-    """Ids a teacher layer names for a token; no tail, as the default codec."""
+    """Ids per token and teacher layer; no tail, as in the default codec."""
 
 
-def normal(*shape: int, spread: float, seed: int) -> Tensor:
-    """Random numbers in bfloat16, without a float32 copy in between."""
+def normal(*shape: int, std: float, seed: int) -> Tensor:
+    """Normal random numbers in bfloat16, made without a float32 copy."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=spread, generator=generator).to(DEVICE)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std, generator=generator).to(DEVICE)
 
 
 @cache
 def head_weight(vocab: int, width: int) -> Tensor:
-    """[V, d]; drawing it takes seconds, and all problems may have the same."""
-    return normal(vocab, width, spread=width**-0.5, seed=0)
+    """[V, d] head weight. Drawing it takes seconds, so all problems share one."""
+    return normal(vocab, width, std=width**-0.5, seed=0)
 
 
 class Problem:
-    """Tensors of a case, in bfloat16; the student's distributions have an entropy of about ln V - 8 nat."""
+    """Tensors of a case, in bfloat16. The student's distributions have an entropy of about ln V - 8 nat."""
 
     def __init__(self, case: Case, trained: bool = False):
         generator = torch.Generator().manual_seed(0)
 
         self.case = case
-        self.h = normal(case.students, case.tokens, case.width, spread=4.0, seed=1).requires_grad_()
-        self.hidden = normal(case.tokens, case.width, spread=4.0, seed=2)
+        self.h = normal(case.students, case.tokens, case.width, std=4.0, seed=1).requires_grad_()
+        self.hidden = normal(case.tokens, case.width, std=4.0, seed=2)
         self.weight = head_weight(case.vocab, case.width).detach().requires_grad_(trained)
         self.head = Unembedding(self.weight, case.vocab)
-        said = (case.tokens, case.teachers, case.kept)
-        ids = torch.randint(case.vocab, said, generator=generator).to(DEVICE)
-        probs = torch.full(said, 1 / case.kept, device=DEVICE)
-        tail = torch.zeros(said[:2], device=DEVICE)
-        self.signal = SparseSignal(ids, probs, tail, probs.log().mean(-1), tailed=False)
+        shape = (case.tokens, case.teachers, case.kept)
+        ids = torch.randint(case.vocab, shape, generator=generator).to(DEVICE)
+        probs = torch.full(shape, 1 / case.kept, device=DEVICE)
+        tail = torch.zeros(shape[:2], device=DEVICE)
+        self.signal = SparseSignal(ids, probs, tail, probs.log().mean(-1), has_tail=False)
         self.labels = ids[:, 0, 0].contiguous()
-        self.windows = search_ranges(case.students, case.teachers)
+        self.ranges = search_ranges(case.students, case.teachers)
 
     def clear(self) -> None:
-        """Forget gradients, so that every run allocates its own."""
+        """Drop gradients, so that every run allocates its own."""
         self.h.grad = self.weight.grad = None
 
 
 def interaction(problem: Problem) -> tuple[Tensor, list[int]]:
-    """Ours: search, draw, and the gradient of what was drawn, for all student layers. KL [S, J] and the match."""
-    matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.windows)
+    """This project's interaction loss: search, draw, and the gradient of the drawn candidates, for all student layers.
+
+    Returns KL [S, J] and the match.
+    """
+    matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.ranges)
     match = adaptive(matrix.values / problem.case.tokens, torch.Generator().manual_seed(0))
     matched_kl(problem.h, problem.head, problem.signal, match, matrix).sum().backward()
     return matrix.values, [column for column in match if column is not None]

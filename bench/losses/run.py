@@ -1,9 +1,9 @@
-"""The losses beside the matrix products that they cannot do without, dense torch, and other packages.
+"""Compare the losses with their unavoidable matrix products, with dense torch, and with other packages.
 
-`make bench-losses` leaves bench/results/losses.json (losses_gpu.json where torch finds a GPU). Times are wall seconds,
-forms run in turn, ratios are medians over the rounds; memory is by how much its peak grows. One student layer with its
-candidates is the unit in which ours, dense torch and the peers are compared; the floor, products into memory that is
-there already, is compared with all student layers. Weights are frozen but where an entry says "trained".
+`make bench-losses` writes bench/results/losses.json (losses_gpu.json if torch finds a GPU). Times are wall seconds; the
+forms run in turn; ratios are medians over the rounds. Memory is the growth of its peak. "ours", dense torch and the
+other packages are compared on one student layer with its candidates. The floor (the products, into memory that already
+exists) is compared on all student layers. Weights are frozen unless an entry says "trained".
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from pipeline.loss.sparse_kl import column_kl
 
 ON_GPU = DEVICE == "cuda"
 
-FEWER = 4
-"""Rounds of what is slow or not near its goal."""
+FEW_ROUNDS = 4
+"""Number of rounds for forms that are slow or far from their goal."""
 
 FUSED = {"liger_fused": liger_cross_entropy, "cut_cross_entropy": cut_cross_entropy}
-"""Other packages' cross-entropy of a language head; their kernels are Triton's."""
+"""Other packages' cross-entropy of a language head; their kernels are in Triton."""
 
 
 QUICK = Case(tokens=32, width=64, vocab=5_000)
@@ -51,13 +51,13 @@ GPU_CASES = {
     "interaction_wide": Case(tokens=4096, width=3584, teachers=14),
 }
 GPU_DENSE_TOKENS = 512
-"""Of the comparison with dense torch there: for 4,096 it would want more memory than a card has."""
+"""Tokens of the comparison with dense torch there; with 4,096 it would need more memory than a card has."""
 
 
 def products(problem: Problem, layers: int, trained: bool = False) -> Callable[[], None]:
-    """The floor: two products a student layer, three where the head is trained, into memory that is there already.
+    """The floor: two products per student layer, three with a trained head, into memory that already exists.
 
-    But for the third: what it makes becomes the weight's gradient, which is new in every step.
+    Only the third product allocates: its output becomes the weight's gradient, which is new in every step.
     """
     case, weight, h = problem.case, problem.weight.detach(), problem.h.detach()
     logits, gradient = weight.new_empty(case.tokens, case.vocab), weight.new_empty(case.tokens, case.width)
@@ -73,23 +73,25 @@ def products(problem: Problem, layers: int, trained: bool = False) -> Callable[[
 
 
 def dense_form(problem: Problem, form: Callable[..., Tensor]) -> Tensor:
-    """One student layer by a dense form, following the first of its candidates."""
-    columns = problem.windows[0]
+    """One student layer in a dense form, which follows the first of its candidates."""
+    columns = problem.ranges[0]
     return form(problem.h[0], problem.weight, problem.signal, columns, columns.start)
 
 
-def ready(case: Case, threads: int, work: Callable[[Problem], object], trained: bool = False) -> Callable[[], object]:
-    """The work on a fresh problem, for a process that measures its memory."""
+def prepared(
+    case: Case, threads: int, work: Callable[[Problem], object], trained: bool = False
+) -> Callable[[], object]:
+    """The work on a new problem, for a process that measures its memory."""
     torch.set_num_threads(threads)
     return partial(work, Problem(case, trained))
 
 
 def agreement(problem: Problem) -> dict[str, float]:
-    """How far our values and gradient are from dense torch's in the same dtype, relative, norm for norm."""
+    """Relative differences (of norms) between our values and gradient and dense torch's in the same dtype."""
     problem.clear()
     values, match = interaction(problem)
     assert problem.h.grad is not None
-    ours, columns = problem.h.grad[0].double(), problem.windows[0]
+    ours, columns = problem.h.grad[0].double(), problem.ranges[0]
     problem.clear()
     dense = naive_shared(problem.h[0], problem.weight, problem.signal, columns, match[0]).double()
     theirs = problem.h.grad[0].double()
@@ -100,8 +102,8 @@ def agreement(problem: Problem) -> dict[str, float]:
     }
 
 
-def fresh(problem: Problem, work: Callable[[Problem], object]) -> Callable[[], None]:
-    """The work as it is timed: without gradients left by the one before."""
+def without_old_gradients(problem: Problem, work: Callable[[Problem], object]) -> Callable[[], None]:
+    """The work to be timed, with the gradients of earlier runs dropped first."""
 
     def run() -> None:
         problem.clear()
@@ -111,32 +113,34 @@ def fresh(problem: Problem, work: Callable[[Problem], object]) -> Callable[[], N
 
 
 NAIVE = {"naive": naive, "naive_shared": naive_shared, "naive_frugal": naive_frugal}
-"""Dense torch: as every library has it; with one log-softmax for all candidates; and only one of them with a graph."""
+"""Dense torch: as in most libraries; with one log-softmax for all candidates; and with a graph for only one of them."""
 
 
 def compare_floor(case: Case, rounds: int, threads: int) -> dict[str, Any]:
-    """The interaction loss of all student layers beside its products."""
+    """The interaction loss of all student layers against its products."""
     whole = Problem(case)
-    floor = interleaved({"floor": products(whole, case.students), "ours": fresh(whole, interaction)}, rounds)
+    floor = interleaved(
+        {"floor": products(whole, case.students), "ours": without_old_gradients(whole, interaction)}, rounds
+    )
     return {
         **asdict(case),
         "dtype": "bfloat16",
         "time_over_floor": ratio(floor["ours"], floor["floor"]),
         "seconds": {name: statistics.median(times) for name, times in floor.items()},
         "ratios_by_round": [o / f for o, f in zip(floor["ours"], floor["floor"], strict=True)],
-        "peak_mib": {"ours": peak_mib(partial(ready, case, threads, interaction))},
+        "peak_mib": {"ours": peak_mib(partial(prepared, case, threads, interaction))},
     }
 
 
 def compare_dense(case: Case, threads: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """One student layer beside dense torch, and beside what TRL and Liger have for a pair of layers."""
+    """One student layer against dense torch, and against TRL's and Liger's divergences of one pair of layers."""
     layer = Problem(replace(case, students=1, teachers=case.teachers - case.students + 1))
     works = {name: partial(dense_form, form=form) for name, form in NAIVE.items()}
     peers, absent = peer_forms(layer)
-    forms = {name: fresh(layer, work) for name, work in {"ours": interaction, **works}.items()}
-    seconds = interleaved({**forms, **peers}, FEWER)
-    ours = peak_mib(partial(ready, case, threads, interaction))
-    peak = {name: peak_mib(partial(ready, layer.case, threads, work)) for name, work in works.items()}
+    forms = {name: without_old_gradients(layer, work) for name, work in {"ours": interaction, **works}.items()}
+    seconds = interleaved({**forms, **peers}, FEW_ROUNDS)
+    ours = peak_mib(partial(prepared, case, threads, interaction))
+    peak = {name: peak_mib(partial(prepared, layer.case, threads, work)) for name, work in works.items()}
     entry: dict[str, Any] = {"seconds_one_layer": {name: statistics.median(seconds[name]) for name in forms}}
     for name in NAIVE:
         entry[f"{name}_over_ours_time"] = ratio(seconds[name], seconds["ours"])
@@ -147,26 +151,26 @@ def compare_dense(case: Case, threads: int) -> tuple[dict[str, Any], dict[str, d
 
 
 def peer_forms(layer: Problem) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """What can be timed of other packages here, and why the rest cannot."""
+    """(other packages' forms that can be timed here, {entry: reason} for those that cannot)."""
     forms: dict[str, Callable[[], object]] = {}
     absent: dict[str, str] = {}
     h, weight, hidden = layer.h[0], layer.weight, layer.hidden
     try:
         trl = trl_pair(h, weight, hidden)
-        forms |= {"trl_forward": partial(trl, False), "trl_both": fresh(layer, lambda _: trl(True))}
+        forms |= {"trl_forward": partial(trl, False), "trl_both": without_old_gradients(layer, lambda _: trl(True))}
     except ImportError as error:
         absent["trl_chunked"] = f"not installed: {error}"
     try:
         liger = liger_pair(h, weight, hidden)
-        forms["liger_both"] = fresh(layer, lambda _: liger())
+        forms["liger_both"] = without_old_gradients(layer, lambda _: liger())
     except ImportError as error:
         absent["liger_chunked"] = f"not installed: {error}"
     return forms, absent
 
 
 def peer_entries(layer: Problem, seconds: dict[str, list[float]], absent: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """A pair's time, times what a student layer's candidates need of it, over ours for a student layer."""
-    candidates = len(layer.windows[0])
+    """The time of one pair, multiplied by the pairs that a student layer needs, over our time for a student layer."""
+    candidates = len(layer.ranges[0])
     entries: dict[str, dict[str, Any]] = {name: {"not_run": why} for name, why in absent.items()}
     if "trl_both" in seconds:
         searched = [
@@ -212,12 +216,12 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
         problem = Problem(case, trained)
         forms: dict[str, Callable[[], object]] = {
             "floor": products(problem, 1, trained),
-            "ours": fresh(problem, work),
+            "ours": without_old_gradients(problem, work),
         }
         if work is cross_entropy:
-            forms |= {"naive": fresh(problem, dense_cross_entropy), **fused_forms(problem)}
-        seconds = interleaved(forms, FEWER)
-        peak = {"ours": peak_mib(partial(ready, case, threads, work, trained))}
+            forms |= {"naive": without_old_gradients(problem, dense_cross_entropy), **fused_forms(problem)}
+        seconds = interleaved(forms, FEW_ROUNDS)
+        peak = {"ours": peak_mib(partial(prepared, case, threads, work, trained))}
         entries[name] = {
             "time_over_floor": ratio(seconds["ours"], seconds["floor"]),
             "products": 3 if trained else 2,
@@ -225,7 +229,7 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
             "peak_mib": peak,
         }
         if work is cross_entropy:
-            peak["naive"] = peak_mib(partial(ready, case, threads, dense_cross_entropy, trained))
+            peak["naive"] = peak_mib(partial(prepared, case, threads, dense_cross_entropy, trained))
             entries[name] |= {
                 "naive_over_ours_time": ratio(seconds["naive"], seconds["ours"]),
                 "naive_over_ours_memory": peak["naive"] / peak["ours"],
@@ -235,17 +239,17 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
 
 
 def fused_forms(problem: Problem) -> dict[str, Callable[[], object]]:
-    """Other packages' fused cross-entropy, where there is a GPU and they are installed."""
+    """Other packages' fused cross-entropy, if there is a GPU and they are installed."""
     forms: dict[str, Callable[[], object]] = {}
     for name, make in FUSED.items() if ON_GPU else ():
         with contextlib.suppress(ImportError):
             run = make(problem.h[0], problem.weight, problem.labels)
-            forms[name] = fresh(problem, lambda _, run=run: run())  # type: ignore[misc]
+            forms[name] = without_old_gradients(problem, lambda _, run=run: run())  # type: ignore[misc]
     return forms
 
 
 def show(results: dict[str, Any], console: Console) -> None:
-    """The entries' ratios as a table."""
+    """Print the entries' ratios as a table."""
     table = Table("entry", "ours / products, time", "it / ours, time", "it / ours, memory")
     entries = {name: entry for name, entry in results.items() if isinstance(entry, dict)}
     for name, entry in entries.items():

@@ -1,1 +1,1 @@
-"""Whole steps beside plain ones, the data wait, the start-up."""
+"""Compare whole steps with plain ones; measure the data wait and the start-up time."""

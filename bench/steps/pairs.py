@@ -1,7 +1,8 @@
-"""The pairs of models that bench/steps.py measures, the demo's and random weights of larger shapes, with their data.
+"""Pairs of models that bench.steps measures (the demo's, and random weights of larger shapes), with their data.
 
-Random weights cost what trained ones do, but for one thing: their distributions would be nearly flat. So the gain of
-the final norm is set for an entropy of about 3 nat, as a language model's: a flat distribution takes more bytes.
+Random weights cost the same as trained ones, with one exception: their distributions would be nearly flat, and a flat
+distribution takes more bytes. So the gain of the final norm is set for an entropy of about 3 nat, as of a language
+model.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ from pipeline.vlm.families import final_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {"fp32": ROOT / "ds_configs" / "zero0.json", "bf16": ROOT / "ds_configs" / "zero2.json"}
-"""One rank has nothing to shard: the plainest that trains each precision. ZeRO-3 would add hooks to both sides."""
+"""DeepSpeed configs. One rank has nothing to shard, so each is the simplest one that trains its precision.
+
+ZeRO-3 would add hooks to both sides of a ratio.
+"""
 
 LOGIT_SPREAD = 4.2
-"""Standard deviation of the logits. V normal logits of spread s have an entropy of about ln V - s^2 / 2."""
+"""Standard deviation of the logits. V normal logits with spread s have an entropy of about ln V - s^2 / 2."""
 WEIGHT_SPREAD = 0.02
-"""Standard deviation that transformers gives to weights."""
+"""Standard deviation of transformers' initial weights."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen2-VL."""
+    """Size of a Qwen2-VL model."""
 
     layers: int
     width: int
@@ -46,13 +50,13 @@ class Size:
     heads: int
     kv_heads: int
     rows: int = 151_936
-    """Rows of the language head, the vocabulary's padding included."""
+    """Rows of the language head, including the vocabulary's padding."""
     tied: bool = True
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The image encoder of both models."""
+    """Size of the image encoder of both models."""
 
     blocks: int
     width: int
@@ -63,7 +67,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher, a student, and what they read."""
+    """A teacher, a student, and the shape of their data."""
 
     teacher: Size
     student: Size
@@ -72,13 +76,13 @@ class Pair:
     student_layers: tuple[int, ...]
     precision: str
     image_side: int
-    """Image tokens along a side: a picture has their square."""
+    """Image tokens along one side; an image has the square of this number."""
     words: tuple[int, int]
-    """Least and most response tokens, the end-of-turn token not counted."""
+    """Minimum and maximum number of response tokens, without the end-of-turn token."""
     micro_batch: int
     samples: int
     cache_tokens: int
-    """Tokens of one forward of the cache job, padding included."""
+    """Tokens of one forward of the cache job, including padding."""
 
 
 QWEN_HALF = Size(layers=24, width=896, inner=4864, heads=14, kv_heads=2)
@@ -87,7 +91,7 @@ QWEN_7B = Size(layers=28, width=3584, inner=18944, heads=28, kv_heads=4, rows=15
 
 
 def _real(teacher: Size, student: Size) -> Pair:
-    """Pictures of 1,225 tokens, answers of 100 to 200. The teacher's target layers must outnumber the student's."""
+    """Images of 1,225 tokens, answers of 100 to 200. The teacher must have more target layers than the student."""
     return Pair(
         teacher=teacher,
         student=student,
@@ -127,13 +131,16 @@ RANDOM_PAIRS["real-0.5b-cpu"] = replace(
     micro_batch=1,
     samples=1,
 )
-"""One sample of 1,024 image tokens, what a CPU can measure in minutes. Its tower has a quarter of a real one's blocks,
-which takes from both sides of each ratio and so makes the goals harder."""
+"""One sample of 1,024 image tokens: what a CPU can measure in minutes.
+
+Its image encoder has a quarter of a real one's blocks, which reduces both sides of each ratio and makes the goals
+harder.
+"""
 DEMO_SAMPLES, DEMO_BATCH = 192, 16
 
 
 def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
-    """Write models, data and folder/recipe.yaml; returns what the pair is, for the record."""
+    """Write models, data and folder/recipe.yaml; returns a description of the pair for the results."""
     if name == "demo":
         return _prepare_demo(folder)
     pair = RANDOM_PAIRS[name]
@@ -141,7 +148,7 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
         _write_model(folder / role, size, pair, device)
     _write_data(folder / "data", pair)
     training = {"steps": 2, "batch_size": pair.micro_batch, "micro_batch_size": pair.micro_batch, "learning_rate": 1e-4}
-    sides = {
+    models = {
         role: {"path": str(folder / role), "layers": list(layers)}
         for role, layers in (("teacher", pair.teacher_layers), ("student", pair.student_layers))
     }
@@ -151,7 +158,7 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
         "deepspeed": str(CONFIGS[pair.precision]),
         "data": {"train": str(folder / "data"), "workers": 0},
         "cache": {"batch_tokens": pair.cache_tokens},
-        **sides,
+        **models,
         **{step: dict(training) for step in ("verbalize", "interact", "reinforce")},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
@@ -159,10 +166,10 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
 
 
 def _prepare_demo(folder: Path) -> dict[str, Any]:
-    """The shipped puzzle models as the demo's recipe uses them, but on one rank, a micro-batch an update."""
+    """The shipped puzzle models as in the demo's recipe, but on one rank, with one micro-batch per update."""
     shard = ["shard", "--source", "puzzles", "--count", str(DEMO_SAMPLES), "--held-out-count", "16"]
-    made = [sys.executable, "-m", "data_prep", *shard, "--samples-per-shard", "64", "--output", str(folder / "data")]
-    subprocess.run(made, check=True, capture_output=True)
+    command = [sys.executable, "-m", "data_prep", *shard, "--samples-per-shard", "64", "--output", str(folder / "data")]
+    subprocess.run(command, check=True, capture_output=True)
     changes = {
         "run": folder / "run",
         "deepspeed": CONFIGS["fp32"],
@@ -228,18 +235,18 @@ def _config(size: Size, tower: Tower) -> Qwen2VLConfig:
 
 
 def _write_data(folder: Path, pair: Pair) -> None:
-    """One shard of chats: a noisy picture, a question, and words."""
+    """Write one shard of chats: a noise image, a question, and random words as the answer."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
     pixels = pair.image_side * MERGE * pair.tower.patch
     samples = []
     for index in range(pair.samples):
         answer = " ".join(draw.choices(WORDS, k=draw.randint(*pair.words)))
-        asked = [{"type": "image"}, {"type": "text", "text": "what is the color of the shape"}]
+        question = [{"type": "image"}, {"type": "text", "text": "what is the color of the shape"}]
         record = {
             "id": f"sample {index}",
             "messages": [
-                {"role": "user", "content": asked},
+                {"role": "user", "content": question},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
             "provenance": {"source": "bench", "index": index},

@@ -1,6 +1,6 @@
-"""What bench/steps.py times: each step of the project beside what it is to be compared with, on one loaded batch.
+"""Calls that bench.steps times: each step of the project and the plain work it is compared with, on one loaded batch.
 
-The steps are the project's own, private functions included: a copy would measure the copy. All run in the project's
+The steps are the project's own, including private functions: a copy would measure the copy. All run in the project's
 Engine, on one rank.
 """
 
@@ -36,12 +36,12 @@ from pipeline.vlm.assemble import encoders, load_verbalized, student_with_verbal
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.cohost import CoHost
 
-Runs = dict[str, Callable[[], object]]
-"""By name, what is timed."""
+TimedCalls = dict[str, Callable[[], object]]
+"""{name: call to be timed}."""
 
 
-class Opened:
-    """A run that stage 1 has been through, and its first micro-batch."""
+class PreparedRun:
+    """A run with a complete stage 1, and its first micro-batch."""
 
     def __init__(self, recipe: Path, ranks: Ranks):
         self.job = Job(load_recipe(recipe).recipe, ranks)
@@ -51,66 +51,66 @@ class Opened:
         self.vocab = self.view.cache.identity.vocab
 
     def load(self, dataset: ChatDataset) -> LoadedBatch:
-        """The first samples of the data."""
+        """Load the first samples of the data as one micro-batch."""
         indices = [SampleIndex(index) for index in range(self.recipe.interact.micro_batch_size)]
         return next(load(dataset, [indices], 0, self.job.ranks.device))
 
 
-def sizes(opened: Opened) -> dict[str, Any]:
-    """What decides the ratios, for the record."""
-    loaded = opened.load(ChatDataset(opened.data, encoders(opened.recipe, ["student"])))
-    verbalizers = done(opened.recipe.run / "verbalize") or {}
+def sizes(prepared: PreparedRun) -> dict[str, Any]:
+    """The sizes that determine the ratios, for the results."""
+    loaded = prepared.load(ChatDataset(prepared.data, encoders(prepared.recipe, ["student"])))
+    verbalizers = done(prepared.recipe.run / "verbalize") or {}
     return {
         "tokens": loaded.batches["student"].inputs["input_ids"].numel(),
         "response_tokens": loaded.tokens(),
-        "vocabulary": opened.vocab,
+        "vocabulary": prepared.vocab,
         "layers": {role: [*verbalizers[role]["layers"], verbalizers[role]["depth"]] for role in ROLES},
     }
 
 
-def student_steps(opened: Opened, live: bool = True) -> Runs:
-    """Stage 2's steps: "finetune", "interact" from the cache and, if asked for, "interact_live" with a live teacher.
+def student_steps(prepared: PreparedRun, live: bool = True) -> TimedCalls:
+    """Stage 2's steps: "finetune", "interact" from the cache and, if `live`, "interact_live" with a live teacher.
 
-    One engine and one optimizer for all: they train the same weights.
+    All use one engine and one optimizer, because they train the same weights.
     """
-    recipe, view = opened.recipe, opened.view
+    recipe, view = prepared.recipe, prepared.view
     student = student_with_verbalizers(
-        recipe, opened.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
+        recipe, prepared.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
     )
-    both = _Student(interact.Interaction(student, None), reinforce.Finetuned(student.backbone, opened.vocab))
-    engine = Engine(both, recipe, recipe.interact, opened.job.ranks)
+    both = _Student(interact.Interaction(student, None), reinforce.Finetuned(student.backbone, prepared.vocab))
+    engine = Engine(both, recipe, recipe.interact, prepared.job.ranks)
     engine.module.train()
     attach = partial(interact._attach, view)
-    loaded = opened.load(ChatDataset(opened.data, encoders(recipe, ["student"]), attach))
+    loaded = prepared.load(ChatDataset(prepared.data, encoders(recipe, ["student"]), attach))
 
     def interaction(teacher: CacheView | _LiveTeacher) -> Callable[[LoadedBatch, MicroStep], StepOutput]:
-        part = _Part(engine, "interaction")
+        part = _PartOfEngine(engine, "interaction")
         return interact._forward(part, recipe.interact, recipe.seed, teacher, student.layers)  # type: ignore[arg-type]
 
-    finetune = reinforce._forward(_Part(engine, "finetuned"))  # type: ignore[arg-type]
-    runs: Runs = {
+    finetune = reinforce._forward(_PartOfEngine(engine, "finetuned"))  # type: ignore[arg-type]
+    runs: TimedCalls = {
         "finetune": partial(_update, engine, finetune, loaded),
         "interact": partial(_update, engine, interaction(view), loaded),
     }
     if live:
-        teacher = _LiveTeacher(cache._load_teacher(opened.job, opened.vocab), view.layers)
-        live = replace(loaded, attached=[loaded.batches["student"]])
-        runs["interact_live"] = partial(_update, engine, interaction(teacher), live)
+        teacher = _LiveTeacher(cache._load_teacher(prepared.job, prepared.vocab), view.layers)
+        live_batch = replace(loaded, attached=[loaded.batches["student"]])
+        runs["interact_live"] = partial(_update, engine, interaction(teacher), live_batch)
     return runs
 
 
-def verbalize_steps(opened: Opened) -> Runs:
-    """Stage 1a's step, and "forwards": the two frozen backbones alone, without heads."""
-    recipe = opened.recipe
+def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
+    """Stage 1a's step ("verbalize"), and "forwards": the two frozen backbones alone, without heads."""
+    recipe = prepared.recipe
     sides = {
         role: load_verbalized(
-            getattr(recipe, role), recipe, opened.vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
+            getattr(recipe, role), recipe, prepared.vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
         )
         for role in ROLES
     }
-    engine = Engine(CoHost(sides), recipe, recipe.verbalize, opened.job.ranks)
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, prepared.job.ranks)
     engine.module.train()
-    loaded = opened.load(ChatDataset(opened.data, encoders(recipe, ROLES)))
+    loaded = prepared.load(ChatDataset(prepared.data, encoders(recipe, ROLES)))
     batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}
 
     @torch.no_grad()
@@ -121,19 +121,19 @@ def verbalize_steps(opened: Opened) -> Runs:
     return {"forwards": forwards, "verbalize": partial(_update, engine, verbalize._forward(engine), loaded)}
 
 
-def cache_passes(opened: Opened, scratch: Path) -> Runs:
-    """Once over the data: "forward" of the teacher alone, "forward_and_heads", and "cache", written into `scratch`."""
-    identity, codec = opened.view.cache.identity, opened.view.cache.codec
-    engine = cache._load_teacher(opened.job, opened.vocab)
+def cache_passes(prepared: PreparedRun, scratch: Path) -> TimedCalls:
+    """One pass over the data: "forward" of the teacher alone, "forward_and_heads", or "cache", written to `scratch`."""
+    identity, codec = prepared.view.cache.identity, prepared.view.cache.codec
+    engine = cache._load_teacher(prepared.job, prepared.vocab)
     teacher = engine.module.sides["teacher"]
-    dataset = ChatDataset(opened.data, encoders(opened.recipe, ["teacher"]))
-    teacher_pass = TeacherPass(opened.job, engine, dataset, identity.layers, identity.vocab)
-    shards = [shard.name for shard in opened.data.shards]
-    windows = writing.plan(opened.data, shards, 0, 1)
+    dataset = ChatDataset(prepared.data, encoders(prepared.recipe, ["teacher"]))
+    teacher_pass = TeacherPass(prepared.job, engine, dataset, identity.layers, identity.vocab)
+    shards = [shard.name for shard in prepared.data.shards]
+    windows = writing.plan(prepared.data, shards, 0, 1)
     shard_batches = list(writing.shard_batches(windows, teacher_pass.batches([window.indices for window in windows])))
     batches = [part.loaded.batches["teacher"].to(engine.device, engine.dtype) for part in shard_batches]
     scratch.mkdir()
-    folder = CacheFolder(scratch, identity, opened.data)
+    folder = CacheFolder(scratch, identity, prepared.data)
     folder.save_order(codec.order)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ def cache_passes(opened: Opened, scratch: Path) -> Runs:
 
 
 class _Student(nn.Module):
-    """One student, interacting or finetuned."""
+    """One student, which interacts or is finetuned."""
 
     def __init__(self, interaction: interact.Interaction, finetuned: reinforce.Finetuned):
         super().__init__()
@@ -166,8 +166,8 @@ class _Student(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One part of an engine's module, called as if it were the whole."""
+class _PartOfEngine:
+    """One part of an engine's module, called as if it were the whole module."""
 
     engine: Engine
     name: str
@@ -186,7 +186,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _LiveTeacher:
-    """A teacher in memory that answers as `CacheView` does; what is attached to a batch is the batch itself."""
+    """A teacher in memory with the interface of `CacheView`; the data attached to a batch is the batch itself."""
 
     engine: Engine
     layers: tuple[int, ...]
@@ -202,6 +202,6 @@ def _update(engine: Engine, forward: Callable[[LoadedBatch, MicroStep], StepOutp
 
 
 def _logits(hidden: Tensor, unembedding: Unembedding) -> None:
-    """Every distribution once, as anybody would have to who wants to know it."""
+    """Compute the logits of every distribution once, as any method that uses them must."""
     for rows in hidden.flatten(0, 1).split(rows_per_chunk(unembedding.vocab)):
         unembedding.logits(rows)

@@ -1,13 +1,13 @@
-"""Whole steps beside what they are to be compared with, the data wait, and the start-up. `make bench-steps`.
+"""Compare whole steps with plain ones; measure the data wait and the start-up time. `make bench-steps`.
 
   python -m bench.steps                      the demo's pair and a small one with a vocabulary of 151,936, on a CPU
   python -m bench.steps --shape real         pairs of real shapes, 0.5B and 2B students; needs a GPU with 80 GB
   python -m bench.steps --shape real-cpu     one sample of a 0.5B student and a 2B teacher on a CPU: 15 minutes, 20 GB
 
-Leaves bench/results/steps.json (steps_real.json, steps_real_cpu.json). Steps run in turn in one process and on one
-rank, and ratios are medians over the rounds. Beside each stands the ratio of the operations in matrix products: what
-the time would be, were there nothing else. On a CPU one thread computes, for real shapes two; else the other core has
-the writer and the loader.
+Writes bench/results/steps.json (steps_real.json, steps_real_cpu.json). The steps run in turn in one process on one
+rank; ratios are medians over the rounds. Beside each ratio of times is the ratio of operations in matrix products: what
+the ratio would be if nothing else took time. On a CPU one thread computes, two for real shapes; otherwise the other
+core runs the writer and the loader.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from rich.table import Table
 
 PAIRS = {"demo": ["demo"], "small": ["small"], "real": ["real-0.5b", "real-2b"], "real-cpu": ["real-0.5b-cpu"]}
 RESULTS = {"real": "steps_real", "real-cpu": "steps_real_cpu"}
-"""Where the results go; else to "steps"."""
+"""Name of the results file; "steps" for other shapes."""
 ROUNDS = {"demo": 9, "small": 3, "real-0.5b": 9, "real-2b": 9, "real-0.5b-cpu": 3}
 UPDATES = {"demo": 40, "small": 3, "real-0.5b": 40, "real-2b": 40, "real-0.5b-cpu": 0}
-"""Of stage 2, to see how long it waits for data."""
+"""Number of updates of stage 2 used to measure how long it waits for data."""
 GOALS = {
     "interact_over_finetune": ("at most", 1.25),
     "verbalize_over_forwards": ("at most", 1.25),
     "cache_speed_over_forward": ("at least", 0.85),
 }
-"""For real shapes: there the vocabulary is a small part of the work."""
-LARGEST_DATA_WAIT = 0.02
+"""For real shapes, where the vocabulary is a small part of the work."""
+MAX_DATA_WAIT = 0.02
 
 
 def show(entries: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """The tables."""
+    """Print the tables."""
     table = Table(title="Whole steps: time (by operations alone)")
     for column in ("ratio", "goal at real shapes", *entries):
         table.add_column(column, justify="left" if column == "ratio" else "right")
@@ -50,7 +50,7 @@ def show(entries: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     for workers in ("1_workers", "2_workers"):
         shares = [entry.get("data_wait_share", {}).get(workers) for entry in entries.values()]
         waits = ["" if share is None else f"{share:.1%}" for share in shares]
-        table.add_row(f"data wait, loader workers: {workers[0]}", f"below {LARGEST_DATA_WAIT:.0%}", *waits)
+        table.add_row(f"data wait, loader workers: {workers[0]}", f"below {MAX_DATA_WAIT:.0%}", *waits)
     console.print(table)
     for entry in entries.values():
         if "start_up" in entry:
@@ -71,7 +71,7 @@ def _show_start(start: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=PAIRS, default=["demo", "small"], help="default: demo small")
     shapes = parser.parse_args().shape

@@ -1,4 +1,4 @@
-"""How long `launch/train.py --stage 2` takes from the command to the end of the first update, phase by phase."""
+"""Time of `launch/train.py --stage 2` from the command to the end of the first update, by phase."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDS = 3
 
 
 def one_rank() -> dict[str, str]:
-    """The environment of a job's only rank, for a process that no launcher starts."""
+    """Environment variables of a job's only rank, for a process that no launcher starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -29,12 +29,12 @@ def one_rank() -> dict[str, str]:
 
 
 def train(*arguments: str) -> None:
-    """Run launch/train.py on one rank, to its end. Raises CalledProcessError, with what it said, where it fails."""
+    """Run launch/train.py on one rank, to its end. If it fails, prints its output and raises CalledProcessError."""
     _run([sys.executable, "launch/train.py", *arguments], one_rank())
 
 
 def start_up(recipe: Path) -> dict[str, Any]:
-    """Under DeepSpeed's launcher: for each phase the wall seconds and, in the rank itself, the CPU seconds."""
+    """Wall seconds and CPU seconds of the rank for each phase, under DeepSpeed's launcher."""
     with TemporaryDirectory() as folder:
         stamps = [_start(recipe, Path(folder) / f"{number}.json") for number in range(ROUNDS)]
     phases = list(stamps[0])[1:]

@@ -1,7 +1,7 @@
-"""launch/train.py --stage 2 with a clock in its hand, up to the first update: what startup.py runs in its place.
+"""launch/train.py --stage 2 with time stamps, up to the first update; startup.py runs it in place of launch/train.py.
 
-Writes {phase: [seconds since boot at its end, CPU seconds of this process until then]} to the file that the environment
-variable STAMPS names, then leaves.
+Writes {phase: [seconds since boot at its end, CPU seconds of this process until then]} to the file named by the
+environment variable STAMPS, then exits.
 """
 
 import time
@@ -24,7 +24,7 @@ def stamp(phase: str) -> None:
 
 
 def process_start() -> float:
-    """Seconds since boot."""
+    """Start of this process, in seconds since boot."""
     after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
 
@@ -38,7 +38,7 @@ def stamped(call: Callable[..., Any], phase: str) -> Callable[..., Any]:
     return wrapped
 
 
-def leave(call: Callable[..., Any]) -> Callable[..., Any]:
+def exit_after(call: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call(*args, **kwargs)
         stamp("first update")
@@ -64,7 +64,7 @@ def main() -> int:
     interact.student_with_verbalizers = stamped(interact.student_with_verbalizers, "model loaded")
     interact.Engine = stamped(interact.Engine, "engine")  # type: ignore[misc,assignment]
     loop._Loop.resume_and_load = stamped(loop._Loop.resume_and_load, "data and log opened")  # type: ignore[method-assign]
-    loop._Loop.run_update = leave(loop._Loop.run_update)  # type: ignore[method-assign]
+    loop._Loop.run_update = exit_after(loop._Loop.run_update)  # type: ignore[method-assign]
     return train.main()
 
 

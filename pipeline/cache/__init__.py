@@ -1,1 +1,1 @@
-"""Where a teacher's distributions lie, whose they are, and who may read them. Knows no model."""
+"""Teacher caches on disk: folders, identity, fingerprints, writing and reading. Nothing here loads a model."""

@@ -1,8 +1,8 @@
-"""A run's teacher caches side by side: each making has a folder of its own, and none is ever mixed with another.
+"""Find a run's teacher caches. Each cache identity has a folder of its own, so caches are never mixed.
 
-RUN/cache/sampled-3f2a9c1b/      one cache: its codec, and a hash of what it is made of (folder.py: what lies in it)
-RUN/cache/sampled-3f2a9c1b.old/  one that was moved aside: not looked at
-RUN/cache/done.json              which was finished last
+RUN/cache/sampled-3f2a9c1b/      one cache, named by its codec and a hash of its identity (layout.py: its contents)
+RUN/cache/sampled-3f2a9c1b.old/  a cache that was moved aside: ignored
+RUN/cache/done.json              which cache was finished last
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from pipeline.errors import CacheError
 
 
 def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:
-    """Where the cache of this identity for this data lies, or is to lie.
+    """The folder of the cache with this identity for this data, whether it exists already or not.
 
-    Data that has grown by shards goes on in the folder where it began; a shard that has changed begins another one,
-    and so does data that lacks a shard of before.
+    If the data has only gained shards, its cache continues in the same folder. If a data shard has changed or was
+    removed, the data gets a new folder.
     """
     for path in cache_folders(root):
-        if _is(path, identity) and not _contradicts(path, identity, data):
+        if _has_identity(path, identity) and not _conflicts_with_data(path, identity, data):
             return path
     made_from = identity.digest + data_fingerprint(data.manifest)
     while True:
         path = root / f"{identity.codec['name']}-{text_fingerprint(made_from)[:8]}"
-        if not _is(path, identity):
+        if not _has_identity(path, identity):
             return path
-        made_from += path.name  # the name of data that grew and was then cut back: it holds the grown data's shards
+        # Taken: this data gained shards, which that folder holds, and then lost them again. Try another name.
+        made_from += path.name
 
 
 def open_cache(
@@ -46,55 +47,56 @@ def open_cache(
     layers: Sequence[int],
     recipe: Path | str,
 ) -> TeacherCache:
-    """The one cache under `root` that fits, opened. Raises CacheError: none there, none fits (says why), or several.
+    """Open the one cache under `root` that fits the data, fingerprints, codec and layers.
 
-    Of several that do not fit, the one speaks that fits best, and of those the one begun last.
+    Raises CacheError where there is no cache, where none fits, and where several do. Where none fits, the message says
+    why for the cache that comes closest; of equally close ones, for the one that was started last.
     """
-    fitting, refusals = [], []
+    fitting, rejected = [], []
     for path in cache_folders(root):
         try:
             fitting.append(TeacherCache(path, data, expected, layers, recipe, codec))
-        except CacheError as refusal:
-            refusals.append((_fit(path, data, expected, codec, layers), refusal))
+        except CacheError as error:
+            rejected.append((_closeness(path, data, expected, codec, layers), error))
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = ", ".join(str(cache.path) for cache in fitting)
         raise CacheError(
-            f"expected one cache that fits, found {len(fitting)}: {names}; they differ in what this run does not know "
-            "(such as the teacher's weights, whose folder is gone). Move aside those that are not meant, such as the "
-            f"first: {command_to_move_aside(fitting[0].path)}"
+            f"expected one cache that fits, found {len(fitting)}: {names}; they differ in something that this run "
+            "cannot check (such as the teacher's weights, whose folder is gone). Move aside those that you do not "
+            f"want, such as the first: {command_to_move_aside(fitting[0].path)}"
         )
-    if not refusals:
+    if not rejected:
         raise CacheError(f"no teacher cache in {root}; make it: {cache_command(recipe)}")
-    others = f"\n({len(refusals) - 1} other cache(s) in {root} do not fit either)" if len(refusals) > 1 else ""
-    raise CacheError(f"{max(reversed(refusals), key=itemgetter(0))[1]}{others}")
+    others = f"\n({len(rejected) - 1} other cache(s) in {root} do not fit either)" if len(rejected) > 1 else ""
+    raise CacheError(f"{max(reversed(rejected), key=itemgetter(0))[1]}{others}")
 
 
-def _is(path: Path, identity: CacheIdentity) -> bool:
+def _has_identity(path: Path, identity: CacheIdentity) -> bool:
     try:
         return not identity.differences(read_identity(path))
-    except CacheError:  # of another version, or damaged: not ours
+    except CacheError:  # another version, or damaged
         return False
 
 
-def _fit(
+def _closeness(
     path: Path, data: ShardFolder, expected: Mapping[str, str], codec: Mapping[str, Any], layers: Sequence[int]
 ) -> int:
-    """How near a refused cache is to what is wanted: 0 made from something else, 1 only from other data, 2 the one."""
+    """How close a rejected cache is: 0 another identity, 1 the right identity and other data, 2 both are right."""
     try:
         identity = read_identity(path)
     except CacheError:
         return 0
     if mismatches(identity, expected, codec) or not set(layers) <= set(identity.layers):
         return 0
-    return 1 if _contradicts(path, identity, data) else 2
+    return 1 if _conflicts_with_data(path, identity, data) else 2
 
 
-def _contradicts(path: Path, identity: CacheIdentity, data: ShardFolder) -> bool:
-    """Whether a shard there was made from another data shard than the one of its name, or from one that is gone.
+def _conflicts_with_data(path: Path, identity: CacheIdentity, data: ShardFolder) -> bool:
+    """Whether a cache shard was made from a data shard that has changed or is gone.
 
-    A shard of another cache says nothing of what this one was made from: it is made again, as one that is missing.
+    Shards that belong to another cache are ignored here. They are rebuilt, like missing ones.
     """
     made_from = {shard["name"]: shard["sha256"] for shard in data.manifest["shards"]}
     sidecars = read_sidecars(path, sorted(file.name for file in path.glob("*.tar")))

@@ -1,4 +1,4 @@
-"""Whose words a cache holds: SHA-256 fingerprints of everything that made it, as a flat {name: hex digest}."""
+"""Fingerprints: SHA-256 hashes of everything that a cache was made from, as a flat {name: hex digest}."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from typing import Any
 
 from pipeline.errors import CacheError
 
-# What decides how text becomes ids, the most complete first: the first that a folder has is the tokenizer.
+# Files that decide how text becomes token ids, the most complete set first. The first set found is the tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tokenizer.model",))
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-# Written by the library that saved the file, not by the model.
+# JSON keys that do not change the outputs (written by the saving library), or that have a fingerprint of their own.
 INCIDENTAL = ("transformers_version", "_name_or_path", "chat_template")
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One fingerprint that is not what was expected."""
+    """One fingerprint that differs from the expected one."""
 
     name: str
     expected: str
     found: str | None
-    """None: not recorded at all."""
+    """None where it was not recorded."""
 
     def __str__(self) -> str:
         return f"{self.name}: expected {self.expected}, found {self.found or 'none recorded'}"
 
 
 def compare(expected: Mapping[str, str], found: Mapping[str, str]) -> list[Mismatch]:
-    """What differs, in the order of `expected`; names that only `found` has are not asked about."""
+    """The fingerprints that differ, in the order of `expected`. Names that only `found` has are ignored."""
     return [Mismatch(name, value, found.get(name)) for name, value in expected.items() if found.get(name) != value]
 
 
 def model_fingerprints(folder: Path) -> dict[str, str]:
-    """weights, config, tokenizer and processor of a Hugging Face folder.
+    """Fingerprints of a Hugging Face folder: weights, config, tokenizer and processor.
 
     Raises CacheError where the folder has no safetensors weights or no tokenizer.
     """
@@ -54,12 +54,15 @@ def model_fingerprints(folder: Path) -> dict[str, str]:
 
 
 def teacher_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
-    """Everything of the teacher that decides what it says: its folder's fingerprints and its chat template."""
+    """Everything about the teacher that affects its outputs: its folder's fingerprints and its chat template."""
     return {**model_fingerprints(folder), "chat_template": text_fingerprint(chat_template)}
 
 
 def limit_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:
-    """The limits on a sample: plain numbers, not hashes. That of pixels only where one is set, as in older caches."""
+    """The limits on a sample's length and image size, as plain numbers, not hashes.
+
+    "pixels" is there only where a limit on it is set. Older caches do not have it.
+    """
     limits = {"max_length": str(max_length)}
     if min_pixels is not None or max_pixels is not None:
         limits["pixels"] = f"{min_pixels or 'any'} to {max_pixels or 'any'}"
@@ -67,10 +70,10 @@ def limit_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int 
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """All *.safetensors of a folder and their index: verbalizers as well as whole models, one file or many.
+    """The fingerprint of all *.safetensors files of a folder and their index: whole models and verbalizers.
 
-    Files are hashed in parallel, and remembered by path, size and time of change. Raises CacheError where there
-    are none.
+    Files are hashed in parallel. Hashes are remembered by path, size and time of change. Raises CacheError where there
+    are no such files.
     """
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
     if not any(file.suffix == ".safetensors" for file in files):
@@ -84,7 +87,7 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """The files that decide how text becomes ids. Raises CacheError where there are none."""
+    """The fingerprint of the files that decide how text becomes token ids. Raises CacheError where there are none."""
     for names in TOKENIZER_FILES:
         files = [folder / name for name in names if (folder / name).is_file()]
         if files:
@@ -93,26 +96,26 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def files_fingerprint(files: Sequence[Path]) -> str:
-    """Names and bytes of files, in order, such as the teacher's verbalizers. Raises OSError where one is not there."""
+    """The fingerprint of files: their names and bytes, in order. Raises OSError where one is missing."""
     return _combine(_file_digests(files))
 
 
 def json_fingerprint(files: Iterable[Path]) -> str:
-    """What JSON files say, whatever their spacing, key order, or the version of the library that saved them."""
-    said = {}
+    """The fingerprint of JSON files' values. Spacing, key order and the saving library's version do not matter."""
+    contents = {}
     for file in files:
         values = json.loads(file.read_text(encoding="utf-8"))
-        said[file.name] = {key: value for key, value in values.items() if key not in INCIDENTAL}
-    return text_fingerprint(json.dumps(said, sort_keys=True, ensure_ascii=False))
+        contents[file.name] = {key: value for key, value in values.items() if key not in INCIDENTAL}
+    return text_fingerprint(json.dumps(contents, sort_keys=True, ensure_ascii=False))
 
 
 def text_fingerprint(text: str) -> str:
-    """A string, such as the chat template."""
+    """The fingerprint of a string, such as the chat template."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def data_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """A shard folder's data: its shards' names and hashes, in order."""
+    """The fingerprint of a shard folder: its shards' names and hashes, in order."""
     return _combine({shard["name"]: shard["sha256"] for shard in manifest["shards"]})
 
 
@@ -130,36 +133,36 @@ def _combine(digests: Mapping[str, str]) -> str:
 
 
 def _file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """{file name: SHA-256}, from memory where path, size and mtime are those of the last time."""
+    """{file name: SHA-256}. A stored hash is used where the path, size and mtime have not changed."""
     stats = {file: file.stat() for file in files}
-    places = {file: f"{file.resolve()} {stats[file].st_size} {stats[file].st_mtime_ns}" for file in files}
-    remembered = _recall()
-    unknown = [file for file in files if places[file] not in remembered]
+    store_keys = {file: f"{file.resolve()} {stats[file].st_size} {stats[file].st_mtime_ns}" for file in files}
+    hashes = _stored_hashes()
+    unknown = [file for file in files if store_keys[file] not in hashes]
     if unknown:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the GIL
-            new = dict(zip((places[file] for file in unknown), pool.map(file_sha256, unknown), strict=True))
-        remembered |= new
-        _remember(new)
-    return {file.name: remembered[places[file]] for file in files}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+            new = dict(zip((store_keys[file] for file in unknown), pool.map(file_sha256, unknown), strict=True))
+        hashes |= new
+        _store_hashes(new)
+    return {file.name: hashes[store_keys[file]] for file in files}
 
 
-def _memory_file() -> Path:
+def _hash_store() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlsi" / "sha256.json"
 
 
-def _recall() -> dict[str, str]:
+def _stored_hashes() -> dict[str, str]:
     try:
-        known = json.loads(_memory_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # never written, unreadable, or no home: hash again
+        stored = json.loads(_hash_store().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # never written, unreadable, or no home folder: hash again
         return {}
-    return known if isinstance(known, dict) else {}
+    return stored if isinstance(stored, dict) else {}
 
 
-def _remember(new: Mapping[str, str]) -> None:
-    """Best effort: a memory that cannot be written only costs the hashing next time."""
+def _store_hashes(new: Mapping[str, str]) -> None:
+    """Add hashes to the store. Where it cannot be written, the only cost is to hash again next time."""
     with contextlib.suppress(OSError, RuntimeError):
-        path = _memory_file()
+        path = _hash_store()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(_recall() | dict(new), file)
+            json.dump(_stored_hashes() | dict(new), file)
         os.replace(file.name, path)

@@ -1,6 +1,6 @@
-"""The teacher's language head, stored with a cache whose codec decodes through it: stage 2 has no teacher.
+"""The teacher's language head, stored in a cache whose codec needs it for decoding: stage 2 has no teacher.
 
-Its hash is taken of what is written, before the disk has it: whatever becomes of the file is then seen.
+Its hash is computed from the bytes in memory, before they are written. So any later change of the file is detected.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ SIDECAR = "head.json"
 
 
 def save_head(path: Path, unembedding: Unembedding) -> None:
-    """Write a cache folder's head.safetensors, cut to the common vocabulary, and then its hash."""
+    """Write head.safetensors, cut to the common vocabulary, into a cache folder, and then its hash in head.json."""
     tensors = {"weight": unembedding.weight[: unembedding.vocab].detach().cpu().contiguous()}
     if unembedding.bias is not None:
         tensors["bias"] = unembedding.bias[: unembedding.vocab].detach().cpu().contiguous()
     meta = {"vocab": str(unembedding.vocab), "scale": repr(unembedding.scale)}
     if unembedding.softcap is not None:
         meta["softcap"] = repr(unembedding.softcap)
-    content = _in_order(save(tensors, meta))
+    content = _with_sorted_header(save(tensors, meta))
     write_file(path / HEAD, content)
     write_file(path / SIDECAR, json.dumps({"sha256": hashlib.sha256(content).hexdigest()}).encode())
 
 
 def head_sha256(path: Path) -> str | None:
-    """The hash of a cache's head as it was written; None where its sidecar is gone or damaged."""
+    """The recorded SHA-256 of a cache's head; None where its sidecar head.json is missing or damaged."""
     try:
         return json.loads((path / SIDECAR).read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -45,18 +45,18 @@ def head_sha256(path: Path) -> str | None:
 
 
 def has_head(path: Path) -> bool:
-    """Whether a cache folder has its head, byte for byte as it was written."""
+    """Whether a cache folder has its head and the file matches its recorded hash."""
     return (path / HEAD).is_file() and file_sha256(path / HEAD) == head_sha256(path)
 
 
 def check_head(path: Path, recipe: Path | str = "R") -> None:
-    """Raise CacheError where the cache has no head."""
+    """Raise CacheError where the cache has no head file. Its content is not checked here."""
     if not (path / HEAD).is_file():
         raise CacheError(f"{path}: no {HEAD}, which its codec decodes through. {_repair(recipe)}")
 
 
 def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe: Path | str = "R") -> Unembedding:
-    """A cache's head.safetensors. Raises CacheError where it is gone or its hash is another."""
+    """Load a cache's head. Raises CacheError where the file is missing, damaged or does not match a given `sha256`."""
     file = path / HEAD
     check_head(path, recipe)
     found = file_sha256(file)
@@ -64,7 +64,7 @@ def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe
         raise CacheError(f"{file} is damaged: expected SHA-256 {sha256}, found {found}. {_repair(recipe)}")
     try:
         with safe_open(file, framework="pt", device=str(device)) as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not a dict
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # safe_open is not a dict
             meta = stored.metadata()
         softcap = float(meta["softcap"]) if "softcap" in meta else None
         return Unembedding(
@@ -74,8 +74,8 @@ def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe
         raise CacheError(f"{file} is damaged: {error!r}. {_repair(recipe)}") from None
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its header sorted, which comes in an order of chance: jobs write the same bytes."""
+def _with_sorted_header(content: bytes) -> bytes:
+    """A safetensors file with its header keys sorted. Their order varies otherwise, and jobs must write equal bytes."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     return b"".join((content[:8], header.ljust(end - 8), memoryview(content)[end:]))

@@ -1,11 +1,11 @@
-"""What lies in a teacher cache's folder, whose it is, and what it still lacks (docs/cache_format.md).
+"""A teacher cache's folder: its files, its identity and its missing shards (docs/cache_format.md).
 
-cache.json         what the cache is made of: written first; every job that fills it must agree
-order.int32        the vocabulary by the teacher's use, where the codec needs it
+cache.json         the cache's identity. Written first; every job that fills the cache must have the same identity
+order.int32        the vocabulary order, where the codec needs it
 head.safetensors   the teacher's language head, where the codec needs it
-head.json          its sidecar: its hash when it was written
+head.json          the head's sidecar: its SHA-256 at the time of writing
 000000.tar         mirrors data shard 000000.tar: same name, same keys, same order
-000000.json        its sidecar, written after it: "this shard is done"
+000000.json        the shard's sidecar. Written after it: "this shard is done"
 manifest.json      written last, from all sidecars
 """
 
@@ -34,19 +34,19 @@ RECORD = "mp"
 
 @dataclass(frozen=True)
 class CacheIdentity:
-    """What a cache is made of; two that differ never share a folder."""
+    """What a cache is made of. Caches of different identities never share a folder."""
 
     codec: Mapping[str, Any]
-    """{"name": "sampled", "points": 64, "seed": 0}."""
+    """Name and parameters, such as {"name": "sampled", "points": 64, "seed": 0}."""
     layers: tuple[int, ...]
     """The J teacher layers, counted from 1: the target layers, then the last layer."""
     vocab: int
-    """V, the common vocabulary."""
+    """V, the size of the common vocabulary."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Of teacher, verbalizers, tokenizer, processor and chat template; the data's are kept shard by shard."""
+    """Of the teacher's files, verbalizers, chat template and sample limits. The data's are kept for each shard."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in cache.json and manifest.json."""
+        """The fields of cache.json, which manifest.json also has."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -58,21 +58,21 @@ class CacheIdentity:
 
     @property
     def digest(self) -> str:
-        """A hash of all of it, which names the cache's folder."""
+        """SHA-256 of all fields. The name of the cache's folder comes from it."""
         return text_fingerprint(json.dumps(self.to_json(), sort_keys=True))
 
     def made_for(self, path: Path) -> str:
-        """The hash that each sidecar carries: of all of it, and of the vocabulary's order in the cache's folder."""
+        """SHA-256 of all fields and of the folder's vocabulary order. Each sidecar and record is bound to it."""
         return text_fingerprint(f"{self.digest} {order_sha256(path)}")
 
     def differences(self, other: CacheIdentity) -> list[Mismatch]:
-        """What `other` has differently from this one, the expected."""
+        """The fields where `other` differs from this identity, which is the expected one."""
         expected, found = _flat(self), _flat(other)
         return compare(dict.fromkeys(found, "none recorded") | expected, found)
 
 
 def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
-    """Read a cache folder's cache.json. Raises CacheError: none there, damaged, or of another version."""
+    """Read a folder's cache.json. Raises CacheError where it is missing, damaged or of another format version."""
     file = path / IDENTITY
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -89,13 +89,13 @@ def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
 
 
 def codec_params(recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """A recipe's cache.codec to a codec's name and parameters, as a cache's identity holds them."""
+    """A recipe's cache.codec -> the codec's name and parameters, as in CacheIdentity.codec."""
     values = {**recipe, "seed": seed}
     return {"name": recipe["name"], **{key: values[key] for key in CODECS[recipe["name"]].PARAMS}}
 
 
 def cache_codec(path: Path, identity: CacheIdentity, recipe: Path | str = "R") -> Codec:
-    """A cache's codec, with the vocabulary's order where it needs one. Raises CacheError where that is not there."""
+    """A cache's codec, with the vocabulary order where it needs one. Raises CacheError where the order is missing."""
     order = None
     if make_codec(**identity.codec).needs_order:
         order = read_order(path, identity.vocab, f"Put it right: {cache_command(recipe, '--only-missing')}")
@@ -103,20 +103,20 @@ def cache_codec(path: Path, identity: CacheIdentity, recipe: Path | str = "R") -
 
 
 def sidecar_crc32(sidecar: Mapping[str, Any]) -> int:
-    """The checksum of all that a sidecar says, but for itself."""
-    said = {name: value for name, value in sidecar.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    """The CRC-32 of all fields of a sidecar except the checksum itself."""
+    fields = {name: value for name, value in sidecar.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def read_sidecars(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{shard name: sidecar} of those shards that have one as it was written."""
+    """{shard name: sidecar} of the shards that have a sidecar with the right checksum."""
     found = {}
     for name in names:
         try:
             sidecar = json.loads((path / name).with_suffix(".json").read_text(encoding="utf-8"))
             if sidecar["crc32"] == sidecar_crc32(sidecar):
                 found[name] = sidecar
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or no sidecar any more: the shard is made again
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the shard is made again
             continue
     return found
 
@@ -128,9 +128,10 @@ def missing_shards(
     sidecars: Mapping[str, Mapping[str, Any]] | None = None,
     verify: bool = False,
 ) -> dict[str, str]:
-    """{shard name: why} of the data manifest's shards that the cache lacks or has not as it should, in data order.
+    """{shard name: reason} of the data shards whose cache shard is missing or wrong, in data order.
 
-    Looks at sidecars and file sizes; with `verify` also reads and hashes every cache shard.
+    Checks sidecars and file sizes. With `verify` it also reads and hashes every cache shard. `sidecars`: those already
+    read; by default they are read here.
     """
     sidecars = read_sidecars(path, (shard["name"] for shard in data_shards)) if sidecars is None else sidecars
 
@@ -145,17 +146,17 @@ def missing_shards(
 
 
 def command_to_remake(path: Path, recipe: Path | str) -> str:
-    """The command that makes a cache again where the old one is no good: moved aside, not removed."""
+    """The command that moves an unusable cache aside (it removes nothing) and builds a new one."""
     return f"{command_to_move_aside(path)} && {cache_command(recipe)}"
 
 
 def command_to_move_aside(path: Path) -> str:
-    """The command after which a folder is no cache of its run, and nothing is lost."""
+    """The command that renames a cache folder so that its run ignores it. Nothing is deleted."""
     return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}{ASIDE}')}"
 
 
 def mismatch_message(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, detail: str = "") -> str:
-    """The refusal of a cache that was made from something else."""
+    """The error message for a cache whose fingerprints are not the expected ones."""
     lines = [f"  {mismatch}" for mismatch in mismatches] + ([f"  {detail}"] if detail else [])
     names = ", ".join(mismatch.name for mismatch in mismatches)
     return (
@@ -168,7 +169,7 @@ def mismatch_message(path: Path, mismatches: Sequence[Mismatch], recipe: Path | 
 def _problem(
     file: Path, made_for: str, data: Mapping[str, Any], sidecar: Mapping[str, Any] | None, verify: bool
 ) -> str | None:
-    """Why a cache shard has to be made (again), or None."""
+    """Why a cache shard must be made or made again; None if it is fine."""
     try:
         if sidecar is None:
             return "not made yet"

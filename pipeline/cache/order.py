@@ -1,4 +1,4 @@
-"""A cache's vocabulary order on disk: order.int32, which every shard of the cache is coded with."""
+"""A cache's vocabulary order on disk: order.int32. Every shard of the cache is coded with it."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ ORDER = "order.int32"
 
 
 def save_order(path: Path, order: np.ndarray) -> None:
-    """Give a cache folder its order. Of jobs that do so at once the first wins, and all must read what it wrote.
+    """Write a cache folder's order, unless it has one. If several jobs do this at once, the first one wins.
 
-    CacheFolder.check_order finds it where the file system could not hold to that.
+    All jobs must then read the stored order back. Without hard links the file system cannot guarantee that the first
+    one wins; CacheFolder.check_order detects such a case.
     """
     file = path / ORDER
-    aside = file.with_name(f".{ORDER}.{secrets.token_hex(8)}.partial")
-    write_file(aside, order.astype("<i4").tobytes())
+    partial = file.with_name(f".{ORDER}.{secrets.token_hex(8)}.partial")
+    write_file(partial, order.astype("<i4").tobytes())
     try:
-        os.link(aside, file)
+        os.link(partial, file)
     except FileExistsError:
         pass
-    except OSError:  # a file system without links: between these two lines another job may come first
+    except OSError:  # no hard links: another job may write between the next two lines
         if not file.exists():
-            os.replace(aside, file)
+            os.replace(partial, file)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def has_order(path: Path) -> bool:
-    """Whether a cache folder has its order."""
+    """Whether a cache folder has an order file."""
     return (path / ORDER).is_file()
 
 
 def read_order(path: Path, vocab: int, repair: str) -> np.ndarray:
-    """A cache's order [V]. Raises CacheError, ending in the words `repair`, where it is gone or no order of V ids."""
+    """A cache's order [V] int32.
+
+    Raises CacheError where it is missing or does not hold each of V ids once. The message ends in `repair`.
+    """
     try:
         order = np.fromfile(path / ORDER, "<i4")
     except FileNotFoundError:
@@ -51,5 +55,5 @@ def read_order(path: Path, vocab: int, repair: str) -> np.ndarray:
 
 
 def order_sha256(path: Path) -> str | None:
-    """The hash of a cache's order, None where there is none."""
+    """The SHA-256 of a cache's order file; None where there is none."""
     return file_sha256(path / ORDER) if has_order(path) else None

@@ -1,4 +1,4 @@
-"""Reading a teacher cache: refused when it does not fit what asks, checked record by record when it does.
+"""Read a teacher cache. Opening checks that it fits the run; reading checks each record's checksum.
 
 T response tokens, J cached teacher layers.
 """
@@ -39,22 +39,27 @@ from pipeline.signal import Signal, Unembedding
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """One sample as the cache has it: narrow arrays, good for passing between processes."""
+    """One sample's cached data, in narrow dtypes that are cheap to pass between processes."""
 
     key: str
     tokens: np.ndarray
-    """[T] int32, the response tokens that the arrays were made for."""
+    """[T] int32 response token ids that the arrays were made for."""
     arrays: Mapping[str, np.ndarray]
     """The codec's unpacked arrays [T, J, n]."""
 
 
 class TeacherCache:
-    """A finished cache for the given data: what the teacher said about sample i of the data folder is record i here.
+    """A finished cache for the given data folder. Record i belongs to sample i of the data folder. Picklable.
 
-    Opening checks, in this order: format version, `codec` and `expected` fingerprints (those given; a cache may hold
-    more), `layers` asked for, that every data shard is cached, whole in size, and made from this very data. Any of it
-    wrong raises CacheError with both values and the command that makes it right; `recipe` is what that command names.
-    Picklable, for loader workers.
+    Opening checks, in this order:
+
+    1. the format version;
+    2. the `expected` fingerprints (a cache may hold more than these) and the `codec`, where given;
+    3. that the requested `layers` are cached;
+    4. that every data shard has a cache shard of the recorded size, made from exactly this data shard.
+
+    It raises CacheError where one of these is wrong. The message has the expected and the found value and the command
+    that fixes it; `recipe` is the recipe which that command names.
     """
 
     def __init__(
@@ -91,11 +96,11 @@ class TeacherCache:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """All of manifest.json, with totals and shards."""
+        """The content of manifest.json, with totals and shards."""
         return self._folder.manifest
 
     def columns(self, layers: Sequence[int]) -> list[int]:
-        """Where teacher layers stand among the cached ones. Raises CacheError for one that is not cached."""
+        """Teacher layers, counted from 1 -> columns of a record's arrays. Raises CacheError where a layer is absent."""
         absent = sorted(set(layers) - set(self.layers))
         if absent:
             wanted = f"teacher.layers={sorted({*layers} - {self.layers[-1]})}"
@@ -107,9 +112,10 @@ class TeacherCache:
         return [self.layers.index(layer) for layer in layers]
 
     def read(self, index: int) -> CacheRecord:
-        """The record of the data folder's sample `index`.
+        """The record of sample `index` of the data folder.
 
-        Raises SampleError where the sample was skipped when the cache was made, CacheError where the shard is damaged.
+        Raises SampleError where the sample was skipped when the cache was made, and CacheError where the record is
+        damaged.
         """
         key = self._folder.keys[index]
         try:
@@ -122,10 +128,10 @@ class TeacherCache:
             ) from None
 
     def check_tokens(self, record: CacheRecord, expected: np.ndarray | Tensor | Sequence[int]) -> None:
-        """Raise SampleError unless the record was made for exactly these response token ids.
+        """Raise SampleError unless the record was made for exactly these response token ids [T].
 
-        Tokenizer, template and max_length are those of the cache: that is checked when it is opened. What remains is a
-        sample of which one model's form was cut and the other's was not.
+        Opening the cache has checked that tokenizer, chat template and max_length are the same. One cause remains: the
+        sample was cut at max_length for one model and not for the other.
         """
         wanted, found = np.asarray(expected).tolist(), record.tokens.tolist()
         if wanted == found:
@@ -137,8 +143,9 @@ class TeacherCache:
             else f"at response token {place} expected id {wanted[place]}, found {found[place]}"
         )
         raise SampleError(
-            f"the teacher cache has other response tokens: {where} (teacher or student cut at data.max_length, most "
-            f"likely); see them with: python -m pipeline cache-info {shlex.quote(str(self.path))} --sample {record.key}"
+            f"the teacher cache has other response tokens: {where}. Most likely the sample was cut at data.max_length "
+            "for one of the two models. Show the record: "
+            f"python -m pipeline cache-info {shlex.quote(str(self.path))} --sample {record.key}"
         )
 
     def signal(
@@ -148,9 +155,9 @@ class TeacherCache:
         device: torch.device | str = "cpu",
         unembedding: Unembedding | None = None,
     ) -> Signal:
-        """What the given teacher layers, in this order, say about the records' tokens, one record after the other.
+        """The signal of the given teacher layers, in this order, over the tokens of all records, concatenated.
 
-        `unembedding`, for a codec that needs the head, is what `self.unembedding(device)` gave.
+        unembedding: the result of `self.unembedding(device)`, for a codec that needs the head.
         """
         columns = self.columns(layers)
         chosen = [{name: array[:, columns] for name, array in record.arrays.items()} for record in records]
@@ -163,13 +170,13 @@ class TeacherCache:
         device: torch.device | str = "cpu",
         unembedding: Unembedding | None = None,
     ) -> Signal:
-        """As `signal`, from records' arrays whose layers were chosen already. No record gives a signal of no token."""
+        """As `signal`, from records' arrays that hold only the wanted layers. No records give a signal of no token."""
         if not records:
             return self.codec.empty(layers, unembedding, device)
         return self.codec.decode(join_arrays(list(records)), unembedding, device)
 
     def unembedding(self, device: torch.device | str = "cpu") -> Unembedding:
-        """The teacher's stored language head. Raises CacheError where the file is gone or is not what was written."""
+        """The teacher's stored language head. Raises CacheError where the file is missing or has changed."""
         return read_head(self.path, self.manifest.get("head_sha256"), device, self.recipe)
 
     def _check_complete(self, data: ShardFolder) -> None:
@@ -194,7 +201,10 @@ class TeacherCache:
             )
 
     def _finished_sidecars(self) -> dict[str, dict[str, Any]]:
-        """From the manifest; where there is none yet, from the sidecars themselves, to say how far the cache is."""
+        """{shard name: sidecar} from the manifest.
+
+        If there is none yet, from the sidecar files: the error message can then report the progress.
+        """
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             return {shard["name"]: shard for shard in manifest["shards"]}
@@ -208,11 +218,11 @@ class TeacherCache:
 
 
 def mismatches(identity: CacheIdentity, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
-    """What a cache was made of, where it is not the codec and the fingerprints that are asked for."""
+    """Where a cache's fingerprints and codec differ from the expected ones. `codec` None: it is not compared."""
     differing = compare(expected, identity.fingerprints)
     if codec is not None and dict(codec) != dict(identity.codec):
-        said = [json.dumps(dict(one), sort_keys=True) for one in (codec, identity.codec)]
-        differing.append(Mismatch("codec", *said))
+        expected_json, found_json = (json.dumps(dict(one), sort_keys=True) for one in (codec, identity.codec))
+        differing.append(Mismatch("codec", expected_json, found_json))
     return differing
 
 

@@ -1,6 +1,6 @@
-"""What stage 2 takes of a cache: some layers, and in each epoch some of the points and some of the tokens.
+"""The part of a cache that stage 2 uses: some layers, and in each epoch some of the points and some of the tokens.
 
-T response tokens, J teacher layers asked for.
+T response tokens, J teacher layers in use.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pipeline.signal import Signal, Unembedding
 
 @dataclass(frozen=True)
 class CacheView:
-    """A cache as a run uses it. Picklable: `record` runs in loader workers, `signal` where the model is."""
+    """A run's view of a cache. Picklable: `record` runs in loader workers, `signal` in the training process."""
 
     cache: TeacherCache
     layers: tuple[int, ...]
-    """The teacher layers asked for, the last one last."""
+    """The teacher layers in use, counted from 1; the teacher's last layer comes last."""
     points: int | None = None
-    """How many of the stored points of each distribution an epoch sees (sampled codec); None for all."""
+    """How many stored points of each distribution an epoch uses (sampled codec); None: all of them."""
     token_share: float = 1.0
-    """Share of the response tokens that an epoch sees."""
+    """Share of the response tokens that an epoch uses, in (0, 1]."""
     seed: int = 0
-    """The run's, for the choice of tokens; that of points goes by the codec's, as the points themselves do."""
+    """The run's seed, for the choice of tokens. The choice of points uses the codec's seed, as drawing them did."""
 
     def record(self, index: int, epoch: int, expected: np.ndarray) -> tuple[CacheRecord, np.ndarray]:
-        """The record of a sample for an epoch, and which of its T tokens it keeps [T] bool.
+        """A sample's record for an epoch, and a mask [T] bool of the tokens that it keeps.
 
-        Raises SampleError and CacheError as TeacherCache.read does, and SampleError where the record was made for
-        other response tokens than `expected` [T].
+        expected: [T] the sample's response token ids. Raises SampleError where the record was made for other ones, and
+        SampleError and CacheError as TeacherCache.read does.
         """
         record = self.cache.read(index)
         self.cache.check_tokens(record, expected)
@@ -46,11 +46,11 @@ class CacheView:
         return replace(record, tokens=record.tokens[kept], arrays=arrays), kept
 
     def signal(self, records: list[CacheRecord], device: torch.device | str, head: Unembedding | None) -> Signal:
-        """What the layers say about the records' tokens, one record after the other."""
+        """The signal over the tokens of all records, concatenated."""
         return self.cache.decode([record.arrays for record in records], len(self.layers), device, head)
 
     def _points_of(self, key: str, epoch: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Other points in each epoch, from a place drawn for each token and layer, so that every epoch is unbiased."""
+        """Different points in each epoch. The first is drawn for each token and layer, so every epoch is unbiased."""
         codec = self.cache.codec
         if self.points is None or not isinstance(codec, Sampled) or self.points == codec.points:
             return arrays

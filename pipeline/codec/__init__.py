@@ -1,1 +1,1 @@
-"""What a distribution becomes as bytes, and is again: codecs, their packing, and what they draw from."""
+"""Codecs: teacher distributions to bytes and back, with record packing, random numbers and the vocabulary order."""

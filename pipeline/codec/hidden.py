@@ -1,4 +1,4 @@
-"""The normed verbalizer outputs themselves: the exact reference, at the price of the teacher's width.
+"""The hidden codec: stores the normed verbalizer outputs. Exact, but its size grows with the teacher's width.
 
 T response tokens, J teacher layers, d width of the teacher.
 """
@@ -17,9 +17,9 @@ from pipeline.signal import HiddenSignal, Unembedding
 
 
 class Hidden:
-    """The normed verbalizer output itself; the teacher's head, stored once a cache, makes logits of it. Exact.
+    """Stores normed verbalizer outputs. The teacher's head, stored once for each cache, turns them into logits.
 
-    dtype float32 loses nothing; bfloat16 loses nothing where the teacher runs in bfloat16.
+    dtype float32 is exact. bfloat16 is exact where the teacher runs in bfloat16.
     """
 
     name = "hidden"
@@ -35,19 +35,19 @@ class Hidden:
 
     @torch.no_grad()
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
-        """[T, J, d] -> {"hidden": [T, J, d]}."""
+        """Hidden states [T, J, d] -> {"hidden": [T, J, d]} in the codec's dtype."""
         return {"hidden": hidden.to(getattr(torch, self.dtype))}
 
     def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[T] bool: the hidden states are looked at, not the logits, which nobody makes here."""
+        """[T] bool: whether all hidden states of a token are finite. Logits are not checked: this codec makes none."""
         return self._states(arrays).isfinite().flatten(1).all(1).numpy()
 
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-        """One record's hidden states as they are."""
+        """One record's hidden states -> one stream of raw numbers."""
         return {f"hidden.{self.dtype}": raw_stream(arrays["hidden"], self.dtype)}
 
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
-        """-> {"hidden": [T, J, d]}, bfloat16 as its bits. Raises ValueError where they do not fit."""
+        """-> {"hidden": [T, J, d]}, bfloat16 as its bits. Raises ValueError where the size does not fit T and J."""
         return raw_arrays(streams, tokens, layers)
 
     def decode(
@@ -56,13 +56,13 @@ class Hidden:
         unembedding: Unembedding | None = None,
         device: torch.device | str = "cpu",
     ) -> HiddenSignal:
-        """Raises ValueError without the teacher's head, which TeacherCache.unembedding has."""
+        """Unpacked arrays -> a signal. Raises ValueError without the teacher's head (TeacherCache.unembedding)."""
         return HiddenSignal(self._states(arrays).to(device), _required(unembedding))
 
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
     ) -> HiddenSignal:
-        """No token, as wide as the head."""
+        """A signal of no token: hidden [0, J, d]. Raises ValueError without the teacher's head."""
         head = _required(unembedding)
         shape = (0, layers, head.weight.shape[1])
         return HiddenSignal(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=device), head)

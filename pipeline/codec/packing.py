@@ -1,9 +1,13 @@
-"""Numbers to bytes and back: compressed streams, and a record as one map of them under one checksum.
+"""Records: named streams of numbers, compressed, in one msgpack map with one checksum.
 
-T response tokens, J teacher layers. There is no pickle anywhere: a stream is raw little-endian numbers, or what a codec
-makes of them, in a zstd frame; a record's content is a msgpack map {stream name: frame}; a record is the msgpack pair
-(CRC-32, content). The checksum covers all of the content, names and frames included, which zstd's own would not, and
-it begins with the hash of what the cache is made of: a record of another cache does not open either.
+T response tokens, J teacher layers. Nothing is pickled:
+
+- A stream is raw little-endian numbers, or a codec's own encoding of them. It is compressed into a zstd frame.
+- The content of a record is a msgpack map {stream name: frame}.
+- A record is the msgpack pair (CRC-32, content).
+
+The checksum covers the whole content, names and frames included; zstd's own checksum would not. It starts from the
+hash of the cache's identity, so a record of another cache fails the check too.
 """
 
 from __future__ import annotations
@@ -22,64 +26,65 @@ from pipeline.errors import SampleError
 
 TOKENS, SKIPPED = "tokens", "skipped"
 LEVEL = 6
-"""zstd's level: higher ones cost time and gain nothing on streams that are nearly noise."""
+"""zstd compression level. Higher levels cost time and gain nothing, because the streams are nearly random."""
 
 _DTYPES = {name: np.dtype(f"<{code}") for name, code in {"uint8": "u1", "uint16": "u2", "int32": "i4"}.items()}
 _DTYPES |= {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-_DTYPES["bfloat16"] = np.dtype("<u2")  # numpy has none: the same bits as unsigned integers
+_DTYPES["bfloat16"] = np.dtype("<u2")  # numpy has no bfloat16: store its bits as unsigned integers
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor's numbers on the CPU; bfloat16 as its bits in uint16."""
+    """A tensor as a CPU array. bfloat16 becomes its bits in uint16."""
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def raw_stream(array: np.ndarray, dtype: str) -> bytes:
-    """Plain numbers of one of the known dtypes."""
+    """An array -> raw little-endian numbers of one of the known dtypes."""
     return array.astype(_DTYPES[dtype], copy=False).tobytes()
 
 
 def raw_array(stream: bytes, dtype: str, *shape: int) -> np.ndarray:
-    """A plain stream's numbers as an array. Raises ValueError where they do not fit the shape or dtype."""
+    """A raw stream -> an array. Raises ValueError for an unknown dtype or a size that does not fit the shape."""
     if dtype not in _DTYPES:
         raise ValueError(f"numbers of type {dtype}; expected one of {', '.join(_DTYPES)}")
-    return np.frombuffer(bytearray(stream), _DTYPES[dtype]).reshape(*shape)  # writable, as torch wants it
+    return np.frombuffer(bytearray(stream), _DTYPES[dtype]).reshape(*shape)  # bytearray: torch wants writable memory
 
 
 def raw_arrays(streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
-    """Plain streams {"NAME.DTYPE": bytes} to arrays {NAME: [T, J, n]}. Raises ValueError where they do not fit."""
+    """Raw streams {"NAME.DTYPE": bytes} -> arrays {NAME: [T, J, n]}. Raises ValueError where the sizes do not fit."""
     split = {name.partition(".")[0]: (name.partition(".")[2], stream) for name, stream in streams.items()}
     return {name: raw_array(stream, dtype, tokens, layers, -1) for name, (dtype, stream) in split.items()}
 
 
 def narrowest(largest: int) -> str:
-    """The smallest integer type that holds 0..largest."""
+    """The smallest integer dtype that holds 0..largest."""
     return "uint8" if largest < 2**8 else "uint16" if largest < 2**16 else "int32"
 
 
 def pack_record(tokens: np.ndarray, streams: Mapping[str, bytes], made_for: str = "") -> bytes:
-    """Response token ids [T] and a codec's streams to the bytes of one record.
+    """Response token ids [T] and a codec's streams -> the bytes of one record.
 
-    made_for: what the cache is made of (CacheIdentity.made_for); the record opens for nothing else.
+    made_for: the hash of the cache's identity (CacheIdentity.made_for). `unpack_record` must get the same one.
     """
     dtype = narrowest(int(tokens.max(initial=0)))
     compressor = zstandard.ZstdCompressor(level=LEVEL)
-    plain = {f"{TOKENS}.{dtype}": raw_stream(tokens, dtype), **streams}
-    return _seal({name: compressor.compress(stream) for name, stream in plain.items()}, made_for)
+    raw = {f"{TOKENS}.{dtype}": raw_stream(tokens, dtype), **streams}
+    return _with_checksum({name: compressor.compress(stream) for name, stream in raw.items()}, made_for)
 
 
 def pack_skipped(reason: str, made_for: str = "") -> bytes:
-    """A record of no token: the sample could not be used."""
-    return _seal({SKIPPED: reason}, made_for)
+    """The bytes of a record for a sample that could not be used: the reason, and no tokens."""
+    return _with_checksum({SKIPPED: reason}, made_for)
 
 
 def unpack_record(data: bytes, made_for: str = "") -> tuple[np.ndarray, dict[str, bytes]]:
-    """A record's response token ids [T] int32 and its codec's streams.
+    """The bytes of one record -> its response token ids [T] int32 and its codec's streams.
 
-    Raises SampleError where it was skipped, ValueError where a byte of it is not what was written for this cache.
+    Raises SampleError where the sample was skipped. Raises ValueError where any byte changed, or where the record
+    belongs to another cache.
     """
-    record = _open(data, made_for)
+    record = _verified_content(data, made_for)
     if SKIPPED in record:
         raise SampleError(f"skipped when the teacher cache was made: {record[SKIPPED]}")
     decompressor = zstandard.ZstdDecompressor()
@@ -90,12 +95,12 @@ def unpack_record(data: bytes, made_for: str = "") -> tuple[np.ndarray, dict[str
 
 
 def join_arrays(arrays: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Records' arrays [T, J, n] one after the other; where n differs, the shorter are padded with zeros."""
+    """Concatenate records' arrays [T, J, n] over T. Where n differs, the shorter ones are padded with zeros."""
     joined = {}
     for name, first in arrays[0].items():
         parts = [one[name] for one in arrays]
         shape = (sum(map(len, parts)), first.shape[1], max(part.shape[2] for part in parts))
-        whole = np.zeros(shape, np.result_type(*parts))  # of each record the narrowest type may be another
+        whole = np.zeros(shape, np.result_type(*parts))  # dtypes may differ: each record has its narrowest
         start = 0
         for part in parts:
             whole[start : start + len(part), :, : part.shape[2]] = part
@@ -104,12 +109,12 @@ def join_arrays(arrays: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]
     return joined
 
 
-def _seal(content: Mapping[str, bytes | str], made_for: str) -> bytes:
+def _with_checksum(content: Mapping[str, bytes | str], made_for: str) -> bytes:
     packed = msgpack.packb(content)
     return msgpack.packb((_checksum(packed, made_for), packed))
 
 
-def _open(data: bytes, made_for: str) -> dict[str, Any]:
+def _verified_content(data: bytes, made_for: str) -> dict[str, Any]:
     try:
         expected, packed = msgpack.unpackb(data)
         found = _checksum(packed, made_for)

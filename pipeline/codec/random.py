@@ -1,6 +1,6 @@
-"""The random numbers of a cache: functions of (seed, sample, layer, token) alone.
+"""The random numbers of a cache. Each depends only on (seed, purpose, sample key, layer, token).
 
-So neither ranks nor batches nor other layers change a draw, and a shard made again has the same bytes.
+So a draw does not depend on ranks, batches or other layers, and a shard that is built again has the same bytes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 
 def uniform(seed: int, purpose: str, key: str, layers: Sequence[int], tokens: int) -> np.ndarray:
-    """[tokens, layers] float64 in [0, 1): the t-th number of a stream for each (seed, purpose, key, layer).
+    """[tokens, layers] float64 in [0, 1). Row t is the t-th number of the stream of (seed, purpose, key, layer).
 
-    Philox's raw output is used, which NumPy keeps the same for ever, unlike its distributions.
+    It uses Philox's raw output. NumPy guarantees that this never changes; it does not for its distributions.
     """
     columns = [_stream(f"{seed}/{purpose}/{key}/{layer}", tokens) for layer in layers]
     return np.stack(columns, 1) if columns else np.zeros((tokens, 0))

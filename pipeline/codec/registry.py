@@ -1,7 +1,7 @@
-"""How a teacher's distributions become bytes, and a signal again: what every codec does, and which there are.
+"""The codec interface and the table of codecs: teacher distributions to bytes, and back to a signal.
 
-T response tokens, J teacher layers, d width of the teacher. Stored names and numbers: docs/cache_format.md. A new codec
-is one class in a file of its own and one row in CODECS.
+T response tokens, J teacher layers, d width of the teacher. docs/cache_format.md lists the stored names and numbers. To
+add a codec, write one class in a file of its own and add it to CODECS.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from pipeline.signal import Signal, Unembedding
 
 
 class Codec(Protocol):
-    """One way to write down J distributions a token."""
+    """A way to store J distributions for each token."""
 
     name: str
     params: dict[str, Any]
     needs_head: bool
     """Whether decoding needs the teacher's language head."""
     needs_order: bool
-    """Whether it needs the order of the vocabulary by use, which is then stored with the cache."""
+    """Whether coding needs the vocabulary order, which is then stored with the cache."""
 
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
-        """Normed verbalizer outputs [T, J, d] to arrays [T, J, ...], on the device where they are.
+        """Normed verbalizer outputs [T, J, d] -> arrays [T, J, ...], on the same device.
 
-        uniform: [T, J] random numbers in [0, 1), see draws.py; codecs that draw nothing do not look at them. Logits
-        exist for at most `chunk` rows, each one token of one layer, at a time.
+        uniform: [T, J] random numbers in [0, 1), see random.py. Codecs that draw nothing ignore them.
+        chunk: the most rows whose logits exist at one time. A row is one token of one layer.
         """
         ...
 
     def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[T] bool: the tokens of whose arrays, as encode gave them, all numbers come from finite ones.
+        """[T] bool: whether a token's arrays, as `encode` returned them, come from finite numbers only.
 
-        The others can be neither packed nor decoded: their samples are skipped.
+        The other tokens can be neither packed nor decoded, so their samples are skipped.
         """
         ...
 
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-        """One record's arrays, as encode gave them, to named streams of bytes, not yet compressed."""
+        """One record's arrays, as `encode` returned them -> named streams of bytes, not yet compressed."""
         ...
 
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
-        """Streams to arrays [T, J, n], narrow, good for passing between processes; n may differ between records.
+        """Streams -> arrays [T, J, n] of narrow dtypes, cheap to pass between processes. n may differ between records.
 
-        Raises ValueError (KeyError for a stream that is not there) where they do not fit T and J.
+        Raises ValueError where the streams do not fit T and J, and KeyError for a missing stream.
         """
         ...
 
@@ -62,22 +62,26 @@ class Codec(Protocol):
         unembedding: Unembedding | None = None,
         device: torch.device | str = "cpu",
     ) -> Signal:
-        """Unpacked arrays of some layers to what those layers say."""
+        """Unpacked arrays of some layers -> the signal of those layers."""
         ...
 
     def empty(self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu") -> Signal:
-        """What `layers` layers say about no token at all: a rank whose micro-batch had no good sample computes too."""
+        """A signal of no token and `layers` layers.
+
+        A rank whose micro-batch has no good sample needs it, because it must take part in the computation too.
+        """
         ...
 
 
 CODECS: dict[str, Any] = {codec.name: codec for codec in (Sampled, TopK, Hidden)}
-"""Known codecs by name."""
+"""All codecs by name."""
 
 
 def make_codec(name: str, order: np.ndarray | None = None, **params: Any) -> Codec:
-    """The codec that a recipe or a cache names; `order` for those that need it, which otherwise cannot code anything.
+    """The codec of a name and its parameters, as a recipe or a cache has them.
 
-    Raises CacheError for a name or parameter that this version lacks.
+    order: [V] the vocabulary order, for codecs that need it. Without it such a codec can neither encode nor decode.
+    Raises CacheError for a name or a parameter that this version does not know.
     """
     if name not in CODECS:
         raise CacheError(f"codec '{name}' is not known here; expected one of {', '.join(CODECS)}: upgrade this package")

@@ -1,4 +1,4 @@
-"""The k likeliest ids and one bucket for all others: what other systems store, kept for comparison, and honest.
+"""The topk codec: the k most likely ids and one bucket for all others. Other systems store this; kept for comparison.
 
 T response tokens, J teacher layers, K kept ids, V common vocabulary, d width of the teacher.
 """
@@ -18,13 +18,15 @@ from pipeline.signal import SparseSignal, Unembedding
 
 
 class TopK:
-    """The k likeliest ids, and one bucket for all others.
+    """Stores the k most likely ids, and one bucket for all others: the tail.
 
-    Stored: ids by falling probability, float16 log-probabilities, and the bucket's mass in float32, computed from the
-    true distribution. float16 moves a probability by at most 0.05 % at p > 0.14 and 0.4 % at p > 1e-7. Decoding scales
-    the kept ones back to the mass that they truly hold, 1 - tail (never to 1), so entries and tail sum to 1 within
-    float32 rounding, no entry exceeds 1, and KL(p, p) = 0 with the negative entropy taken from the decoded numbers.
-    With k >= V the tail is exactly 0.
+    Stored are the ids by falling probability, their log-probabilities in float16, and the tail's mass in float32,
+    computed from the true distribution. float16 changes a probability by at most 0.05 % at p > 0.14, and 0.4 % at
+    p > 1e-7.
+
+    Decoding scales the kept probabilities to their true total, 1 - tail, never to 1. So entries and tail sum to 1
+    within float32 rounding, and no entry exceeds 1. The negative entropy is computed from the decoded numbers, so
+    KL(p, p) = 0. With k >= V the tail is exactly 0.
     """
 
     name = "topk"
@@ -54,23 +56,26 @@ class TopK:
     @staticmethod
     def _encode_rows(logits: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         top, ids = logits.topk(kept)
-        # Not 1 - sum of the kept: that would be rounding noise where the distribution is sharp.
+        # Not 1 - the sum of the kept ones: for a sharp distribution that would be rounding noise.
         rest = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1)
         total = torch.logaddexp(rest, top.logsumexp(-1))
         return ids.int(), (top - total[:, None]).half(), (rest - total).exp()
 
     def finite(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[T] bool: a logit that is NaN or infinite counts as the largest, and its log-probability is NaN."""
+        """[T] bool: whether no stored log-probability of a token is NaN.
+
+        This finds every logit that is not finite: topk treats it as the largest, and its log-probability is NaN.
+        """
         return ~np.isnan(arrays["logprobs"]).any((1, 2))
 
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-        """One record's arrays as they are, ids in the narrowest type that holds them."""
+        """One record's arrays -> streams of raw numbers. Ids take the narrowest dtype that holds them."""
         ids = narrowest(int(arrays["ids"].max(initial=0)))
         types = {"ids": ids, "logprobs": "float16", "tail": "float32"}
         return {f"{name}.{dtype}": raw_stream(arrays[name], dtype) for name, dtype in types.items()}
 
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
-        """-> {"ids": [T, J, K], "logprobs": [T, J, K], "tail": [T, J, 1]}. Raises ValueError where they do not fit."""
+        """-> {"ids": [T, J, K], "logprobs": [T, J, K], "tail": [T, J, 1]}. Raises ValueError where sizes do not fit."""
         return raw_arrays(streams, tokens, layers)
 
     def decode(
@@ -79,7 +84,7 @@ class TopK:
         unembedding: Unembedding | None = None,
         device: torch.device | str = "cpu",
     ) -> SparseSignal:
-        """Unpacked arrays to a signal; the head is not needed."""
+        """Unpacked arrays -> a signal. Needs no head."""
         ids, logprobs, tail = (torch.from_numpy(arrays[name]).to(device) for name in ("ids", "logprobs", "tail"))
         probs, tail = logprobs.float().exp(), tail[..., 0]
         probs = (probs * ((1 - tail) / probs.sum(-1))[..., None]).clamp(max=1.0)
@@ -89,6 +94,6 @@ class TopK:
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"
     ) -> SparseSignal:
-        """No token, k ids each."""
+        """A signal of no token: ids [0, J, k]."""
         probs, tail = torch.zeros(0, layers, self.k, device=device), torch.zeros(0, layers, device=device)
         return SparseSignal(probs.long(), probs, tail, tail)

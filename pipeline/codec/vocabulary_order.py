@@ -1,7 +1,8 @@
-"""The order of the vocabulary that samples are drawn and stored in: the ids that the teacher uses most first.
+"""The vocabulary order: the ids that the teacher uses most come first. Samples are drawn and stored in this order.
 
-V common vocabulary. Neighbours in it are alike in use, which makes a systematic sample even, and most ids of a sample
-come from its beginning, which makes them cheap to store. Any order is right; every shard of a cache must have the same.
+V common vocabulary. Neighbours in this order have a similar use, which makes a systematic sample even. Most ids of a
+sample lie near its start, which makes them cheap to store. Any order gives correct results, but all shards of a cache
+must have the same one.
 """
 
 from __future__ import annotations
@@ -10,5 +11,8 @@ import numpy as np
 
 
 def order_by_use(use: np.ndarray) -> np.ndarray:
-    """use [V] (any measure of how often the teacher says each id) -> all ids [V] int32, equal ones by id."""
+    """All ids [V] int32, most used first, ties by id.
+
+    use: [V] any measure of how often the teacher predicts each id.
+    """
     return np.argsort(-use, kind="stable").astype("<i4")

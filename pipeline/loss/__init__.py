@@ -1,1 +1,1 @@
-"""Losses and matching: tensors in, tensors out."""
+"""Losses and layer matching: functions of tensors. Nothing here knows models or files."""

@@ -1,17 +1,18 @@
-"""The one loop over a language head: logits of a few rows at a time, a loss on them, its gradients made on the spot.
+"""Losses over a language head in chunks: a few rows of logits at a time, and their gradients in the same pass.
 
 L layers, T response tokens, d width, V common vocabulary, c rows of a chunk.
 
-What it equals, were memory no matter:
+In naive form, if memory did not matter:
 
     logits = softcap(scale * (h @ weight.T + bias))[..., :V]
-    loss(logits).sum(over tokens)                               # one number a layer, autograd does the rest
+    loss(logits).sum(over tokens)                               # one number for each layer; autograd does the rest
 
-Here nothing of size [T, V] exists beyond one chunk, and the gradients are made in the forward, while the chunk's logits
-are at hand: the backward only scales them. So it needs no weight, which under ZeRO-3 may be gone by then.
+Here no tensor is larger than a chunk [c, V]. The gradients are computed in the forward pass, while the chunk's logits
+exist; the backward pass only scales them. So it does not need the weight, which ZeRO-3 may have released by then.
 
-What costs time is the two matrix products, so they get a whole chunk in the weight's dtype. The loss in between is made
-in float32 of a tile of it at a time, small enough for the caches, and its gradient takes the logits' place.
+The two matrix products take most of the time. They run on whole chunks, in the weight's dtype. The loss between them is
+computed in float32, one tile (a few rows) of the chunk at a time, so that it stays in the CPU's caches. Its gradient
+overwrites the logits.
 """
 
 from __future__ import annotations
@@ -26,42 +27,46 @@ from torch.autograd.function import once_differentiable
 from pipeline.signal import Unembedding
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once, in the weight's dtype: 128 MiB in bfloat16."""
+"""Logits in a chunk on a CPU, in the weight's dtype: 128 MiB in bfloat16."""
 
 ACCELERATOR_CHUNK_ELEMENTS = 2**28
-"""The same on an accelerator, whose products want more rows to be fast: 512 MiB."""
+"""The same on an accelerator, where matrix products need more rows to be fast: 512 MiB in bfloat16."""
 
 TILE_ELEMENTS = 2**20
-"""How many logits a CPU has in float32 at a time, for its caches. An accelerator has CHUNK_ELEMENTS: launches cost."""
+"""Logits in a float32 tile on a CPU, so that it stays in the caches. An accelerator uses tiles of CHUNK_ELEMENTS,
+because kernel launches cost time there."""
 
 ROW_BLOCK = 128
-"""Rows of an accelerator's matrix product are computed in blocks of this many: a chunk of fewer leaves some idle."""
+"""An accelerator computes matrix products in blocks of this many rows. Smaller chunks leave part of it idle."""
 
 PRODUCT_BLOCK = 2**14
-"""Ids over which a CPU sums a low-precision product at a time: a sixth faster there than over all of them."""
+"""Ids in one partial sum of a low-precision matrix product on a CPU: a sixth faster than a sum over all ids."""
 
 SLICE_ELEMENTS = 2**23
-"""How many elements of a trained head's gradient, as large as the head, are added or scaled at a time."""
+"""Elements of a trained head's gradient that are added or scaled at a time. The whole is as large as the head."""
 
 TileLoss = Callable[[slice, Tensor], None]
-"""(rows, logits [c, V] in float32): overwrites the logits with the gradient at them."""
+"""(rows, logits [c, V] in float32) -> None. Overwrites the logits with the gradient with respect to them."""
 
 Gradients = Iterator[tuple[slice, Tensor]]
 """For each chunk of h [T, d]: its rows, and the gradient at h W^T + b [c, V] in the weight's dtype."""
 
-Walk = Callable[[Tensor, Callable[[Tensor], None], "Workspace"], Gradients]
-"""(h [T, d], add, workspace) -> the gradients of a loss; `add` is called with the rows' losses, a few [c] at a time."""
+LayerGradients = Callable[[Tensor, Callable[[Tensor], None], "Workspace"], Gradients]
+"""(h [T, d], add_losses, workspace) -> the gradients of one layer's loss.
+
+It calls `add_losses` with the losses of a few rows [c] at a time."""
 
 
 def rows_per_chunk(vocab: int) -> int:
-    """How many rows of a vocabulary's width are held at once, so that memory does not grow with the vocabulary."""
+    """The number of rows in a chunk for this vocabulary size. Memory then does not grow with the vocabulary."""
     return max(1, CHUNK_ELEMENTS // vocab)
 
 
 def row_chunks(total: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` rows, nearly equal ones, that tile 0..total; none where there is nothing.
+    """Split 0..total into slices of at most `rows` rows of nearly equal size. total = 0 gives no slice.
 
-    Nearly equal, because a product of few rows takes almost as long as one of many; of whole ROW_BLOCKs if `rows` is.
+    The sizes are nearly equal, because a product of few rows takes almost as long as one of many. They are multiples of
+    ROW_BLOCK (the last one excepted) if `rows` is.
     """
     if total:
         count, block = -(-total // rows), 1 if rows % ROW_BLOCK else ROW_BLOCK
@@ -71,24 +76,24 @@ def row_chunks(total: int, rows: int) -> Iterator[slice]:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that softmax and sums are made in: float32, or float64 where the weight is float64."""
+    """The dtype for softmax and sums: float32, or float64 where the weight is float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide_logits(h: Tensor, unembedding: Unembedding) -> Tensor:
-    """[c, d] -> [c, V] logits, as `Unembedding.logits`, in memory that may be overwritten, and float64 stays so."""
+    """Hidden states [c, d] -> logits [c, V] in new memory: float32, or float64 where the weight is float64."""
     products = unembedding.products(h)
     return unembedding.scale_and_cap_(products.to(accumulator(products.dtype)))
 
 
 class Workspace:
-    """A head, and the memory for a chunk of its logits: the same from chunk to chunk and from layer to layer.
+    """A head, and memory for one chunk of its logits. All chunks and layers reuse this memory.
 
-    On a CPU fresh memory costs more, page by page, than the passes over it.
+    On a CPU, the page faults of fresh memory cost more than the passes over it.
     """
 
     def __init__(self, unembedding: Unembedding, chunk: int | None = None):
-        """`chunk` is in rows; without it, memory decides."""
+        """chunk: rows in a chunk; None: as many as the memory limits above allow."""
         self.unembedding = unembedding
         self._on_cpu = unembedding.weight.device.type == "cpu"
         self.chunk = chunk or (
@@ -99,13 +104,13 @@ class Workspace:
         self._products = self._tile = unembedding.weight.new_empty(0, unembedding.vocab)
 
     def products(self, h: Tensor) -> Tensor:
-        """h W^T + b [c, V] in the weight's dtype, until the next call. Without gradient."""
+        """h W^T + b [c, V] in the weight's dtype, without gradient. Valid until the next call."""
         if len(self._products) < len(h):
             self._products = self.unembedding.weight.new_empty(len(h), self.unembedding.vocab)
         return self.unembedding.products(h, self._products[: len(h)])
 
     def logits(self, products: Tensor) -> Tensor:
-        """The products [c, V] scaled and capped, in float32, until the next call; or, where they are wide, in place."""
+        """Products [c, V] -> logits in float32, valid until the next call. Wide products are changed in place."""
         wide = accumulator(products.dtype)
         if products.dtype == wide:
             return self.unembedding.scale_and_cap_(products)
@@ -114,23 +119,24 @@ class Workspace:
         return self.unembedding.scale_and_cap_(self._tile[: len(products)].copy_(products))
 
     def tile_rows(self) -> int:
-        """How many rows of a chunk are in float32 at a time."""
+        """The number of rows in a float32 tile."""
         return max(1, (TILE_ELEMENTS if self._on_cpu else CHUNK_ELEMENTS) // self.unembedding.vocab)
 
 
 def cap_slope(logits: Tensor, unembedding: Unembedding) -> Tensor | None:
-    """What the soft-cap multiplies a gradient with, from the capped logits: 1 - (z / cap)^2. None without a cap."""
+    """The derivative of the soft-cap, from the capped logits z: 1 - (z / cap)^2. None without a cap."""
     if unembedding.softcap is None:
         return None
     return (logits / unembedding.softcap).square_().neg_().add_(1.0)
 
 
 def exp_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits [c, V] into exp(logits - maximum) in place.
+    """Turn logits [c, V] into exp(logits - maximum) in place. `top`: the maximum [c, 1], if it is known.
 
-    Returns the log-probabilities of ids [c, n], the log-sum-exp [c, 1], and the sum of what the logits became [c, 1].
-    The maximum, `top` [c, 1] where it is known, is taken off before anything is read: near 30 a float32 is 2e-6 coarse,
-    and so would a probability be.
+    Returns the log-probabilities of ids [c, n], the log-sum-exp [c, 1], and the sum of the exponentials [c, 1].
+
+    The maximum is subtracted before the logits of `ids` are read. Near 30, the float32 step is 2e-6, and the
+    probabilities would have that error.
     """
     if top is None:
         top = logits.amax(1, keepdim=True)
@@ -141,14 +147,17 @@ def exp_(logits: Tensor, ids: Tensor, top: Tensor | None = None) -> tuple[Tensor
 
 
 def softmax_(logits: Tensor, ids: Tensor) -> Tensor:
-    """Turn logits [c, V] into probabilities in place; return log-probabilities of ids [c, n]."""
+    """Turn logits [c, V] into probabilities in place. Returns the log-probabilities of ids [c, n]."""
     log_q, _, total = exp_(logits, ids)
     logits.div_(total)
     return log_q
 
 
 def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient [c, V] times weight [V, d] -> [c, d], in the weight's dtype or, summed over blocks of ids, wider."""
+    """gradient [c, V] times weight [V, d] -> [c, d].
+
+    In the weight's dtype; on a CPU with a low-precision weight, summed over blocks of ids in float32.
+    """
     vocab, wide = len(weight), accumulator(weight.dtype)
     if weight.device.type != "cpu" or weight.dtype == wide or vocab <= PRODUCT_BLOCK:
         return gradient @ weight
@@ -159,10 +168,10 @@ def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_gradients(h: Tensor, workspace: Workspace, loss: TileLoss, tile: int | None = None) -> Gradients:
-    """The gradients of a loss that is made of a tile of the logits at a time.
+    """Chunk by chunk, the gradients of a loss that is computed on a tile of the logits at a time.
 
-    `loss` gives the gradient at the logits; that of the soft-cap and the scale is taken on here. `tile` is in rows. A
-    chunk's gradient is good until the next one is asked for.
+    loss: gives the gradient with respect to the logits. The derivative of soft-cap and scale is applied here.
+    tile: rows in a tile; None: `Workspace.tile_rows`. A chunk's gradient is valid until the next chunk is requested.
     """
     unembedding, tile = workspace.unembedding, tile or workspace.tile_rows()
     for rows in row_chunks(len(h), workspace.chunk):
@@ -181,10 +190,10 @@ def product_gradients(h: Tensor, workspace: Workspace, loss: TileLoss, tile: int
 
 
 class _HeadGradients:
-    """Gradients at the head's inputs, filled chunk by chunk; None where nobody wants one.
+    """The gradients of h, weight and bias, summed chunk by chunk. None where an input needs none.
 
-    That of the weight is a sum over chunks in float32. Of a single chunk, its two factors are kept instead: they are
-    smaller, and the backward makes the product with what comes from above already in the smaller factor.
+    The weight's gradient is a sum over chunks in float32. If there is only one chunk, its two factors are kept instead:
+    they are smaller. The backward pass multiplies the smaller one by the upstream gradient, then takes the product.
     """
 
     def __init__(self, h: Tensor, unembedding: Unembedding, chunk: int):
@@ -195,8 +204,8 @@ class _HeadGradients:
         )
         if (wants_weight or wants_bias) and len(h) != 1:
             raise ValueError(
-                f"a trained head takes one layer a call, got {len(h)}: the gradient of its weight is made in the "
-                "forward, before it is known how the layers' losses will be weighted. "
+                f"a trained head takes one layer a call, got {len(h)}: the gradient of its weight is computed in the "
+                "forward pass, where the weights of the layers' losses are not known yet. "
                 "Call it layer by layer, or detach the weight."
             )
         self.h = torch.zeros_like(h) if wants_h else None
@@ -207,7 +216,7 @@ class _HeadGradients:
         self.factors = (weight.new_empty(0, unembedding.vocab), h[0, :0]) if wants_weight and not several else None
 
     def add(self, layer: int, rows: slice, gradient: Tensor) -> None:
-        """Take in the gradient at h W^T + b [c, V] of one chunk. Rows beyond V, the padding, stay zero."""
+        """Add one chunk, from its gradient at h W^T + b [c, V]. Rows beyond V (padding) stay zero."""
         h, weight, _ = self.inputs
         assert h is not None and weight is not None
         vocab = gradient.shape[1]
@@ -223,33 +232,34 @@ class _HeadGradients:
             self.bias[:vocab] += gradient.sum(0, dtype=self.bias.dtype)
 
     def attach(self, sums: Tensor) -> Tensor:
-        """The sums [L], carrying these gradients."""
+        """The sums [L], with these gradients attached for autograd."""
         return attach_gradients(sums, self.inputs, (self.h, self.weight, self.bias), self.factors)
 
 
-def head_loss(h: Tensor, unembedding: Unembedding, walk: Walk, chunk: int | None = None) -> Tensor:
-    """Sum over tokens of a loss on the logits of h [L, T, d]: [L], with gradient to h, weight and bias that want one.
+def head_loss(h: Tensor, unembedding: Unembedding, layer_gradients: LayerGradients, chunk: int | None = None) -> Tensor:
+    """Sum a loss on the logits of h [L, T, d] over tokens: [L], with gradients to h, weight and bias where required.
 
-    `walk` goes over one layer. Raises ValueError where a head that wants a gradient is given more than one layer.
+    layer_gradients: computes losses and gradients of one layer. chunk: rows in a chunk; None: as memory allows.
+    Raises ValueError where a head that requires a gradient gets more than one layer.
     """
     if chunk is None and unembedding.weight.requires_grad and h.shape[1] <= h.shape[2]:
-        chunk = max(1, h.shape[1])  # a trained head's two factors then take less memory than a sum of its gradient
+        chunk = max(1, h.shape[1])  # one chunk: the two factors of the weight's gradient are smaller than the gradient
     workspace = Workspace(unembedding, chunk)
     gradients = _HeadGradients(h, unembedding, workspace.chunk)
     sums = torch.zeros(len(h), dtype=torch.float64, device=h.device)
 
-    def add(layer: int, losses: Tensor) -> None:
+    def add_losses(layer: int, losses: Tensor) -> None:
         sums[layer] += losses.sum(dtype=sums.dtype)
 
     with torch.no_grad():
         for layer in range(len(h)):
-            for rows, gradient in walk(h[layer], partial(add, layer), workspace):
+            for rows, gradient in layer_gradients(h[layer], partial(add_losses, layer), workspace):
                 gradients.add(layer, rows, gradient)
     return gradients.attach(sums.to(accumulator(unembedding.weight.dtype)))
 
 
 class _Attach(torch.autograd.Function):
-    """Values whose gradients are already known; that of the second input, a weight, perhaps only by its factors."""
+    """Attaches known gradients to values. The second input's (the weight's) may be given as two factors."""
 
     @staticmethod
     def forward(
@@ -275,7 +285,7 @@ class _Attach(torch.autograd.Function):
 
 
 def _product(left: Tensor, right: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """left^T [V, c] times right [c, d], with rows of zeros below: [rows, d]."""
+    """left^T [V, c] times right [c, d], padded with zero rows to the given shape [rows, d]."""
     product = torch.empty(shape, dtype=dtype, device=left.device)
     vocab = left.shape[1]
     torch.mm(left.T, right.to(left.dtype), out=product[:vocab])
@@ -284,7 +294,7 @@ def _product(left: Tensor, right: Tensor, shape: torch.Size, dtype: torch.dtype)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """upstream [L] times gradient, which is [L, ...] or, where L is 1, anything; rounded to the dtype only then."""
+    """upstream [L] times gradient ([L, ...], or any shape where L is 1). Rounded to the dtype after the product."""
     factors = upstream.view(-1, *[1] * (gradient.dim() - 1)).expand(len(gradient), *gradient.shape[1:])
     scaled = torch.empty_like(gradient, dtype=dtype)
     for rows in _slices(gradient):
@@ -302,8 +312,8 @@ def attach_gradients(
     gradients: Sequence[Tensor | None],
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Values [L] that carry a ready gradient for each input: first dimension L, or any shape where L is 1.
+    """Values [L] with a precomputed gradient for each input. A gradient is [L, ...], or any shape where L is 1.
 
-    factors: the second input's, [c, V] and [c, d], where its gradient is yet to be made of them.
+    factors: [c, V] and [c, d], instead of the second input's gradient. The backward pass multiplies them.
     """
     return _Attach.apply(values, gradients, factors, *inputs)

@@ -1,9 +1,12 @@
-"""How true a cached signal is: each layer's own distribution against what the cache holds of it, on a few tokens.
+"""Fidelity: how far cached signals are from the teacher's true distributions, measured on a few tokens.
 
-J cached teacher layers (the last is the teacher's last), r tokens measured, V common vocabulary, d width, S reference
-students. A cache job has no student in memory, yet the errors that matter are those of a student's loss. So a teacher
-layer stands in for the student that would follow layer j: the cached layer below it (above, for the lowest), taken to
-be as far from layer j as a student layer typically is. With p the teacher's distribution and q the stand-in's, a token:
+J cached teacher layers (the last is the teacher's last), r measured tokens, V common vocabulary, d width, S reference
+students.
+
+The errors that matter are those of a student's loss, but a cache job has no student in memory. So a teacher layer
+stands in for the student that would follow layer j: the cached layer below it (above it, for the lowest). It is assumed
+to be as far from layer j as a student layer typically is. With p the teacher's distribution and q the stand-in's, for
+one token:
 
     true    = (p * (log_p - log_q)).sum()
     cached  = neg_entropy - (w * log_q).sum() - tail * log_q[rest].logsumexp()  # w: stored probabilities, in V places
@@ -12,10 +15,10 @@ be as far from layer j as a student layer typically is. With p the teacher's dis
     gradient_true   = (slope * (q - p)) @ W
     gradient_cached = (slope * (total * q - w - tail * softmax(log_q over the rest))) @ W  # total = w.sum() + tail
 
-These are the definitions of `sparse_kl`, made densely and in float64, without its floor under the student's tail.
+These are the definitions of `sparse_kl`, computed densely in float64, without its lower bound of the student's tail.
 
-Algorithm 1's draw is compared with every second of the first J - 1 layers as a student, and all of these as candidates.
-A stand-in is then among its own candidates, at a true KL of 0.
+Algorithm 1's draw probabilities are compared too. Every second of the first J - 1 layers is a reference student there,
+and all of these layers are candidates. So a reference student is among its own candidates, at a true KL of 0.
 """
 
 from __future__ import annotations
@@ -32,59 +35,61 @@ from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.matching import draw_probabilities, search_ranges
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 
-HELD = 8
-"""Floats of memory for each logit of a chunk: the log-probabilities in float64, and what one layer's errors take."""
+FLOATS_PER_LOGIT = 8
+"""Memory for each logit of a chunk, in floats: the float64 log-probabilities and the temporaries of one layer."""
 
 SUMS = ("entropy", "mass", "kl_error", "kl_error_squared", "gradient_error_squared", "gradient_squared")
-"""Of each layer."""
+"""Names of the sums that each layer has."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fidelity:
-    """Sums over measured tokens, float64: those of two batches, shards or jobs are added with `+`."""
+    """Sums over measured tokens, in float64. `+` adds those of two batches, shards or jobs."""
 
     tokens: int
+    """Number of measured tokens."""
     entropy: np.ndarray
-    """[J] nat, of the true distribution."""
+    """[J] nats: entropy of the true distribution."""
     mass: np.ndarray
-    """[J] true probability of the stored ids."""
+    """[J] true total probability of the stored ids."""
     kl_error: np.ndarray
-    """[J] nat: KL from the cache less the true one."""
+    """[J] nats: KL from the cache minus the true KL."""
     kl_error_squared: np.ndarray
-    """[J] nat^2."""
+    """[J] nats^2: the same error, squared for each token."""
     gradient_error_squared: np.ndarray
-    """[J] squared norm, at the head's input, of the gradient's error."""
+    """[J] squared norm of the error of the gradient at the head's input."""
     gradient_squared: np.ndarray
-    """[J] squared norm of the true gradient."""
+    """[J] squared norm of the true gradient at the head's input."""
     kl_true: np.ndarray
-    """[S, J - 1] nat: true KL of each reference student to its candidates, 0 outside its search range."""
+    """[S, J - 1] nats: true KL of each reference student to its candidates; 0 outside its search range."""
     kl_cached: np.ndarray
-    """[S, J - 1] nat: the same from the cache."""
+    """[S, J - 1] nats: the same, from the cache."""
 
     def __add__(self, other: Fidelity) -> Fidelity:
-        """Both tokens' sums. Raises ValueError where the two have different numbers of layers."""
+        """The sums over both sets of tokens. Raises ValueError where the numbers of layers differ."""
         if self.entropy.shape != other.entropy.shape:
             raise ValueError(f"fidelity of {len(self.entropy)} layers cannot be added to that of {len(other.entropy)}")
         return Fidelity(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and lists, every digit kept."""
+        """The sums as numbers and lists, with all digits."""
         arrays = {field.name: getattr(self, field.name).tolist() for field in fields(self) if field.name != "tokens"}
         return {"tokens": self.tokens, **arrays}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Fidelity:
-        """What `to_json` wrote. Raises KeyError where a sum is missing."""
+        """The inverse of `to_json`. Raises KeyError where a sum is missing."""
         sums = {name: np.asarray(values[name], np.float64) for name in SUMS}
-        shape = (-1, len(sums["entropy"]) - 1)  # a list of no students does not tell
+        shape = (-1, len(sums["entropy"]) - 1)  # an empty list of students does not determine it
         matrices = {name: np.asarray(values[name], np.float64).reshape(shape) for name in ("kl_true", "kl_cached")}
         return cls(int(values["tokens"]), **sums, **matrices)
 
     def summary(self) -> dict[str, Any]:
-        """{"tokens", "layers": one dict a layer, lowest first, "draw_tv"}: means over tokens, None where none are.
+        """Means over tokens: {"tokens", "layers": one dict for each layer, lowest first, "draw_tv"}.
 
-        A layer has entropy, mass, kl_bias, kl_rms (nat, over single tokens) and gradient_error (relative, over single
-        tokens: sqrt(sum of squared errors / sum of squared true norms)).
+        A layer has entropy, kl_bias and kl_rms (nats; kl_rms is over single tokens), mass, and gradient_error
+        (relative, over single tokens: sqrt(sum of squared errors / sum of squared true norms)). A value is None where
+        no token was measured.
         """
         return {
             "tokens": self.tokens,
@@ -104,9 +109,10 @@ class Fidelity:
         }
 
     def draw_tv(self) -> float | None:
-        """Total variation between Algorithm 1's draws from the cached and from the true mean KL, mean over students.
+        """Total variation distance between Algorithm 1's draw probabilities from the cached and from the true mean KL.
 
-        Each student draws from its whole search range. None where there is no token or no student.
+        It is the mean over the reference students. Each one draws from its whole search range. None where there is no
+        token or no student.
         """
         students, teachers = self.kl_true.shape
         if not self.tokens or not students:
@@ -123,26 +129,26 @@ class Fidelity:
 
 @torch.no_grad()
 def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Fidelity:
-    """hidden [r, J, d] (normed verbalizer outputs), the teacher's head, and the cache's signal of the same r and J.
+    """Measure fidelity from the teacher's hidden states and the cache's signal of the same tokens and layers.
 
-    All on one device. A token with a number that is not finite is left out: the cache skips its sample. Raises
-    ValueError for a signal of other tokens or layers, and for fewer than two layers, where no stand-in is to be had.
+    hidden: [r, J, d] normed verbalizer outputs. unembedding: the teacher's head. All must be on one device. A token
+    with a value that is not finite is left out, because the cache skips its sample. Raises ValueError for a signal of
+    other tokens or layers, and for fewer than two layers, which leave no stand-in.
     """
-    said = signal.hidden if isinstance(signal, HiddenSignal) else signal.ids
     tokens, layers = hidden.shape[:2]
-    if said.shape[:2] != (tokens, layers):
+    found = (signal.hidden if isinstance(signal, HiddenSignal) else signal.ids).shape[:2]
+    if found != (tokens, layers):
         raise ValueError(
-            f"the cache speaks of {said.shape[0]} tokens and {said.shape[1]} layers, "
-            f"the teacher of {tokens} and {layers}"
+            f"the cached signal has {found[0]} tokens and {found[1]} layers, the teacher has {tokens} and {layers}"
         )
     if layers < 2:
-        raise ValueError("fidelity needs two cached layers at least: one stands in for the student of the other")
+        raise ValueError("fidelity needs at least two cached layers: one stands in for the student of the other")
     students = layers // 2  # every second of the first J - 1
     window = search_ranges(students, layers - 1) if students < layers - 1 else []
     sums = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=hidden.device)
     matrices = torch.zeros(2, len(window), layers - 1, dtype=torch.float64, device=hidden.device)
     usable = hidden.isfinite().flatten(1).all(1).nonzero()[:, 0]
-    for rows in usable.split(rows_per_chunk(HELD * layers * unembedding.vocab)):
+    for rows in usable.split(rows_per_chunk(FLOATS_PER_LOGIT * layers * unembedding.vocab)):
         _add_chunk(sums, matrices, window, hidden[rows], unembedding, signal.part(rows))
     kl_true, kl_cached = matrices.cpu().numpy()
     named = dict(zip(SUMS, sums.cpu().numpy(), strict=True))
@@ -158,68 +164,71 @@ def _add_chunk(
     weight = unembedding.weight[: unembedding.vocab]
     gradients = []
     for j in range(hidden.shape[1]):
-        below = j - 1 if j else 1
-        log_q, slope = log_p[:, below], _slope(logits[:, below], unembedding)
-        true, cached = _exact(log_p[:, j]), _stored(signal, j, unembedding.vocab)
+        stand_in = j - 1 if j else 1
+        log_q, slope = log_p[:, stand_in], _slope(logits[:, stand_in], unembedding)
+        true, cached = _exact_target(log_p[:, j]), _cached_target(signal, j, unembedding.vocab)
         error = cached.kl(log_q) - true.kl(log_q)
         mass = torch.where(cached.probs > 0, true.probs, 0.0).sum(1)
         sums[:4, j] += torch.stack((-true.neg_entropy, mass, error, error.square())).sum(1)
-        right = true.gradient(log_q)
-        # The difference first, the product after: in a low-precision weight's dtype two products would not cancel.
-        gradients += [(gradient * slope).to(weight.dtype) for gradient in (cached.gradient(log_q) - right, right)]
+        true_gradient = true.gradient(log_q)
+        gradient_error = cached.gradient(log_q) - true_gradient
+        # Subtract before the product with the weight: the difference of two low-precision products would be rounding.
+        gradients += [(gradient * slope).to(weight.dtype) for gradient in (gradient_error, true_gradient)]
         for row, columns in enumerate(window):
             if j in columns:
                 student = log_p[:, 2 * row]
                 matrices[:, row, j] += torch.stack((true.kl(student), cached.kl(student))).sum(1)
-    norms = (torch.cat(gradients) @ weight).double().square().sum(1)  # one product: with few rows it is slow
+    norms = (
+        (torch.cat(gradients) @ weight).double().square().sum(1)
+    )  # one product for all layers: products of few rows are slow
     sums[4:] += norms.view(hidden.shape[1], 2, len(hidden)).sum(2).T
 
 
 @dataclass(frozen=True)
-class _Target:
-    """What one teacher layer says of c tokens, in V places, and its loss for a student's log q [c, V]."""
+class _DenseTarget:
+    """One teacher layer's distributions of c tokens over all V ids, and the KL to a student's log q [c, V]."""
 
     probs: Tensor
-    """[c, V] float64; 0 where no id is stored."""
+    """[c, V] float64; 0 for ids that are not stored."""
     tail: Tensor
-    """[c, 1] float64: probability of the others together."""
+    """[c, 1] float64: total probability of the ids that are not stored."""
     neg_entropy: Tensor
-    """[c] float64."""
+    """[c] float64, nats."""
 
     def kl(self, log_q: Tensor) -> Tensor:
-        """[c] nat."""
+        """The KL [c] in nats."""
         kl = self.neg_entropy - (self.probs * log_q).sum(-1)
         if self.tail.any():
             kl -= torch.where(self.tail > 0, self.tail * self._rest(log_q), 0.0)[:, 0]
         return kl
 
     def gradient(self, log_q: Tensor) -> Tensor:
-        """[c, V] at the student's logits: the tail is shared out as the student shares its own."""
+        """The gradient [c, V] at the student's logits. The tail is distributed over its ids in proportion to q."""
         target = self.probs
         if self.tail.any():
             target = torch.where(target > 0, target, self.tail * (log_q - self._rest(log_q)).exp())
         return (self.probs.sum(-1, keepdim=True) + self.tail) * log_q.exp() - target
 
     def _rest(self, log_q: Tensor) -> Tensor:
-        """[c, 1] log of the student's probability of all ids that are not stored."""
+        """[c, 1] log of the student's total probability of the ids that are not stored."""
         return log_q.masked_fill(self.probs > 0, -torch.inf).logsumexp(-1, keepdim=True)
 
 
-def _exact(log_p: Tensor) -> _Target:
+def _exact_target(log_p: Tensor) -> _DenseTarget:
     p = log_p.exp()
-    return _Target(p, torch.zeros_like(p[:, :1]), (p * log_p).sum(-1))
+    return _DenseTarget(p, torch.zeros_like(p[:, :1]), (p * log_p).sum(-1))
 
 
-def _stored(signal: Signal, column: int, vocab: int) -> _Target:
+def _cached_target(signal: Signal, column: int, vocab: int) -> _DenseTarget:
     if isinstance(signal, HiddenSignal):
-        return _exact(signal.unembedding.logits(signal.hidden[:, column]).double().log_softmax(-1))
+        return _exact_target(signal.unembedding.logits(signal.hidden[:, column]).double().log_softmax(-1))
     ids, probs = signal.ids[:, column], signal.probs[:, column].double()
     dense = torch.zeros(len(ids), vocab, dtype=torch.float64, device=ids.device).scatter_add_(1, ids, probs)
-    return _Target(dense, signal.tail[:, column, None].double(), signal.neg_entropy[:, column].double())
+    return _DenseTarget(dense, signal.tail[:, column, None].double(), signal.neg_entropy[:, column].double())
 
 
 def _slope(logits: Tensor, unembedding: Unembedding) -> Tensor | float:
-    """What scale and soft-cap multiply a gradient with: a number, or [c, V] from the capped logits [c, V]."""
+    """The derivative of scale and soft-cap: a number, or [c, V] from the capped logits [c, V]."""
     if unembedding.softcap is None:
         return unembedding.scale
     return unembedding.scale * (1 - (logits.double() / unembedding.softcap).square())

@@ -1,6 +1,6 @@
-"""Cross-entropy of a language head against labels, without the logits ever being there as a whole.
+"""Cross-entropy of a language head against labels, without storing all logits.
 
-L layers, T response tokens, d width, V common vocabulary, c rows of a chunk. What it equals:
+L layers, T response tokens, d width, V common vocabulary, c rows of a chunk. In naive form:
 
     log_probs = unembedding.logits(h).log_softmax(-1)                                   # [L, T, V]
     loss = -log_probs.gather(-1, labels.expand(L, T)[..., None]).sum((1, 2))            # [L]
@@ -21,16 +21,16 @@ from pipeline.signal import Unembedding
 def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: int | None = None) -> Tensor:
     """Cross-entropy in nats, summed over tokens: h [L, T, d] against labels [T] -> [L].
 
-    Gradients reach h, and the weight and bias where they require one (then L must be 1). `chunk` is in tokens; without
-    it, memory decides. T = 0 gives zeros that carry gradients of zero. Raises ValueError for a label outside the
-    vocabulary.
+    Gradients reach h, and the weight and bias where these require one; L must then be 1.
+    chunk: tokens in a chunk; None: as memory allows. T = 0 gives zeros with zero gradients.
+    Raises ValueError for a label outside the vocabulary (checked on the CPU only) and for shapes that do not fit.
     """
     _check(h, unembedding, labels)
 
-    def walk(h: Tensor, add: Callable[[Tensor], None], workspace: Workspace) -> Gradients:
-        return cross_entropy_chunks(h, workspace, labels, lambda rows, log_q: add(-log_q))
+    def layer_gradients(h: Tensor, add_losses: Callable[[Tensor], None], workspace: Workspace) -> Gradients:
+        return cross_entropy_chunks(h, workspace, labels, lambda rows, log_q: add_losses(-log_q))
 
-    return head_loss(h, unembedding, walk, chunk)
+    return head_loss(h, unembedding, layer_gradients, chunk)
 
 
 @torch.no_grad()
@@ -39,16 +39,18 @@ def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: 
     _check(h, unembedding, labels)
     log_probs = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device)
     workspace = Workspace(unembedding, chunk)
-    for layer, noted in zip(h, log_probs, strict=True):
-        for _ in cross_entropy_chunks(layer, workspace, labels, noted.__setitem__):
-            pass  # what it makes of the logits is not needed
+    for layer, layer_log_probs in zip(h, log_probs, strict=True):
+        for _ in cross_entropy_chunks(layer, workspace, labels, layer_log_probs.__setitem__):
+            pass  # the gradients are not needed
     return log_probs
 
 
 def _check(h: Tensor, unembedding: Unembedding, labels: Tensor) -> None:
     if h.dim() != 3 or labels.shape != h.shape[1:2]:
         raise ValueError(f"expected h [L, T, d] and labels [T], got {tuple(h.shape)} and {tuple(labels.shape)}")
-    if not labels.numel() or labels.device.type != "cpu":  # looking would wait; there, gather itself would stop
+    if (
+        not labels.numel() or labels.device.type != "cpu"
+    ):  # reading them from a device would wait for it; there, gather itself raises
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= unembedding.vocab:

@@ -1,6 +1,6 @@
-"""Which teacher layer a student layer follows: the paper's Algorithm 1, and the plainer strategies it is compared with.
+"""Matching: which teacher layer each student layer follows. The paper's Algorithm 1, and simpler rules to compare with.
 
-S student target layers, J teacher target layers, both counted from 0 here: rows and columns of the KL matrix.
+S student target layers, J teacher target layers. Both are counted from 0 here: rows and columns of the KL matrix.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ import torch
 from torch import Tensor
 
 Match = list[int | None]
-"""For each student layer the teacher layer it follows; None where it follows none."""
+"""For each student layer, the teacher layer that it follows; None where it follows none."""
 
 
 @dataclass(frozen=True)
 class Matching:
-    """A strategy: where it looks, and what it picks. All strategies are called alike."""
+    """A matching rule. All rules have the same interface."""
 
     name: str
     window: Callable[[int, int], list[range]]
-    """(S, J) -> for each student layer the columns whose KL `match` may read or pick: nothing else need be computed."""
+    """(S, J) -> for each student layer, the columns whose KL `match` may read or pick. No other KL is needed."""
     match: Callable[[Tensor, torch.Generator], Match]
-    """(mean KL [S, J] in nats, CPU generator) -> the match. Entries outside the window may be anything."""
+    """(mean KL [S, J] in nats, CPU generator) -> the match. Entries outside the window may have any value."""
 
 
 def search_ranges(students: int, teachers: int) -> list[range]:
-    """Algorithm 1's widest ranges: layer i searches i .. J - S + i, which leaves a teacher layer for each after it."""
+    """Algorithm 1's widest search ranges: student layer i may be matched to teacher layers i .. J - S + i.
+
+    This leaves a deeper teacher layer for each later student layer. Raises ValueError where S > J.
+    """
     _check_order(students, teachers)
     return [range(i, teachers - students + i + 1) for i in range(students)]
 
 
 def draw_probabilities(kl: Tensor) -> Tensor:
-    """Softmax(-K / T) of one student layer's candidates [n], T = 2 / (max K - min K + 1e-6): [n] float64.
+    """KL of one student layer to its candidates, K [n] in nats -> Algorithm 1's probabilities [n] float64.
 
-    The wider the spread, the colder: near-equal candidates are explored, clear ones followed. Raises ValueError for a
-    KL that is not finite.
+    They are softmax(-K / T) with T = 2 / (max K - min K + 1e-6). A wide spread gives a low temperature: a clearly best
+    candidate is chosen almost surely, and near-equal ones are explored. Raises ValueError for a KL that is not finite.
     """
     kl = _finite(kl.detach().to("cpu", torch.float64))
     temperature = 2.0 / (kl.max() - kl.min() + 1e-6)
@@ -44,22 +47,22 @@ def draw_probabilities(kl: Tensor) -> Tensor:
 
 
 def adaptive(kl: Tensor, generator: torch.Generator) -> Match:
-    """Algorithm 1: draw each layer in turn from its candidates, behind the last match and inside the search range."""
+    """Algorithm 1: draw each layer's match in turn, from the candidates in its search range after the last match."""
     return _draw_in_order(kl, draw_probabilities, generator)
 
 
 def random(kl: Tensor, generator: torch.Generator) -> Match:
-    """Algorithm 1 with every candidate as likely as the next: what order and range do without the divergence."""
+    """Algorithm 1 with equal probabilities: shows the effect of order and search range without the divergence."""
     return _draw_in_order(kl, lambda row: torch.full_like(row, 1.0 / len(row)), generator)
 
 
 def argmin(kl: Tensor, generator: torch.Generator) -> Match:
-    """Each student layer takes its nearest teacher layer, without order or range; several may take the same."""
+    """Each student layer takes the teacher layer of least KL, without order or range. Several may take the same one."""
     return [int(column) for column in _finite(_matrix(kl)).argmin(1)]
 
 
 def ordered_argmin(kl: Tensor, generator: torch.Generator) -> Match:
-    """The strictly increasing match of least total KL, by dynamic programming."""
+    """The strictly increasing match of least total KL, found by dynamic programming."""
     matrix = _matrix(kl)
     ranges = search_ranges(*matrix.shape)
     costs = matrix.new_zeros(matrix.shape[1])
@@ -68,7 +71,7 @@ def ordered_argmin(kl: Tensor, generator: torch.Generator) -> Match:
         total = torch.full_like(row, torch.inf)
         total[columns.start : columns.stop] = _finite(row[columns.start : columns.stop])
         if choices:
-            total[1:] += costs[:-1]  # the layer before lies strictly shallower
+            total[1:] += costs[:-1]  # the previous layer's match is strictly shallower
         costs, best = total.cummin(0)
         choices.append(best)
     match: list[int] = []
@@ -80,21 +83,21 @@ def ordered_argmin(kl: Tensor, generator: torch.Generator) -> Match:
 
 
 def uniform_columns(students: int, teachers: int) -> list[int]:
-    """Evenly over the whole teacher: layer i takes floor((i + 1) J / S) - 1, so the last takes the last.
+    """Spread evenly over the teacher: student layer i takes floor((i + 1) J / S) - 1, so the last takes the last.
 
-    7 of 20: 1, 4, 7, 10, 13, 16, 19. It is monotone, as J is at least S.
+    For S = 7 and J = 20: 1, 4, 7, 10, 13, 16, 19. Strictly increasing, as J >= S; raises ValueError otherwise.
     """
     _check_order(students, teachers)
     return [(i + 1) * teachers // students - 1 for i in range(students)]
 
 
 def uniform(kl: Tensor, generator: torch.Generator) -> Match:
-    """The fixed match of `uniform_columns`, whatever the divergences."""
+    """The fixed match of `uniform_columns`. It does not depend on the divergences."""
     return list(uniform_columns(*kl.shape))
 
 
 def last_only(kl: Tensor, generator: torch.Generator) -> Match:
-    """No intermediate layer follows anything: the last layers' KL is all there is."""
+    """No intermediate layer follows a teacher layer. Only the last layers' KL remains."""
     return [None] * len(kl)
 
 
@@ -109,7 +112,7 @@ STRATEGIES: dict[str, Matching] = {
         Matching("last_only", lambda s, j: [range(0)] * s, last_only),
     )
 }
-"""By the name that a recipe gives."""
+"""Matching rules by their names in a recipe (interact.matching)."""
 
 
 def _draw_in_order(kl: Tensor, probabilities: Callable[[Tensor], Tensor], generator: torch.Generator) -> Match:
@@ -124,7 +127,7 @@ def _draw_in_order(kl: Tensor, probabilities: Callable[[Tensor], Tensor], genera
 
 
 def _matrix(kl: Tensor) -> Tensor:
-    """On the CPU in float64, so that the same numbers draw the same everywhere."""
+    """The matrix on the CPU in float64, so that the same numbers give the same draw on every device."""
     return kl.detach().to("cpu", torch.float64)
 
 

@@ -1,7 +1,8 @@
-"""What a student layer says, chunk by chunk: log q where it is asked for, and q, made fit for the product that follows.
+"""A student layer's probabilities q, chunk by chunk: log q at requested ids, and the input of the next matrix product.
 
-T response tokens, d width, V common vocabulary, c rows of a chunk, n ids asked for, H heavy ids; slope: the derivative
-of the head's scale and soft-cap. Where there is Triton and a GPU, a single kernel makes all passes over a chunk.
+T response tokens, d width, V common vocabulary, c rows of a chunk, n requested ids, H heavy ids (those of largest q).
+slope: the derivative of the head's scale and soft-cap. With Triton and a GPU, a single kernel makes all passes over a
+chunk.
 """
 
 from __future__ import annotations
@@ -15,61 +16,64 @@ from torch import Tensor
 from pipeline.loss.chunks import Gradients, Workspace, exp_, product_gradients, row_chunks, softmax_
 
 BLOCK = 128
-"""Ids of which the largest logit is found first, when the largest of all is sought."""
+"""Ids in a block for `blocked_max`."""
 
-Note = Callable[[slice, Tensor, Tensor, Tensor], None]
-"""(rows, heavy ids [c, H], log q of them and of the ids asked for [c, H + n], log-sum-exp [c, 1])."""
+Collect = Callable[[slice, Tensor, Tensor, Tensor], None]
+"""Receives the results of some rows: (rows, heavy ids [c, H], log q [c, H + n], log-sum-exp [c, 1]).
+
+log q is at the heavy ids, then at the requested ones."""
 
 
-def probability_chunks(h: Tensor, workspace: Workspace, ids: Tensor, heavy: int, note: Note) -> Gradients:
-    """q / max q times the slope, 0 at the ids of largest q; log q of those and of `ids` [T, n] is noted.
+def probability_chunks(h: Tensor, workspace: Workspace, ids: Tensor, heavy: int, collect: Collect) -> Gradients:
+    """q / max q times the slope, with 0 at the `heavy` ids of largest q. Collects log q of those and of `ids` [T, n].
 
-    What it equals:
+    In naive form:
 
         logits = unembedding.logits(h)                                          # [T, V]
-        heavy_ids = logits.topk(heavy).indices                                  # the likeliest first
-        note(heavy_ids, logits.log_softmax(1).gather(1, cat(heavy_ids, ids)), logits.logsumexp(1))
+        heavy_ids = logits.topk(heavy).indices                                  # the most likely first
+        collect(heavy_ids, logits.log_softmax(1).gather(1, cat(heavy_ids, ids)), logits.logsumexp(1))
         (logits - logits.amax(1)).exp().scatter(1, heavy_ids, 0) * slope
     """
-    if heavy == 1 and fusible(workspace.unembedding.weight):
-        return _fused_probabilities(h, workspace, ids, note)
+    if heavy == 1 and can_fuse(workspace.unembedding.weight):
+        return _fused_probabilities(h, workspace, ids, collect)
 
-    def over_the_largest(rows: slice, logits: Tensor) -> None:
-        top, heavy_ids = logits.topk(heavy) if heavy > 1 else likeliest(logits)
+    def relative_to_max(rows: slice, logits: Tensor) -> None:
+        top, heavy_ids = logits.topk(heavy) if heavy > 1 else blocked_max(logits)
         log_q, log_sum, _ = exp_(logits, torch.cat((heavy_ids, ids[rows]), 1), top[:, :1])
         logits.scatter_(1, heavy_ids, 0.0)
-        note(rows, heavy_ids, log_q, log_sum)
+        collect(rows, heavy_ids, log_q, log_sum)
 
-    return product_gradients(h, workspace, over_the_largest)
+    return product_gradients(h, workspace, relative_to_max)
 
 
 def cross_entropy_chunks(
-    h: Tensor, workspace: Workspace, labels: Tensor, note: Callable[[slice, Tensor], None]
+    h: Tensor, workspace: Workspace, labels: Tensor, collect: Callable[[slice, Tensor], None]
 ) -> Gradients:
-    """(q - onehot(label)) times the slope; log q of the labels [T] is noted: cross-entropy's gradient and loss.
+    """The gradient of cross-entropy, (q - onehot(label)) times the slope. Collects log q of the labels [T].
 
-    What it equals:
+    In naive form:
 
         logits = unembedding.logits(h)                                          # [T, V]
-        note(logits.log_softmax(1).gather(1, labels))
+        collect(logits.log_softmax(1).gather(1, labels))
         (logits.softmax(1) - onehot(labels)) * slope
     """
-    if fusible(workspace.unembedding.weight):
-        return _fused_cross_entropy(h, workspace, labels, note)
+    if can_fuse(workspace.unembedding.weight):
+        return _fused_cross_entropy(h, workspace, labels, collect)
 
-    def softmax(rows: slice, logits: Tensor) -> None:
+    def softmax_minus_label(rows: slice, logits: Tensor) -> None:
         target = labels[rows, None]
         log_q = softmax_(logits, target)
         logits.scatter_add_(1, target, torch.full_like(log_q, -1.0))
-        note(rows, log_q[:, 0])
+        collect(rows, log_q[:, 0])
 
-    return product_gradients(h, workspace, softmax)
+    return product_gradients(h, workspace, softmax_minus_label)
 
 
-def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest value and an id of it, [c, 1] each: `logits.max(1, keepdim=True)` at a third of its time.
+def blocked_max(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its id, [c, 1] each: `logits.max(1, keepdim=True)` in a third of the time.
 
-    That looks at one number at a time. The maxima of blocks are vectorised; an index is then sought in one block only.
+    On a CPU, torch's max with indices is not vectorised, but amax is. So amax finds the maximum of each block, and the
+    id is searched in one block only. Of equal logits, any id may be returned.
     """
     vocab = logits.shape[1]
     whole = vocab - vocab % BLOCK
@@ -81,28 +85,28 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))
 
 
-def fusible(weight: Tensor) -> bool:
-    """Whether the passes between two products may be one kernel."""
+def can_fuse(weight: Tensor) -> bool:
+    """Whether one Triton kernel can make all passes between the two matrix products."""
     return weight.is_cuda and weight.dtype != torch.float64 and find_spec("triton") is not None
 
 
-def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, note: Note) -> Gradients:
-    from pipeline.loss.softmax_kernel import exp_without_top_  # only here: Triton may be missing
+def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, collect: Collect) -> Gradients:
+    from pipeline.loss.softmax_kernel import exp_without_top_  # imported here, because Triton may not be installed
 
     for rows in row_chunks(len(h), workspace.chunk):
         products = workspace.products(h[rows])
-        asked = workspace.unembedding.scale_and_cap_(products.gather(1, ids[rows]).float())
+        requested = workspace.unembedding.scale_and_cap_(products.gather(1, ids[rows]).float())
         top_id, top_log_q, top = exp_without_top_(products, workspace.unembedding)
-        note(rows, top_id, torch.cat((top_log_q, asked.sub_(top).add_(top_log_q)), 1), top - top_log_q)
+        collect(rows, top_id, torch.cat((top_log_q, requested.sub_(top).add_(top_log_q)), 1), top - top_log_q)
         yield rows, products
 
 
 def _fused_cross_entropy(
-    h: Tensor, workspace: Workspace, labels: Tensor, note: Callable[[slice, Tensor], None]
+    h: Tensor, workspace: Workspace, labels: Tensor, collect: Callable[[slice, Tensor], None]
 ) -> Gradients:
     from pipeline.loss.softmax_kernel import softmax_minus_label_
 
     for rows in row_chunks(len(h), workspace.chunk):
         products = workspace.products(h[rows])
-        note(rows, softmax_minus_label_(products, workspace.unembedding, labels[rows]))
+        collect(rows, softmax_minus_label_(products, workspace.unembedding, labels[rows]))
         yield rows, products

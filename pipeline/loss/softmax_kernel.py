@@ -1,7 +1,8 @@
-"""The two passes between a chunk's matrix products as one Triton kernel: what a GPU's memory would else be busy with.
+"""One Triton kernel for all passes over the logits between a chunk's two matrix products. It saves GPU memory traffic.
 
-Plain torch goes over the logits six times, 36 bytes each where the weight is bfloat16; this reads them twice and
-writes them once, 6 bytes (docs/numerics.md counts both beside the products). Imported only where it is to be used.
+Plain torch makes six passes: 36 bytes for each logit where the weight is bfloat16. This kernel reads the logits twice
+and writes them once: 6 bytes (docs/numerics.md counts both, beside the matrix products). This module is imported only
+where the kernel is used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from pipeline.signal import Unembedding
 
 BLOCK = 4096
-"""Ids a program holds at a time; one program a row."""
+"""Ids that a program processes at a time. There is one program for each row."""
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _softmax(
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     top_id = lanes
-    for start in range(0, vocab, BLOCK):  # each lane keeps its own maximum, the id of it, and sum of exp(z - maximum)
+    for start in range(0, vocab, BLOCK):  # each lane keeps its own maximum, its id, and its sum of exp(z - maximum)
         ids = start + lanes
         z = tl.load(first + ids, mask=ids < vocab, other=0.0).to(tl.float32) * scale
         if CAPPED:
@@ -60,8 +61,8 @@ def _softmax(
         z = tl.load(first + ids, mask=ids < vocab, other=0.0).to(tl.float32) * scale
         slope = scale
         if CAPPED:
-            bent = 2 * tl.sigmoid(2 * z / softcap) - 1
-            z, slope = softcap * bent, scale * (1 - bent * bent)
+            capped = 2 * tl.sigmoid(2 * z / softcap) - 1
+            z, slope = softcap * capped, scale * (1 - capped * capped)
         log_q = z - best - log_total
         marked = ids == marked_id
         marked_log_q += tl.where(marked, log_q, 0.0)
@@ -72,16 +73,17 @@ def _softmax(
 
 
 def exp_without_top_(products: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn h W^T + b [c, V] in place into exp(logit - largest) times the slope of scale and soft-cap, the likeliest 0.
+    """Turn h W^T + b [c, V] into exp(logit - largest logit) times the slope of scale and soft-cap, in place.
 
-    Returns the likeliest id (of equal ones the lowest), its log-probability, and its logit: [c, 1].
+    The most likely id becomes 0. Returns that id (the lowest of equal ones), its log-probability, and its logit, [c, 1]
+    each.
     """
     top_id = torch.empty(len(products), 1, dtype=torch.int64, device=products.device)
     return top_id, *_launch(products, unembedding, top_id, labelled=False)
 
 
 def softmax_minus_label_(products: Tensor, unembedding: Unembedding, labels: Tensor) -> Tensor:
-    """Turn h W^T + b [c, V] into probabilities in place, 1 taken off at the labels [c], times the slope.
+    """Turn h W^T + b [c, V] into (probabilities - onehot(labels [c])) times the slope, in place.
 
     Returns the labels' log-probabilities [c].
     """

@@ -1,1 +1,1 @@
-"""What a run is: every number, what must hold between them, and where each came from. No torch here."""
+"""Recipes: the fields of a run, their checks, and where each value came from. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""What must hold between a recipe's values, its files and the number of ranks: everything wrong is said at once."""
+"""Check a recipe against its files and the number of ranks. All problems are reported at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import SHIPPED
 from pipeline.recipe.schema import STEPS, Model, Recipe, Training
 
-# One owner per number: these belong to the recipe, so a DeepSpeed config says "auto" or nothing there.
+# Each setting has one place. The recipe owns these, so a DeepSpeed config must say "auto" for them or leave them out.
 OWNED_BY_RECIPE = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -25,10 +25,10 @@ OWNED_BY_RECIPE = {
 
 
 def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
-    """Raise RecipeError with every problem that would stop one of the given steps on `world` ranks."""
+    """Raise RecipeError with all problems that would stop one of the given steps on `world` ranks."""
     asked = set(steps)
     needs_student = asked != {"cache"}
-    steps = [step for step in STEPS if step in asked and (step == "cache" or not _left_out(getattr(recipe, step)))]
+    steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
     problems = _data_problems(recipe)
     problems += _model_problems(recipe.student, "student") if needs_student else []
@@ -41,27 +41,27 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
         problems += _view_problems(recipe)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
     both = needs_student and (needs_teacher or asks_for_layers)
-    if not problems and both and not _left_out(recipe.interact):
+    if not problems and both and not _is_skipped(recipe.interact):
         problems += _matching_problems(recipe)
     if problems:
         raise RecipeError(f"{len(problems)} problem(s) in the recipe:\n" + "\n".join(f"  {p}" for p in problems))
 
 
 def number_of_layers(folder: Path) -> int:
-    """Decoder layers of the language model in a Hugging Face folder, read from its config.json."""
+    """Number of decoder layers of the language model in a Hugging Face folder, from its config.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return int((config.get("text_config") or config)["num_hidden_layers"])
 
 
 def target_layers(model: Model) -> tuple[int, ...]:
-    """Target layers of a model, counted from 1: the recipe's, or every 4th from 2 below the last (paper, section 4)."""
+    """Target layers of a model, counted from 1: the recipe's, or 2, 6, 10, ... below the last (paper, section 4)."""
     if model.layers is not None:
         return model.layers
     return tuple(range(2, number_of_layers(model.path), 4))
 
 
 def load_deepspeed_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON config. Raises RecipeError if it is missing or no JSON."""
+    """Read a DeepSpeed JSON config. Raises RecipeError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -71,19 +71,19 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def accumulation(training: Training, world: int) -> int:
-    """Micro-steps an update: batch_size / (micro_batch_size x world). The recipe was checked to divide evenly."""
+    """Micro-steps in an update: batch_size / (micro_batch_size x world). check_recipe checks that this is whole."""
     return training.batch_size // (training.micro_batch_size * world)
 
 
 def number_of_steps(training: Training, samples: int) -> int:
-    """Updates of a step: as the recipe says, or as many whole global batches as its epochs hold."""
+    """Number of updates of a step: the recipe's steps, or the whole global batches in its epochs (at least 1)."""
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None
     return max(1, int(training.epochs * samples) // training.batch_size)
 
 
-def _left_out(training: Training) -> bool:
+def _is_skipped(training: Training) -> bool:
     return training.steps == 0
 
 
@@ -109,8 +109,8 @@ def _model_problems(model: Model, role: str) -> list[str]:
         ]
     if list(layers) != sorted(set(layers)) or layers[-1] >= depth:
         return [
-            f"{role}.layers: expected increasing layers from 1 to {depth - 1} (layer {depth} is the last: it speaks "
-            f"through the model's own head and needs no verbalizer), found {list(layers)}"
+            f"{role}.layers: expected increasing layers from 1 to {depth - 1} (layer {depth} is the last: it uses "
+            f"the model's own head and needs no verbalizer), found {list(layers)}"
         ]
     return []
 
@@ -136,16 +136,18 @@ def _matching_problems(recipe: Recipe) -> list[str]:
 def _too_few(teacher: int, student: int) -> str:
     return (
         f"{teacher} teacher targets for {student} student targets; there must be more, or each search range is a "
-        "single layer and matching does nothing"
+        "single layer and matching has no effect"
     )
 
 
 def _view_problems(recipe: Recipe) -> list[str]:
-    """What stage 2 asks of a cache that it can never give."""
+    """Settings of stage 2 that no cache of this recipe can meet."""
     problems, codec, points = [], recipe.cache.codec, recipe.interact.points
     if points is not None and (codec.name != "sampled" or codec.points % points):
         has = f"cache.codec.points: {codec.points}" if codec.name == "sampled" else f"cache.codec.name: {codec.name}"
-        problems.append(f"interact.points: {points} need a sampled cache of a multiple of points, found {has}")
+        problems.append(
+            f"interact.points: {points} needs a sampled cache with a multiple of {points} points, found {has}"
+        )
     chosen = recipe.interact.teacher_layers
     if chosen is not None and list(chosen) != sorted(set(chosen)):
         problems.append(f"interact.teacher_layers: expected increasing layers, found {list(chosen)}")
@@ -168,7 +170,7 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
             f"{step}.learning_rate: {training.learning_rate}"
         )
     if training.steps and training.warmup_steps >= training.steps:
-        problems.append(f"{step}.warmup_steps: {training.warmup_steps} leave nothing of {training.steps} steps")
+        problems.append(f"{step}.warmup_steps: {training.warmup_steps} must be below {step}.steps: {training.steps}")
     return problems
 
 

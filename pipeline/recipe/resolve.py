@@ -1,4 +1,4 @@
-"""From a YAML file, --set overrides and stage 1's run folder to one recipe that knows where each value came from."""
+"""Load a recipe from a YAML file, --set overrides and stage 1's run folder, and record where each value came from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
-# These change speed, memory or what is kept, never a number: a run may go on with other values.
-FREE = {
+# These change speed, memory or which files are kept, not what is learned. A run may continue with other values of them.
+# (With interact.micro_batch_size, the number of matches that are drawn in an update changes too.)
+CHANGEABLE = {
     "run",
     "deepspeed",
     "gradient_checkpointing",
@@ -27,31 +28,31 @@ FREE = {
 
 
 SHIPPED = Path(__file__).parents[2]
-"""Where ds_configs/ and recipes/ lie: the checkout, or beside the packages of an installation."""
+"""The folder with ds_configs/ and recipes/: the checkout, or the folder of the installed packages."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe and, for each of its values, where it came from."""
+    """A recipe, and where each of its values came from."""
 
     recipe: Recipe
     origins: Mapping[str, str]
     """Flat key -> "recipe", "command line", "default" or "stage 1"."""
 
     def to_yaml(self) -> str:
-        """A YAML file that loads as a recipe again, each value's origin in a comment."""
+        """The recipe as YAML that loads again, with each value's origin in a comment."""
         return "\n".join(_yaml_lines(self.recipe, self.origins)) + "\n"
 
     def inherited(self) -> list[str]:
-        """Lines such as `seed = 3 (from stage 1)`, for the log."""
+        """Log lines for the values taken from stage 1, such as `seed = 3 (from stage 1)`."""
         values = leaves(self.recipe)
         return [f"{key} = {values[key]} (from stage 1)" for key, origin in self.origins.items() if origin == "stage 1"]
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
-    """Read a recipe file and `a.b=c` overrides; what neither sets comes from the run folder's recipe, if there is one.
+    """Read a recipe file and `a.b=c` overrides. Values that neither sets come from the run folder's recipe, if any.
 
-    Raises RecipeError with every unknown key ("did you mean") and every bad value at once.
+    Raises RecipeError with all unknown keys ("did you mean") and all bad values at once.
     """
     values = _read_yaml(path)
     origins = dict.fromkeys(_flat_keys(values), "recipe")
@@ -72,34 +73,38 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
     return Resolved(recipe, {key: _origin(key, origins) for key in leaves(recipe)})
 
 
-def refuse_changes(resolved: Resolved, begun: Iterable[str]) -> None:
-    """Raise RecipeError when a value that a begun step already used differs from the run's own recipe.yaml.
+def refuse_changes(resolved: Resolved, started: Iterable[str]) -> None:
+    """Raise RecipeError where a value that a started step has used differs from the run's own recipe.yaml.
 
-    begun: names of the steps that have left something behind. Values of steps that have not begun may still change.
+    started: the steps that have written something to the run folder. Values of other steps may still change.
     """
     path = resolved.recipe.run / "recipe.yaml"
-    begun = set(begun)
-    if not begun or not path.is_file():
+    started = set(started)
+    if not started or not path.is_file():
         return
-    old, new = dict(_flat_items(_read_yaml(path))), leaves(resolved.recipe)
+    values = _read_yaml(path)
+    # The defaults first: an older version of this package wrote no line for a field that is new since.
+    old, new = leaves(_validate(values, str(path))) | dict(_flat_items(values)), leaves(resolved.recipe)
     differing = []
     for key in sorted(set(old) | set(new)):
         section = key.split(".")[0]
-        if section == "cache":  # another codec makes another cache beside the one that is there
+        if (
+            section == "cache"
+        ):  # it may change until interact: another codec makes another cache, in a folder of its own
             section = "interact"
-        settled = section in begun if section in STEPS else True
-        if settled and key not in FREE and old.get(key) != new.get(key):
+        in_use = section in started if section in STEPS else True
+        if in_use and key not in CHANGEABLE and old.get(key) != new.get(key):
             differing.append(f"  {key}: the run has {old.get(key)}, now {new.get(key)} ({resolved.origins.get(key)})")
     if differing:
         raise RecipeError(
-            f"{resolved.recipe.run} was begun with another recipe (by {', '.join(s for s in STEPS if s in begun)}):\n"
+            f"{resolved.recipe.run} was begun with another recipe (by {', '.join(s for s in STEPS if s in started)}):\n"
             + "\n".join(differing)
-            + f"\nGo on with the run's own values (--recipe {path}), or start another run with --set run=FOLDER."
+            + f"\nContinue with the run's own values (--recipe {path}), or start another run with --set run=FOLDER."
         )
 
 
 def _shipped(config: Path) -> Path:
-    """A DeepSpeed config as the recipe names it; ds_configs/NAME that is not found from here is the shipped one."""
+    """The path of a DeepSpeed config. ds_configs/NAME that does not exist here is replaced by the shipped file."""
     shipped = SHIPPED / config
     return shipped if config.parts[:1] == ("ds_configs",) and not config.exists() and shipped.exists() else config
 
@@ -146,10 +151,10 @@ def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _is_set(key: str, origins: Mapping[str, str]) -> bool:
-    # steps and epochs stand for one another: setting one is deciding both.
+    # steps and epochs are alternatives: setting one of them decides both.
     stem, _, last = key.rpartition(".")
-    twin = {"steps": "epochs", "epochs": "steps"}.get(last)
-    return key in origins or (twin is not None and f"{stem}.{twin}" in origins)
+    alternative = {"steps": "epochs", "epochs": "steps"}.get(last)
+    return key in origins or (alternative is not None and f"{stem}.{alternative}" in origins)
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
-"""One recipe, typed: every number of a run, what it means, and what must hold between them.
+"""The recipe's fields: every setting of a run, its type, meaning, unit and default.
 
-Nothing here imports torch: a recipe is checked before anything is loaded.
+"Paper" is VLsI, arXiv 2412.01822. Nothing here imports torch: a recipe is checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -17,167 +17,191 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, each field's docstring is its description."""
+    """A part of a recipe. Unknown keys are errors. Each field's docstring is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Data(Section):
-    """The instruction data, as `python -m data_prep shard` leaves it."""
+    """The instruction data, made by `python -m data_prep shard`."""
 
     train: Path
-    """Shard folder (with manifest.json) that every step trains on and the teacher cache is made for."""
+    """Folder of shards (with manifest.json). Every step trains on it, and the teacher cache is made for it."""
     held_out: Path | None = None
-    """Shard folder never trained on; `python -m pipeline evaluate` uses it when no --data is given."""
+    """Folder of shards that no step trains on. `python -m pipeline evaluate` uses it when --data is not given."""
     max_length: Positive = 4096
-    """Longest chat in tokens, image tokens included; longer ones are cut, never inside an image."""
+    """Maximum length of a chat in tokens, image tokens included. Longer chats are cut, but never inside an image.
+    Not stated in the paper."""
     max_pixels: Positive | None = None
-    """Largest image in pixels (width x height), for both models alike: a larger one is scaled down, keeping its shape.
-    Left out: the processor's own limit. Qwen2-VL makes a token of 28 x 28 pixels, so 1003520 are 1280 tokens."""
+    """Maximum size of an image in pixels (width x height), for both models. Larger images are scaled down with the same
+    aspect ratio. Qwen2-VL makes one token of 28 x 28 pixels, so 1003520 pixels are 1280 tokens. Left out: the
+    processor's own limit. Not stated in the paper."""
     min_pixels: Positive | None = None
-    """Smallest image in pixels, for both models alike: a smaller one is scaled up. Left out: the processor's own."""
+    """Minimum size of an image in pixels (width x height), for both models. Smaller images are scaled up with the same
+    aspect ratio. Left out: the processor's own limit. Not stated in the paper."""
     max_bad_share: Share = 0.01
-    """The run stops when more than this share of the samples seen so far could not be used."""
+    """Share of samples, from 0 to 1, that may be unusable. A step stops with an error when more of the samples read so
+    far could not be used. One bad sample is always allowed."""
     workers: Count = 2
-    """Loader processes a rank; 0 loads in the training process. Changes speed, never the numbers."""
+    """Data loader processes for each rank; 0: load in the training process. This changes the speed, not the results."""
 
 
 class Model(Section):
     """One of the two vision-language models."""
 
     path: Path
-    """A Hugging Face folder: config.json, safetensors weights, tokenizer, processor, chat template."""
+    """Hugging Face model folder with config.json, safetensors weights, tokenizer, processor and chat template."""
     layers: tuple[Positive, ...] | None = None
-    """Target layers, counted from 1, increasing, below the last layer; left out: every 4th from 2, as in the paper."""
+    """Target layers: the decoder layers that get a verbalizer, counted from 1, in increasing order. The last layer
+    cannot be one: it uses the model's own head. The teacher needs more target layers than the student. Left out: every
+    4th layer from 2 on, as in the paper (2, 6, ..., 26 of 28 layers; 2, 6, ..., 78 of 80)."""
 
 
 class Verbalizer(Section):
     """The small trained block between a target layer and the model's own language head."""
 
     form: Literal["residual", "paper"] = "residual"
-    """residual: h + W_down(SiLU(W_gate n(h)) * (W_up n(h))), W_down from zero, so that it starts as the logit lens;
-    paper: the literal W_down(SiLU(W_gate h) * (W_up h)), no residual and no norm."""
+    """Form of the verb-FFN. Its three matrices are square, as wide as the model.
+    residual: h + W_down(SiLU(W_gate n(h)) * (W_up n(h))), where n is a norm. W_down starts at zero, so training starts
+    from the logit lens.
+    paper: W_down(SiLU(W_gate h) * (W_up h)) as printed in the paper, without residual and norm."""
 
 
 class Training(Section):
-    """What every trained step needs."""
+    """Settings of every training step."""
 
     steps: Count | None = None
-    """Optimizer updates; give this or epochs. 0 leaves the step out."""
+    """Number of optimizer updates. Set either steps or epochs. 0: skip this step."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over data.train; give this or steps."""
+    """Number of passes over data.train; it may be a fraction. Set either epochs or steps. Not stated in the paper."""
     batch_size: Positive
-    """Samples an update, over all ranks and all accumulation: the global batch."""
+    """Global batch size: samples in one optimizer update, over all ranks and all accumulated micro-batches. It must be
+    a multiple of micro_batch_size x ranks. Paper: 512 for its 2B and 7B students, 256 for its 72B teacher."""
     micro_batch_size: Positive = 1
-    """Samples in one forward on one rank. Accumulation follows from it, batch_size and the number of ranks."""
+    """Samples in one forward pass on one rank. A larger value is faster and needs more memory. Gradient accumulation is
+    batch_size / (micro_batch_size x ranks) micro-batches. interact draws one match for each of them, over all ranks.
+    Paper: 4 for its 2B and 7B students, 2 for its 72B teacher, with accumulation 16 on 8 GPUs."""
     learning_rate: Rate = 1e-4
-    """Peak of the cosine schedule (AdamW)."""
+    """Highest learning rate of AdamW: the start of the cosine schedule, after warm-up. Paper: 1e-4."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
-    """Where the cosine ends, at the last update."""
+    """Learning rate at the last update: the end of the cosine schedule. Paper: 1e-6."""
     warmup_steps: Count = 0
-    """Updates of linear warm-up before the cosine."""
+    """Number of updates of linear warm-up before the cosine schedule. Not stated in the paper."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW. Not stated in the paper."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Maximum norm of an update's gradient; a larger one is scaled down. 0: no clipping. Not stated in the paper."""
     checkpoint_every: Positive = 500
-    """Updates between two checkpoints."""
+    """Number of updates between two checkpoints."""
     keep_checkpoints: Positive = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of checkpoints kept on disk; older ones are deleted."""
 
 
 class StudentTraining(Training):
-    """A step that trains the student."""
+    """Settings of a step that trains the student."""
 
     lora_rank: Count = 0
-    """Rank of LoRA adapters (peft) on the decoder's linear layers, which then are all that trains, merged in the end; 0
-    trains everything but the vision tower. The paper's way is 64."""
+    """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
+    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train_vision and
+    train_projector). Paper: 64."""
     lora_alpha: Positive = 64
-    """LoRA's alpha: the adapters' product is scaled by lora_alpha / lora_rank."""
+    """Alpha of LoRA: the adapters' product is multiplied by lora_alpha / lora_rank. Paper: 64."""
 
 
 class Codec(Section):
-    """How a teacher's distribution becomes bytes (docs/cache_format.md)."""
+    """How the cache stores the teacher's distributions (docs/cache_format.md)."""
 
     name: Literal["sampled", "hidden", "topk"] = "sampled"
-    """sampled: systematic samples, unbiased; hidden: the exact normed verbalizer output, 2 d or 4 d bytes; topk: the k
-    likeliest ids and one bucket for the rest, biased, for comparison."""
+    """sampled: a systematic sample of each distribution; small, and the loss is unbiased.
+    hidden: the normed verbalizer output of width d; exact, but 2 d or 4 d bytes for each token and layer.
+    topk: the k most likely ids and one bucket for all others; biased, for comparison."""
     points: Annotated[int, Field(ge=16, le=1024)] = 64
-    """sampled only: how many points are drawn from each distribution."""
+    """Only for sampled: number of points drawn from each distribution, 16 to 1024. More points give a smaller error and
+    a larger cache."""
     k: Positive = 64
-    """topk only: how many ids are kept for each token and layer."""
+    """Only for topk: number of ids kept for each token and layer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """hidden only: what the hidden states are stored as."""
+    """Only for hidden: number format of the stored hidden states. bfloat16 is exact for a teacher that runs in bf16."""
 
 
 class Cache(Section):
-    """The teacher cache: what each teacher target layer says about each response token."""
+    """The teacher cache: the distributions of the teacher's target layers and last layer at each response token."""
 
     codec: Codec = Codec()
-    """The codec and its parameters."""
+    """The codec that stores the distributions, and its parameters."""
     batch_tokens: Positive = 16384
-    """Tokens in one teacher forward on one rank, image tokens and padding included; a longer sample goes alone."""
+    """Maximum number of tokens in one forward pass of the teacher on one rank, image tokens and padding included. A
+    longer sample gets a pass of its own. A larger value is faster and needs more memory."""
 
 
 class Interact(StudentTraining):
-    """Stage 2a: each student target layer follows the teacher layer it is matched to."""
+    """Stage 2a: each student target layer learns from the teacher layer that it is matched to."""
 
     matching: Literal["adaptive", "uniform", "random", "argmin", "ordered_argmin", "last_only"] = "adaptive"
-    """Which teacher layer each student layer follows; adaptive is the paper's Algorithm 1."""
+    """Rule that matches each student target layer to a teacher target layer, drawn or chosen for each micro-batch.
+    adaptive: the paper's Algorithm 1; drawn by KL, in increasing order, inside a search range.
+    uniform: a fixed match, spread evenly over the teacher's layers.
+    random: as adaptive, but all candidates are equally likely.
+    argmin: the layer of least KL, without order or search range.
+    ordered_argmin: the match of least total KL that keeps the order.
+    last_only: no matching; only the last layers' KL is trained."""
     cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the responses' cross-entropy beside the interaction loss. The paper finds that it hurts: 0."""
+    """Weight of the cross-entropy on the responses, added to the interaction loss. Paper: 0, because it hurts."""
     teacher_layers: tuple[Positive, ...] | None = None
-    """Which of the cached teacher layers may be matched; left out: all."""
+    """Teacher target layers that may be matched, counted from 1, in increasing order; they must be in the cache. Left
+    out: all cached target layers."""
     points: Positive | None = None
-    """Of the cached points of each distribution (cache.codec.points, a multiple), use this many, other ones in each
-    epoch; left out: all of them, the same ones in every epoch."""
+    """Number of points of each distribution to use in an epoch; it must divide cache.codec.points. Each epoch uses
+    other points. Left out: all cached points, in every epoch. Only for the codec sampled."""
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the response tokens that each epoch learns from, others in each."""
+    """Share of the response tokens, above 0 and up to 1, that an epoch trains on. Each epoch draws other tokens."""
     train_verbalizers: bool = False
-    """Whether the student's verb-FFNs train as well; in the paper they stay as stage 1 left them."""
+    """Whether the student's verb-FFNs are trained too. Paper (section 4.4): they stay as stage 1 trained them."""
 
 
 class Recipe(Section):
-    """A whole run: two models, the data, and the four steps."""
+    """A whole run: two models, the data and the four steps."""
 
     run: Path
-    """The run's folder; everything the run leaves behind lies in it."""
+    """Folder of the run. All its results are written there: checkpoints, cache, logs and the trained student."""
     seed: int = 0
-    """Seeds data order, initialisation and the adaptive draws."""
+    """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of weights and activations; optimizer states are float32 in both."""
+    """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
-    """DeepSpeed's config; "auto" stands wherever this recipe owns the number."""
+    """DeepSpeed config file (JSON). Values that the recipe sets, such as batch_size, must be "auto" there or absent."""
     gradient_checkpointing: bool = False
-    """Recompute the student's layers in the backward pass of stage 2: less memory, more time, the same numbers."""
+    """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
+    results do not change. Paper: true."""
     train_vision: bool = False
-    """Whether stage 2 trains the student's vision tower as well; everything else trains."""
+    """Whether stage 2 trains the student's vision tower too. It has no effect on a step with LoRA."""
     train_projector: bool = True
-    """Whether stage 2 trains what maps the vision tower's output into the decoder; false suits data without images."""
+    """Whether stage 2 trains the projector, which maps the vision tower's output into the decoder. Set it to false for
+    data without images. It has no effect on a step with LoRA."""
     data: Data
-    """The instruction data that every step trains on."""
+    """The instruction data of all steps."""
     teacher: Model
-    """The large model, which is listened to and never trained."""
+    """The large model. It is never trained, and only stage 1 needs its folder."""
     student: Model
-    """The small model, which is to become better."""
+    """The small model, which stage 2 trains."""
     verbalizer: Verbalizer = Verbalizer()
-    """The form of the verb-FFN, the same in both models."""
+    """The form of the verb-FFN, for both models."""
     verbalize: Training
-    """Stage 1a: both models' verbalizers learn."""
+    """Stage 1a: trains the verbalizers of both models."""
     cache: Cache = Cache()
-    """Stage 1b: the teacher's words on disk."""
+    """Stage 1b: writes the teacher's distributions to disk."""
     interact: Interact
-    """Stage 2a: the student follows what the cache says."""
+    """Stage 2a: trains the student to follow the cached distributions."""
     reinforce: StudentTraining
-    """Stage 2b: the student is finetuned on the responses."""
+    """Stage 2b: finetunes the student on the responses."""
 
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")
-"""The steps in running order; also the recipe's sections and the run's folders."""
+"""The steps in running order. These names are also sections of the recipe and folders of the run."""
 
 
 def leaves(section: BaseModel, prefix: str = "") -> dict[str, object]:
-    """Flatten a recipe: {"interact.steps": 150, ...}; tuples and paths become lists and strings."""
+    """A recipe as flat keys: {"interact.steps": 150, ...}. Tuples become lists, and paths become strings."""
     flat: dict[str, object] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)

@@ -1,1 +1,1 @@
-"""What came of a run: evaluation, traces, status, export."""
+"""Results of a run: evaluation, traces, cache information, status, and the environment."""

@@ -1,4 +1,4 @@
-"""`python -m pipeline env`: what a bug report needs, whatever of it is missing or broken here."""
+"""`python -m pipeline env`: versions and devices for a bug report, even if parts are missing or broken."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROJECT = "vlsi"
 
 
 def environment() -> dict[str, Any]:
-    """{"project", "system", "packages", "devices", "mpi", "shipped"}; what cannot be found out says why."""
+    """{"project", "system", "packages", "devices", "mpi", "shipped"}; what cannot be found is a text that says why."""
     return {
         "project": {"version": _version(PROJECT), "commit": _commit(), "folder": str(SHIPPED)},
         "system": {
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def show(as_json: bool) -> None:
-    """Print it, as a table or as JSON."""
+    """Print the environment, as a table or as JSON."""
     found = environment()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -49,7 +49,7 @@ def show(as_json: bool) -> None:
 def _attempt(find: Any) -> Any:
     try:
         return find()
-    except Exception as error:  # a broken package is what this is to show
+    except Exception as error:  # a broken package must be reported, not raised
         return f"not known: {type(error).__name__}: {error}"
 
 
@@ -61,7 +61,7 @@ def _version(name: str) -> str:
 
 
 def _requirements() -> list[str]:
-    """The direct requirements, those of extras included, by name."""
+    """Names of the direct requirements, including those of extras."""
     try:
         lines = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
@@ -70,7 +70,7 @@ def _requirements() -> list[str]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this runs from, with + where files differ from it."""
+    """The commit of the checkout that this code runs from, followed by + if files differ from it."""
     if not (SHIPPED / ".git").exists() or shutil.which("git") is None:
         return "not known: no git checkout"
     described = subprocess.run(
@@ -96,5 +96,5 @@ def _mpi() -> str:
     path = str(program) if program.is_file() else shutil.which("mpirun")
     if path is None:
         return "no mpirun"
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-    return f"{path}: {said[0] if said else 'it does not say its version'}"
+    lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return f"{path}: {lines[0] if lines else 'it does not say its version'}"

@@ -1,6 +1,6 @@
-"""A Hugging Face VLM on the best device at hand, and what it says when it always takes the likeliest token.
+"""Load a Hugging Face VLM on the available device, and generate greedily.
 
-B prompts, S tokens of the longest.
+B prompts, S tokens of the longest prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate
 
 @dataclass(frozen=True)
 class Vlm:
-    """A model that can be asked, and what turns chats into its inputs."""
+    """A loaded model and the encoder that turns chats into its inputs."""
 
     model: Any
     encoder: ChatEncoder
@@ -37,34 +37,36 @@ class Vlm:
 
     @property
     def pad_id(self) -> int:
-        """What fills rows up: the padding token, or the end-of-text token where there is none."""
+        """Id that fills up short rows: the padding token, or the end-of-text token if there is no padding token."""
         tokenizer = self.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: those of generation_config.json and the tokenizer's own."""
-        named = self.model.generation_config.eos_token_id
-        ids = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        """Ids that end an answer: those of generation_config.json and the tokenizer's own."""
+        configured = self.model.generation_config.eos_token_id
+        ids = set(configured if isinstance(configured, list) else [configured]) | {self.tokenizer.eos_token_id}
         return sorted(ids - {None})
 
     def placeholder_ids(self) -> list[int]:
-        """Tokens that stand for images and videos: a model that said one could not read its own answer."""
+        """Placeholder ids of images and videos. They must not be generated: the model could not read its own answer."""
         names = ("image_token_id", "video_token_id")
         return [token for name in names if (token := getattr(self.encoder.processor, name, None)) is not None]
 
 
 def load(folder: Path, data: Data) -> Vlm:
-    """Load a Hugging Face folder for reading, under a recipe's limits on data. Raises RecipeError if it is none."""
+    """Load a Hugging Face folder for inference, under a recipe's limits on data.
+
+    Raises RecipeError if the folder has no model.
+    """
     require_model(folder)
     device, dtype = placement(folder)
-    model = load_vlm(folder, dtype).to(device).eval()
     encoder = chat_encoder(folder, data)
     encoder.check()
-    return Vlm(model, encoder, device, dtype)
+    return Vlm(load_vlm(folder, dtype).to(device).eval(), encoder, device, dtype)
 
 
 def require_model(folder: Path) -> None:
-    """Raise RecipeError if there is no model in the folder; nothing is ever fetched by name."""
+    """Raise RecipeError if there is no model in the folder. Nothing is ever downloaded by name."""
     if not (folder / "config.json").is_file():
         raise RecipeError(
             f"no model in {folder}: expected a Hugging Face folder with config.json, weights and a processor"
@@ -72,29 +74,29 @@ def require_model(folder: Path) -> None:
 
 
 def placement(folder: Path) -> tuple[torch.device, torch.dtype]:
-    """Where and in which number format to run: float32 on a CPU; on a GPU what config.json says, else bfloat16."""
+    """Device and dtype to run in: float32 on a CPU; on a GPU the dtype of config.json, else bfloat16."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     return torch.device("cuda"), AutoConfig.from_pretrained(folder).dtype or torch.bfloat16
 
 
 def move(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Model inputs on a device, floating point ones in the model's number format."""
+    """Move model inputs to a device; floating-point inputs also get the model's dtype."""
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
 
 
 def pad_left(prompts: Sequence[Mapping[str, Tensor]], filler: Encoded, pad_id: int) -> dict[str, Tensor]:
-    """Prompts side by side as [B, S], padded on the left, so that all of them end where an answer begins."""
+    """Batch prompts as [B, S], padded on the left, so that all end where the answer begins."""
     lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
-    silent = [
+    without_response = [
         Encoded("", dict(prompt), torch.zeros(length, dtype=torch.bool))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    right = collate(silent, filler, pad_id).inputs
-    width = right["input_ids"].shape[1]
-    inputs = {name: value for name, value in right.items() if any(name in prompt for prompt in prompts)}
-    for name in set(inputs) & set(TOKEN_KEYS):  # padding moves from the end to the front; a filler row goes
-        rows = zip(right[name], lengths, strict=False)
+    padded = collate(without_response, filler, pad_id).inputs
+    width = padded["input_ids"].shape[1]
+    inputs = {name: value for name, value in padded.items() if any(name in prompt for prompt in prompts)}
+    for name in set(inputs) & set(TOKEN_KEYS):  # move the padding to the front; drop the filler row
+        rows = zip(padded[name], lengths, strict=False)
         inputs[name] = torch.stack([row.roll(width - length) for row, length in rows])
     return inputs
 
@@ -103,28 +105,28 @@ def pad_left(prompts: Sequence[Mapping[str, Tensor]], filler: Encoded, pad_id: i
 def greedy(
     vlm: Vlm, inputs: Mapping[str, Tensor], max_new_tokens: int, processors: LogitsProcessorList | None = None
 ) -> list[list[int]]:
-    """Continue left-padded prompts; each row's new tokens up to its end-of-turn token, that included.
+    """Continue left-padded prompts greedily; the new ids of each row, up to and including its end-of-turn token.
 
-    processors may put other logits in place of the model's own.
+    `processors` may replace the model's logits.
     """
-    stops, given = vlm.stop_ids(), vlm.model.generation_config
-    plain = GenerationConfig(
+    stops, original = vlm.stop_ids(), vlm.model.generation_config
+    greedy_config = GenerationConfig(
         eos_token_id=stops, pad_token_id=vlm.pad_id, do_sample=False, max_new_tokens=max_new_tokens
     )
-    # A folder's own generation settings (a repetition penalty, sampling) would otherwise fill what is left unset.
-    vlm.model.generation_config = plain
+    # generate() fills unset values from the model's own settings (a repetition penalty, sampling): replace them all.
+    vlm.model.generation_config = greedy_config
     try:
         output = vlm.model.generate(**move(inputs, vlm.device, vlm.dtype), logits_processor=processors)
     finally:
-        vlm.model.generation_config = given
-    return [_until(row, stops) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        vlm.model.generation_config = original
+    return [_truncate_at_stop(row, stops) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
-def words(vlm: Vlm, ids: Sequence[int]) -> str:
-    """Tokens as text, control tokens left out."""
+def decode_text(vlm: Vlm, ids: Sequence[int]) -> str:
+    """Decode ids to text without special tokens."""
     return vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def _until(row: list[int], stops: list[int]) -> list[int]:
-    ends = [place for place, token in enumerate(row) if token in stops]
-    return row[: ends[0] + 1] if ends else row
+def _truncate_at_stop(row: list[int], stops: list[int]) -> list[int]:
+    stop_indices = [index for index, token in enumerate(row) if token in stops]
+    return row[: stop_indices[0] + 1] if stop_indices else row

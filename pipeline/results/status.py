@@ -1,4 +1,4 @@
-"""`python -m pipeline status`: what a run has done, what lies on disk, and the command to run next."""
+"""`python -m pipeline status`: the progress of a run's steps, its disk usage, and the next command."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.runtime.folder import begun_steps, done, read_metrics
 from pipeline.runtime.progress import size_text
 
-# What a line of metrics.jsonl holds beside losses.
-_NO_LOSS = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
-_NO_LOSS |= {"gradient_norm"}
+# Fields of a metrics.jsonl line that are not losses.
+_NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
+_NOT_LOSSES |= {"gradient_norm"}
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
 
 
 @dataclass(frozen=True)
 class StepStatus:
-    """One step of a run."""
+    """Progress of one step of a run."""
 
     name: str
     state: str
     """"done", "begun" or "not begun"."""
     progress: str
-    """How far, in the step's own unit; empty where nothing is known."""
+    """Progress in the step's own unit; empty if not known."""
     losses: Mapping[str, float]
-    """The newest update's, in nat a response token."""
+    """Losses of the last update, in nat per response token."""
     size: int
     """Bytes on disk."""
 
 
 def status(run: Path) -> tuple[list[StepStatus], str]:
-    """The four steps, and the exact command to run next.
+    """The status of the four steps, and the exact command to run next.
 
-    Raises RecipeError if the folder is no run: not there, or with other things in it than a recipe.
+    Raises RecipeError if the folder is not a run: it does not exist, or holds files but no recipe.yaml.
     """
     if not run.is_dir() or (any(run.iterdir()) and not (run / "recipe.yaml").is_file()):
         raise RecipeError(
@@ -62,7 +62,7 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
 
 
 def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
-    """What to run next. Without interaction (interact.steps: 0) stage 1 is not needed."""
+    """The command to run next. Stage 1 is not needed without interaction (interact.steps: 0)."""
     needed = STEPS if recipe.interact.steps != 0 else STEPS[2:]
     for step in needed:
         if step not in complete:
@@ -83,7 +83,7 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
     table.add_column("on disk", justify="right")
     for step in steps:
         size = size_text(step.size) if step.size else ""
-        table.add_row(step.name, step.state, step.progress, _shown(step.losses), size)
+        table.add_row(step.name, step.state, step.progress, _format_losses(step.losses), size)
     console.print(table)
     parts = [f"{name} {size_text(size)}" for name, size in _other_parts(run)]
     console.print(f"on disk: {', '.join([*parts, f'total {size_text(size_of(run))}'])}", markup=False, soft_wrap=True)
@@ -91,7 +91,7 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file or of all files in a folder; what vanishes meanwhile (a running job's) counts nothing."""
+    """Bytes of a file, or of all files in a folder. Files that a running job removes meanwhile are not counted."""
     total = 0
     for file in [path] if path.is_file() else path.rglob("*"):
         try:
@@ -103,11 +103,11 @@ def size_of(path: Path) -> int:
 
 def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     summary, lines = done(run / name), read_metrics(run, name)
-    losses = (summary or {}).get("losses") or (_losses(lines[-1]) if lines else {})
+    losses = (summary or {}).get("losses") or (_losses_of_line(lines[-1]) if lines else {})
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
     size = size_of(run / name)
     if name == "cache":
-        progress = _shards(run / name, _planned(recipe, name)) if begun else ""
+        progress = _shard_progress(run / name, _planned(recipe, name)) if begun else ""
     elif summary is not None:
         progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
@@ -115,14 +115,14 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     return StepStatus(name, state, progress, losses, size)
 
 
-def _shards(root: Path, planned: int | str) -> str:
-    """How far the cache is that was begun last."""
+def _shard_progress(root: Path, planned: int | str) -> str:
+    """Progress of the cache that was begun last."""
     cache = newest(root)
     return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
 
 
 def _planned(recipe: Recipe, name: str) -> int | str:
-    """Updates or cache shards that make the step complete; "?" where the training data is not at hand."""
+    """Number of updates or cache shards of the complete step; "?" if the training data is not available."""
     training = getattr(recipe, name)
     if getattr(training, "steps", None) is not None:
         return training.steps
@@ -133,8 +133,8 @@ def _planned(recipe: Recipe, name: str) -> int | str:
     return len(manifest["shards"]) if name == "cache" else number_of_steps(training, manifest["samples"])
 
 
-def _shown(losses: Mapping[str, float]) -> str:
-    """{"teacher/1": 2.0, "teacher/2": 1.5, "last": 1.0} -> a line for each part."""
+def _format_losses(losses: Mapping[str, float]) -> str:
+    """{"teacher/1": 2.0, "teacher/2": 1.5, "last": 1.0} -> one line of text for each group."""
     groups: dict[str, list[str]] = {}
     for name, value in losses.items():
         group, slash, layer = name.rpartition("/")
@@ -142,8 +142,8 @@ def _shown(losses: Mapping[str, float]) -> str:
     return "\n".join(f"{group}  {'  '.join(values)}" for group, values in groups.items())
 
 
-def _losses(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name not in _NO_LOSS and isinstance(value, float)}
+def _losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in _NOT_LOSSES and isinstance(value, float)}
 
 
 def _other_parts(run: Path) -> Iterator[tuple[str, int]]:

@@ -31,7 +31,11 @@ def derived_seed(*parts: int | str) -> int:
 
 
 def map_unique(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict[str, Made]:
-    """make(thing) under each name, called once for what is one and the same: models with one processor share work."""
+    """{name:
+
+    make(thing)}; make is called once for an object that stands under several names. Models with one processor share
+    work.
+    """
     made: dict[int, Made] = {}
     for thing in things.values():
         if id(thing) not in made:
@@ -40,7 +44,10 @@ def map_unique(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict
 
 
 class SampleIndex(NamedTuple):
-    """A sample of the data folder, and in which epoch it is read: what is drawn anew in each is drawn from it."""
+    """A sample's number in the data folder, and the epoch in which it is read.
+
+    Random choices that differ by epoch use both.
+    """
 
     sample: int
     epoch: int = 0
@@ -65,7 +72,7 @@ class DataOrder:
 def micro_batches(
     order: DataOrder, training: Training, first_update: int, last_update: int, ranks: Ranks
 ) -> Iterator[list[SampleIndex]]:
-    """This rank's samples, micro-step after micro-step, for updates first_update .. last_update - 1."""
+    """The samples of each of this rank's micro-steps, in order, for updates first_update .. last_update - 1."""
     micro = training.micro_batch_size
     for update in range(first_update, last_update):
         start = update * training.batch_size
@@ -90,7 +97,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A micro-batch as the loader hands it over."""
+    """A micro-batch from the loader."""
 
     batches: Mapping[str, Batch]
     """One batch for each encoder, such as {"teacher": ..., "student": ...}; the same one for models that share it."""
@@ -112,7 +119,10 @@ class LoadedBatch:
         return sum(batch.nbytes() for batch in {id(batch): batch for batch in self.batches.values()}.values())
 
     def pin_memory(self) -> LoadedBatch:
-        """With its batches in page-locked memory; the loader looks for this name. What is attached is numpy's."""
+        """With its batches in page-locked memory.
+
+        torch's loader calls a method of this name. `attached` stays: it is numpy.
+        """
         return replace(self, batches=map_unique(Batch.pin_memory, self.batches))
 
 
@@ -125,16 +135,20 @@ class ChatDataset(Dataset):
         encoders: Mapping[str, ChatEncoder],
         attach: Callable[[SampleIndex, Encoded], tuple[Encoded, Any]] | None = None,
     ):
-        """attach gives what travels with a sample, such as its record in the teacher cache; it may thin out the
-        response that carries loss. It sees the first encoder's form, and is for one encoder alone."""
+        """attach returns a sample's form and what is handed over with it, such as its record in the teacher cache.
+
+        It may reduce the tokens that carry loss. It works with a single encoder only.
+        """
         self.folder, self.encoders, self.attach = folder, dict(encoders), attach
 
     def __len__(self) -> int:
         return len(self.folder)
 
     def __getitem__(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected | Exception:
-        """A sample; what is wrong with it; or an error that ends the job, for the loader to raise: a worker that raises
-        would have torch wrap the message in its traceback."""
+        """A sample, a Rejected, or an error that ends the job.
+
+        The loader raises that error: if a worker raised it, torch would put the message inside a traceback.
+        """
         try:
             return self._read(index)
         except (UserError, ShardError) as error:

@@ -36,7 +36,7 @@ def start(verbose: bool = False) -> Ranks:
 
 
 def stop() -> None:
-    """Leave the job in good order."""
+    """Wait for all ranks, then close the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -80,7 +80,9 @@ class Engine:
         )
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         if not training and self.stage != 3:
-            config["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what forwards do not have
+            config["zero_optimization"] = {
+                "stage": 0
+            }  # stages 1 and 2 shard gradients and optimizer states, which forwards do not have
         optimizer = None
         if training:
             # Fused: the usual form makes several tensors of the size of all that this rank trains, in every update.
@@ -106,11 +108,14 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def train(self) -> None:
-        """From here on, updates: what from_pretrained gives is in eval mode, where no layer is recomputed."""
+        """Switch to training mode.
+
+        Models from from_pretrained are in eval mode, where gradient checkpointing does nothing.
+        """
         self._engine.train()
 
     def eval(self) -> None:
-        """From here on, forwards only."""
+        """Switch to eval mode."""
         self._engine.eval()
 
     def backward(self, local_sum: Tensor, global_count: int) -> None:
@@ -132,7 +137,7 @@ class Engine:
         return None if norm is None else float(norm)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Checkpoint of what trains and its optimizer; frozen weights are on disk already."""
+        """Write a checkpoint of the trained weights and the optimizer. Frozen weights are on disk already."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def _fill(config: dict[str, Any], recipe: Recipe, micro: int, gas: int, clip: fl
 
 
 def _skip_shared_memory_kernel() -> None:
-    """Spare the CPU 45 s of compiling a kernel for collectives at every first start: gloo does them too."""
+    """On a CPU, skip a kernel for collectives that takes 45 s to compile at the first start: gloo does them too."""
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict):  # private: without it DeepSpeed merely compiles
         compatible["deepspeed_shm_comm"] = False

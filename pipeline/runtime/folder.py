@@ -1,4 +1,4 @@
-"""What a run's folder says of its steps: begun, done, their metrics. No torch here: recipes are checked against it."""
+"""The state of a run's steps on disk: begun, done, metrics. Imports no torch: recipes are checked against it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading batches in worker processes: what a rank trains on or caches next, ready when it is asked for."""
+"""Load batches in worker processes, ahead of the step that uses them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def load(
 def load_by_length(
     dataset: ChatDataset, windows: Iterable[Sequence[SampleIndex]], most_tokens: int, workers: int, device: str
 ) -> Iterator[list[LoadedBatch]]:
-    """Load windows of samples, in order, each as batches of samples alike in length, the longest first.
+    """Load windows of samples, in order. Each window gives batches of samples of similar length, the longest first.
 
     A batch has at most `most_tokens` tokens of the first encoder, padding included, or is a single longer sample. It
-    is a function of its window alone. Only a window without any good sample has an empty batch, for its rejects.
-    Each worker is one window ahead, no more: a window is many samples, and its images lie in memory as pixels.
+    depends on its window alone. A window without any good sample gives one empty batch, which holds its rejects.
+    Each worker is at most one window ahead: a window is many samples, with their images as pixels in memory.
     """
     group = functools.partial(_group, most_tokens=most_tokens, **_padding(dataset))
     return _load(dataset, windows, workers, device, group, ahead=1)
@@ -118,7 +118,7 @@ def _shared_memory(workers: int) -> str:
 
 
 def _padding(dataset: ChatDataset) -> dict[str, Any]:
-    """What a batch is filled up with, for each encoder: one and the same where they are."""
+    """The filler row and the padding id of each encoder."""
     fillers = map_unique(ChatEncoder.filler, dataset.encoders)
     pads = {role: _pad_id(encoder) for role, encoder in dataset.encoders.items()}
     return {"fillers": fillers, "pads": pads}

@@ -1,4 +1,4 @@
-"""Keep libraries' chatter from the user; real warnings stay. Call before deepspeed or transformers is imported."""
+"""Filter the log messages of libraries; real warnings stay. Call before deepspeed or transformers is imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOISY_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "datasets", 
 
 
 def filter_logs(verbose: bool = False) -> None:
-    """Silence set-up chatter and third-party FutureWarnings; with verbose=True leave everything as it is."""
+    """Hide set-up messages and third-party FutureWarnings. With verbose=True nothing is hidden."""
     if verbose:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -39,13 +39,13 @@ class Job:
         say(text, self.ranks.first)
 
     def has_done(self, step: str) -> bool:
-        """Whether a step is complete, as rank 0 sees it: all ranks must go the same way. All ranks must call."""
+        """Whether a step is complete, as rank 0 sees it, so that all ranks decide alike. All ranks must call."""
         return bool(gather_lists([done(self.recipe.run / step) is not None])[0])
 
 
 @dataclass(frozen=True)
 class MicroStep:
-    """Where in a step a forward happens; what is drawn at random is drawn from it."""
+    """The position of a forward in its step. Random draws are seeded with it, so that a resumed run draws the same."""
 
     update: int
     micro: int
@@ -53,7 +53,7 @@ class MicroStep:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one forward gives back."""
+    """The result of one forward."""
 
     loss: Tensor
     """Scalar with gradient: the loss summed over this rank's response tokens."""

@@ -1,4 +1,4 @@
-"""The ranks of a job and the few things they tell each other."""
+"""The ranks of a job, and the few collectives that the project uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pipeline.runtime.progress import say
 Item = TypeVar("Item")
 
 HEARTBEAT_S = 10.0
-"""How long a rank lets the others wait for it: collectives time out, DeepSpeed's after 10 minutes."""
+"""Seconds between two meetings of ranks that wait for one another.
+
+Collectives time out, DeepSpeed's after 10 minutes.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
 
 
 def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
-    """gather_lists(make()) where making takes long, such as hashing: the ranks meet while they make.
+    """gather_lists(make()) where `make` takes long, such as hashing.
 
-    what: said by rank 0 whenever they have met and are not done, with the time so far. Raises what `make` raised.
+    make runs in a thread. The ranks meet every HEARTBEAT_S seconds meanwhile, so that no collective times out.
+
+    what: a description that rank 0 prints at each meeting, with the time so far. Raises what `make` raised.
     """
     begun = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
@@ -64,9 +69,9 @@ def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]
 
 
 def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
-    """work() on rank 0, however long it takes: the others meet with it meanwhile, where a barrier would time out.
+    """Call work() on rank 0, however long it takes. The other ranks wait without a timeout: see gather_when_ready.
 
-    what: as in gather_when_ready. All ranks must call. Raises what `work` raised, on rank 0.
+    All ranks must call. Raises what `work` raised, on rank 0.
     """
 
     def make() -> list[Any]:
@@ -78,7 +83,7 @@ def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone: what happened stands in that rank's message."""
+    """Whether an error only says that another rank is gone. The cause is in that rank's own message."""
     names = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
     return isinstance(error, (dist.DistError, ConnectionError)) or (
         isinstance(error, RuntimeError) and any(name in str(error) for name in names)
@@ -93,7 +98,7 @@ def _is_ready(making: Future[Sequence[Any]]) -> bool:
 
 
 def until_all_done(own: Iterator[Item], ranks: Ranks) -> Iterator[Item | None]:
-    """This rank's items, then None until every rank has run out: all take part as often, as ZeRO-3 needs."""
+    """This rank's items, then None until every rank has none left. All ranks loop equally often, as ZeRO-3 needs."""
     while True:
         item = next(own, None)
         left = sum_over_ranks(torch.tensor(float(item is not None), device=ranks.device))

@@ -43,7 +43,7 @@ NAME = "interact"
 
 @dataclass(frozen=True)
 class Draw:
-    """How one micro-batch's match is found: alike on every rank."""
+    """The parameters of one micro-batch's match, the same on every rank."""
 
     matching: Matching
     generator: torch.Generator
@@ -51,7 +51,7 @@ class Draw:
 
 
 class Interaction(nn.Module):
-    """The student with its verbalizers, and what it takes to hear a teacher that is not there."""
+    """The student with its verbalizers, and the cached teacher head where the codec needs it."""
 
     def __init__(self, student: VerbalizedVLM, teacher_head: nn.Module | None):
         """teacher_head: the cached head that a `hidden` cache needs; None for sparse codecs."""
@@ -111,14 +111,14 @@ def run(job: Job) -> None:
         wait_for_all()
         return
     data = ShardFolder(recipe.data.train)
-    view, made = open_cache_view(job, data), encoders(recipe, ["student"])
+    view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
     with sharded_loading(recipe):
         student = student_with_verbalizers(
             recipe, view.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
         )
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
-    dataset = ChatDataset(data, made, attach=partial(_attach, view))
+    dataset = ChatDataset(data, chat_encoders, attach=partial(_attach, view))
     total = number_of_steps(recipe.interact, len(dataset))
     forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
     unused, images = family(student.backbone).may_be_unused, image_parts(student.backbone)
@@ -135,7 +135,7 @@ def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Enco
 
 
 def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
-    """Open the run's cache, refused if anything that it was made from is no longer what it was."""
+    """Open the run's cache. Raises CacheError if anything that it was made from has changed."""
     recipe = job.recipe
     verbalize = done(recipe.run / "verbalize")
     if verbalize is None:
@@ -150,7 +150,10 @@ def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
 
 
 def _expected(recipe: Recipe) -> dict[str, str]:
-    """Fingerprints that the cache must have; the teacher's where its weights are still there, which nothing needs."""
+    """Fingerprints that the cache must have.
+
+    The teacher's are included if its weights are still there; stage 2 does not need them.
+    """
     prints = {
         "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
         **limit_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),

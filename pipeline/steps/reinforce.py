@@ -39,7 +39,7 @@ class Finetuned(nn.Module):
 
 
 def run(job: Job) -> None:
-    """Finetune from what interaction left (or from the untouched student, where it has zero updates), then export."""
+    """Finetune the student that interaction left, or the untouched one where it has zero updates; then export."""
     recipe, folder = job.recipe, job.recipe.run / NAME
     if job.has_done(NAME):
         job.say(f"{NAME}: already done; the student is in {recipe.run / 'student'}")
@@ -53,11 +53,11 @@ def run(job: Job) -> None:
 
         on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)
         return
-    made = encoders(recipe, ["student"])
+    chat_encoders = encoders(recipe, ["student"])
     with sharded_loading(recipe):
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from)), recipe, recipe.reinforce, job.ranks)
-    dataset = ChatDataset(ShardFolder(recipe.data.train), made)
+    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders)
     total = number_of_steps(recipe.reinforce, len(dataset))
     forward, unused, images = _forward(engine), family(backbone).may_be_unused, image_parts(backbone)
     averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images)
@@ -65,7 +65,7 @@ def run(job: Job) -> None:
 
 
 def _forward(engine: Engine):
-    def forward(loaded: LoadedBatch, _moment: MicroStep) -> StepOutput:
+    def forward(loaded: LoadedBatch, _micro_step: MicroStep) -> StepOutput:
         loss = engine(loaded.batches["student"].to(engine.device, engine.dtype))[0]
         return StepOutput(loss, {"cross_entropy": loss})
 

@@ -29,8 +29,8 @@ def run(job: Job) -> Engine | None:
     if job.has_done(NAME):
         job.say(f"{NAME}: already done, in {folder}")
         return None
-    made = encoders(recipe, ROLES)
-    vocab = shared_vocabulary(recipe, made)
+    chat_encoders = encoders(recipe, ROLES)
+    vocab = shared_vocabulary(recipe, chat_encoders)
     with sharded_loading(recipe):
         sides = {
             role: load_verbalized(
@@ -39,7 +39,7 @@ def run(job: Job) -> Engine | None:
             for role in ROLES
         }
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
-    dataset = ChatDataset(ShardFolder(recipe.data.train), made)
+    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
     averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)
@@ -48,7 +48,7 @@ def run(job: Job) -> Engine | None:
 
 
 def _forward(engine: Engine):
-    def forward(loaded: LoadedBatch, _moment: MicroStep) -> StepOutput:
+    def forward(loaded: LoadedBatch, _micro_step: MicroStep) -> StepOutput:
         batches = map_unique(lambda batch: batch.to(engine.device, engine.dtype), loaded.batches)
         losses = engine(batches)
         sums: dict[str, Tensor] = {}

@@ -23,9 +23,9 @@ from pipeline.vlm.vocabulary import common_vocabulary
 
 
 def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
-    """A chat encoder for each of "teacher" and "student"; one and the same where their processors are.
+    """{role: chat encoder} for "teacher" and "student". Models with equal processors share one encoder.
 
-    Raises RecipeError where a model's template or processor could take no chat at all.
+    Raises RecipeError where a model's chat template or processor cannot take any chat.
     """
     made: dict[str, ChatEncoder] = {}
     for role in roles:
@@ -54,7 +54,7 @@ def load_verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype
 
 
 def student_with_verbalizers(recipe: Recipe, vocab: int, dtype: torch.dtype, verb_ffns: Path) -> VerbalizedVLM:
-    """The student as stage 2 trains it, with the verbalizers that stage 1 left frozen on its target layers."""
+    """The student that stage 2 trains, with the verbalizers of stage 1 on its target layers, frozen by default."""
     backbone = load_student(recipe.student.path, dtype, recipe, recipe.interact)
     side = _with_verb_ffns(backbone, target_layers(recipe.student), recipe, vocab, dtype, seed=0)
     load_verb_ffns(side, verb_ffns)

@@ -1,4 +1,4 @@
-"""A vision-language model's hidden states at chosen layers and positions, loaded and run without its language head.
+"""Load a vision-language model, and compute its hidden states at chosen layers and positions, without its head.
 
 T response positions of the batch, d width, L number of layers asked for.
 """
@@ -21,7 +21,7 @@ from pipeline.vlm.lora import add_lora
 
 
 def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
-    """Load a Hugging Face VLM folder; under a live HfDeepSpeedConfig it is sharded while it loads.
+    """Load a Hugging Face VLM folder. Inside sharded_loading, ZeRO-3 shards it as it loads.
 
     Raises RecipeError if the folder is no VLM, its family is unknown, or its weights do not fit its config.
     """
@@ -41,7 +41,10 @@ def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
 
 
 def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, training: StudentTraining) -> nn.Module:
-    """Load the model that a step of stage 2 trains, with what trains of it marked, or with LoRA adapters."""
+    """Load the model that a step of stage 2 trains.
+
+    Parameters that train require gradients; LoRA adapters are added.
+    """
     model: Any = load_vlm(folder, dtype)
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
@@ -55,7 +58,7 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
 def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[int], positions: Tensor) -> list[Tensor]:
     """Hidden states [T, d] after each of the given decoder layers (counted from 1), before any final norm.
 
-    Only the given positions are kept, so that nothing [B, S, d] outlives its layer for the sake of the heads.
+    Only the given positions are kept: no [B, S, d] tensor stays in memory for the heads.
     """
 
     def gather(hidden: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ def _forget_unused_renamings(model: Any) -> None:
 def _captured(
     model: nn.Module, layers: Sequence[int], keep_of: Callable[[Tensor], Tensor]
 ) -> Iterator[dict[int, Tensor]]:
-    """Collect what is to be kept of layers' outputs through forward hooks.
+    """Collect a part of the outputs of layers, through forward hooks.
 
     transformers' own hidden_states would keep every layer whole, and its last entry is already normed.
     """

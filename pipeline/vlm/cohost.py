@@ -15,7 +15,7 @@ from pipeline.vlm.processing import Batch
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 Encode = Callable[[Tensor, Unembedding], Any]
-"""(normed hidden states [T, L + 1, d], the teacher's head) -> what is made of them while the head is gathered."""
+"""(verbalized states [T, L + 1, d], the teacher's head) -> any result. Called while the head is gathered."""
 
 
 class CoHost(nn.Module):
@@ -33,7 +33,7 @@ class CoHost(nn.Module):
             side.verb_ffns.requires_grad_(True)
 
     def train(self, mode: bool = True) -> CoHost:
-        """Backbones stay in eval whatever the mode: they are what is listened to."""
+        """Backbones stay in eval mode: they are frozen, and dropout would change what the verbalizers learn from."""
         super().train(mode)
         for side in self.sides.values():
             side.backbone.eval()  # type: ignore[union-attr]
@@ -42,18 +42,18 @@ class CoHost(nn.Module):
     def forward(self, batches: Mapping[str, Batch], encode: Encode | None = None) -> Any:
         """Verbalization losses: for each side [L + 1], cross-entropy in nat summed over this batch's response tokens.
 
-        The last entry is the backbone's own, through its last layer; nothing of it trains. With `encode`, instead:
-        what it makes of what the teacher says about the batch.
+        The last entry is the loss of the model's own last layer; nothing of it trains. With `encode`, instead: what
+        `encode` returns for the teacher's verbalized states of the batch.
         """
         if encode is not None:
             return _record(self.sides["teacher"], batches["teacher"], encode)  # type: ignore[arg-type]
         losses = {}
         for role, side in self.sides.items():
-            verbalized = self._speak(side, batches[role])  # type: ignore[arg-type]
+            verbalized = self._verbalize(side, batches[role])  # type: ignore[arg-type]
             losses[role] = side.head(_cross_entropies, verbalized, labels=batches[role].labels)  # type: ignore[operator]
         return losses
 
-    def _speak(self, side: VerbalizedVLM, batch: Batch) -> Tensor:
+    def _verbalize(self, side: VerbalizedVLM, batch: Batch) -> Tensor:
         with torch.no_grad():
             hidden = run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)
         return side.verbalize_states(hidden)
@@ -67,7 +67,7 @@ def _cross_entropies(verbalized: Tensor, unembedding: Unembedding, labels: Tenso
 
 @torch.no_grad()
 def _record(teacher: VerbalizedVLM, batch: Batch, encode: Encode) -> Any:
-    """What every target layer and the last say about the batch's response tokens, in the hands of `encode`."""
+    """Call `encode` with the verbalized states [T, L + 1, d] of the batch's response tokens."""
     hidden = run_backbone(teacher.backbone, batch.inputs, teacher.all_layers(), batch.positions)
     verbalized = teacher.verbalize_states(hidden).transpose(0, 1)
     return teacher.head(encode, verbalized)

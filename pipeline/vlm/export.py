@@ -29,7 +29,7 @@ def save_student(model: Any, weights: dict[str, Tensor], original: Path, folder:
 
 
 def copy_student(original: Path, folder: Path) -> None:
-    """The model as it was: what a run with zero updates hands back."""
+    """Copy the model unchanged: the result of a run with zero updates."""
     _aside(folder, lambda aside: shutil.copytree(original, aside, dirs_exist_ok=True))
 
 

@@ -1,8 +1,8 @@
 """Processors for images and text alone, where transformers' own cannot be built because torchvision is absent.
 
-transformers builds a video processor into some processors, and that needs torchvision. The twins below keep the
-image and text halves. ProcessorMixin reads a processor's parts and saved settings off the signature and the code object
-of __init__, so each twin spells its own.
+transformers builds a video processor into some processors, and that needs torchvision. The classes below keep
+the image and text parts. ProcessorMixin reads a processor's parts and saved settings from the signature and the code
+object of __init__, so each class writes out its own.
 """
 
 from __future__ import annotations
@@ -76,28 +76,28 @@ def _qwen_tokens(processor: Any, tokenizer: Any) -> None:
         setattr(processor, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
 
 
-TWINS: dict[str, type[ProcessorMixin]] = {
+IMAGE_ONLY: dict[str, type[ProcessorMixin]] = {
     "Qwen2VLProcessor": _Qwen2VL,
     "Qwen2_5_VLProcessor": _Qwen25VL,
     "Qwen3VLProcessor": _Qwen3VL,
     "LlavaOnevisionProcessor": _LlavaOnevision,
 }
-for _name, _twin in TWINS.items():
-    _twin.__name__ = _twin.__qualname__ = _name  # saved folders carry the public class's name
+for _name, _form in IMAGE_ONLY.items():
+    _form.__name__ = _form.__qualname__ = _name  # saved folders carry the public class's name
 
 
 def load_image_only(folder: Path) -> ProcessorMixin | None:
-    """Compose the image-only twin of a folder's processor; None where the folder's processor has no twin."""
+    """Compose the image-only form of a folder's processor; None where there is no such form."""
     settings = _saved_settings(folder)
-    twin = TWINS.get(settings.get("processor_class", ""))
-    if twin is None:
+    form = IMAGE_ONLY.get(settings.get("processor_class", ""))
+    if form is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder)
     template = folder / "chat_template.jinja"
-    own = {key: settings[key] for key in twin.__init__.__code__.co_varnames if key in settings}
+    own = {key: settings[key] for key in form.__init__.__code__.co_varnames if key in settings}
     own.setdefault("chat_template", template.read_text("utf-8") if template.is_file() else tokenizer.chat_template)
-    return twin(image_processor=image_processor, tokenizer=tokenizer, **own)
+    return form(image_processor=image_processor, tokenizer=tokenizer, **own)
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:

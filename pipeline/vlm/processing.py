@@ -46,7 +46,7 @@ class Batch:
     """Samples side by side, padded on the right."""
 
     inputs: dict[str, Tensor]
-    """Model inputs, [B, S] for tokens; a batch without images carries one more row, see ChatEncoder.filler."""
+    """Model inputs, [B, S] for tokens; a batch without images has one more row, see ChatEncoder.filler."""
     positions: Tensor
     """[T] indices into the flattened [B * S] hidden states: where each response token is predicted."""
     labels: Tensor
@@ -59,15 +59,15 @@ class Batch:
     """How many of the samples have an image."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """Move to a device, floating point inputs to the model's number format; pinned ones beside its computation."""
+        """Move to a device. Floating point inputs get the model's dtype. Copies from pinned memory are asynchronous."""
         return self._each(lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking=True))
 
     def nbytes(self) -> int:
-        """What its tensors take."""
+        """Bytes that its tensors take."""
         return sum(tensor.nbytes for tensor in (*self.inputs.values(), self.positions, self.labels))
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory, without which a copy to a GPU waits for what the GPU computes."""
+        """A copy in page-locked memory. Without it a copy to a GPU waits until the GPU is idle."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -76,7 +76,7 @@ class Batch:
 
 
 def load_processor(folder: Path | str) -> Any:
-    """The folder's processor; its image-only twin where transformers cannot build it (no torchvision).
+    """The folder's processor, or its image-only form where transformers cannot build it (no torchvision).
 
     Raises RecipeError if neither can be built, with transformers' own reason.
     """
@@ -103,6 +103,7 @@ class ChatEncoder:
     def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
         """Encode one chat. Raises SampleError with the reason if it cannot be used."""
         self.template.refuse_control_tokens(messages)
+        _check_number_of_images(messages, images)
         text = self.template.render(messages)
         pictures = self._decode(images)
         features, before = self._process(text, pictures)
@@ -114,7 +115,10 @@ class ChatEncoder:
         return Encoded(key, inputs, response)
 
     def check(self) -> None:
-        """Raise RecipeError where no chat at all could be encoded: said at the start, not once a sample."""
+        """Raise RecipeError where no chat at all can be encoded.
+
+        Called at start-up, so that it is not found sample by sample.
+        """
         self.template.check()
         try:
             self.filler()
@@ -123,6 +127,7 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
         """Model inputs that end where the assistant's turn begins, for generation."""
+        _check_number_of_images(messages, images)
         features, _ = self._process(self.template.render(messages, prompt=True), self._decode(images))
         return self._model_inputs(features)
 
@@ -152,8 +157,10 @@ class ChatEncoder:
                     return_mm_token_type_ids=True,
                 )
             )
-        replaced = features.pop("text_replacement_offsets", None) or [[]]
-        return features, replaced[0]
+        replaced = (features.pop("text_replacement_offsets", None) or [[]])[0]
+        if len(replaced) != len(pictures):
+            raise SampleError(f"the chat template keeps the places of {len(replaced)} of {len(pictures)} images")
+        return features, replaced
 
     def _model_inputs(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
         names = self.processor.model_input_names
@@ -222,6 +229,17 @@ def decode_image(data: bytes) -> Image.Image:
         return images.decode_image(data)
     except BadSample as bad:
         raise SampleError(f"image cannot be decoded: {bad}") from bad
+
+
+def _check_number_of_images(messages: Sequence[Message], images: Sequence[bytes]) -> None:
+    """Raise SampleError unless each image part has its image: not every processor looks."""
+    parts = sum(part["type"] == "image" for message in messages for part in _parts(message))
+    if parts != len(images):
+        raise SampleError(f"the chat has {parts} image part(s), and {len(images)} image(s) came with it")
+
+
+def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
+    return [] if isinstance(message["content"], str) else message["content"]
 
 
 def _of_images(spans: Sequence[Mapping[str, Any]]) -> str:

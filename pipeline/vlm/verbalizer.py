@@ -51,7 +51,7 @@ def initial_verb_ffns(layers: Sequence[int], width: int, form: str, dtype: torch
 
 
 class LanguageHead(nn.Module):
-    """The model's own head as one module, so that ZeRO-3 gathers it once for all that a step asks of it.
+    """The model's own head as one module, so that ZeRO-3 gathers it once a step, for all layers.
 
     It shares the head's parameters; it does not copy them.
     """

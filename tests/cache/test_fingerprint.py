@@ -1,4 +1,4 @@
-"""Fingerprints change when what they stand for changes, and only then."""
+"""A fingerprint changes when the thing it identifies changes, and only then."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from pipeline.errors import CacheError
 
 
 @pytest.fixture(autouse=True)
-def memory(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memory"))
-    return tmp_path / "memory" / "vlsi" / "sha256.json"
+def hash_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home_cache"))
+    return tmp_path / "home_cache" / "vlsi" / "sha256.json"
 
 
 @pytest.fixture
@@ -31,12 +31,12 @@ def folder(tmp_path):
 
 
 def test_real_models_have_all_four(tiny_models):
-    prints = model_fingerprints(tiny_models["qwen2_vl", "teacher"])
-    assert set(prints) == {"weights", "config", "tokenizer", "processor"}
-    assert all(len(value) == 64 for value in prints.values())
-    assert prints == model_fingerprints(tiny_models["qwen2_vl", "teacher"])
+    teacher = model_fingerprints(tiny_models["qwen2_vl", "teacher"])
+    assert set(teacher) == {"weights", "config", "tokenizer", "processor"}
+    assert all(len(value) == 64 for value in teacher.values())
+    assert teacher == model_fingerprints(tiny_models["qwen2_vl", "teacher"])
     student = model_fingerprints(tiny_models["qwen2_vl", "student"])
-    assert [m.name for m in compare(prints, student)] == ["weights", "config"]
+    assert [m.name for m in compare(teacher, student)] == ["weights", "config"]
 
 
 @pytest.mark.parametrize(
@@ -49,48 +49,48 @@ def test_real_models_have_all_four(tiny_models):
         ("model-00002-of-00002.safetensors", "other", "weights"),
     ],
 )
-def test_each_change_shows_in_its_own_fingerprint(folder, file, content, changed):
+def test_each_change_affects_its_own_fingerprint(folder, file, content, changed):
     before = model_fingerprints(folder)
     (folder / file).write_text(content)
     after = model_fingerprints(folder)
     assert compare(before, after) == [Mismatch(changed, before[changed], after[changed])]
 
 
-def test_what_only_the_library_wrote_changes_nothing(folder):
+def test_the_saving_library_s_version_and_other_files_change_no_fingerprint(folder):
     before = model_fingerprints(folder)
     (folder / "config.json").write_text('{\n "transformers_version": "5.24", "model_type": "qwen2_vl"}')
     (folder / "README.md").write_text("hello")
     assert model_fingerprints(folder) == before
 
 
-def test_a_file_is_hashed_once_for_its_path_size_and_mtime(folder, memory):
+def test_a_file_is_hashed_once_for_its_path_size_and_mtime(folder, hash_store):
     first = weights_fingerprint(folder)
-    assert len(json.loads(memory.read_text())) == 3
+    assert len(json.loads(hash_store.read_text())) == 3
     file = folder / "model-00001-of-00002.safetensors"
     times, content = file.stat(), bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert weights_fingerprint(folder) == first  # remembered: nobody changes a file so but to show it
+    assert weights_fingerprint(folder) == first  # the stored hash is used: size and mtime are the same
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     assert weights_fingerprint(folder) != first
 
 
 @pytest.mark.parametrize("damage", ["not json", "[]"])
-def test_a_damaged_memory_is_forgotten(folder, memory, damage):
+def test_a_damaged_hash_store_is_ignored(folder, hash_store, damage):
     first = weights_fingerprint(folder)
-    memory.write_text(damage)
+    hash_store.write_text(damage)
     assert weights_fingerprint(folder) == first
 
 
-def test_a_memory_that_cannot_be_written_costs_only_time(folder, tmp_path, monkeypatch):
+def test_a_hash_store_that_cannot_be_written_costs_only_time(folder, tmp_path, monkeypatch):
     first = weights_fingerprint(folder)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert weights_fingerprint(folder) == first
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_are_an_error(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CacheError, match=r"as \*.safetensors, found pytorch_model.bin.*save_pretrained"):
         weights_fingerprint(tmp_path)
@@ -98,13 +98,13 @@ def test_pickled_weights_are_refused(tmp_path):
         weights_fingerprint(tmp_path / "nowhere")
 
 
-def test_a_folder_without_tokenizer_is_refused(folder):
+def test_a_folder_without_tokenizer_is_an_error(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CacheError, match=r"expected a tokenizer \(tokenizer.json\), found none"):
         model_fingerprints(folder)
 
 
-def test_data_is_its_shards_in_order():
+def test_the_data_fingerprint_depends_on_the_shards_and_their_order():
     shards = [{"name": "000000.tar", "sha256": "aa"}, {"name": "000001.tar", "sha256": "bb"}]
     assert data_fingerprint({"shards": shards, "split": "train"}) == data_fingerprint({"shards": shards})
     assert data_fingerprint({"shards": shards}) != data_fingerprint({"shards": shards[::-1]})

@@ -1,4 +1,4 @@
-"""Reading a cache: sample by sample what the teacher said, refused whenever it does not fit."""
+"""Read a cache: each sample gets its distributions, and a cache that does not fit is an error."""
 
 import json
 import pickle
@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from random_cache import AGAIN, HEAD, LAYERS, MADE_BY, V, fill, full, identity, words, write_data
-from random_teacher import order_of
+from random_cache import (
+    CACHE_COMMAND,
+    FINGERPRINTS,
+    HEAD,
+    LAYERS,
+    V,
+    fill,
+    finished_cache,
+    identity,
+    teacher_outputs,
+    write_data,
+)
+from random_teacher import random_order
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.reader import TeacherCache
@@ -26,43 +37,43 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
-def test_a_record_is_what_the_teacher_said(tmp_path, data):
-    cache = TeacherCache(full(tmp_path / "cache", data, k=5), data, MADE_BY, LAYERS)
-    assert len(cache) == 12 and cache.manifest["tokens"] == sum(len(words(key)[0]) for key in data.keys)
+def test_a_record_holds_the_teachers_distributions(tmp_path, data):
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data, k=5), data, FINGERPRINTS, LAYERS)
+    assert len(cache) == 12 and cache.manifest["tokens"] == sum(len(teacher_outputs(key)[0]) for key in data.keys)
     records = [cache.read(i) for i in (7, 0)]
     assert [record.key for record in records] == ["k007", "k000"]
     for record in records:
-        cache.check_tokens(record, words(record.key)[0])
-    hidden = torch.cat([words(key)[1] for key in ("k007", "k000")])
+        cache.check_tokens(record, teacher_outputs(record.key)[0])
+    hidden = torch.cat([teacher_outputs(key)[1] for key in ("k007", "k000")])
     signal = cache.signal(records, (6, 2))
     truth = HEAD.logits(hidden[:, [2, 0]]).softmax(-1)
     assert signal.ids.shape == (len(hidden), 2, 5)
     torch.testing.assert_close(signal.probs, truth.gather(-1, signal.ids), rtol=4e-3, atol=0)
 
 
-def test_samples_are_of_the_right_layers_and_tokens(tmp_path, data):
-    """Records of other lengths and numbers of ids, joined: each token keeps its own points and entropy."""
-    cache = TeacherCache(full(tmp_path / "cache", data, codec="sampled", points=256), data)
+def test_joined_records_keep_layers_and_tokens_apart(tmp_path, data):
+    """Joined records have different lengths and numbers of ids. Each token keeps its own points and entropy."""
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data, codec="sampled", points=256), data)
     signal = cache.signal([cache.read(i) for i in (7, 0, 5)], (6, 2))
-    hidden = torch.cat([words(key)[1] for key in ("k007", "k000", "k005")])
+    hidden = torch.cat([teacher_outputs(key)[1] for key in ("k007", "k000", "k005")])
     truth = HEAD.logits(hidden[:, [2, 0]]).softmax(-1)
     found = torch.zeros_like(truth).scatter_add(-1, signal.ids, signal.probs)
-    assert (found - truth).abs().max() < 1 / 256 + 1e-6, "each id has its share, rounded down or up"
+    assert (found - truth).abs().max() < 1 / 256 + 1e-6, "each id has its probability, rounded down or up to a point"
     torch.testing.assert_close(signal.neg_entropy, (truth * truth.log()).sum(-1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("codec", ["sampled", "hidden"])
-def test_workers_get_a_cache_of_their_own(tmp_path, data, codec):
-    cache = TeacherCache(full(tmp_path / "cache", data, codec=codec), data)
+def test_a_cache_can_be_pickled_for_workers(tmp_path, data, codec):
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data, codec=codec), data)
     copy = pickle.loads(pickle.dumps(cache))
     for name, array in copy.read(4).arrays.items():
         assert np.array_equal(array, cache.read(4).arrays[name])
 
 
-def test_the_exact_cache_gives_the_losses_of_a_live_teacher(tmp_path, data):
-    """Bit for bit, in float32: the same hidden states through the same head."""
-    cache = TeacherCache(full(tmp_path / "cache", data, codec="hidden", dtype="float32"), data)
-    hidden = torch.cat([words(key)[1] for key in data.keys])
+def test_a_hidden_cache_gives_the_losses_of_a_live_teacher(tmp_path, data):
+    """Bit for bit in float32: the hidden states and the head are the same."""
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data, codec="hidden", dtype="float32"), data)
+    hidden = torch.cat([teacher_outputs(key)[1] for key in data.keys])
     live = HiddenSignal(hidden, HEAD)
     cached = cache.signal([cache.read(i) for i in range(len(cache))], LAYERS, unembedding=cache.unembedding())
     assert torch.equal(cached.hidden, hidden) and torch.equal(cached.unembedding.weight, HEAD.weight[:V])
@@ -75,11 +86,11 @@ def test_the_exact_cache_gives_the_losses_of_a_live_teacher(tmp_path, data):
 
 
 def test_the_mean_of_200_draws_gives_the_losses_of_a_live_teacher(tmp_path):
-    """Value and gradient of a KL, within what 200 draws leave of one draw's error; each record is one draw."""
+    """The value and gradient of a KL agree within the standard error of 200 draws. Each record is one draw."""
     data = write_data(tmp_path / "data", shards=1, each=200)
-    tokens, hidden = words("k005")
+    tokens, hidden = teacher_outputs("k005")
     folder = CacheFolder(tmp_path / "cache", identity("sampled", points=16), data)
-    assert fill(folder, data, words=lambda key, layers: (tokens, hidden))
+    assert fill(folder, data, outputs=lambda key, layers: (tokens, hidden))
     cache = TeacherCache(folder.path, data)
     head = Unembedding(HEAD.weight.double(), V, scale=HEAD.scale, softcap=HEAD.softcap)
     student = torch.randn(hidden[:, 0].shape, generator=torch.Generator().manual_seed(9)).double()
@@ -98,19 +109,19 @@ def test_the_mean_of_200_draws_gives_the_losses_of_a_live_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_no_records_are_a_signal_about_no_token(tmp_path, data, codec):
-    cache = TeacherCache(full(tmp_path / "cache", data, codec=codec), data)
+def test_no_records_give_a_signal_of_no_token(tmp_path, data, codec):
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data, codec=codec), data)
     head = cache.unembedding() if codec == "hidden" else None
-    nothing, some = (cache.signal(records, (4, 2), unembedding=head) for records in ([], [cache.read(0)]))
+    empty, some = (cache.signal(records, (4, 2), unembedding=head) for records in ([], [cache.read(0)]))
     name = "hidden" if codec == "hidden" else "tail"
-    assert getattr(nothing, name).shape == (0, *getattr(some, name).shape[1:])
-    assert getattr(nothing, name).dtype == getattr(some, name).dtype
+    assert getattr(empty, name).shape == (0, *getattr(some, name).shape[1:])
+    assert getattr(empty, name).dtype == getattr(some, name).dtype
     if codec == "hidden":
         with pytest.raises(ValueError, match="pass its unembedding"):
             cache.signal([], (4, 2))
 
 
-def test_a_skipped_sample_keeps_its_place_and_its_reason(tmp_path, data):
+def test_a_skipped_sample_keeps_its_index_and_its_reason(tmp_path, data):
     folder = CacheFolder(tmp_path / "cache", identity("sampled"), data)
     assert fill(folder, data, skip={"k005"})
     cache = TeacherCache(folder.path, data)
@@ -121,79 +132,80 @@ def test_a_skipped_sample_keeps_its_place_and_its_reason(tmp_path, data):
 
 
 def refusal(path, data, **options):
+    """The error message of a cache that does not open."""
     with pytest.raises(CacheError) as caught:
         TeacherCache(path, data, recipe="my run.yaml", **options)
     return str(caught.value)
 
 
-def test_no_cache_says_how_to_make_one(tmp_path, data):
-    assert refusal(tmp_path / "nope", data) == f"no teacher cache at {tmp_path / 'nope'}; make it: {AGAIN}"
+def test_the_error_for_no_cache_has_the_command(tmp_path, data):
+    assert refusal(tmp_path / "nope", data) == f"no teacher cache at {tmp_path / 'nope'}; make it: {CACHE_COMMAND}"
 
 
-def test_an_incomplete_cache_says_how_far_it_is(tmp_path, data):
+def test_the_error_for_an_incomplete_cache_has_its_progress(tmp_path, data):
     fill(CacheFolder(tmp_path / "cache", identity(), data), data, ["000000.tar", "000002.tar"])
     assert refusal(tmp_path / "cache", data) == (
         f"{tmp_path / 'cache'} has 2 of 3 shards, 8 of 12 keys; first missing 'k004' in 000001.tar (not made yet). "
-        f"Run: {AGAIN} --only-missing"
+        f"Run: {CACHE_COMMAND} --only-missing"
     )
 
 
-def test_a_cache_whose_manifest_was_never_written(tmp_path, data):
-    path = full(tmp_path / "cache", data)
+def test_a_missing_or_damaged_manifest_is_an_error(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data)
     (path / "manifest.json").unlink()
-    assert f"{AGAIN} --only-missing" in refusal(path, data)
+    assert f"{CACHE_COMMAND} --only-missing" in refusal(path, data)
     (path / "manifest.json").write_text("{")
     message = refusal(path, data)
-    assert "manifest.json is damaged" in message and f"{AGAIN} --only-missing" in message
+    assert "manifest.json is damaged" in message and f"{CACHE_COMMAND} --only-missing" in message
 
 
-@pytest.mark.parametrize("name", MADE_BY)
-def test_every_fingerprint_is_held(tmp_path, data, name):
-    path = full(tmp_path / "cache", data)
-    message = refusal(path, data, expected={**MADE_BY, name: "something-else"})
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_every_fingerprint_is_compared(tmp_path, data, name):
+    path = finished_cache(tmp_path / "cache", data)
+    message = refusal(path, data, expected={**FINGERPRINTS, name: "something-else"})
     assert message == (
         f"{path} was made from something else ({name}):\n"
-        f"  {name}: expected something-else, found {MADE_BY[name]}\n"
-        f"Bring back what it was made from, or make a new one beside it: {AGAIN}"
+        f"  {name}: expected something-else, found {FINGERPRINTS[name]}\n"
+        f"Bring back what it was made from, or make a new one beside it: {CACHE_COMMAND}"
     )
 
 
-def test_a_fingerprint_that_was_never_recorded(tmp_path, data):
-    message = refusal(full(tmp_path / "cache", data), data, expected={"processor": "ee"})
+def test_a_fingerprint_that_was_not_recorded_is_an_error(tmp_path, data):
+    message = refusal(finished_cache(tmp_path / "cache", data), data, expected={"processor": "ee"})
     assert "processor: expected ee, found none recorded" in message
 
 
-def test_another_codec_is_refused_with_both(tmp_path, data):
-    path = full(tmp_path / "cache", data, codec="sampled", points=16)
+def test_another_codec_is_an_error_with_both(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data, codec="sampled", points=16)
     assert TeacherCache(path, data, codec={"seed": 0, "points": 16, "name": "sampled"}).codec.points == 16
     message = refusal(path, data, codec={"name": "sampled", "points": 64, "seed": 0})
-    assert "was made from something else (codec)" in message and message.endswith(AGAIN)
+    assert "was made from something else (codec)" in message and message.endswith(CACHE_COMMAND)
     assert (
         'codec: expected {"name": "sampled", "points": 64, "seed": 0}, '
         'found {"name": "sampled", "points": 16, "seed": 0}'
     ) in message
 
 
-def test_other_data_is_refused(tmp_path, data):
-    path = full(tmp_path / "cache", data)
-    other = write_data(tmp_path / "other", salt={1})
+def test_other_data_is_an_error(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data)
+    other = write_data(tmp_path / "other", changed={1})
     message = refusal(path, other)
     assert "was made from something else (data)" in message and "000001.tar: made from other data" in message
-    assert data.shards[1].sha256 in message and other.shards[1].sha256 in message and message.endswith(AGAIN)
+    assert data.shards[1].sha256 in message and other.shards[1].sha256 in message and message.endswith(CACHE_COMMAND)
 
 
-def test_more_and_less_data_than_was_cached(tmp_path, data):
-    path = full(tmp_path / "cache", data)
+def test_more_or_less_data_than_was_cached_is_an_error(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data)
     message = refusal(path, write_data(tmp_path / "more", shards=4))
     assert "has 3 of 4 shards, 12 of 16 keys; first missing 'k012' in 000003.tar (not made yet)" in message
-    assert message.endswith(f"{AGAIN} --only-missing")
+    assert message.endswith(f"{CACHE_COMMAND} --only-missing")
     message = refusal(path, write_data(tmp_path / "fewer", shards=2))
     assert "expected the 2 shards" in message and "found 3 (000002.tar is not in the data)" in message
-    assert message.endswith(f"{AGAIN} --only-missing")
+    assert message.endswith(f"{CACHE_COMMAND} --only-missing")
 
 
 def test_layers_must_have_been_cached(tmp_path, data):
-    path = full(tmp_path / "cache", data)
+    path = finished_cache(tmp_path / "cache", data)
     assert TeacherCache(path, data, layers=(6, 2)).columns((6, 2)) == [2, 0]
     assert refusal(path, data, layers=(2, 3, 6)) == (
         f"{path}: asked for teacher layers [2, 3, 6], cached are [2, 4, 6]: [3] missing. Ask for cached ones "
@@ -202,30 +214,30 @@ def test_layers_must_have_been_cached(tmp_path, data):
     )
 
 
-def test_other_versions_and_codecs_are_refused(tmp_path, data):
-    path = full(tmp_path / "cache", data)
+def test_other_versions_and_unknown_codecs_are_errors(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data)
     values = json.loads((path / "cache.json").read_text())
     for version in (1, 7):
         (path / "cache.json").write_text(json.dumps({**values, "version": version}))
         message = refusal(path, data)
         assert f"expected cache format version 2, found {version}" in message
-        assert message.endswith(f"make it again: mv {path} {path}.old && {AGAIN}")
+        assert message.endswith(f"make it again: mv {path} {path}.old && {CACHE_COMMAND}")
     (path / "cache.json").write_text(json.dumps({**values, "codec": {"name": "tree"}}))
     assert "codec 'tree' is not known here" in refusal(path, data)
     for damaged in ("{", "[]", "{}"):
         (path / "cache.json").write_text(damaged)
         message = refusal(path, data)
-        assert "cache.json is damaged" in message and message.endswith(f"mv {path} {path}.old && {AGAIN}")
+        assert "cache.json is damaged" in message and message.endswith(f"mv {path} {path}.old && {CACHE_COMMAND}")
 
 
 def test_a_truncated_shard_is_found_at_open(tmp_path, data):
-    path = full(tmp_path / "cache", data, codec="sampled")
+    path = finished_cache(tmp_path / "cache", data, codec="sampled")
     shard = path / "000001.tar"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-512])
     message = refusal(path, data)
     assert f"000001.tar (cut off or changed: expected {size:,} bytes, found {size - 512:,})" in message
-    assert message.endswith(f"{AGAIN} --only-missing")
+    assert message.endswith(f"{CACHE_COMMAND} --only-missing")
     shard.unlink()
     assert "first missing 'k004' in 000001.tar (the file is gone)" in refusal(path, data)
     assert fill(CacheFolder(path, identity("sampled"), data), data)
@@ -233,22 +245,22 @@ def test_a_truncated_shard_is_found_at_open(tmp_path, data):
 
 
 def damaged(cache, index, key):
-    """The message of a record that does not open."""
+    """The error message for a damaged record."""
     with pytest.raises(CacheError) as caught:
         cache.read(index)
     message = str(caught.value)
     assert message.startswith(f"{cache.path}: record '{key}' is damaged: ")
     assert message.endswith("Put it right: deepspeed launch/cache.py --recipe R --only-missing")
-    assert "data_prep" not in message and ".." not in message, "lint is for data shards"
+    assert "data_prep" not in message and ".." not in message, "the hint to data_prep lint is for data shards only"
     return message
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_flipped_bit_is_found_at_read(tmp_path, data, codec):
-    path = full(tmp_path / "cache", data, codec=codec)
+    path = finished_cache(tmp_path / "cache", data, codec=codec)
     entry = json.loads((path / "000000.json").read_text())
     content = bytearray((path / "000000.tar").read_bytes())
-    content[entry["offsets"][1] + 512 + 60] ^= 4  # in the member's content, behind its header
+    content[entry["offsets"][1] + 512 + 60] ^= 4  # in the member's content, after its header
     (path / "000000.tar").write_bytes(content)
     cache = TeacherCache(path, data)
     assert cache.read(0).key == "k000" and cache.read(2).key == "k002"
@@ -256,7 +268,7 @@ def test_a_flipped_bit_is_found_at_read(tmp_path, data, codec):
 
 
 def test_a_damaged_tar_header_is_found_at_read(tmp_path, data):
-    path = full(tmp_path / "cache", data)
+    path = finished_cache(tmp_path / "cache", data)
     content = bytearray((path / "000000.tar").read_bytes())
     content[content.index(b"k002.mp")] ^= 1
     (path / "000000.tar").write_bytes(content)
@@ -264,11 +276,11 @@ def test_a_damaged_tar_header_is_found_at_read(tmp_path, data):
 
 
 def test_a_foreign_shard_is_found_at_open_or_at_read(tmp_path, data):
-    """Even one of the same keys, tokens, sizes and codec, made by other verbalizers or drawn in another order."""
-    path = full(tmp_path / "cache", data, codec="sampled")
-    made_by = {**MADE_BY, "verbalizers": "zz"}
-    other = full(tmp_path / "other", data, codec="sampled", made_by=made_by)
-    wider = full(tmp_path / "wider", data, codec="sampled", points=1024)
+    """Even if it has the same keys, tokens, sizes and codec, and only the verbalizers or the order differ."""
+    path = finished_cache(tmp_path / "cache", data, codec="sampled")
+    fingerprints = {**FINGERPRINTS, "verbalizers": "zz"}
+    other = finished_cache(tmp_path / "other", data, codec="sampled", fingerprints=fingerprints)
+    wider = finished_cache(tmp_path / "wider", data, codec="sampled", points=1024)
     shutil.copy(other / "000001.tar", path)
     cache = TeacherCache(path, data)
     assert cache.read(0).key == "k000"
@@ -284,8 +296,8 @@ def test_a_foreign_shard_is_found_at_open_or_at_read(tmp_path, data):
     assert "000001.tar (cut off or changed" in refusal(path, data)
 
 
-def test_a_lost_or_damaged_head_is_found(tmp_path, data):
-    path = full(tmp_path / "cache", data, codec="hidden")
+def test_a_missing_or_damaged_head_is_found(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data, codec="hidden")
     head = path / "head.safetensors"
     content = bytearray(head.read_bytes())
     content[-1] ^= 1
@@ -295,47 +307,47 @@ def test_a_lost_or_damaged_head_is_found(tmp_path, data):
     head.unlink()
     message = refusal(path, data)
     assert "no head.safetensors, which its codec decodes through" in message
-    assert message.endswith(f"{AGAIN} --only-missing")
+    assert message.endswith(f"{CACHE_COMMAND} --only-missing")
 
 
-def test_a_lost_damaged_or_other_order_is_found_at_open(tmp_path, data):
-    path = full(tmp_path / "cache", data, codec="sampled")
-    order = order_of(V)
+def test_a_missing_damaged_or_different_order_is_found_at_open(tmp_path, data):
+    path = finished_cache(tmp_path / "cache", data, codec="sampled")
+    order = random_order(V)
     order.tofile(path / "order.int32")
     assert len(TeacherCache(path, data)) == 12
     np.ascontiguousarray(order[::-1]).tofile(path / "order.int32")
     message = refusal(path, data)
     assert "has 0 of 3 shards" in message and "(made for another cache)" in message
-    assert message.endswith(f"{AGAIN} --only-missing")
+    assert message.endswith(f"{CACHE_COMMAND} --only-missing")
     order[3] = order[4]
     order.tofile(path / "order.int32")
     assert refusal(path, data) == (
         f"{path / 'order.int32'} is damaged: expected each of {V} ids once. Remove it. "
-        f"Put it right: {AGAIN} --only-missing"
+        f"Put it right: {CACHE_COMMAND} --only-missing"
     )
     (path / "order.int32").unlink()
     assert refusal(path, data) == (
-        f"{path}: no order.int32, the order of the vocabulary. Put it right: {AGAIN} --only-missing"
+        f"{path}: no order.int32, the order of the vocabulary. Put it right: {CACHE_COMMAND} --only-missing"
     )
 
 
 def test_a_sample_with_other_tokens_is_rejected(tmp_path, data):
-    cache = TeacherCache(full(tmp_path / "cache", data), data)
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data), data)
     record = cache.read(5)
-    tokens = words("k005")[0].tolist()
+    tokens = teacher_outputs("k005")[0].tolist()
     with pytest.raises(SampleError, match=rf"at response token 1 expected id 99, found {tokens[1]}.*data.max_length"):
         cache.check_tokens(record, [tokens[0], 99, *tokens[2:]])
     with pytest.raises(SampleError, match="has other response tokens: expected 2 tokens, found 3"):
         cache.check_tokens(record, torch.tensor(tokens[:2]))
 
 
-def test_the_outer_form_is_that_of_a_shard_folder(tmp_path, data):
-    folder = ShardFolder(full(tmp_path / "cache", data), format="vlsi-cache", newest=2)
+def test_a_cache_is_a_shard_folder(tmp_path, data):
+    folder = ShardFolder(finished_cache(tmp_path / "cache", data), format="vlsi-cache", newest=2)
     assert folder.keys == data.keys and list(folder.read_members(3)) == ["mp"]
 
 
 def test_webdataset_reads_a_cache_shard(tmp_path, data):
-    cache = TeacherCache(full(tmp_path / "cache", data, codec="sampled"), data)
+    cache = TeacherCache(finished_cache(tmp_path / "cache", data, codec="sampled"), data)
     files = [str(cache.path / shard.name) for shard in data.shards]
     samples = list(webdataset.WebDataset(files, shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in samples] == data.keys

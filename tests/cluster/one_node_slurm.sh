@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on this machine, to try job scripts with. Needs root and Debian's or Ubuntu's packages:
+# Starts a real one-node SLURM on this machine, to try job scripts. Needs root and Debian's or Ubuntu's packages:
 #   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 # Usage:
-#   eval "$(tests/cluster/one_node_slurm.sh up)"     starts it; sets SLURM_CONF, so that sbatch and the rest find it
+#   eval "$(tests/cluster/one_node_slurm.sh up)"     starts it and sets SLURM_CONF, with which sbatch and the other commands find it
 #   tests/cluster/one_node_slurm.sh down             stops it
-# Its files lie in SLURM_DIR (default /tmp/one-node-slurm). No system configuration is touched.
+# Its files are in SLURM_DIR (default /tmp/one-node-slurm). No system configuration is changed.
 set -euo pipefail
 
 DIR=${SLURM_DIR:-/tmp/one-node-slurm}
 HERE=$(cd "$(dirname "$0")" && pwd)
-CPUS=$(getconf _NPROCESSORS_ONLN)  # not nproc: it would say what OMP_NUM_THREADS says
-CPUS=$((CPUS < 2 ? 2 : CPUS))      # two ranks run even on one core
+CPUS=$(getconf _NPROCESSORS_ONLN)  # not nproc, which follows OMP_NUM_THREADS
+CPUS=$((CPUS < 2 ? 2 : CPUS))      # two ranks can run even on one core
 
 die() { echo "one_node_slurm.sh: $*" >&2; exit 1; }
 
-start_munge() { # SLURM's messages are signed by munged; one that runs already will do
+start_munge() { # munged signs SLURM's messages; one that is already running is used
   munge -n >/dev/null 2>&1 && return
   mkdir -p /run/munge && chown munge:munge /run/munge
   su -s /bin/sh munge -c munged
@@ -29,7 +29,7 @@ wait_until_idle() {
   die "the node did not become idle within 30 s; see $DIR/slurmctld.log and $DIR/slurmd.log"
 }
 
-stop() { # PID, and wait for its end
+stop() { # end process $1 and wait for it
   kill "$1" 2>/dev/null || return 0
   for _ in $(seq 60); do
     kill -0 "$1" 2>/dev/null || return 0
@@ -57,7 +57,7 @@ up() {
   echo "export SLURM_CONF=$SLURM_CONF"
 }
 
-down() { # the next start is a fresh one: no memory of jobs or of a drained node
+down() { # removes all state, so that the next start knows no old jobs and no drained node
   for daemon in slurmd slurmctld; do
     if [ -f "$DIR/$daemon.pid" ]; then stop "$(cat "$DIR/$daemon.pid")"; fi
   done

@@ -1,4 +1,4 @@
-"""The job scripts' plumbing: shard ranges of a cache array, and ranks on a real SLURM of one node."""
+"""The SLURM job scripts: shard ranges of a cache array, and ranks on a real SLURM of one node."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ONE_NODE = ROOT / "tests" / "cluster" / "one_node_slurm.sh"
 sys.path.insert(0, str(SCRIPTS))
 from shard_range import shard_range  # noqa: E402  (a script beside the job scripts, not a package)
 
-# Leaves as the project's ranks do: on the interpreter's own way out a thread of gloo may still be there and abort it.
+# Exit as the project's ranks do: at a normal interpreter exit a gloo thread may still be running and abort the process.
 PROGRAM = """
 import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -44,15 +44,15 @@ def test_a_task_outside_its_array_is_refused():
         shard_range(10, 4, 4)
 
 
-def array_task(tmp_path, task: int, shards: int = 16, **also: str) -> tuple[str, int]:
-    """What the array's script says, and its exit code, with `srun` replaced by `echo`."""
+def array_task(tmp_path, task: int, shards: int = 16, **variables: str) -> tuple[str, int]:
+    """(output, exit code) of the array's script, with `srun` replaced by `echo`."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{}] * shards}))
     (tmp_path / "recipe.yaml").write_text(f"data: {{train: {tmp_path}}}")
     environment = {key: value for key, value in os.environ.items() if key != "TASKS"}
-    environment |= {"RECIPE": str(tmp_path / "recipe.yaml"), "SLURM_CPUS_PER_TASK": "1", **also}
+    environment |= {"RECIPE": str(tmp_path / "recipe.yaml"), "SLURM_CPUS_PER_TASK": "1", **variables}
     environment |= {
         "SLURM_ARRAY_TASK_ID": str(task),
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -63,24 +63,24 @@ def array_task(tmp_path, task: int, shards: int = 16, **also: str) -> tuple[str,
 
 
 def test_a_task_of_an_array_reads_its_part(tmp_path):
-    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="16")
-    assert code == 0 and "launch/cache.py --recipe" in said and said.strip().endswith("--shards 7-7")
+    output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="16")
+    assert code == 0 and "launch/cache.py --recipe" in output and output.strip().endswith("--shards 7-7")
 
 
-def test_a_task_submitted_again_alone_must_know_of_how_many_it_is(tmp_path):
-    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1")
-    assert code == 2 and "Traceback" not in said
-    assert said.startswith(
+def test_a_task_submitted_again_alone_needs_the_number_of_tasks(tmp_path):
+    output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1")
+    assert code == 2 and "Traceback" not in output
+    assert output.startswith(
         "expected a task from 0 to 0, found 7; where parts run again, say of how many they are: TASKS="
     )
 
 
 def test_a_task_submitted_again_alone_reads_the_same_part(tmp_path):
-    said, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1", TASKS="16")
-    assert code == 0 and said.strip().endswith("--shards 7-7")
+    output, code = array_task(tmp_path, 7, SLURM_ARRAY_TASK_COUNT="1", TASKS="16")
+    assert code == 0 and output.strip().endswith("--shards 7-7")
 
 
-def test_as_rank_outside_of_srun_says_what_to_run():
+def test_as_rank_outside_of_srun_names_the_command():
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run(
         [SCRIPTS / "as_rank.sh", "true"], env=environment, capture_output=True, text=True, check=False
@@ -94,7 +94,7 @@ def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", SCRIPTS / script], check=True)
 
 
-def test_submitting_without_a_recipe_says_what_to_run():
+def test_submitting_without_a_recipe_names_the_command():
     environment = {key: value for key, value in os.environ.items() if key != "RECIPE"}
     done = subprocess.run([SCRIPTS / "submit_chain.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -103,7 +103,7 @@ def test_submitting_without_a_recipe_says_what_to_run():
 
 @pytest.fixture(scope="module")
 def slurm():
-    """A one-node SLURM, as an environment; one that runs already is used and left running."""
+    """Environment variables of a one-node SLURM. One that is already running is used and left running."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
         pytest.skip("needs root and the packages slurmctld, slurmd, slurm-client and munge")
     directory = Path(os.environ.get("SLURM_DIR", "/tmp/one-node-slurm"))

@@ -1,9 +1,9 @@
-"""Records: what comes out is what went in, and a byte that changed anywhere is an error."""
+"""Records: unpacking returns what was packed, and any changed byte is an error."""
 
 import numpy as np
 import pytest
 import torch
-from random_teacher import J, T, V, order_of, packed, speech
+from random_teacher import J, T, V, hidden_and_head, pack_streams, random_order
 
 from pipeline.codec.packing import (
     join_arrays,
@@ -22,17 +22,17 @@ STREAMS = {"ids": bytes(range(200)), "empty": b"", "long": bytes(5000)}
 
 
 @pytest.mark.parametrize("largest", [0, 255, 256, 65_535, 65_536, 2**31 - 1])
-def test_a_record_is_its_tokens_and_streams(largest):
+def test_unpacking_returns_the_tokens_and_streams(largest):
     tokens, streams = unpack_record(pack_record(np.array([0, largest]), STREAMS))
     assert tokens.dtype == np.int32 and tokens.tolist() == [0, largest]
     assert streams == STREAMS
 
 
-def test_the_same_record_has_the_same_bytes():
+def test_packing_is_deterministic():
     assert pack_record(np.arange(9), STREAMS, "a") == pack_record(np.arange(9), STREAMS, "a")
 
 
-def test_a_record_opens_only_for_the_cache_it_was_made_for():
+def test_a_record_unpacks_only_for_its_own_cache():
     record = pack_record(np.arange(3), STREAMS, "this cache")
     assert unpack_record(record, "this cache")[1] == STREAMS
     with pytest.raises(ValueError, match=r"expected checksum \d+, found \d+: changed, or of another cache"):
@@ -43,9 +43,9 @@ def test_a_record_opens_only_for_the_cache_it_was_made_for():
 
 @pytest.mark.parametrize("name", CODECS)
 def test_a_changed_byte_anywhere_is_an_error(name):
-    """Every bit of every byte, framing and names included."""
-    hidden, head = speech(tokens=2)
-    record = pack_record(np.arange(2), packed(make_codec(name, order=order_of(V)), hidden, head), "this")
+    """Flip every bit of every byte, including the framing and the names."""
+    hidden, head = hidden_and_head(tokens=2)
+    record = pack_record(np.arange(2), pack_streams(make_codec(name, order=random_order(V)), hidden, head), "this")
     for place in range(len(record)):
         for bit in range(8):
             changed = bytearray(record)
@@ -54,7 +54,7 @@ def test_a_changed_byte_anywhere_is_an_error(name):
                 unpack_record(bytes(changed), "this")
 
 
-def test_a_cut_record_is_an_error():
+def test_a_truncated_record_is_an_error():
     record = pack_record(np.arange(3), STREAMS)
     for size in range(len(record)):
         with pytest.raises(ValueError):
@@ -66,7 +66,7 @@ def test_a_cut_record_is_an_error():
 @pytest.mark.parametrize(
     "foreign", [b"\x80", b"\xc0", b"\x92\x01\x02", b"{}", b"\x93\x01\xc4\x00\x02", b"\x92\xc0\xc4\x00"]
 )
-def test_what_is_no_record_is_an_error(foreign):
+def test_other_bytes_are_an_error(foreign):
     with pytest.raises(ValueError, match=r"it does not unpack|expected checksum"):
         unpack_record(foreign)
 
@@ -80,7 +80,7 @@ def test_a_skipped_record_gives_its_reason():
             unpack_record(record[:place] + bytes([record[place] ^ 1]) + record[place + 1 :], "this")
 
 
-def test_plain_streams_are_little_endian_numbers():
+def test_raw_streams_are_little_endian_numbers():
     assert raw_stream(np.array([1, 258]), "uint16") == b"\1\0\2\1"
     assert raw_array(b"\1\0\2\1", "uint16", -1).tolist() == [1, 258]
     assert raw_array(b"\0\0\x80\x3f", "float32", 1)[0] == 1.0
@@ -88,7 +88,7 @@ def test_plain_streams_are_little_endian_numbers():
         raw_array(b"", "object", -1)
     with pytest.raises(ValueError):
         raw_array(bytes(6), "uint16", 2, 2, -1)
-    assert raw_array(bytes(4), "uint16", -1).flags.writeable, "else torch warns that it may write to it"
+    assert raw_array(bytes(4), "uint16", -1).flags.writeable, "torch warns about arrays that are not writable"
 
 
 def test_bfloat16_keeps_its_bits():
@@ -98,11 +98,11 @@ def test_bfloat16_keeps_its_bits():
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(0, "uint8"), (255, "uint8"), (256, "uint16"), (65_536, "int32")])
-def test_numbers_take_the_smallest_type_that_holds_them(largest, dtype):
+def test_narrowest_is_the_smallest_dtype_that_holds_the_numbers(largest, dtype):
     assert narrowest(largest) == dtype
 
 
-def test_joined_records_stand_one_after_the_other_and_are_padded_with_zeros():
+def test_joined_records_are_concatenated_and_padded_with_zeros():
     generator = np.random.default_rng(0)
     parts = [{"a": generator.integers(1, 9, (t, J, n)), "b": generator.random((t, J, 1))} for t, n in ((2, 3), (T, 7))]
     joined = join_arrays(parts)
@@ -112,7 +112,7 @@ def test_joined_records_stand_one_after_the_other_and_are_padded_with_zeros():
     assert np.array_equal(joined["b"], np.concatenate([part["b"] for part in parts]))
 
 
-def test_joined_records_keep_the_widest_numbers():
-    """One record's ids fit two bytes, another's do not."""
+def test_joined_records_take_the_widest_dtype():
+    """The ids of one record fit into two bytes, those of another do not."""
     parts = [{"ids": np.full((1, 1, 2), number, dtype)} for number, dtype in ((7, "u1"), (70_000, "i4"), (300, "u2"))]
     assert join_arrays(parts)["ids"][:, 0, 0].tolist() == [7, 70_000, 300]

@@ -1,4 +1,4 @@
-"""The cache's random numbers: functions of (seed, purpose, sample, layer, token), for ever."""
+"""The cache's random numbers depend only on (seed, purpose, sample, layer, token), and never change."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from pipeline.codec.random import uniform
 GOLDEN = [[0.41121464400757934, 0.6000561346228649], [0.47462132481216013, 0.46678014019828384]]
 
 
-def test_they_are_those_of_every_other_machine_and_version():
-    """A change here makes every cache anew: raise the format's version with it."""
+def test_they_are_the_same_on_every_machine_and_version():
+    """If these numbers change, every cache must be built again: raise the format version too."""
     drawn = uniform(0, "draw", "k000", (2, 28), 2)
     assert drawn.tolist() == GOLDEN
 
 
-def test_a_tokens_draw_knows_nothing_of_other_tokens_layers_or_samples():
+def test_a_draw_does_not_depend_on_other_tokens_or_layers():
     whole = uniform(3, "draw", "k", (2, 6, 9), 50)
     assert whole.shape == (50, 3) and whole.dtype == np.float64
     assert np.array_equal(uniform(3, "draw", "k", (9, 2), 50), whole[:, [2, 0]])
@@ -23,14 +23,14 @@ def test_a_tokens_draw_knows_nothing_of_other_tokens_layers_or_samples():
 
 
 @pytest.mark.parametrize("other", [(4, "draw", "k"), (3, "measure", "k"), (3, "draw", "k1")])
-def test_another_seed_purpose_or_sample_draws_others(other):
+def test_another_seed_purpose_or_sample_gives_other_numbers(other):
     assert not np.intersect1d(uniform(3, "draw", "k", range(1, 20), 20), uniform(*other, range(1, 20), 20)).size
 
 
 def test_they_are_uniform_and_independent_over_samples_layers_and_tokens():
     drawn = np.stack([uniform(0, "draw", f"k{i:03d}", range(1, 21), 10) for i in range(100)])
     assert (drawn >= 0).all() and (drawn < 1).all() and np.unique(drawn).size == drawn.size
-    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is passed once in a thousand.
+    # Kolmogorov-Smirnov test: chance exceeds 1.95 / sqrt(n) once in a thousand.
     edge = np.sort(drawn.ravel()) - np.arange(drawn.size) / drawn.size
     assert np.abs(edge).max() < 1.95 / drawn.size**0.5
     for axis in range(3):

@@ -88,6 +88,11 @@ def test_the_length_that_the_data_was_cut_to_is_named(root):
         opened(root, "data.max_length=100")
 
 
+def test_the_limits_on_images_are_named(root):
+    with pytest.raises(CacheError, match=r"pixels: expected any to 3136, found none recorded"):
+        opened(root, "data.max_pixels=3136")
+
+
 def test_a_teacher_without_weights_is_not_asked(root):
     change_weights(root / "teacher" / "model.safetensors")
     (root / "teacher" / "model.safetensors").unlink()

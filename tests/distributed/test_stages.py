@@ -131,6 +131,22 @@ def test_the_exported_logits_are_the_trained_engines(finished, data, tmp_path):
     assert line["cross_entropy"] == pytest.approx(float(loss), rel=1e-6)
 
 
+def test_a_failed_export_loses_no_update(tiny_models, data, tmp_path):
+    """The last update has a checkpoint: the same command exports what was trained and trains nothing anew."""
+    recipe = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", data, interact={"steps": 0}, reinforce={"steps": 2})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "student.partial").write_text("a file where the export's folder is to be")
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, check=1)
+    assert "student.partial" in said and not (run / "student").exists()
+    before = metrics(run, "reinforce")
+    (run / "student.partial").unlink()
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    assert "reinforce: resumed after update 2 of 2" in said
+    assert metrics(run, "reinforce") == before and len(before) == 2
+    assert (run / "student" / "model.safetensors").is_file() and not (run / "reinforce" / "checkpoints").exists()
+
+
 def test_a_complete_run_says_so(finished):
     _, folder, recipe, _ = finished
     before = (folder / "run" / "student" / "model.safetensors").read_bytes()

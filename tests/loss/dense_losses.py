@@ -1,4 +1,4 @@
-"""What the losses equal, written naively: dense logits and autograd, in whatever dtype the inputs have.
+"""The losses in naive form: dense logits and autograd, in the dtype of the inputs.
 
 S student layers, J teacher layers, T tokens, K kept ids, V vocabulary, d width."""
 
@@ -60,13 +60,13 @@ def make_h(*shape, dtype=torch.float64, spread=2.0, seed=1):
 
 
 def topk_signal(probs, kept, tail=True):
-    """The k likeliest ids of dense probabilities [T, J, V], the others as one bucket (or dropped and renormalised)."""
+    """The k most likely ids of dense probabilities [T, J, V]. The others are the tail; or dropped, p renormalised."""
     p, ids = probs.topk(kept, -1)
     if not tail:
         p = p / p.sum(-1, keepdim=True)
     rest = probs.clone().scatter_(-1, ids, 0).sum(-1) if tail else torch.zeros_like(p[..., 0])
     neg_entropy = torch.special.xlogy(p, p).sum(-1) + torch.special.xlogy(rest, rest)
-    return SparseSignal(ids, p, rest, neg_entropy, tailed=tail)
+    return SparseSignal(ids, p, rest, neg_entropy, has_tail=tail)
 
 
 def random_probs(tokens, teachers, vocab, spread=2.0, seed=2, dtype=torch.float64):
@@ -76,12 +76,15 @@ def random_probs(tokens, teachers, vocab, spread=2.0, seed=2, dtype=torch.float6
     ).to(dtype)
 
 
-def truth_gradients(loss, *inputs, unused=False):
+def grads(loss, *inputs, unused=False):
     return torch.autograd.grad(loss, inputs, allow_unused=unused, retain_graph=True)
 
 
-def assert_earned(ours, reference, truth, tiny):
-    """Ours is as near to the float64 truth as the naive form in the same dtype, norm for norm, and a tiny bit."""
+def assert_as_accurate(ours, reference, truth, tiny):
+    """Check that the error of `ours` is at most that of the naive `reference`, plus `tiny` (relative).
+
+    The error is the norm of the difference to the float64 `truth`.
+    """
     ours, reference, truth = ours.double(), reference.double(), truth.double()
     error, naive = (ours - truth).norm(), (reference - truth).norm()
     assert error <= naive + tiny * truth.norm() + 1e-12, (

@@ -1,4 +1,4 @@
-"""What is said of a cache's fidelity, against dense KL and autograd in float64."""
+"""A cache's fidelity, against dense KL and autograd in float64."""
 
 import json
 import math
@@ -24,10 +24,10 @@ def make_hidden(tokens=TOKENS, layers=LAYERS, width=WIDTH, spread=1.5):
 
 
 def make_signal(kind, hidden, head):
-    if kind == "hidden":  # of another precision
+    if kind == "hidden":  # in lower precision
         return HiddenSignal(hidden.bfloat16(), head)
     probs = dense_logits(hidden, head).softmax(-1)
-    if kind == "sampled":  # with replacement: some ids come twice; the entropy is the true one
+    if kind == "sampled":  # with replacement: some ids occur twice; the stored entropy is the true one
         ids = torch.multinomial(probs.flatten(0, 1), 16, True, generator=torch.Generator().manual_seed(5))
         p = torch.full((*probs.shape[:2], 16), 1 / 16, dtype=torch.float64)
         return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), torch.xlogy(probs, probs).sum(-1))
@@ -37,14 +37,14 @@ def make_signal(kind, hidden, head):
         ids, p = torch.cat((pad, signal.ids), -1), torch.cat((pad.double(), signal.probs), -1)
         return SparseSignal(ids, p, signal.tail, signal.neg_entropy)
     if kind == "some tails":
-        lost = torch.arange(probs.shape[1]).expand(probs.shape[:2]) % 2 == 0
-        lost[0] = ~lost[0]
-        return SparseSignal(signal.ids, signal.probs, signal.tail.masked_fill(lost, 0.0), signal.neg_entropy)
+        without_tail = torch.arange(probs.shape[1]).expand(probs.shape[:2]) % 2 == 0
+        without_tail[0] = ~without_tail[0]
+        return SparseSignal(signal.ids, signal.probs, signal.tail.masked_fill(without_tail, 0.0), signal.neg_entropy)
     return signal
 
 
 def cached_kl(h, head, signal, column):
-    """dense_kl, with the negative entropy that is stored."""
+    """dense_kl, but with the stored negative entropy."""
     kl = dense_kl(h, head, signal, column)
     if isinstance(signal, HiddenSignal):
         return kl
@@ -53,7 +53,7 @@ def cached_kl(h, head, signal, column):
 
 
 def reference(hidden, head, signal):
-    """The sums of `Fidelity`, one layer after the other."""
+    """The sums of `Fidelity`, computed layer by layer."""
     exact = HiddenSignal(hidden, head)
     probs = dense_logits(hidden, head).softmax(-1)
     sums = {name: np.zeros(LAYERS) for name in fidelity.SUMS}
@@ -91,7 +91,7 @@ def test_sums_equal_dense_kl_and_autograd(kind, options):
         np.testing.assert_allclose(getattr(found, name), truth, **FLOAT32, err_msg=name)
 
 
-def test_summary_is_the_means():
+def test_the_summary_has_the_means():
     hidden, head = make_hidden(), make_head(VOCAB, WIDTH)
     signal = make_signal("renormalised", hidden, head)
     truth, summary = reference(hidden, head, signal), measure(hidden, head, signal).summary()
@@ -115,8 +115,8 @@ def test_summary_is_the_means():
     assert summary["draw_tv"] == pytest.approx(np.mean(distances), rel=1e-4)
 
 
-def test_a_bias_made_by_hand():
-    """p = 1/2, 1/4, 1/8, 1/8 against a flat stand-in, cached as its first two ids, renormalised."""
+def test_a_bias_computed_by_hand():
+    """p = 1/2, 1/4, 1/8, 1/8, with a uniform stand-in. The cache has the first two ids, renormalised."""
     p = torch.tensor([0.5, 0.25, 0.125, 0.125])
     hidden = torch.stack((torch.full((4,), 0.25), p)).log()[None]
     probs = torch.tensor([[[0.5, 0.5], [2 / 3, 1 / 3]]])
@@ -134,8 +134,8 @@ def test_a_bias_made_by_hand():
 
 
 @pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_same_hidden_states_are_without_error(dtype, tiny):
-    """Both sides make logits in the head's dtype, from other numbers of rows: that much may differ."""
+def test_the_same_hidden_states_have_no_error(dtype, tiny):
+    """Both sides compute logits in the head's dtype, in products of different heights: only that may differ."""
     hidden, head = make_hidden().to(dtype), make_head(VOCAB, WIDTH, dtype, padding=2)
     summary = measure(hidden, head, HiddenSignal(hidden, head)).summary()
     for layer in summary["layers"]:
@@ -143,7 +143,7 @@ def test_the_same_hidden_states_are_without_error(dtype, tiny):
         assert max(layer["kl_rms"], layer["gradient_error"], summary["draw_tv"]) < tiny
 
 
-def test_all_ids_kept_are_without_error():
+def test_a_cache_of_all_ids_has_no_error():
     hidden, head = make_hidden(), make_head(VOCAB, WIDTH, padding=2)
     summary = measure(hidden, head, topk_signal(dense_logits(hidden, head).softmax(-1), VOCAB)).summary()
     for layer in summary["layers"]:
@@ -151,8 +151,8 @@ def test_all_ids_kept_are_without_error():
         assert max(layer["kl_rms"], layer["gradient_error"], summary["draw_tv"]) < 1e-6
 
 
-def test_a_small_gradient_error_survives_a_bfloat16_head():
-    """Products made apart, in the head's dtype, would differ by their rounding: 4e-3, several times the error here."""
+def test_a_small_gradient_error_is_measured_with_a_bfloat16_head():
+    """Two separate products in the head's dtype would differ by rounding, 4e-3: several times the error here."""
     hidden, head = make_hidden().bfloat16(), make_head(VOCAB, WIDTH, torch.bfloat16)
     p = head.logits(hidden).double().softmax(-1)
     moved = p * torch.exp(1e-3 * make_h(*p.shape, spread=1.0, seed=6))
@@ -175,7 +175,7 @@ def test_sums_add_over_batches_of_any_size(kind, monkeypatch):
     for cut in (0, 2, TOKENS):
         parts = (measure(hidden[rows], head, signal.part(rows)) for rows in (slice(0, cut), slice(cut, None)))
         assert_same(next(parts) + next(parts), whole)
-    monkeypatch.setattr(fidelity, "HELD", 2**40)  # memory for one token at a time
+    monkeypatch.setattr(fidelity, "FLOATS_PER_LOGIT", 2**40)  # memory for one token at a time
     assert_same(measure(hidden, head, signal), whole)
 
 
@@ -186,7 +186,7 @@ def assert_same(found: Fidelity, expected: Fidelity):
 
 
 @pytest.mark.parametrize("layers", [2, 3, LAYERS])
-def test_json_keeps_every_digit(layers):
+def test_json_keeps_all_digits(layers):
     hidden, head = make_hidden(layers=layers), make_head(VOCAB, WIDTH)
     found = measure(hidden, head, make_signal("tail", hidden, head))
     again = Fidelity.from_json(json.loads(json.dumps(found.to_json())))
@@ -195,7 +195,7 @@ def test_json_keeps_every_digit(layers):
     assert again.summary() == found.summary()
 
 
-def test_no_token_says_nothing_and_adds_nothing():
+def test_no_token_gives_an_empty_summary_and_adds_nothing():
     hidden, head = make_hidden(), make_head(VOCAB, WIDTH)
     signal = make_signal("tail", hidden, head)
     none, some = measure(hidden[:0], head, signal.part(slice(0))), measure(hidden, head, signal)
@@ -213,16 +213,16 @@ def test_a_token_that_is_not_finite_is_left_out():
     assert measure(broken, head, signal).to_json() == measure(hidden[rest], head, signal.part(rest)).to_json()
 
 
-def test_one_target_layer_has_no_draw():
+def test_one_target_layer_has_no_draw_to_compare():
     hidden, head = make_hidden(layers=2), make_head(VOCAB, WIDTH)
     summary = measure(hidden, head, make_signal("renormalised", hidden, head)).summary()
     assert summary["draw_tv"] is None and all(layer["kl_bias"] > 0 for layer in summary["layers"])
 
 
-def test_refusals_say_the_numbers():
+def test_errors_have_the_numbers():
     hidden, head = make_hidden(), make_head(VOCAB, WIDTH)
     signal = make_signal("tail", hidden, head)
-    with pytest.raises(ValueError, match="speaks of 5 tokens and 6 layers, the teacher of 4 and 6"):
+    with pytest.raises(ValueError, match="cached signal has 5 tokens and 6 layers, the teacher has 4 and 6"):
         measure(hidden[1:], head, signal)
     with pytest.raises(ValueError, match="two cached layers"):
         measure(hidden[:, :1], head, make_signal("tail", hidden[:, :1], head))

@@ -22,7 +22,7 @@ def kl_values(students, teachers, seed=0):
 
 
 def paper_algorithm(kl, uniform_number):
-    """Algorithm 1, line by line, in plain Python; the draw is by inverse cumulative distribution."""
+    """Algorithm 1, line by line, in plain Python. It draws by the inverse cumulative distribution."""
     t_s, t_l = len(kl), len(kl[0])
     start, match = 0, []
     for i in range(t_s):
@@ -40,7 +40,7 @@ def paper_algorithm(kl, uniform_number):
 
 
 def paper_probability(kl, match):
-    """The probability with which Algorithm 1 draws a whole match."""
+    """The probability that Algorithm 1 draws this whole match."""
     t_s, t_l = len(kl), len(kl[0])
     start, probability = 0, 1.0
     for i, j in enumerate(match):
@@ -70,19 +70,19 @@ def test_adaptive_draws_each_match_as_often_as_the_paper_s_algorithm():
         assert abs(transcribed[match] - draws * p) <= allowed
 
 
-def test_draw_probabilities_are_the_formula():
+def test_draw_probabilities_follow_the_formula():
     row = [0.3, 1.7, 0.9]
     weights = [math.exp(-k * (1.7 - 0.3 + 1e-6) / 2) for k in row]
     expected = torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64)
     torch.testing.assert_close(draw_probabilities(torch.tensor(row, dtype=torch.float64)), expected)
 
 
-def test_equal_candidates_are_equally_likely_and_a_single_one_is_certain():
+def test_equal_candidates_are_equally_likely_and_a_single_candidate_is_certain():
     assert draw_probabilities(torch.full((4,), 1.5)).tolist() == pytest.approx([0.25] * 4)
     assert draw_probabilities(torch.tensor([7.0])).tolist() == [1.0]
 
 
-def test_random_draws_candidates_alike():
+def test_random_draws_all_candidates_equally_often():
     kl, draws, g = kl_values(2, 5), 3000, generator(3)
     first = Counter(STRATEGIES["random"].match(kl, g)[0] for _ in range(draws))
     for column in range(4):
@@ -102,28 +102,28 @@ def test_ordered_strategies_keep_order_and_window(name, students, teachers):
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
-def test_entries_outside_the_window_are_not_looked_at(name):
+def test_entries_outside_the_window_are_not_read(name):
     strategy, kl = STRATEGIES[name], kl_values(3, 7)
-    hidden = torch.full_like(kl, torch.inf)
+    masked = torch.full_like(kl, torch.inf)
     for row, columns in enumerate(strategy.window(3, 7)):
-        hidden[row, columns.start : columns.stop] = kl[row, columns.start : columns.stop]
-    assert strategy.match(hidden, generator(1)) == strategy.match(kl, generator(1))
+        masked[row, columns.start : columns.stop] = kl[row, columns.start : columns.stop]
+    assert strategy.match(masked, generator(1)) == strategy.match(kl, generator(1))
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
-def test_the_same_generator_draws_the_same_and_the_matrix_stays(name):
+def test_the_same_seed_gives_the_same_match_and_the_matrix_is_unchanged(name):
     kl = kl_values(4, 9)
     before = kl.clone()
     assert STRATEGIES[name].match(kl, generator(7)) == STRATEGIES[name].match(kl.float().double(), generator(7))
     assert torch.equal(kl, before)
 
 
-def test_search_ranges_leave_enough_for_the_rest():
+def test_search_ranges_leave_layers_for_the_rest():
     assert search_ranges(4, 8) == [range(0, 5), range(1, 6), range(2, 7), range(3, 8)]  # the paper's Figure 2
     assert search_ranges(3, 3) == [range(i, i + 1) for i in range(3)]
 
 
-def test_uniform_spreads_to_the_last_teacher_layer():
+def test_uniform_reaches_the_last_teacher_layer():
     assert uniform_columns(7, 20) == [1, 4, 7, 10, 13, 16, 19]
     assert uniform_columns(3, 3) == [0, 1, 2]
     for students in range(1, 12):
@@ -144,19 +144,19 @@ def test_ordered_argmin_is_the_best_of_all_ordered_matches(students, teachers):
         assert STRATEGIES["ordered_argmin"].match(kl, generator()) == list(best)
 
 
-def test_argmin_takes_the_nearest_whatever_the_order():
+def test_argmin_takes_the_least_kl_in_any_order():
     kl = torch.tensor([[3.0, 2.0, 1.0], [0.0, 2.0, 1.0], [5.0, 4.0, 3.0], [5.0, 4.0, 3.0]])
     assert STRATEGIES["argmin"].match(kl, generator()) == [2, 0, 2, 2]
     assert STRATEGIES["argmin"].window(4, 3) == [range(3)] * 4
 
 
-def test_last_only_follows_nothing_and_asks_for_nothing():
+def test_last_only_matches_nothing_and_needs_no_kl():
     assert STRATEGIES["last_only"].match(kl_values(3, 7), generator()) == [None] * 3
     assert [len(columns) for columns in STRATEGIES["last_only"].window(3, 7)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ORDERED)
-def test_more_students_than_teachers_is_an_error_with_the_numbers(name):
+def test_more_student_than_teacher_layers_is_an_error_with_the_numbers(name):
     for call in (lambda: STRATEGIES[name].window(4, 3), lambda: STRATEGIES[name].match(kl_values(4, 3), generator())):
         with pytest.raises(ValueError, match=r"4 student target layers.*3 teacher.*name more teacher layers"):
             call()

@@ -1,6 +1,6 @@
-"""The fused kernel against plain torch, in Triton's interpreter; with TRITON_INTERPRET=0 and a GPU, on that.
+"""The fused kernel against plain torch. It runs in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0.
 
-Only where Triton is installed, as the kernel is used only there.
+These tests need Triton. The kernel is used only where Triton is installed.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dense_losses import as_dtype, assert_earned, dense_ce, dense_kl, dense_logits, make_h, make_head, topk_signal
+from dense_losses import as_dtype, assert_as_accurate, dense_ce, dense_kl, dense_logits, make_h, make_head, topk_signal
 
 from pipeline.loss import probabilities
 from pipeline.loss.linear_ce import linear_cross_entropy
@@ -31,11 +31,11 @@ def on_device(head):
 
 
 def products_and_logits(vocab, options, dtype):
-    """(head, what the kernel works on, the logits that it stands for and their slope in float64)."""
+    """(head, the kernel's input, the logits of that input in float64, the slope in float64)."""
     head = on_device(make_head(vocab, 6, dtype, **options))
     products = head.products(make_h(3, 6, dtype=dtype).to(DEVICE))
-    bare = Unembedding(torch.eye(vocab, dtype=torch.float64, device=DEVICE), vocab, None, head.scale, head.softcap)
-    logits = dense_logits(products.double(), bare)
+    identity = Unembedding(torch.eye(vocab, dtype=torch.float64, device=DEVICE), vocab, None, head.scale, head.softcap)
+    logits = dense_logits(products.double(), identity)
     return head, products, logits, head.scale * (1 if head.softcap is None else 1 - (logits / head.softcap) ** 2)
 
 
@@ -53,7 +53,7 @@ def every_case(test):
 
 
 @every_case
-def test_exponentials_without_the_likeliest_id(vocab, options, dtype):
+def test_exponentials_without_the_most_likely_id(vocab, options, dtype):
     head, products, logits, slope = products_and_logits(vocab, options, dtype)
     top_id, top_log_q, top = softmax_kernel.exp_without_top_(products, head)
     torch.testing.assert_close(top.double(), logits.amax(1, keepdim=True), rtol=1e-6, atol=1e-6)
@@ -76,28 +76,28 @@ def test_the_softmax_minus_the_label(vocab, options, dtype):
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_cross_entropy_with_it_is_as_near_to_the_truth_as_without(options, monkeypatch):
+def test_fused_cross_entropy_is_as_accurate_as_plain_torch(options, monkeypatch):
     tokens, vocab, dtype = 10, 507, torch.bfloat16
     labels = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(2))
     head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=4.0)
     results = []
     for fused in (True, False):
-        monkeypatch.setattr(probabilities, "fusible", lambda weight, fused=fused: fused)
-        x, there = h.to(DEVICE).requires_grad_(), on_device(head)
-        there.weight.requires_grad_()
-        loss = linear_cross_entropy(x, there, labels.to(DEVICE), chunk=4)[0]
-        results.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, (x, there.weight)))])
+        monkeypatch.setattr(probabilities, "can_fuse", lambda weight, fused=fused: fused)
+        x, device_head = h.to(DEVICE).requires_grad_(), on_device(head)
+        device_head.weight.requires_grad_()
+        loss = linear_cross_entropy(x, device_head, labels.to(DEVICE), chunk=4)[0]
+        results.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, (x, device_head.weight)))])
     x, exact = h.double().requires_grad_(), as_dtype(head, torch.float64)
     exact.weight.requires_grad_()
     truth = dense_ce(x, exact, labels)[0]
     results.append([truth.detach(), *torch.autograd.grad(truth, (x, exact.weight))])
     for ours, plain, true in zip(*results, strict=True):
-        assert_earned(ours, plain, true, tiny=2e-3)  # a rounding of bfloat16 that falls otherwise
+        assert_as_accurate(ours, plain, true, tiny=2e-3)  # bfloat16 may round differently
 
 
 @pytest.mark.parametrize("spread", [1.0, 12.0])
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(options, spread, monkeypatch):
+def test_the_fused_interaction_loss_is_as_accurate_as_plain_torch(options, spread, monkeypatch):
     tokens, vocab, dtype = 10, 507, torch.bfloat16
     head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=spread)
     h64 = h.double().requires_grad_()
@@ -106,20 +106,20 @@ def test_the_interaction_loss_with_it_is_as_near_to_the_truth_as_without(options
     truth = dense_kl(h64[0], as_dtype(head, torch.float64), signal, 1).sum()
     results = {}
     for fused in (False, True):
-        monkeypatch.setattr(probabilities, "fusible", lambda weight, fused=fused: fused)
-        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "tailed"}
-        x, there = h.to(DEVICE).requires_grad_(), replace(signal, **moved)
-        matrix = kl_matrix(x, on_device(head), there, [range(2)], chunk=4)
-        loss = matched_kl(x, on_device(head), there, [1], matrix)[0]
+        monkeypatch.setattr(probabilities, "can_fuse", lambda weight, fused=fused: fused)
+        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "has_tail"}
+        x, device_signal = h.to(DEVICE).requires_grad_(), replace(signal, **moved)
+        matrix = kl_matrix(x, on_device(head), device_signal, [range(2)], chunk=4)
+        loss = matched_kl(x, on_device(head), device_signal, [1], matrix)[0]
         results[fused] = (loss.detach().cpu(), torch.autograd.grad(loss, x)[0].cpu())
     for ours, plain, exact in zip(
         results[True], results[False], (truth.detach(), torch.autograd.grad(truth, h64)[0]), strict=True
     ):
-        assert_earned(ours, plain, exact, tiny=2e-3)  # a rounding of bfloat16 that falls otherwise
+        assert_as_accurate(ours, plain, exact, tiny=2e-3)  # bfloat16 may round differently
 
 
 @pytest.mark.parametrize(("capability", "labelled", "capped"), [(80, False, True), (80, True, False), (90, True, True)])
-def test_it_compiles_for_cards_that_are_not_here(capability, labelled, capped):
+def test_the_kernel_compiles_for_gpus_that_are_not_here(capability, labelled, capped):
     program = f"""
 import triton
 from triton.backends.compiler import GPUTarget

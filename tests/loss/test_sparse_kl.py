@@ -6,14 +6,14 @@ import pytest
 import torch
 from dense_losses import (
     as_dtype,
-    assert_earned,
+    assert_as_accurate,
     dense_kl,
     dense_logits,
+    grads,
     make_h,
     make_head,
     random_probs,
     topk_signal,
-    truth_gradients,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ HEADS = [
     {"padding": 3, "bias": True, "scale": 1.7, "softcap": 4.0},
 ]
 KINDS = ["tail", "no tail", "all kept", "padded", "sampled", "hidden"]
-TOKENS, TEACHERS, VOCAB = 11, 5, 83  # more ids than are heavy
+TOKENS, TEACHERS, VOCAB = 11, 5, 83  # more than HEAVY ids
 WINDOW = [range(0, 3), range(1, 4), range(2, 5)]
 
 
@@ -41,10 +41,10 @@ def make_signal(kind, tokens=TOKENS, teachers=TEACHERS, vocab=VOCAB):
         head = make_head(vocab, 7, padding=2, scale=1.5, softcap=6.0, seed=3)
         return HiddenSignal(make_h(tokens, teachers, 7, seed=4), head)
     probs = random_probs(tokens, teachers, vocab)
-    if kind == "sampled":  # ids drawn with replacement: some come twice, none stands for the rest
+    if kind == "sampled":  # drawn with replacement: some ids occur twice, and there is no tail
         ids = torch.multinomial(probs.flatten(0, 1), 9, True, generator=torch.Generator().manual_seed(5))
         p = torch.full((tokens, teachers, 9), 1 / 9, dtype=torch.float64)
-        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1), tailed=False)
+        return SparseSignal(ids.view(p.shape), p, torch.zeros_like(p[..., 0]), (p * p.log()).sum(-1), has_tail=False)
     signal = topk_signal(probs, {"all kept": vocab, "no tail": 6}.get(kind, 9), tail=kind != "no tail")
     if kind == "padded":
         pad = torch.zeros_like(signal.ids[..., :4])
@@ -73,12 +73,12 @@ def test_both_passes_equal_dense_autograd_in_float64(kind, options):
     matrix = kl_matrix(h, head, signal, WINDOW, chunk=4)
     torch.testing.assert_close(matrix.values, dense_matrix(h.detach(), head, signal, WINDOW))
     assert not matrix.values.requires_grad
-    upstream = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)  # each layer weighted otherwise
+    upstream = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)  # each layer has another weight
     for match in ([0, 1, 2], [2, 3, 4], [1, 1, 4]):
         ours = matched_kl(h, head, signal, match, matrix)
         truth = torch.stack([dense_kl(x, head, signal, j).sum() for x, j in zip(h, match, strict=True)])
         torch.testing.assert_close(ours, truth)
-        torch.testing.assert_close(*(truth_gradients(x @ upstream, h)[0] for x in (ours, truth)))
+        torch.testing.assert_close(*(grads(x @ upstream, h)[0] for x in (ours, truth)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,21 +89,21 @@ def test_last_layer_with_a_trained_head_equals_dense_autograd(kind, options):
     trained = [h, head.weight.requires_grad_()] + ([] if head.bias is None else [head.bias.requires_grad_()])
     ours, truth = column_kl(h, head, signal, -1, chunk=4), dense_kl(h, head, signal, TEACHERS - 1).sum()
     torch.testing.assert_close(ours, truth)
-    for mine, theirs in zip(truth_gradients(3 * ours, *trained), truth_gradients(3 * truth, *trained), strict=True):
+    for mine, theirs in zip(grads(3 * ours, *trained), grads(3 * truth, *trained), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_ragged_shapes_equal_dense_autograd_in_float64(data):
-    """Any shape, chunk and tile: odd ones, single ones, none at all."""
+    """Any shape, chunk size and tile size, also single rows and no rows."""
     tokens, vocab, width = (data.draw(st.integers(*ends)) for ends in ((0, 13), (2, 60), (1, 5)))
     students = data.draw(st.integers(1, 3))
     teachers = data.draw(st.integers(students, 5))
     kept, tail = data.draw(st.integers(1, vocab)), data.draw(st.booleans())
     signal = topk_signal(random_probs(tokens, teachers, vocab), kept, tail and kept < vocab)
     head = make_head(vocab, width, **data.draw(st.sampled_from(HEADS)))
-    h = make_h(students, tokens, width, spread=0.5).requires_grad_()  # no student's tail under its floor
+    h = make_h(students, tokens, width, spread=0.5).requires_grad_()  # no student tail below TAIL_FLOOR
     window = STRATEGIES["adaptive"].window(students, teachers)
     match = [data.draw(st.sampled_from(columns)) for columns in window]
     with pytest.MonkeyPatch.context() as patch:
@@ -113,29 +113,27 @@ def test_ragged_shapes_equal_dense_autograd_in_float64(data):
     truth = torch.stack([dense_kl(x, head, signal, j).sum() for x, j in zip(h, match, strict=True)])
     torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(matrix.values[range(students), match], truth.detach())
-    torch.testing.assert_close(*(truth_gradients(x.sum(), h)[0] for x in (ours, truth)))
+    torch.testing.assert_close(*(grads(x.sum(), h)[0] for x in (ours, truth)))
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_ragged_shapes_of_the_last_layer_equal_dense_autograd_in_float64(data):
-    """A trained head, every kind of signal, any shape and chunk, a few tokens or none."""
+    """A trained head, every kind of signal, any shape and chunk size, a few tokens or none."""
     tokens, vocab, width = (data.draw(st.integers(*ends)) for ends in ((0, 9), (10, 60), (1, 5)))
     kind, options = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(HEADS))
     signal, head = make_signal(kind, tokens, 2, vocab), make_head(vocab, width, **options)
-    h = make_h(tokens, width, spread=0.5)  # no student's tail under its floor
+    h = make_h(tokens, width, spread=0.5)  # no student tail below TAIL_FLOOR
     inputs = [x.requires_grad_() for x in (h, head.weight, head.bias) if x is not None]
     ours = column_kl(h, head, signal, 1, data.draw(st.integers(1, 10)))
     truth = dense_kl(h, head, signal, 1).sum()
     torch.testing.assert_close(ours, truth)
-    for found, expected in zip(
-        truth_gradients(ours, *inputs), truth_gradients(truth, *inputs, unused=True), strict=True
-    ):
+    for found, expected in zip(grads(ours, *inputs), grads(truth, *inputs, unused=True), strict=True):
         torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
 
 
 def test_a_token_s_weight_scales_its_probabilities_tail_and_entropy():
-    """So a weighted mean needs no code: the KL, its search, and every gradient come out weighted."""
+    """So a weighted mean needs no code of its own: both passes and all gradients are then weighted."""
     head, h, weights = make_head(VOCAB, 6, scale=1.2), make_h(2, TOKENS, 6).requires_grad_(), torch.rand(TOKENS) * 3
     signal = make_signal("tail")
     scaled = replace(
@@ -148,22 +146,22 @@ def test_a_token_s_weight_scales_its_probabilities_tail_and_entropy():
     ours = torch.cat((matched_kl(h, head, scaled, [1, 2], matrix), column_kl(h[0], head, scaled, 1)[None]))
     truth = torch.stack([(weights * dense_kl(x, head, signal, j)).sum() for x, j in ((h[0], 1), (h[1], 2), (h[0], 1))])
     torch.testing.assert_close(ours, truth)
-    torch.testing.assert_close(*(truth_gradients(x.sum(), h)[0] for x in (ours, truth)))
+    torch.testing.assert_close(*(grads(x.sum(), h)[0] for x in (ours, truth)))
 
 
 @pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
 def test_adapters_on_the_head_get_their_gradient(kind):
-    """LoRA on the head: its weight is then W + B A, and what reaches it goes on to A and B."""
+    """With LoRA on the head, its weight is W + B A, and its gradient reaches A and B."""
     frozen, h, signal = make_head(VOCAB, 6, padding=3), make_h(TOKENS, 6).requires_grad_(), make_signal(kind)
     b, a = make_h(VOCAB + 3, 2, spread=0.3, seed=8).requires_grad_(), make_h(2, 6, spread=0.3, seed=9).requires_grad_()
     head = replace(frozen, weight=frozen.weight + b @ a)
     ours, truth = column_kl(h, head, signal, 1, chunk=5), dense_kl(h, head, signal, 1).sum()
-    for found, expected in zip(*(truth_gradients(x, h, b, a) for x in (ours, truth)), strict=True):
+    for found, expected in zip(*(grads(x, h, b, a) for x in (ours, truth)), strict=True):
         torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
-def test_finite_differences(kind):
+def test_gradients_equal_finite_differences(kind):
     signal = make_signal(kind, tokens=2, teachers=2, vocab=41)
     head = make_head(41, 4, bias=True, scale=1.3, softcap=5.0)
 
@@ -178,18 +176,18 @@ def test_finite_differences(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])  # from flat to a student that is all but certain
+@pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])  # from a flat student to an almost certain one
 @pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
-def test_error_is_within_the_naive_one_of_the_same_dtype(dtype, spread, kind):
+def test_the_error_is_at_most_the_naive_one_of_the_same_dtype(dtype, spread, kind):
     tokens, vocab, width = 60, 507, 33
     signal = make_signal(kind, tokens, 2, vocab)
     if kind == "hidden":
         signal = HiddenSignal(signal.hidden.to(dtype), as_dtype(signal.unembedding, dtype))
     head, h = make_head(vocab, width, dtype), make_h(1, tokens, width, dtype=dtype, spread=spread)
-    assert_all_earned(h, head, signal, dtype)
+    assert_matched_kl_is_as_accurate(h, head, signal, dtype)
 
 
-def assert_all_earned(h, head, signal, dtype):
+def assert_matched_kl_is_as_accurate(h, head, signal, dtype):
     exact = as_dtype(head, torch.float64)
     h = h.requires_grad_()
     h64 = h.detach().double().requires_grad_()
@@ -197,12 +195,12 @@ def assert_all_earned(h, head, signal, dtype):
     truth = dense_kl(h64[0], exact, signal, 1).sum()
     naive = naive_low_dtype(h, head, signal)
     tiny = 2 * torch.finfo(torch.bfloat16).eps if dtype == torch.bfloat16 else 2e-6
-    assert_earned(ours.detach(), naive.detach(), truth.detach(), tiny)
-    assert_earned(*(truth_gradients(loss, x)[0] for loss, x in ((ours, h), (naive, h), (truth, h64))), tiny)
+    assert_as_accurate(ours.detach(), naive.detach(), truth.detach(), tiny)
+    assert_as_accurate(*(grads(loss, x)[0] for loss, x in ((ours, h), (naive, h), (truth, h64))), tiny)
 
 
 def naive_low_dtype(h, head, signal):
-    """The usual way: the product in the low dtype, the softmax in float32, everything else autograd's."""
+    """The usual implementation: product in the low dtype, softmax in float32, and autograd for the rest."""
     identity = Unembedding(torch.eye(head.vocab), head.vocab)
     if isinstance(signal, HiddenSignal):
         logits = dense_logits(signal.hidden, signal.unembedding)
@@ -212,16 +210,16 @@ def naive_low_dtype(h, head, signal):
 
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_confident_token_in_bfloat16_keeps_its_gradient(tail):
-    """Student and teacher agree that one id is all but certain: E_q[W] - W[id] would be nothing but rounding."""
+    """Student and teacher are both almost certain of one id, so E_q[W] - W[id] would be only rounding error."""
     vocab, width, dtype = 300, 16, torch.bfloat16
     head = make_head(vocab, width, dtype)
     generator = torch.Generator().manual_seed(3)
-    sure = torch.randint(vocab, (40,), generator=generator)
-    h = (50 * torch.nn.functional.normalize(head.weight[sure].double())).to(dtype)[None]
+    certain_ids = torch.randint(vocab, (40,), generator=generator)
+    h = (50 * torch.nn.functional.normalize(head.weight[certain_ids].double())).to(dtype)[None]
     logits = dense_logits(h.double(), as_dtype(head, torch.float64))[0]
     probs = torch.softmax(logits * 0.8, -1)[:, None].expand(-1, 2, -1)
     assert probs.amax(-1).median() > 0.999
-    assert_all_earned(h, head, topk_signal(probs, 12, tail), dtype)
+    assert_matched_kl_is_as_accurate(h, head, topk_signal(probs, 12, tail), dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +229,7 @@ def test_chunk_size_changes_no_number(kind):
     for chunk in (1, 4, TOKENS, None):
         matrix = kl_matrix(h, head, signal, WINDOW, chunk)
         loss = matched_kl(h, head, signal, [1, 2, 4], matrix, chunk).sum() + column_kl(h[2], head, signal, 4, chunk)
-        results.append((matrix.values, loss.detach(), *truth_gradients(loss, h)))
+        results.append((matrix.values, loss.detach(), *grads(loss, h)))
     for result in results[1:]:
         for value, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(value, first, rtol=1e-11, atol=1e-13)
@@ -245,22 +243,22 @@ def test_tile_size_changes_no_number(kind, monkeypatch):
         monkeypatch.setattr(chunks, "TILE_ELEMENTS", rows * VOCAB)
         matrix = kl_matrix(h, head, signal, WINDOW)
         loss = matched_kl(h, head, signal, [1, 2, 4], matrix).sum() + column_kl(h[2], head, signal, 4)
-        results.append((matrix.values, loss.detach(), *truth_gradients(loss, h)))
+        results.append((matrix.values, loss.detach(), *grads(loss, h)))
     for result in results[1:]:
         for value, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(value, first, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["tail", "sampled", "hidden"])
-def test_micro_batches_add_up_to_the_whole(kind):
-    """Also with unequal ones: the functions return sums, never means."""
+def test_micro_batches_add_up_to_the_whole_batch(kind):
+    """Even with unequal sizes: the functions return sums, never means."""
     head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
 
     def value_loss_gradient(rows):
-        x, said = h[:, rows].detach().requires_grad_(), signal.part(rows)
-        matrix = kl_matrix(x, head, said, WINDOW)
-        loss = matched_kl(x, head, said, [0, 2, 3], matrix).sum() + column_kl(x[2], head, said, -1)
-        return matrix.values, loss.detach(), *truth_gradients(loss, x)
+        x, part = h[:, rows].detach().requires_grad_(), signal.part(rows)
+        matrix = kl_matrix(x, head, part, WINDOW)
+        loss = matched_kl(x, head, part, [0, 2, 3], matrix).sum() + column_kl(x[2], head, part, -1)
+        return matrix.values, loss.detach(), *grads(loss, x)
 
     whole = value_loss_gradient(slice(None))
     values, losses, gradients = zip(*map(value_loss_gradient, (slice(0, 3), slice(3, 4), slice(4, None))), strict=True)
@@ -269,7 +267,7 @@ def test_micro_batches_add_up_to_the_whole(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "sampled"])
-def test_never_negative(kind):
+def test_the_kl_is_never_negative(kind):
     head, signal = make_head(VOCAB, 6), make_signal(kind)
     for seed in range(5):
         values = kl_matrix(make_h(3, TOKENS, 6, seed=seed), head, signal, WINDOW).values
@@ -278,23 +276,23 @@ def test_never_negative(kind):
 
 @pytest.mark.parametrize("kept", [1, 9, 40, VOCAB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zero_on_itself_with_gradient_zero(kept, dtype):
+def test_the_kl_to_itself_and_its_gradient_are_zero(kept, dtype):
     head, h = make_head(VOCAB, 6, dtype, scale=1.2, softcap=9.0), make_h(1, TOKENS, 6, dtype=dtype).requires_grad_()
     signal = topk_signal(dense_logits(h.detach()[0].double(), as_dtype(head, torch.float64)).softmax(-1)[:, None], kept)
     loss = matched_kl(h, head, signal, [0], kl_matrix(h, head, signal, [range(1)]))
     tiny = 1e-6 if dtype == torch.float32 else 1e-9
     assert abs(loss.item()) <= tiny * TOKENS
-    assert truth_gradients(loss.sum(), h)[0].abs().max() <= tiny
-    assert truth_gradients(column_kl(h[0], head, signal, 0), h)[0].abs().max() <= tiny
+    assert grads(loss.sum(), h)[0].abs().max() <= tiny
+    assert grads(column_kl(h[0], head, signal, 0), h)[0].abs().max() <= tiny
 
 
-def test_exact_signal_of_itself_is_zero_to_the_last_bit_in_bfloat16():
+def test_the_exact_kl_to_itself_is_zero_to_the_last_bit_in_bfloat16():
     head, h = make_head(VOCAB, 6, torch.bfloat16), make_h(1, TOKENS, 6, dtype=torch.bfloat16).requires_grad_()
     signal = HiddenSignal(h.detach().transpose(0, 1), head)
     matrix = kl_matrix(h, head, signal, [range(1)])
     loss = matched_kl(h, head, signal, [0], matrix)
     assert matrix.values.item() == loss.item() == 0.0
-    assert not truth_gradients(loss.sum(), h)[0].any()
+    assert not grads(loss.sum(), h)[0].any()
 
 
 def test_shifting_all_logits_changes_nothing():
@@ -304,7 +302,7 @@ def test_shifting_all_logits_changes_nothing():
     torch.testing.assert_close(*values)
 
 
-def test_the_bucket_never_says_more_than_all_ids_and_all_of_it_when_all_are_kept():
+def test_the_kl_grows_with_the_kept_ids_up_to_the_dense_kl():
     head, h, probs = make_head(VOCAB, 6), make_h(1, TOKENS, 6), random_probs(TOKENS, 1, VOCAB)
     values = [kl_matrix(h, head, topk_signal(probs, k), [range(1)]).values.item() for k in (1, 5, 20, 60, VOCAB)]
     assert values == sorted(values)
@@ -323,31 +321,31 @@ def test_tails_near_zero_stay_finite_and_bounded(tail, logit):
     h = torch.tensor([[[logit, 0, 0, 0, 0, 0.0]]], requires_grad=True)
     losses = matched_kl(h, head, signal, [0], kl_matrix(h, head, signal, [range(1)])), column_kl(h[0], head, signal, 0)
     student = float(5 / (torch.tensor(logit, dtype=torch.float64).exp() + 5))
-    seen = max(student, TAIL_FLOOR)
-    exact = (1 - tail) * torch.tensor((1 - tail) / (1 - student)).log() + torch.special.xlogy(r, r / seen)
+    floored = max(student, TAIL_FLOOR)
+    exact = (1 - tail) * torch.tensor((1 - tail) / (1 - student)).log() + torch.special.xlogy(r, r / floored)
     for loss in losses:
-        gradient = truth_gradients(loss.sum(), h)[0].flatten()
-        noise = 3e-7 + tail * 3e-7 / seen  # of 1 - q in float32
+        gradient = grads(loss.sum(), h)[0].flatten()
+        noise = 3e-7 + tail * 3e-7 / floored  # of 1 - q in float32
         assert loss.item() == pytest.approx(exact.item(), abs=noise)
-        assert gradient[0].item() == pytest.approx(tail - student, abs=noise)  # q - p: too sure is pushed down
-        pull = student - tail if student > TAIL_FLOOR else 0.0  # shared out among the ids of the tail
+        assert gradient[0].item() == pytest.approx(tail - student, abs=noise)  # q - p: lowers an overconfident logit
+        pull = student - tail if student > TAIL_FLOOR else 0.0  # distributed over the ids of the tail
         assert gradient[1:].tolist() == pytest.approx([pull / 5] * 5, abs=noise)
 
 
 @pytest.mark.parametrize("kind", ["tail", "sampled"])
-def test_a_token_that_says_nothing_has_exactly_no_loss_and_no_gradient(kind):
+def test_a_token_of_weight_zero_has_exactly_no_loss_and_no_gradient(kind):
     head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(1, TOKENS, 6).requires_grad_()
     for field in (signal.probs, signal.tail, signal.neg_entropy):
         field[4] = 0.0
     loss = matched_kl(h, head, signal, [2], kl_matrix(h, head, signal, [range(5)])).sum()
     loss = loss + column_kl(h[0], head, signal, -1)
-    (gradient,) = truth_gradients(loss, h)
+    (gradient,) = grads(loss, h)
     assert not gradient[0, 4].any()
     assert gradient[0, [0, 3, 5]].abs().amin(1).min() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tokens_give_zeros_and_gradients_of_zero(kind):
+def test_no_tokens_give_zeros_and_zero_gradients(kind):
     head, signal, h = make_head(VOCAB, 6), make_signal(kind).part(slice(0, 0)), make_h(3, 0, 6).requires_grad_()
     head.weight.requires_grad_()
     matrix = kl_matrix(h, head, signal, WINDOW)
@@ -366,19 +364,19 @@ def test_a_layer_matched_to_none_gives_zero_with_a_graph():
     assert matrix.values.isinf().all()
     loss = matched_kl(h, head, signal, strategy.match(matrix.values, torch.Generator()), matrix)
     assert loss.tolist() == [0, 0, 0]
-    assert not truth_gradients(loss.sum(), h)[0].any()
+    assert not grads(loss.sum(), h)[0].any()
 
 
 @pytest.mark.parametrize("kind", ["tail", "hidden"])
-def test_intermediate_layers_leave_a_trained_head_alone(kind):
+def test_intermediate_layers_give_a_trained_head_no_gradient(kind):
     head, signal, h = make_head(VOCAB, 6), make_signal(kind), make_h(3, TOKENS, 6).requires_grad_()
     head.weight.requires_grad_()
     matched_kl(h, head, signal, [0, 1, 2], kl_matrix(h, head, signal, WINDOW)).sum().backward()
     assert h.grad.any() and head.weight.grad is None
 
 
-def test_backward_needs_no_weight():
-    """Under ZeRO-3 the head is gone by then."""
+def test_the_backward_pass_needs_no_weight():
+    """Under ZeRO-3 the head is released by then."""
     head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(3, TOKENS, 6).requires_grad_()
     loss = matched_kl(h, head, signal, [0, 1, 2], kl_matrix(h, head, signal, WINDOW)).sum() + column_kl(
         h[2], head, signal, -1
@@ -389,7 +387,7 @@ def test_backward_needs_no_weight():
 
 
 @pytest.mark.parametrize("kind", ["all kept", "tail", "sampled", "hidden"])
-def test_the_adaptive_draw_is_the_one_of_dense_divergences(kind):
+def test_the_adaptive_draw_equals_that_from_dense_divergences(kind):
     head, signal, h = make_head(VOCAB, 6, torch.float32), make_signal(kind), make_h(3, TOKENS, 6, dtype=torch.float32)
     if kind == "hidden":
         signal = HiddenSignal(signal.hidden.float(), as_dtype(signal.unembedding, torch.float32))
@@ -400,15 +398,15 @@ def test_the_adaptive_draw_is_the_one_of_dense_divergences(kind):
         assert draws[0] == draws[1]
 
 
-def test_nothing_of_the_size_of_all_tokens_times_the_vocabulary(monkeypatch):
-    """The largest tensor that torch makes, seen from inside, is a chunk's."""
+def test_no_tensor_has_the_size_of_all_tokens_times_the_vocabulary(monkeypatch):
+    """The largest tensor that torch creates is that of a chunk."""
     head, signal = make_head(VOCAB, 6), make_signal("tail", tokens=64)
     h = make_h(3, 64, 6).requires_grad_()
-    with LargestTensor() as seen:
+    with LargestTensor() as largest:
         loss = matched_kl(h, head, signal, [0, 1, 2], kl_matrix(h, head, signal, WINDOW, 4), 4).sum()
         (loss + column_kl(h[2], head, signal, -1, 4)).backward()
     limit = max(4 * VOCAB, 64 * TEACHERS * signal.ids.shape[2], 64 * sparse_kl.HEAVY * signal.ids.shape[2])
-    assert 4 * VOCAB <= seen.elements <= limit
+    assert 4 * VOCAB <= largest.elements <= limit
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -421,17 +419,17 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_tokens_that_do_not_fit_are_counted_in_the_message():
-    with pytest.raises(ValueError, match=r"\(3, 4, 6\).*speaks of 11 tokens"):
+def test_different_numbers_of_tokens_are_an_error():
+    with pytest.raises(ValueError, match=r"\(3, 4, 6\).*signal has 11 tokens"):
         kl_matrix(make_h(3, 4, 6), make_head(VOCAB, 6), make_signal("tail"), WINDOW)
 
 
-def test_vocabularies_that_differ_are_both_named():
+def test_different_vocabularies_are_an_error_with_both():
     with pytest.raises(ValueError, match=r"teacher's head is cut to 83 ids, the student's to 80.*common vocabulary"):
         column_kl(make_h(TOKENS, 6), make_head(80, 6), make_signal("hidden"), 0)
 
 
-def test_a_match_outside_the_window_is_refused():
+def test_a_match_outside_the_window_is_an_error():
     head, signal, h = make_head(VOCAB, 6), make_signal("tail"), make_h(3, TOKENS, 6)
     with pytest.raises(
         ValueError, match=r"student layer 1 is matched to teacher layer 4, outside its window range\(1, 4\)"

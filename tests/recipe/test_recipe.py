@@ -1,4 +1,4 @@
-"""Recipes: what is refused, what is said, and where each value came from."""
+"""Recipes: errors, their messages, and where each value came from."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def write(tmp_path: Path, values: dict) -> Path:
     return path
 
 
-def test_every_field_has_a_sentence_of_meaning():
-    def walk(section: type[Section]):
+def test_every_field_has_a_description():
+    def check(section: type[Section]):
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                yield from walk(field.annotation)
-            assert field.description, f"{section.__name__}.{name} says nothing"
+                yield from check(field.annotation)
+            assert field.description, f"{section.__name__}.{name} has no description"
             assert len(field.description.split()) >= 4
             yield name
 
-    assert len(list(walk(Recipe))) > 40
+    assert len(list(check(Recipe))) > 40
 
 
 def test_unknown_keys_are_errors_with_a_hint_and_all_are_reported(tmp_path, values):
@@ -88,7 +88,7 @@ def test_the_resolved_recipe_loads_again_to_the_same(tmp_path, values):
     assert "seed: 3  # command line" in resolved.to_yaml()
 
 
-def test_stage_2_inherits_aloud_and_refuses_what_changed(tmp_path, values):
+def test_stage_2_reports_inherited_values_and_refuses_changed_ones(tmp_path, values):
     path = write(tmp_path, values)
     first = load_recipe(path, ["seed=3", "verbalize.steps=5"])
     first.recipe.run.mkdir()
@@ -96,15 +96,31 @@ def test_stage_2_inherits_aloud_and_refuses_what_changed(tmp_path, values):
     second = load_recipe(path)
     assert second.recipe.seed == 3
     assert second.inherited() == ["seed = 3 (from stage 1)"]
-    # verbalize.steps is 10 in the file and 5 in the run: the file speaks, and the run refuses it.
+    # verbalize.steps is 10 in the file and 5 in the run. The file wins, and the run refuses the change.
     with pytest.raises(RecipeError, match="verbalize.steps: the run has 5, now 10") as error:
         refuse_changes(second, ["verbalize"])
     assert "--recipe" in str(error.value) and "seed" not in str(error.value)
     refuse_changes(second, [])
-    free = load_recipe(path, ["verbalize.steps=5", "verbalize.micro_batch_size=1", "interact.steps=2"])
-    refuse_changes(free, ["verbalize"])  # interact has not begun, and a micro-batch changes no number
+    changeable = load_recipe(path, ["verbalize.steps=5", "verbalize.micro_batch_size=1", "interact.steps=2"])
+    refuse_changes(changeable, ["verbalize"])  # interact has not started, and a micro-batch size changes no result
     with pytest.raises(RecipeError, match="interact.steps: the run has 10, now 2"):
-        refuse_changes(free, ["verbalize", "interact"])
+        refuse_changes(changeable, ["verbalize", "interact"])
+
+
+def test_a_run_that_an_older_version_began_goes_on(tmp_path, values):
+    """Its recipe.yaml has no line for a field that is new since: the field has its default."""
+    path = write(tmp_path, values)
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = load_recipe(path).to_yaml().splitlines()
+    new = ("train_projector", "max_pixels", "min_pixels")
+    older = [line for line in lines if not line.strip().startswith(new)]
+    assert len(lines) - len(older) == 3
+    (run / "recipe.yaml").write_text("\n".join(older))
+    refuse_changes(load_recipe(path), STEPS)
+    refuse_changes(load_recipe(run / "recipe.yaml"), STEPS)
+    with pytest.raises(RecipeError, match="train_projector: the run has True, now False"):
+        refuse_changes(load_recipe(path, ["train_projector=false"]), STEPS)
 
 
 def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
@@ -135,7 +151,7 @@ def test_teacher_targets_must_outnumber_student_targets(tmp_path, values):
     assert "for example teacher.layers: [2, 4, 5, 7]" in str(error.value)
 
 
-def test_target_layers_lie_below_the_last(tmp_path, values):
+def test_target_layers_must_be_below_the_last(tmp_path, values):
     values["student"]["layers"] = [2, 4]
     with pytest.raises(RecipeError, match=r"expected increasing layers from 1 to 3 .*found \[2, 4\]"):
         check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
@@ -163,7 +179,7 @@ def test_steps_from_epochs():
     assert number_of_steps(Training(steps=5, batch_size=32), samples=1000) == 5
 
 
-def test_no_recipe_and_broken_yaml(tmp_path):
+def test_a_missing_recipe_and_broken_yaml_are_errors(tmp_path):
     with pytest.raises(RecipeError, match="no recipe at .*; the shipped ones are in .*recipes$"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")

@@ -1,4 +1,4 @@
-"""One tiny run for all tests here: two models, shards, verbalizers as if trained, a distilled student."""
+"""One tiny run for all tests here: two models, shards, moved verbalizers, a distilled student."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.runtime.folder import mark_done
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> SimpleNamespace:
-    """folder with `teacher`, `student`, `shards/{train,held_out}` and `run`: verbalized and distilled."""
+    """A folder with `teacher`, `student`, `shards/{train,held_out}` and `run`, which is verbalized and distilled."""
     root = tmp_path_factory.mktemp("results")
     for seed, role in enumerate(("teacher", "student")):
         write_vlm(root / role, "qwen2_vl", DEPTH[role], WIDTH[role], seed=seed)

@@ -42,8 +42,8 @@ def test_evaluate_from_a_shell_is_quiet_and_writes_its_json(made, tmp_path):
     result = json.loads(output.read_text())
     assert set(result) == {"one", "question_only"}
     assert {"exact_match", "perplexity", "samples", "by_type"} <= set(result["one"])
-    for words in ("exact match", "perplexity", "question_only", "colour", "NFKC"):
-        assert words in done.stdout
+    for text in ("exact match", "perplexity", "question_only", "colour", "NFKC"):
+        assert text in done.stdout
 
 
 def test_trace_shows_three_models_both_ways(made, tmp_path, capsys):
@@ -52,8 +52,8 @@ def test_trace_shows_three_models_both_ways(made, tmp_path, capsys):
     arguments = ["trace", "--run", str(made.run), "--image", str(image), "--question", "what is [bold]this?"]
     assert main([*arguments, "--max-new-tokens", "3"]) == 0
     out = capsys.readouterr().out
-    for words in ("teacher (5 layers)", "untouched (3 layers)", "distilled (3 layers)", "[image] what is [bold]this?"):
-        assert words in out
+    for text in ("teacher (5 layers)", "untouched (3 layers)", "distilled (3 layers)", "[image] what is [bold]this?"):
+        assert text in out
     assert out.count("last") >= 6
 
 
@@ -89,8 +89,8 @@ def test_trace_leaves_out_what_the_run_does_not_have_yet(made, tmp_path, capsys)
 )
 def test_mistakes_end_with_code_2_and_a_message(made, tmp_path, capsys, arguments, message):
     write_recipe(tmp_path / "empty", made.root)
-    places = {"held_out": made.held_out, "teacher": made.root / "teacher", "run": made.run, "empty": tmp_path / "empty"}
-    assert main([str(places.get(one, one)) for one in arguments]) == 2
+    paths = {"held_out": made.held_out, "teacher": made.root / "teacher", "run": made.run, "empty": tmp_path / "empty"}
+    assert main([str(paths.get(one, one)) for one in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err
     assert "Traceback" not in captured.err

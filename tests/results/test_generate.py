@@ -24,55 +24,55 @@ def prompts(vlm: Vlm, pictures: bool):
 
 
 def naive(vlm: Vlm, prompt, count: int) -> list[int]:
-    """One prompt alone, everything computed again for each token, no generate and no cache."""
-    inputs, said = dict(prompt), []
+    """Greedy ids of one prompt alone, recomputed in full for each token: no generate(), no key-value cache."""
+    inputs, ids = dict(prompt), []
     for _ in range(count):
         with torch.no_grad():
             logits = vlm.model(**inputs, use_cache=False).logits[0, -1]
         logits[vlm.placeholder_ids()] = float("-inf")
-        said.append(int(logits.argmax()))
-        if said[-1] in vlm.stop_ids():
+        ids.append(int(logits.argmax()))
+        if ids[-1] in vlm.stop_ids():
             break
-        for name, value in (("input_ids", said[-1]), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+        for name, value in (("input_ids", ids[-1]), ("attention_mask", 1), ("mm_token_type_ids", 0)):
             if name in inputs:
                 inputs[name] = torch.cat([inputs[name], torch.tensor([[value]])], 1)
-    return said
+    return ids
 
 
 @pytest.mark.parametrize("pictures", [True, False])
-def test_a_padded_batch_says_what_each_prompt_says_alone(vlm, pictures):
-    asked = prompts(vlm, pictures)
-    together = greedy(vlm, pad_left(asked, vlm.encoder.filler(), vlm.pad_id), 6)
-    assert together == [naive(vlm, prompt, 6) for prompt in asked]
+def test_a_padded_batch_generates_what_each_prompt_generates_alone(vlm, pictures):
+    prompt_list = prompts(vlm, pictures)
+    together = greedy(vlm, pad_left(prompt_list, vlm.encoder.filler(), vlm.pad_id), 6)
+    assert together == [naive(vlm, prompt, 6) for prompt in prompt_list]
 
 
 def test_an_answer_ends_with_its_end_of_turn(vlm):
-    asked = prompts(vlm, True)
-    usual = greedy(vlm, asked[0], 5)[0]
+    prompt_list = prompts(vlm, True)
+    usual = greedy(vlm, prompt_list[0], 5)[0]
     vlm.model.generation_config.eos_token_id = [usual[1]]
     try:
-        (ended, *_) = greedy(vlm, pad_left(asked, vlm.encoder.filler(), vlm.pad_id), 5)
+        (ended, *_) = greedy(vlm, pad_left(prompt_list, vlm.encoder.filler(), vlm.pad_id), 5)
     finally:
         vlm.model.generation_config.eos_token_id = 256
     assert ended == usual[: usual.index(usual[1]) + 1]
 
 
 def test_a_folders_own_sampling_settings_are_not_used(vlm):
-    asked = prompts(vlm, True)[0]
-    usual = greedy(vlm, asked, 6)
+    prompt = prompts(vlm, True)[0]
+    usual = greedy(vlm, prompt, 6)
     given = vlm.model.generation_config
     given.do_sample, given.temperature, given.repetition_penalty = True, 50.0, 3.0
     try:
-        assert greedy(vlm, asked, 6) == usual
+        assert greedy(vlm, prompt, 6) == usual
         assert vlm.model.generation_config is given
     finally:
         given.do_sample, given.temperature, given.repetition_penalty = False, None, None
 
 
 def test_pad_left_moves_padding_to_the_front(vlm):
-    asked = prompts(vlm, True)
-    inputs = pad_left(asked, vlm.encoder.filler(), vlm.pad_id)
-    for row, mask, prompt in zip(inputs["input_ids"], inputs["attention_mask"], asked, strict=True):
+    prompt_list = prompts(vlm, True)
+    inputs = pad_left(prompt_list, vlm.encoder.filler(), vlm.pad_id)
+    for row, mask, prompt in zip(inputs["input_ids"], inputs["attention_mask"], prompt_list, strict=True):
         ids = prompt["input_ids"][0]
         assert torch.equal(row[-len(ids) :], ids)
         assert mask.tolist() == [0] * (len(row) - len(ids)) + [1] * len(ids)

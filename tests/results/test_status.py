@@ -43,7 +43,7 @@ def test_a_recipe_alone_asks_for_stage_1(run):
 
 def test_a_half_run_shows_its_last_update_and_its_shards(run):
     mark_done(run / "verbalize", {"updates": 3, "losses": {"teacher/1": 2.0, "teacher/2": 1.5, "student/1": 2.5}})
-    for name, shards, begun in (("topk-1", 1, 200), ("sampled-2", 2, 100)):  # the other one was begun before
+    for name, shards, begun in (("topk-1", 1, 200), ("sampled-2", 2, 100)):  # the second one was begun earlier
         folder = run / "cache" / name
         folder.mkdir(parents=True)
         (folder / "cache.json").touch()
@@ -89,6 +89,6 @@ def test_the_table_names_parts_losses_and_sizes(run, capsys):
     (run / "verbalize" / "teacher.safetensors").write_bytes(b"x" * 1_200_000)
     show(run, *status(run))
     out = capsys.readouterr().out
-    for words in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
-        assert words in out
+    for text in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
+        assert text in out
     assert size_of(run) > 1_200_000

@@ -130,6 +130,20 @@ def test_what_a_processor_raises_for_one_sample_rejects_that_sample(encoder):
         assert encoder("k", *long).response.any()
 
 
+def test_each_image_part_needs_its_image(encoder):
+    asked, answered = _chat()[0]
+    for images in ([], [png(), png()]):
+        with pytest.raises(SampleError, match=rf"1 image part\(s\), and {len(images)} image\(s\) came with it"):
+            encoder("k", [asked, answered], images)
+        with pytest.raises(SampleError, match=r"1 image part\(s\)"):
+            encoder.prompt([asked], images)
+    template = encoder.processor.chat_template
+    encoder.processor.chat_template = template.replace("c['type']=='image'", "c['type']=='image' and loop.first")
+    two = [turn("user", "<image>", "<image>", "what?"), answered]
+    with pytest.raises(SampleError, match="keeps the places of 1 of 2 images|processor refused it"):
+        encoder("k", two, [png(), png()])
+
+
 def test_a_programming_error_is_nobodys_sample(encoder, monkeypatch):
     monkeypatch.setattr(encoder, "_mask", None)
     with pytest.raises(TypeError):

@@ -1,1 +1,1 @@
-"""What a teacher cache holds, how true it is, and whether it is whole."""
+"""`cache-info`: the contents of a teacher cache, its fidelity to the teacher, and verification of its files."""

@@ -1,4 +1,4 @@
-"""`python -m pipeline cache-info`: what a teacher cache is made of, how far it is, what it weighs, how true it is."""
+"""`python -m pipeline cache-info`: the identity, progress, size and fidelity of a teacher cache."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from data_prep.shards import MANIFEST
 from pipeline.cache.paths import IDENTITY, newest
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, look
+from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, inspect_cache
 from pipeline.results.status import size_of
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.progress import size_text
 
 MEASURES = ("entropy", "mass", "kl_bias", "kl_rms", "gradient_error")
-"""Of each layer, in the order of the table."""
+"""Fidelity measures of a layer, in the column order of the table."""
 
 SHOWN_PROBLEMS = 8
-"""Shards that are missing or damaged, of which the reason is printed; --verify prints all."""
+"""Number of missing or damaged shards that are listed with a reason; --verify lists all."""
 
 
 def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> None:
-    """Print what a cache is, or what it says about a sample; with `check`, read all of it back.
+    """Print the state of a cache, or the top tokens of one sample (`sample`); with `check`, also verify all files.
 
-    Raises CacheError: no cache there, several of them, or anything wrong found by `check`.
+    Raises CacheError: there is no cache, there are several, or `check` found a problem.
     """
     if tokenizer is not None and sample is None:
         raise CacheError("--tokenizer DIR turns ids into words for --sample KEY: give a key too")
@@ -40,13 +40,13 @@ def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> 
             f"{len(folders)} caches in {path}: name one. The one begun last: "
             f"python -m pipeline cache-info {shlex.quote(str(latest))}"
         )
-    cache = look(folders[0])
+    cache = inspect_cache(folders[0])
     if sample is None:
         show(cache)
     else:
-        from pipeline.results.cache import words  # reads words with transformers, which takes seconds to import
+        from pipeline.results.cache import top_tokens  # imports transformers to decode, which takes seconds
 
-        words.show(cache, sample, tokenizer)
+        top_tokens.show(cache, sample, tokenizer)
     if check:
         from pipeline.results.cache import verify as verification
 
@@ -54,13 +54,13 @@ def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> 
 
 
 def show(cache: CacheOnDisk) -> None:
-    """Print a cache's identity, its state, sizes and speed, and its fidelity."""
+    """Print a cache's identity, state, sizes, speed and fidelity."""
     console = Console(highlight=False)
-    console.print(_narrow(str(cache.path), identity(cache)))
+    console.print(_two_columns(str(cache.path), identity(cache)))
     console.print()
-    console.print(_narrow("on disk", contents(cache)))
+    console.print(_two_columns("on disk", contents(cache)))
     console.print()
-    for line in _remarks(cache):
+    for line in _missing_lines(cache):
         console.print(line, markup=False, soft_wrap=True)
     measured = fidelity(cache)
     if measured is None or not measured.tokens:
@@ -72,7 +72,7 @@ def show(cache: CacheOnDisk) -> None:
 
 
 def identity(cache: CacheOnDisk) -> dict[str, str]:
-    """What the cache is made of, name by name, fingerprints in full."""
+    """{name: text} of what the cache was made from; fingerprints in full."""
     made = cache.identity
     params = ", ".join(f"{name} {value}" for name, value in made.codec.items() if name != "name")
     layers = ", ".join(map(str, made.layers))
@@ -87,18 +87,18 @@ def identity(cache: CacheOnDisk) -> dict[str, str]:
 
 
 def contents(cache: CacheOnDisk) -> dict[str, str]:
-    """State, numbers of things, bytes and speed."""
-    samples = sum(len(shard["keys"]) for shard in cache.whole)
-    tokens = sum(shard["tokens"] for shard in cache.whole)
-    skipped = sum(len(shard["skipped"]) for shard in cache.whole)
+    """{name: text}: state, number of shards, samples and tokens, bytes, and speed."""
+    samples = sum(len(shard["keys"]) for shard in cache.intact)
+    tokens = sum(shard["tokens"] for shard in cache.intact)
+    skipped = sum(len(shard["skipped"]) for shard in cache.intact)
     token_layers = tokens * len(cache.identity.layers)
     size = size_of(cache.path)
     rows = {
         "state": cache.state,
-        "shards": f"{len(cache.whole):,}",
+        "shards": f"{len(cache.intact):,}",
         "samples": f"{samples:,}, of which skipped {skipped:,}",
         "tokens": f"{tokens:,} response tokens, {token_layers:,} token-layers",
-        "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _parts(cache.path)),
+        "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _bytes_by_kind(cache.path)),
     }
     if token_layers:
         rows["bytes a token-layer"] = f"{size / token_layers:.2f}, all files counted"
@@ -110,7 +110,10 @@ def contents(cache: CacheOnDisk) -> dict[str, str]:
 
 
 def tokens_per_second(cache: CacheOnDisk) -> float | None:
-    """The average of the job that wrote last; None where the run does not tell, or tells of other caches alone."""
+    """Average response tokens per second of the last job that wrote to this cache.
+
+    None if the run is not known, or if its metrics are all of other caches.
+    """
     if cache.recipe is None:
         return None
     lines = [line for line in read_metrics(cache.recipe.parent, "cache") if line.get("cache") == cache.path.name]
@@ -118,8 +121,8 @@ def tokens_per_second(cache: CacheOnDisk) -> float | None:
 
 
 def fidelity(cache: CacheOnDisk) -> Fidelity | None:
-    """What was measured while the shards were made, summed over them; None where nothing was."""
-    parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.whole if "fidelity" in shard]
+    """Fidelity measured while the shards were made, summed over all intact shards; None if nothing was measured."""
+    parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.intact if "fidelity" in shard]
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -128,24 +131,24 @@ def _show_list(folders: Sequence[Path]) -> None:
     table.add_column("on disk", justify="right")
     for folder in folders:
         try:
-            state = look(folder).state
+            state = inspect_cache(folder).state
         except CacheError:
             state = "cannot be read: name it to see why"
         table.add_row(folder.name, state, size_text(size_of(folder)))
     Console(highlight=False).print(table)
 
 
-def _narrow(title: str, rows: Mapping[str, str]) -> Table:
+def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # a fingerprint loses no digit on a narrow terminal
+    table.add_column(overflow="fold")  # fold: no digit of a fingerprint is lost on a narrow terminal
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _parts(path: Path) -> Iterator[tuple[str, int]]:
-    """Bytes of each kind of file that there is."""
+def _bytes_by_kind(path: Path) -> Iterator[tuple[str, int]]:
+    """(kind of file, bytes) for each kind that is present, largest first."""
     kinds = {".tar": "records", ".json": "sidecars", ".int32": "order", ".safetensors": "head"}
     sizes: dict[str, int] = {}
     for file in sorted(path.iterdir()):
@@ -154,8 +157,8 @@ def _parts(path: Path) -> Iterator[tuple[str, int]]:
     yield from sorted(sizes.items(), key=lambda item: -item[1])
 
 
-def _remarks(cache: CacheOnDisk) -> Iterator[str]:
-    """What is missing, and the command that makes it."""
+def _missing_lines(cache: CacheOnDisk) -> Iterator[str]:
+    """Lines that name damaged shards, and the command that makes what is missing."""
     broken = [f"  {name}: {why}" for name, why in cache.missing.items() if why != "not made yet"]
     if broken:
         yield "to be made again:"
@@ -177,7 +180,7 @@ def _fidelity_table(cache: CacheOnDisk, measured: Fidelity) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 4) + 0:.4f}"  # + 0: no -0.0000
+    return "-" if value is None else f"{round(value, 4) + 0:.4f}"  # + 0 turns -0.0 into 0.0
 
 
 def _legend(measured: Fidelity) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Teacher caches as they lie on disk, complete or not: where they are, and what sidecars and manifest say of them."""
+"""Find and inspect teacher caches on disk, complete or not, from their sidecars and manifest."""
 
 from __future__ import annotations
 
@@ -27,65 +27,70 @@ from pipeline.errors import CacheError, RecipeError
 from pipeline.recipe.resolve import load_recipe
 
 SIDECAR = {"keys", "offsets", "end", "bytes", "sha256", "made_for", "data_sha256", "tokens", "skipped"}
-"""What every sidecar holds."""
+"""Fields that every sidecar has."""
 
 Shard = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class CacheOnDisk:
-    """One cache's folder, by what its small files say and the sizes of the large ones."""
+    """The state of one cache folder, read from its small files and the sizes of the large ones."""
 
     path: Path
     identity: CacheIdentity
     made_for: str
-    """What its sidecars and records have to be made for: the hash of the identity and the vocabulary's order."""
+    """Value that its sidecars and records must carry: the hash of the identity and of the vocabulary order."""
     sidecars: Mapping[str, Shard]
-    """{shard: sidecar} of those made, whole or not; the manifest's entry where only the sidecar is gone."""
+    """{shard: sidecar} of all shards that were made, intact or not.
+
+    If a sidecar is missing, the shard's manifest entry is used in its place.
+    """
     expected: Mapping[str, Shard]
-    """{shard: name, sha256 and keys of the data shard that it mirrors}, as far as known: all of `sidecars` at least."""
+    """{shard: name, sha256 and keys of the data shard that it mirrors}, as far as known; includes all of `sidecars`."""
     missing: Mapping[str, str]
-    """{shard: why} of the expected ones that have to be made (again)."""
+    """{shard: reason} of the expected shards that have to be made, or made again."""
     manifest: Mapping[str, Any] | None
-    """None until the cache is complete for the first time."""
+    """The manifest; None until the cache has been complete once."""
     planned: int | None
-    """Shards that make it complete; None where neither the manifest nor the run's data tells."""
+    """Number of shards of the complete cache; None if neither the manifest nor the run's data tells it."""
     recipe: Path | None
-    """The recipe of the run that it lies in."""
+    """recipe.yaml of the run that contains the cache; None if there is none."""
 
     @property
     def complete(self) -> bool:
-        """Whether stage 2 would find every shard, whole in size."""
+        """Whether stage 2 would find every shard, each with the expected size."""
         return self.manifest is not None and not self.missing and len(self.manifest["shards"]) == self.planned
 
     @property
-    def whole(self) -> list[Shard]:
-        """Sidecars of the shards that nothing is known against."""
+    def intact(self) -> list[Shard]:
+        """Sidecars of the shards without a known problem."""
         return [sidecar for name, sidecar in self.sidecars.items() if name not in self.missing]
 
     @property
     def state(self) -> str:
-        """In words, for tables."""
+        """The state as text, for tables."""
         if self.complete:
             return "complete"
         if self.planned is None:
-            return f"{len(self.whole)} shards, not complete"
-        return f"{len(self.whole)} of {self.planned} shards" + ("" if self.missing else f", no {MANIFEST} for them yet")
+            return f"{len(self.intact)} shards, not complete"
+        return f"{len(self.intact)} of {self.planned} shards" + (
+            "" if self.missing else f", no {MANIFEST} for them yet"
+        )
 
-    def only(self, name: str) -> CacheOnDisk:
-        """The same cache as if it had this shard alone: little to hand to another process."""
+    def with_one_shard(self, name: str) -> CacheOnDisk:
+        """The same cache reduced to one shard, so that little is pickled for another process."""
         sidecars, expected = {name: self.sidecars[name]}, {name: self.expected[name]}
         return replace(self, sidecars=sidecars, expected=expected, missing={}, manifest=None)
 
     def command(self) -> str:
-        """What makes the shards that are missing or changed."""
+        """The command that makes missing and changed shards."""
         return cache_command(self.recipe or "R", "--only-missing")
 
 
 def find_caches(path: Path) -> list[Path]:
-    """Folders of the caches at a path: a cache's own, those of a run, or those side by side in the path.
+    """Folders of the caches at a path: the path itself, the caches of a run, or the caches directly in the path.
 
-    Raises CacheError where there is none.
+    Raises CacheError if there is none.
     """
     if (path / IDENTITY).is_file():
         return [path]
@@ -100,27 +105,30 @@ def find_caches(path: Path) -> list[Path]:
     )
 
 
-def look(path: Path) -> CacheOnDisk:
-    """What a cache's folder holds. Raises CacheError: another format version, or cache.json or the manifest damaged."""
-    beside = Path(os.path.normpath(path / ".." / "..")) / "recipe.yaml"
-    recipe = beside if beside.is_file() else None
+def inspect_cache(path: Path) -> CacheOnDisk:
+    """Read the state of a cache folder.
+
+    Raises CacheError: another format version, or cache.json or the manifest is damaged.
+    """
+    recipe_path = Path(os.path.normpath(path / ".." / "..")) / "recipe.yaml"
+    recipe = recipe_path if recipe_path.is_file() else None
     identity = read_identity(path, recipe or "R")
     manifest = _manifest(path, recipe)
     listed = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
-    sidecars = dict(sorted((listed | own_sidecars(path)).items()))
-    made_from = {name: {"name": name, "sha256": s["data_sha256"], "keys": s["keys"]} for name, s in sidecars.items()}
-    data = _data(recipe)
-    if any(data.get(name, {}).get("sha256") != shard["sha256"] for name, shard in made_from.items()):
-        data = {}  # the run has gone on to other data
+    sidecars = dict(sorted((listed | valid_sidecars(path)).items()))
+    mirrored = {name: {"name": name, "sha256": s["data_sha256"], "keys": s["keys"]} for name, s in sidecars.items()}
+    data = _data_shards(recipe)
+    if any(data.get(name, {}).get("sha256") != shard["sha256"] for name, shard in mirrored.items()):
+        data = {}  # the run now uses other data
     planned = len(data) or (len(listed) if listed.keys() == sidecars.keys() and manifest else None)
-    expected = data or made_from
+    expected = data or mirrored
     missing = missing_shards(path, identity, list(expected.values()), sidecars)
     made_for = identity.made_for(path)
     return CacheOnDisk(path, identity, made_for, sidecars, expected, missing, manifest, planned, recipe)
 
 
-def own_sidecars(path: Path) -> dict[str, Shard]:
-    """{shard: sidecar} of all whole sidecars in a folder; one that is damaged counts as none."""
+def valid_sidecars(path: Path) -> dict[str, Shard]:
+    """{shard: sidecar} of all valid sidecars in a folder; a damaged sidecar counts as missing."""
     names = [file.with_suffix(".tar").name for file in path.glob("*.json") if file.name not in (IDENTITY, MANIFEST)]
     return {
         name: sidecar
@@ -129,9 +137,9 @@ def own_sidecars(path: Path) -> dict[str, Shard]:
     }
 
 
-def read_record(file: BinaryIO, sidecar: Shard, place: int) -> bytes:
-    """The bytes of a shard's record number `place`, from 0. Raises ValueError where the tar is damaged there."""
-    key, bounds = sidecar["keys"][place], [*sidecar["offsets"][place : place + 2], sidecar["end"]]
+def read_record(file: BinaryIO, sidecar: Shard, index: int) -> bytes:
+    """Bytes of record number `index` of a shard, counted from 0. Raises ValueError if the tar is damaged there."""
+    key, bounds = sidecar["keys"][index], [*sidecar["offsets"][index : index + 2], sidecar["end"]]
     file.seek(bounds[0])
     content = file.read(bounds[1] - bounds[0])
     if len(content) < bounds[1] - bounds[0]:
@@ -155,8 +163,8 @@ def _manifest(path: Path, recipe: Path | None) -> dict[str, Any] | None:
         raise CacheError(f"{error}. Put it right: {cache_command(recipe or 'R', '--only-missing')}") from None
 
 
-def _data(recipe: Path | None) -> dict[str, Shard]:
-    """{shard: the data manifest's entry}; empty where recipe or data are not at hand."""
+def _data_shards(recipe: Path | None) -> dict[str, Shard]:
+    """{shard: its entry in the data manifest}; empty if the recipe or the data is not available."""
     try:
         manifest = read_manifest(load_recipe(recipe).recipe.data.train) if recipe else {"shards": []}
     except (DataError, RecipeError):

@@ -1,4 +1,4 @@
-"""`python -m pipeline cache-info --verify`: hash every shard again, and decode every record."""
+"""`python -m pipeline cache-info --verify`: hash every shard and decode every record."""
 
 from __future__ import annotations
 
@@ -21,73 +21,76 @@ from pipeline.cache.layout import cache_codec, missing_shards
 from pipeline.codec.packing import unpack_record
 from pipeline.codec.registry import CODECS, Codec
 from pipeline.errors import CacheError, SampleError
-from pipeline.results.cache.on_disk import CacheOnDisk, own_sidecars, read_record
+from pipeline.results.cache.on_disk import CacheOnDisk, read_record, valid_sidecars
 from pipeline.runtime.progress import StepProgress
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 
 NO_HEAD = Unembedding(torch.zeros(0, 0), 0)
-"""Decoding hidden states only hands the head on; checking them does not look at it."""
+"""Placeholder head. Decoding hidden states only passes the head on, and the checks do not use it."""
 
 ROUNDING = 1e-3
-"""How far probabilities may sum from 1."""
+"""Largest allowed distance of a sum of probabilities from 1."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written."""
+    """One problem that verification found."""
 
     file: str
     key: str
-    """Empty where the file as a whole is meant."""
+    """Key of the record; empty if the problem concerns the whole file."""
     what: str
 
 
 @dataclass(frozen=True)
-class Checked:
-    """One shard, read back."""
+class ShardCheck:
+    """The result of checking one shard."""
 
     name: str
     problems: tuple[Problem, ...]
-    remade: bool
-    """Whether --only-missing sees by itself that it has to be made again."""
+    found_by_only_missing: bool
+    """Whether --only-missing finds without help that the shard has to be made again."""
     records: int
-    """Decoded without error."""
+    """Number of records decoded without error."""
     tokens: int
-    """In these records."""
+    """Number of response tokens in these records."""
     seconds: float
-    """Of one core, spent unpacking and decoding them."""
+    """CPU seconds spent on unpacking and decoding."""
 
 
 def run(cache: CacheOnDisk) -> None:
-    """Verify a cache and print what was found.
+    """Verify a cache and print the problems.
 
-    Raises CacheError, with the command that makes it right, where anything is wrong.
+    Raises CacheError if there is any; its message has the command that repairs the cache.
     """
     workers = max(1, min(os.cpu_count() or 1, len(cache.sidecars)))
-    begun = time.monotonic()
+    started = time.monotonic()
     checked = check_shards(cache, workers)
-    took = time.monotonic() - begun
-    problems = [*beside_shards(cache), *(problem for shard in checked for problem in shard.problems)]
+    elapsed = time.monotonic() - started
+    problems = [*check_other_files(cache), *(problem for shard in checked for problem in shard.problems)]
     console = Console(highlight=False)
-    for line in _lines(problems):
+    for line in _problem_lines(problems):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(_rates(cache, checked, took, workers), markup=False, soft_wrap=True)
+    console.print(_summary_line(cache, checked, elapsed, workers), markup=False, soft_wrap=True)
     if problems:
-        raise CacheError(f"{cache.path}: {len(problems)} problem(s). Put it right: {repair(cache, checked)}")
+        raise CacheError(f"{cache.path}: {len(problems)} problem(s). Put it right: {repair_command(cache, checked)}")
 
 
-def check_shards(cache: CacheOnDisk, workers: int) -> list[Checked]:
-    """Every shard that was made, in order, each in one process. Raises CacheError where the codec lacks its order."""
+def check_shards(cache: CacheOnDisk, workers: int) -> list[ShardCheck]:
+    """Check every shard that was made, in `workers` processes; results in shard order.
+
+    Raises CacheError if the codec's vocabulary order is missing.
+    """
     if not cache.sidecars:
         return []
     codec = cache_codec(cache.path, cache.identity, cache.recipe or "R")
     total = sum(len(sidecar["keys"]) for sidecar in cache.sidecars.values())
-    checked: dict[str, Checked] = {}
+    checked: dict[str, ShardCheck] = {}
     wrong = 0
-    # Forked before the progress bar has its thread; fresh interpreters would take seconds each to import torch.
+    # Fork before the progress bar starts its thread. Fresh interpreters would each take seconds to import torch.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), torch.set_num_threads, (1,)) as pool:
-        jobs: list[Future[Checked]] = [
-            pool.submit(check_shard, cache.only(name), codec, name) for name in cache.sidecars
+        jobs: list[Future[ShardCheck]] = [
+            pool.submit(check_shard, cache.with_one_shard(name), codec, name) for name in cache.sidecars
         ]
         progress = StepProgress("verify", total)
         try:
@@ -101,55 +104,58 @@ def check_shards(cache: CacheOnDisk, workers: int) -> list[Checked]:
     return [checked[name] for name in cache.sidecars]
 
 
-def check_shard(cache: CacheOnDisk, codec: Codec, name: str) -> Checked:
-    """Hash a shard and decode its records, one in memory at a time."""
+def check_shard(cache: CacheOnDisk, codec: Codec, name: str) -> ShardCheck:
+    """Hash a shard and decode its records; one record is in memory at a time."""
     sidecar = cache.sidecars[name]
     wrong = missing_shards(cache.path, cache.identity, [cache.expected[name]], cache.sidecars, verify=True)
     problems = [Problem(name, "", why) for why in wrong.values()]
-    foreign = sidecar["made_for"] != cache.made_for  # its records would be read with a wrong codec
+    foreign = sidecar["made_for"] != cache.made_for  # its records belong to another codec, and would be misread
     if foreign or not (cache.path / name).is_file():
-        return Checked(name, tuple(problems), True, 0, 0, 0.0)
+        return ShardCheck(name, tuple(problems), True, 0, 0, 0.0)
     tokens, skipped, seconds = 0, set(), 0.0
     with open(cache.path / name, "rb") as file:
-        for place, key in enumerate(sidecar["keys"]):
+        for index, key in enumerate(sidecar["keys"]):
             try:
-                record, begun = read_record(file, sidecar, place), time.process_time()
+                record, started = read_record(file, sidecar, index), time.process_time()
                 tokens += decode(record, codec, cache)
-                seconds += time.process_time() - begun
+                seconds += time.process_time() - started
             except SampleError:
                 skipped.add(key)
             except ValueError as error:
                 problems.append(Problem(name, key, str(error)))
     if not problems and (tokens, skipped) != (sidecar["tokens"], sidecar["skipped"].keys()):
-        said, found = (
+        stated, found = (
             f"{t} tokens and {len(s)} skipped samples"
             for t, s in ((sidecar["tokens"], sidecar["skipped"]), (tokens, skipped))
         )
-        problems.append(Problem(name, "", f"its sidecar says {said}, its records {found}"))
+        problems.append(Problem(name, "", f"its sidecar says {stated}, its records {found}"))
     bad = sum(bool(problem.key) for problem in problems)
-    return Checked(name, tuple(problems), bool(wrong), len(sidecar["keys"]) - len(skipped) - bad, tokens, seconds)
+    return ShardCheck(name, tuple(problems), bool(wrong), len(sidecar["keys"]) - len(skipped) - bad, tokens, seconds)
 
 
 def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
-    """Decode one record; returns its tokens. Raises SampleError where it was skipped, ValueError where it is wrong."""
+    """Decode one record and return its number of response tokens.
+
+    Raises SampleError if the sample was skipped, ValueError if the record is wrong.
+    """
     tokens, streams = unpack_record(record, cache.made_for)
     layers = len(cache.identity.layers)
     try:
         signal = codec.decode(codec.unpack(streams, len(tokens), layers), NO_HEAD)
     except (KeyError, IndexError) as error:
         raise ValueError(f"it does not decode: {error!r}") from None
-    _check_numbers(signal, cache.identity.vocab)
+    _check_values(signal, cache.identity.vocab)
     return len(tokens)
 
 
-def repair(cache: CacheOnDisk, checked: Sequence[Checked]) -> str:
-    """The command that makes all of it right: a sidecar that vouches for bad records has to go first."""
-    lying = [shard.name for shard in checked if shard.problems and not shard.remade]
-    files = " ".join(shlex.quote(str((cache.path / name).with_suffix(".json"))) for name in lying)
-    return f"rm {files} && {cache.command()}" if lying else cache.command()
+def repair_command(cache: CacheOnDisk, checked: Sequence[ShardCheck]) -> str:
+    """The command that repairs the cache. It first removes each sidecar that declares bad records valid."""
+    misleading = [shard.name for shard in checked if shard.problems and not shard.found_by_only_missing]
+    files = " ".join(shlex.quote(str((cache.path / name).with_suffix(".json"))) for name in misleading)
+    return f"rm {files} && {cache.command()}" if misleading else cache.command()
 
 
-def _check_numbers(signal: Signal, vocab: int) -> None:
+def _check_values(signal: Signal, vocab: int) -> None:
     if isinstance(signal, HiddenSignal):
         if not signal.hidden.isfinite().all():
             raise ValueError("it has hidden states that are not finite")
@@ -161,15 +167,15 @@ def _check_numbers(signal: Signal, vocab: int) -> None:
         raise ValueError("its probabilities do not sum to 1")
 
 
-def beside_shards(cache: CacheOnDisk) -> list[Problem]:
-    """What is wrong with sidecars, the manifest and the head."""
+def check_other_files(cache: CacheOnDisk) -> list[Problem]:
+    """Problems of the sidecars, the manifest and the head."""
     listed = {shard["name"]: shard for shard in cache.manifest["shards"]} if cache.manifest else {}
-    own, problems = own_sidecars(cache.path), []
+    valid, problems = valid_sidecars(cache.path), []
     for name, entry in listed.items():
-        if name not in own:
+        if name not in valid:
             file = str(Path(name).with_suffix(".json"))
             problems.append(Problem(file, "", "the sidecar is gone or damaged; the manifest still has it"))
-        elif own[name] != entry:
+        elif valid[name] != entry:
             problems.append(Problem(MANIFEST, "", f"it does not say of {name} what its sidecar says"))
     if cache.sidecars and CODECS[cache.identity.codec["name"]].needs_head:
         problems += _head_problems(cache)
@@ -186,15 +192,15 @@ def _head_problems(cache: CacheOnDisk) -> Iterator[Problem]:
         yield Problem(HEAD, "", str(error))
 
 
-def _lines(problems: Sequence[Problem]) -> Iterator[str]:
-    """A line for each problem; neighbours that have the same one share it."""
+def _problem_lines(problems: Sequence[Problem]) -> Iterator[str]:
+    """One line per problem; neighbouring records of a file with the same problem share a line."""
     for (file, what), group in groupby(problems, key=lambda problem: (problem.file, problem.what)):
         keys = [problem.key for problem in group]
         records = keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]} ({len(keys):,})"
         yield ": ".join(filter(None, (file, records, what)))
 
 
-def _rates(cache: CacheOnDisk, checked: Sequence[Checked], took: float, workers: int) -> str:
+def _summary_line(cache: CacheOnDisk, checked: Sequence[ShardCheck], elapsed: float, workers: int) -> str:
     records = sum(shard.records for shard in checked)
     token_layers = sum(shard.tokens for shard in checked) * len(cache.identity.layers)
     decoding = max(1e-9, sum(shard.seconds for shard in checked))  # the clock may be too coarse for a tiny cache
@@ -202,6 +208,6 @@ def _rates(cache: CacheOnDisk, checked: Sequence[Checked], took: float, workers:
     if not token_layers:
         return line
     return (
-        f"{line} in {took:.1f} s: {token_layers / took:,.0f} token-layers/s with reading and hashing, on {workers} "
-        f"processes; decoding alone {token_layers / decoding:,.0f} token-layers/s a core"
+        f"{line} in {elapsed:.1f} s: {token_layers / elapsed:,.0f} token-layers/s with reading and hashing, "
+        f"on {workers} processes; decoding alone {token_layers / decoding:,.0f} token-layers/s a core"
     )

@@ -1,4 +1,4 @@
-"""When an answer counts as right, and what can be answered without looking at the picture. No torch here."""
+"""Exact match of answers after normalisation, and the question-only baseline. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pipeline.errors import SampleError
 NORMALISATION = (
     "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end"
 )
-"""What `normalise` does, in the words of the manual and of the table."""
+"""What `normalise` does, as the help text and the table state it."""
 
 
 def normalise(text: str) -> str:
-    """An answer as it is compared; see NORMALISATION. Articles stay."""
+    """Normalise an answer for comparison; see NORMALISATION. Articles are kept."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".,;:!? ")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The last question of a chat, with everything said before it, and the answer that the data gives."""
+    """The last question of a chat, the turns before it, and the reference answer."""
 
     messages: Sequence[Mapping[str, Any]]
-    """The chat up to where the last assistant turn begins."""
+    """All turns before the last assistant turn."""
     images: Sequence[bytes]
-    """The images of those messages, in order."""
+    """Images of these turns, in order."""
     question: str
-    """The text of the last user turn."""
+    """Text of the last user turn."""
     answer: str
-    """The text of the last assistant turn."""
-    kind: str | None = None
-    """question_type, where the data has one."""
+    """Text of the last assistant turn."""
+    question_type: str | None = None
+    """`question_type` of the record; None if it has none."""
 
 
 def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchange:
@@ -45,19 +45,19 @@ def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchang
         raise SampleError("no assistant turn")
     before = messages[: turns[-1]]
     shown = sum(part["type"] == "image" for message in before for part in message["content"])
-    question, answer = list(_pairs(record))[-1]
+    question, answer = list(_questions_and_answers(record))[-1]
     return Exchange(before, images[:shown], question, answer, record.get("question_type"))
 
 
 class QuestionOnly:
-    """The question-only majority baseline: the commonest answer to the same question in other data, images unseen."""
+    """Majority baseline: the most common answer to the same question in other data, without the image."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]):
-        """Learn from every question and answer of the given records. Raises ValueError if there are none."""
+        """Count every question and answer of the records. Raises ValueError if there are none."""
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
         for record in records:
-            for question, answer in _pairs(record):
+            for question, answer in _questions_and_answers(record):
                 answers[normalise(question)][normalise(answer)] += 1
                 overall[normalise(answer)] += 1
         if not overall:
@@ -66,31 +66,33 @@ class QuestionOnly:
         self._overall = overall.most_common(1)[0][0]
 
     def __call__(self, question: str) -> str:
-        """The (normalised) answer; for a question never seen, the commonest answer of all."""
+        """The normalised answer; for a question that was not counted, the most common answer overall."""
         return self._best.get(normalise(question), self._overall)
 
 
 class Tally:
-    """Right answers out of all, in total and for each question type."""
+    """Counts of correct answers, in total and by question type."""
 
     def __init__(self) -> None:
         self._right: Counter[str | None] = Counter()
         self._asked: Counter[str | None] = Counter()
 
     def add(self, exchange: Exchange, answer: str) -> None:
-        """Count one answer; right if equal to the data's after normalisation."""
-        self._asked[exchange.kind] += 1
-        self._right[exchange.kind] += normalise(answer) == normalise(exchange.answer)
+        """Count one answer; it is correct if it equals the reference answer after normalisation."""
+        self._asked[exchange.question_type] += 1
+        self._right[exchange.question_type] += normalise(answer) == normalise(exchange.answer)
 
     @property
     def samples(self) -> int:
-        """Answers counted."""
+        """Number of answers counted."""
         return self._asked.total()
 
     def summary(self) -> dict[str, Any]:
-        """{"exact_match": share, "samples": N}, and "by_type": the same for each type, where the data has types."""
-        kinds = sorted(kind for kind in self._asked if kind is not None)
-        by_type = {kind: _share(self._right[kind], self._asked[kind]) for kind in kinds}
+        """{"exact_match": share, "samples": count}; with question types also "by_type": the same for each type."""
+        types = sorted(question_type for question_type in self._asked if question_type is not None)
+        by_type = {
+            question_type: _share(self._right[question_type], self._asked[question_type]) for question_type in types
+        }
         return {**_share(self._right.total(), self.samples), **({"by_type": by_type} if by_type else {})}
 
 
@@ -98,12 +100,12 @@ def _share(right: int, asked: int) -> dict[str, Any]:
     return {"exact_match": right / asked if asked else 0.0, "samples": asked}
 
 
-def _pairs(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(question, answer) of each assistant turn; the question is the nearest user turn before it."""
+def _questions_and_answers(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(question, answer) of each assistant turn; the question is the text of the nearest user turn before it."""
     question = ""
     for message in record["messages"]:
-        words = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+        text = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
         if message["role"] == "user":
-            question = words
+            question = text
         elif message["role"] == "assistant":
-            yield question, words
+            yield question, text

@@ -1,4 +1,4 @@
-"""Exact match and perplexity on data that was never trained on, for one model or several side by side."""
+"""Exact match and perplexity on held-out data, for one model or several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.loss.linear_ce import token_log_probs
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import Exchange, QuestionOnly, Tally, last_exchange
-from pipeline.results.generate import Vlm, greedy, load, pad_left, require_model, words
+from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left, require_model
 from pipeline.runtime.batches import BadSamples, Rejected
 from pipeline.runtime.folder import write_json
 from pipeline.runtime.progress import StepProgress, say
@@ -29,13 +29,13 @@ from pipeline.vlm.processing import Encoded, collate
 from pipeline.vlm.verbalizer import LanguageHead
 
 QUESTION_ONLY = "question_only"
-LEARN_FROM = 50_000
-"""The baseline reads at most this many training samples, evenly spaced: a majority needs no more."""
+BASELINE_SAMPLES = 50_000
+"""Maximum number of training samples, evenly spaced, that the baseline reads. A majority needs no more."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call evaluates, and on what."""
+    """Models, data and settings of one evaluation."""
 
     models: Mapping[str, Path]
     data: ShardFolder
@@ -43,13 +43,13 @@ class Plan:
     batch_size: int
     max_new_tokens: int
     limits: Data
-    """The recipe's data section, for its limits on samples; its defaults where there is no run."""
+    """The recipe's data section, for its limits on samples; without a run, the defaults."""
     baseline: ShardFolder | None = None
-    """What the question-only baseline learns from."""
+    """Data that the question-only baseline counts."""
     output: Path | None = None
 
     def indices(self) -> range:
-        """The samples that are read."""
+        """Indices of the samples that are read."""
         return range(len(self.data) if self.limit is None else min(self.limit, len(self.data)))
 
 
@@ -62,15 +62,15 @@ def make_plan(
     max_bad_share: float | None = None,
     **sizes: Any,
 ) -> Plan:
-    """From a command line to a plan. Raises RecipeError or DataError, before any model is loaded."""
-    named = dict(_name_and_folder(text) for text in models)
+    """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
+    named = dict(_split_model_argument(text) for text in models)
     if len(named) < len(models):
         raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
     limits: Data | None = None
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
         limits = recipe.data
-        named = _models_of(run, recipe.teacher.path, recipe.student.path) | named
+        named = _run_models(run, recipe.teacher.path, recipe.student.path) | named
         data = data or recipe.data.held_out
         baseline, output = baseline or recipe.data.train, output or run / "evaluation.json"
     if not named:
@@ -84,15 +84,15 @@ def make_plan(
     sibling = data.parent / "train"
     if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
         baseline = sibling
-    learn = None if baseline is None else _with_samples(baseline)
+    baseline_data = None if baseline is None else _open_non_empty(baseline)
     limits = limits or Data(train=data)
     if max_bad_share is not None:
         limits = limits.model_copy(update={"max_bad_share": max_bad_share})
-    return Plan(named, _with_samples(data), limits=limits, baseline=learn, output=output, **sizes)
+    return Plan(named, _open_non_empty(data), limits=limits, baseline=baseline_data, output=output, **sizes)
 
 
 def run_recipe(run: Path) -> Path:
-    """The resolved recipe in a run's folder. Raises RecipeError if the folder is no run."""
+    """Path of the resolved recipe in a run's folder. Raises RecipeError if the folder is not a run."""
     path = run / "recipe.yaml"
     if not path.is_file():
         raise RecipeError(f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it")
@@ -100,9 +100,9 @@ def run_recipe(run: Path) -> Path:
 
 
 def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Results by model name, the question-only baseline last; written to plan.output after each, if there is one.
+    """{model name: results}, the question-only baseline last; if plan.output is set, written there after each model.
 
-    Raises DataError where more samples than max_bad_share cannot be used.
+    Raises DataError if the share of unusable samples exceeds max_bad_share.
     """
     results: dict[str, dict[str, Any]] = {}
     for name, folder in plan.models.items():
@@ -118,19 +118,21 @@ def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
-    """One model's exact match, in total and by question type, and its perplexity; read = samples + rejected."""
+    """One model's exact match, in total and by question type, and its perplexity. read = samples + rejected."""
     tally, nats, tokens = Tally(), 0.0, 0
     rejected: list[Rejected] = []
-    counted = BadSamples(plan.limits.max_bad_share, listed_in="--max-bad-share in python -m pipeline evaluate --help")
+    bad_samples = BadSamples(
+        plan.limits.max_bad_share, listed_in="--max-bad-share in python -m pipeline evaluate --help"
+    )
     progress = StepProgress(name, len(plan.indices()))
     try:
-        for rows in _chunks(plan.indices(), plan.batch_size):
-            asked, bad = _encode(vlm, plan.data, rows)
+        for rows in _batches(plan.indices(), plan.batch_size):
+            encoded, bad = _encode(vlm, plan.data, rows)
             rejected += bad
-            counted.count(len(rows), bad)
-            for one, answer in zip(asked, _answers(vlm, asked, plan.max_new_tokens), strict=True):
-                tally.add(one.exchange, answer)
-            loss, count = response_loss(vlm, [one.chat for one in asked])
+            bad_samples.count(len(rows), bad)
+            for sample, answer in zip(encoded, _greedy_answers(vlm, encoded, plan.max_new_tokens), strict=True):
+                tally.add(sample.exchange, answer)
+            loss, count = response_loss(vlm, [sample.chat for sample in encoded])
             nats, tokens = nats + loss, tokens + count
             progress.advance(f"exact match {tally.summary()['exact_match']:.1%}", by=len(rows))
     finally:
@@ -140,13 +142,13 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
         "perplexity": math.exp(min(nats / tokens, 700.0)) if tokens else None,
         "response_tokens": tokens,
         "read": len(plan.indices()),
-        "rejected": [asdict(one) for one in rejected],
+        "rejected": [asdict(sample) for sample in rejected],
     }
 
 
 @torch.inference_mode()
 def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
-    """Cross-entropy in nat, summed over all response tokens of the chats, and the number of those tokens."""
+    """(cross-entropy in nat summed over all response tokens of the chats, number of these tokens)."""
     if not chats:
         return 0.0, 0
     batch = collate(chats, vlm.encoder.filler(), vlm.pad_id).to(vlm.device, vlm.dtype)
@@ -158,20 +160,20 @@ def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
 
 
 def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
-    """The baseline's exact match on the samples that the models read."""
-    spacing = math.ceil(len(learn_from) / LEARN_FROM)
+    """Exact match of the baseline on the same samples."""
+    spacing = math.ceil(len(learn_from) / BASELINE_SAMPLES)
     guess = QuestionOnly(learn_from.read(index).record for index in range(0, len(learn_from), max(1, spacing)))
     tally = Tally()
     for index in plan.indices():
         raw = plan.data.read(index)
-        with suppress(SampleError):  # the models have named it
+        with suppress(SampleError):  # the models' results list this sample
             exchange = last_exchange(raw.record, raw.images)
             tally.add(exchange, guess(exchange.question))
     return {**tally.summary(), "learnt_from": str(learn_from.path), "data": str(plan.data.path)}
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _EncodedSample:
     exchange: Exchange
     prompt: Mapping[str, Any]
     chat: Encoded
@@ -182,9 +184,9 @@ def _write(plan: Plan, results: Mapping[str, Any]) -> None:
         write_json(plan.output, results)
 
 
-def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Asked], list[Rejected]]:
-    """What this model can read of some samples, and why it cannot read the others."""
-    asked, rejected = [], []
+def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_EncodedSample], list[Rejected]]:
+    """(encoded samples, samples that this model cannot use with the reason)."""
+    encoded, rejected = [], []
     for index in rows:
         raw = data.read(index)
         try:
@@ -193,20 +195,20 @@ def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Ask
             length, longest = prompt["input_ids"].shape[1], vlm.encoder.max_length
             if length >= longest:
                 raise SampleError(f"the question takes {length} tokens, and max_length is {longest}")
-            asked.append(_Asked(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
+            encoded.append(_EncodedSample(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
         except SampleError as error:
             rejected.append(Rejected.of(data, index, error))
-    return asked, rejected
+    return encoded, rejected
 
 
-def _answers(vlm: Vlm, asked: Sequence[_Asked], max_new_tokens: int) -> list[str]:
-    if not asked:
+def _greedy_answers(vlm: Vlm, encoded: Sequence[_EncodedSample], max_new_tokens: int) -> list[str]:
+    if not encoded:
         return []
-    inputs = pad_left([one.prompt for one in asked], vlm.encoder.filler(), vlm.pad_id)
-    return [words(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
+    inputs = pad_left([sample.prompt for sample in encoded], vlm.encoder.filler(), vlm.pad_id)
+    return [decode_text(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
 
 
-def _with_samples(folder: Path) -> ShardFolder:
+def _open_non_empty(folder: Path) -> ShardFolder:
     shards = ShardFolder(folder)
     if not len(shards):
         raise DataError(
@@ -215,20 +217,20 @@ def _with_samples(folder: Path) -> ShardFolder:
     return shards
 
 
-def _chunks(indices: range, size: int) -> Iterator[range]:
+def _batches(indices: range, size: int) -> Iterator[range]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 
 
-def _name_and_folder(text: str) -> tuple[str, Path]:
-    """'NAME=DIR' or 'DIR'; a '/' before the '=' belongs to a folder's name."""
+def _split_model_argument(text: str) -> tuple[str, Path]:
+    """Split 'NAME=DIR' or 'DIR'; a '/' before the '=' means that the '=' belongs to the folder name."""
     name, equals, folder = text.partition("=")
     if equals and name and folder and "/" not in name:
         return name, Path(folder)
     return Path(text).resolve().name, Path(text)
 
 
-def _models_of(run: Path, teacher: Path, student: Path) -> dict[str, Path]:
+def _run_models(run: Path, teacher: Path, student: Path) -> dict[str, Path]:
     named = {"teacher": teacher, "untouched": student}
     if (run / "student").is_dir():
         return named | {"distilled": run / "student"}

@@ -1,4 +1,4 @@
-"""The tables of `python -m pipeline evaluate`, and what their numbers mean."""
+"""The tables of `python -m pipeline evaluate`, with notes on what the numbers mean."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pipeline.results.evaluate.answers import NORMALISATION
 from pipeline.results.evaluate.evaluation import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
-"""What `evaluate` returns."""
+"""Return value of `evaluate`: {model name: results}."""
 
 
 def show(results: Results, plan: Plan) -> None:
-    """Print the results as tables, with what the numbers mean and what was left out."""
+    """Print the results as tables, then notes on the numbers and on rejected samples."""
     console = Console(highlight=False)
     console.print(_totals(results, plan))
     types = sorted({kind for result in results.values() for kind in result.get("by_type", {})})
     if types:
         console.print(_by_type(results, types))
-    for line in _remarks(results, plan):
+    for line in _notes(results, plan):
         console.print(line, markup=False)
 
 
@@ -56,7 +56,7 @@ def _by_type(results: Results, types: Sequence[str]) -> Table:
     return table
 
 
-def _remarks(results: Results, plan: Plan) -> Iterator[str]:
+def _notes(results: Results, plan: Plan) -> Iterator[str]:
     samples = max(1, max(result["samples"] for result in results.values()))
     yield f"exact match: greedy answer to the last question of a chat, compared after: {NORMALISATION}."
     yield f"  By chance alone a row may be off by up to {98 / math.sqrt(samples):.1f} points (95 %)."

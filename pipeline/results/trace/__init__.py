@@ -1,1 +1,1 @@
-"""What each target layer of a model says about a question."""
+"""Predictions of each target layer of a model for one question."""

@@ -1,6 +1,6 @@
-"""What each target layer says, through its verbalizer, about one question (paper, Figure 3).
+"""Predictions of each target layer, through its verbalizer, for one question (paper, Figure 3).
 
-L target layers and the last one, T tokens of an answer, d width.
+L target layers and the last layer, T tokens of an answer, d width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pipeline.results.generate import Vlm, greedy, move, words
+from pipeline.results.generate import Vlm, decode_text, greedy, move
 from pipeline.signal import Unembedding
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import decoder_layers, final_norm
@@ -23,55 +23,55 @@ from pipeline.vlm.verbalizer import VerbalizedVLM
 
 @dataclass(frozen=True)
 class TokenPrediction:
-    """The likeliest next token of a verbalized distribution."""
+    """The most likely next token of a verbalized distribution."""
 
     token: int
     text: str
     probability: float
     ends: bool
-    """Whether it ends the turn."""
+    """Whether the token ends the turn."""
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer says."""
+    """Predictions of one layer."""
 
     layer: int
-    """Counted from 1; the deepest is the model's last, which speaks through the model's own head."""
+    """Layer number, from 1. The deepest is the model's last layer, which uses the model's own head, no verbalizer."""
     along: tuple[TokenPrediction, ...]
-    """[T] its next token at each position of the model's own final answer, that answer given."""
+    """[T] predictions at each position of the model's final answer, with that answer as input."""
     free: tuple[TokenPrediction, ...]
-    """Its own greedy answer, its own tokens given, up to its end of turn."""
+    """The layer's own greedy answer: its own tokens are fed back, until its end of turn."""
     text: str
-    """That answer's words."""
+    """Text of the layer's own answer."""
 
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """All target layers of one model, the last layer last."""
+    """Traces of all target layers of one model; the last layer is last."""
 
     name: str
     layers: tuple[LayerTrace, ...]
 
     @property
     def answer(self) -> tuple[TokenPrediction, ...]:
-        """The model's own final answer, end-of-turn token included."""
+        """The model's final answer, including its end-of-turn token."""
         return self.layers[-1].free
 
 
 def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], max_new_tokens: int) -> ModelTrace:
-    """Let every layer answer a prompt by itself, then read all layers along the last one's answer.
+    """Generate every layer's own answer to a prompt, then predict with all layers along the last layer's answer.
 
-    One generation for each layer, over the model's own key-value cache; one more forward to read along.
+    Costs one generation per layer, with the model's key-value cache, and one more forward for the predictions along.
     """
     free = {layer: generate_from_layer(vlm, side, prompt, layer, max_new_tokens) for layer in side.all_layers()}
-    answer = [said.token for said in free[side.depth]]
+    answer = [prediction.token for prediction in free[side.depth]]
     along = predict_along(vlm, side, prompt, answer)
     return ModelTrace(
         name,
         tuple(
-            LayerTrace(layer, said, free[layer], words(vlm, [one.token for one in free[layer]]))
-            for layer, said in zip(side.all_layers(), along, strict=True)
+            LayerTrace(layer, predictions, free[layer], decode_text(vlm, [one.token for one in free[layer]]))
+            for layer, predictions in zip(side.all_layers(), along, strict=True)
         ),
     )
 
@@ -80,12 +80,12 @@ def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor]
 def predict_along(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], answer: Sequence[int]
 ) -> list[tuple[TokenPrediction, ...]]:
-    """Each layer's likeliest token where each of the answer's T tokens is predicted, the answer itself given."""
-    inputs = move(_continued(prompt, answer), vlm.device, vlm.dtype)
+    """Each layer's most likely token at the T positions that predict the answer, with the answer itself as input."""
+    inputs = move(_append_answer(prompt, answer), vlm.device, vlm.dtype)
     begin = prompt["input_ids"].shape[1] - 1
     positions = torch.arange(begin, begin + len(answer), device=vlm.device)
     hidden = run_backbone(vlm.model, inputs, side.all_layers(), positions)
-    tokens, probabilities = side.head(_likeliest, side.verbalize_states(hidden))
+    tokens, probabilities = side.head(_top1, side.verbalize_states(hidden))
     return [
         tuple(_prediction(vlm, token, p) for token, p in zip(*row, strict=True))
         for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
@@ -95,24 +95,27 @@ def predict_along(
 def generate_from_layer(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], layer: int, max_new_tokens: int
 ) -> tuple[TokenPrediction, ...]:
-    """One layer's greedy answer: in generation, its verbalized logits stand in for the model's own."""
-    voice = _LayerGeneration(side, layer, vlm.placeholder_ids())
+    """One layer's greedy answer: its verbalized logits replace the model's own in generation."""
+    processor = _LayerGeneration(side, layer, vlm.placeholder_ids())
     try:
-        (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([voice]))
+        (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([processor]))
     finally:
-        voice.close()
-    return tuple(_prediction(vlm, token, p) for token, p in zip(ids, voice.probabilities, strict=True))
+        processor.close()
+    return tuple(_prediction(vlm, token, p) for token, p in zip(ids, processor.probabilities, strict=True))
 
 
 class _LayerGeneration(LogitsProcessor):
-    """Hears a decoder layer while the model generates, and speaks in its place."""
+    """Logits processor that replaces the model's logits by those of one decoder layer's verbalizer.
 
-    def __init__(self, side: VerbalizedVLM, layer: int, unsayable: list[int]):
-        self.side, self.layer, self.unsayable = side, layer, unsayable
+    A forward hook stores the layer's hidden state at the last position.
+    """
+
+    def __init__(self, side: VerbalizedVLM, layer: int, banned_ids: list[int]):
+        self.side, self.layer, self.banned_ids = side, layer, banned_ids
         self.probabilities: list[float] = []
-        self._hook = decoder_layers(side.backbone)[layer - 1].register_forward_hook(self._hear)
+        self._hook = decoder_layers(side.backbone)[layer - 1].register_forward_hook(self._store_hidden)
 
-    def _hear(self, _module: Any, _inputs: Any, output: Any) -> None:
+    def _store_hidden(self, _module: Any, _inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self._hidden = hidden[:, -1]
 
@@ -121,10 +124,11 @@ class _LayerGeneration(LogitsProcessor):
         verbalized = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
         logits = side.head(_logits, final_norm(side.backbone)(verbalized))
         probabilities = logits.softmax(-1)
-        logits[:, self.unsayable] = float("-inf")
+        logits[:, self.banned_ids] = float("-inf")
         self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
-        beyond = scores.shape[-1] - logits.shape[-1]  # rows that only pad the vocabulary are never said
-        return torch.nn.functional.pad(logits, (0, beyond), value=float("-inf"))
+        # Rows of the head that only pad the vocabulary are never generated.
+        padding_rows = scores.shape[-1] - logits.shape[-1]
+        return torch.nn.functional.pad(logits, (0, padding_rows), value=float("-inf"))
 
     def close(self) -> None:
         self._hook.remove()
@@ -134,14 +138,14 @@ def _logits(verbalized: Tensor, unembedding: Unembedding) -> Tensor:
     return unembedding.logits(verbalized)
 
 
-def _likeliest(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
-    """[L + 1, T, d] -> tokens and probabilities, each [L + 1, T]; logits of one layer at a time."""
+def _top1(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
+    """[L + 1, T, d] -> ids and probabilities, each [L + 1, T]; logits exist for one layer at a time."""
     best = [unembedding.logits(layer).softmax(-1).max(-1) for layer in verbalized]
     return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
 
 
-def _continued(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
-    """The prompt with an answer's tokens after it."""
+def _append_answer(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
+    """The prompt's inputs with the answer's ids appended."""
     ids = torch.tensor([list(answer)])
     more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {

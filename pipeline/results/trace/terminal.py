@@ -1,4 +1,4 @@
-"""`python -m pipeline trace`: one question put to every model of a run, and how the answers are shown."""
+"""`python -m pipeline trace`: trace one question through the models of a run, and print the tables."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from pipeline.vlm.assemble import chat_encoder, load_verb_ffns, load_verbalized,
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LABEL_WIDTH = 8
-"""Columns of the terminal that a table's layer numbers take."""
+"""Width of the layer column, in terminal columns."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A chat up to where the assistant speaks."""
+    """A chat up to the assistant turn to be generated."""
 
     messages: Sequence[Mapping[str, Any]]
     images: Sequence[bytes]
     expected: str | None = None
-    """The data's answer, where the question comes from data."""
+    """The reference answer; None if the question does not come from data."""
 
     @property
     def text(self) -> str:
-        """The words of the last turn; the pictures as [image]."""
+        """Text of the last turn, with [image] for each image."""
         parts = self.messages[-1]["content"]
         return " ".join("[image]" if part["type"] == "image" else part["text"] for part in parts)
 
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A model of a run, and the verbalizers that it speaks through."""
+    """A model of a run, and the verbalizers used to trace it."""
 
     name: str
     backbone: Path
@@ -60,7 +60,7 @@ class TracedModel:
 def run(
     folder: Path, image: Path | None, text: str | None, sample: str | None, data: Path | None, max_new_tokens: int
 ) -> None:
-    """Trace one question (an image with a text, or a sample of shards) through a run's models, and print it."""
+    """Trace one question (an image and a text, or a sample of a shard folder) through a run's models, and print it."""
     recipe = load_recipe(run_recipe(folder)).recipe
     if sample is not None and image is None and text is None:
         question = question_from_data(data or recipe.data.held_out, sample)
@@ -73,7 +73,7 @@ def run(
 
 
 def question_from_file(image: Path, text: str) -> Question:
-    """A question about a picture on disk. Raises RecipeError if there is no such file."""
+    """A question about an image file. Raises RecipeError if there is no such file."""
     if not image.is_file():
         raise RecipeError(f"--image {image}: no such file")
     content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -94,10 +94,10 @@ def question_from_data(data: Path | None, key: str) -> Question:
 
 
 def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[str]]:
-    """Teacher, untouched and distilled student as far as the run has them, and why each of the others is left out.
+    """The available ones of teacher, untouched and distilled student, and the reason why each other is left out.
 
-    The distilled student speaks through the untouched one's verbalizers, which are not trained again (paper, 4.4).
-    Raises RecipeError if there is none at all.
+    The distilled student uses the untouched student's verbalizers, which are not trained again (paper, 4.4).
+    Raises RecipeError if none is available.
     """
     verb = run / "verbalize"
     wanted = [
@@ -108,21 +108,21 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
     found, missing = [], []
     for stage, traced_model in wanted:
         if not traced_model.verb_ffns.is_file():
-            stage, lacking = 1, traced_model.verb_ffns
+            stage, missing_file = 1, traced_model.verb_ffns
         elif not (traced_model.backbone / "config.json").is_file():
-            lacking = traced_model.backbone / "config.json"
+            missing_file = traced_model.backbone / "config.json"
         else:
             found.append(traced_model)
             continue
         make = train_command(stage, run / "recipe.yaml")
-        missing.append(f"{traced_model.name} is left out: no {lacking}; {make}")
+        missing.append(f"{traced_model.name} is left out: no {missing_file}; {make}")
     if not found:
         raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))
     return found, missing
 
 
 def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int) -> Iterator[ModelTrace]:
-    """Trace one model after the other, so that only one is in memory."""
+    """Trace the models one after the other, so that only one is in memory."""
     for traced_model in traced_models(run, recipe)[0]:
         vlm, side = load_traced_model(traced_model, run, recipe)
         prompt = vlm.encoder.prompt(question.messages, question.images)
@@ -132,31 +132,31 @@ def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int
 
 
 def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
-    """A model with its trained verbalizers. Raises RecipeError where they do not fit one another."""
+    """Load a model with its trained verbalizers. Raises RecipeError if they do not fit each other."""
     require_model(traced_model.backbone)
+    encoder = chat_encoder(traced_model.backbone, recipe.data)
+    encoder.check()
     device, dtype = placement(traced_model.backbone)
     summary = done(run / "verbalize") or {}
     vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
     side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
     load_verb_ffns(side, traced_model.verb_ffns)
     side.to(device).eval()
-    encoder = chat_encoder(traced_model.backbone, recipe.data)
-    encoder.check()
     return Vlm(side.backbone, encoder, device, dtype), side
 
 
 def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str]) -> None:
-    """Print what was asked, every layer's own answer, every layer along the final answer, and what is missing."""
+    """Print the question, every layer's own answer, its predictions along the final answer, and what is missing."""
     console = Console(highlight=False)
     console.print(Text(f"\nquestion  {printable(question.text)}", style="bold"))
     if question.expected is not None:
         console.print(Text(f"expected  {printable(question.expected)}"))
     console.print("\nFreely: each layer's own greedy answer, and the mean probability of its tokens\n")
-    console.print(Columns([_free_table(one) for one in traces], padding=(0, 3)))
+    console.print(Columns([_free_table(model_trace) for model_trace in traces], padding=(0, 3)))
     console.print(
         "\nRead along the model's own final answer (top row): each layer's likeliest next token and its probability\n"
     )
-    tables = [table for one in traces for table in _along_tables(one, console.width)]
+    tables = [table for model_trace in traces for table in _along_tables(model_trace, console.width)]
     console.print(Columns(tables, padding=(0, 3)))
     console.print(Text("last: the model itself, without a verbalizer; [end]: end of turn; bold: as the last layer"))
     for line in missing:
@@ -164,72 +164,76 @@ def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str
 
 
 def printable(text: str) -> str:
-    """Text without control characters: what models and data say must not steer a terminal."""
+    """Escape control characters: text from models and data must not control the terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _free_table(one: ModelTrace) -> Table:
-    table = _table(one, _depth(one))
+def _free_table(model_trace: ModelTrace) -> Table:
+    table = _table(model_trace, _depth_suffix(model_trace))
     table.add_column("says", max_width=40)
     table.add_column("p", justify="right")
-    for layer in one.layers:
-        mean = sum(said.probability for said in layer.free) / max(1, len(layer.free))
+    for layer in model_trace.layers:
+        mean = sum(prediction.probability for prediction in layer.free) / max(1, len(layer.free))
         unfinished = "" if layer.free and layer.free[-1].ends else " ..."
-        style = "bold" if layer.text == one.layers[-1].text else ""
-        table.add_row(_label(layer, one), Text(printable(layer.text) + unfinished, style), f"{mean:.2f}")
+        style = "bold" if layer.text == model_trace.layers[-1].text else ""
+        table.add_row(_layer_label(layer, model_trace), Text(printable(layer.text) + unfinished, style), f"{mean:.2f}")
     return table
 
 
-def _along_tables(one: ModelTrace, width: int) -> Iterator[Table]:
-    """One table, or several where the answer has more tokens than the terminal is wide."""
-    for places in _fitting([_column(one, place) for place in range(len(one.answer))], width - LABEL_WIDTH):
-        table = _table(one, f", from token {places[0] + 1}" if places[0] else _depth(one))
-        for place in places:
-            table.add_column(_shown(one.answer[place]), no_wrap=True)
-        for layer in one.layers:
-            table.add_row(_label(layer, one), *(_cell(layer.along[i], one.answer[i]) for i in places))
+def _along_tables(model_trace: ModelTrace, width: int) -> Iterator[Table]:
+    """One table, or several if the answer has more tokens than fit the terminal."""
+    for positions in _split_to_width(
+        [_column(model_trace, position) for position in range(len(model_trace.answer))], width - LABEL_WIDTH
+    ):
+        table = _table(model_trace, f", from token {positions[0] + 1}" if positions[0] else _depth_suffix(model_trace))
+        for position in positions:
+            table.add_column(_token_text(model_trace.answer[position]), no_wrap=True)
+        for layer in model_trace.layers:
+            table.add_row(
+                _layer_label(layer, model_trace), *(_cell(layer.along[i], model_trace.answer[i]) for i in positions)
+            )
         yield table
 
 
-def _fitting(columns: Sequence[Sequence[Text]], width: int) -> Iterator[list[int]]:
-    """Which columns stand in each table, three spaces between them."""
-    places: list[int] = []
+def _split_to_width(columns: Sequence[Sequence[Text]], width: int) -> Iterator[list[int]]:
+    """Column indices of each table; columns are three spaces apart."""
+    positions: list[int] = []
     used = 0
-    for place, cells in enumerate(columns):
+    for position, cells in enumerate(columns):
         needed = max(cell.cell_len for cell in cells) + 3
-        if places and used + needed > width:
-            yield places
-            places, used = [], 0
-        places, used = [*places, place], used + needed
-    yield places
+        if positions and used + needed > width:
+            yield positions
+            positions, used = [], 0
+        positions, used = [*positions, position], used + needed
+    yield positions
 
 
-def _column(one: ModelTrace, place: int) -> list[Text]:
-    final = one.answer[place]
-    return [_shown(final), *(_cell(layer.along[place], final) for layer in one.layers)]
+def _column(model_trace: ModelTrace, position: int) -> list[Text]:
+    final = model_trace.answer[position]
+    return [_token_text(final), *(_cell(layer.along[position], final) for layer in model_trace.layers)]
 
 
-def _table(one: ModelTrace, more: str) -> Table:
-    title = Text(one.name + more, "bold")
+def _table(model_trace: ModelTrace, more: str) -> Table:
+    title = Text(model_trace.name + more, "bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("layer", justify="right", no_wrap=True)
     return table
 
 
-def _depth(one: ModelTrace) -> str:
-    return f" ({one.layers[-1].layer} layers)"
+def _depth_suffix(model_trace: ModelTrace) -> str:
+    return f" ({model_trace.layers[-1].layer} layers)"
 
 
-def _label(layer: LayerTrace, one: ModelTrace) -> str:
-    return "last" if layer is one.layers[-1] else str(layer.layer)
+def _layer_label(layer: LayerTrace, model_trace: ModelTrace) -> str:
+    return "last" if layer is model_trace.layers[-1] else str(layer.layer)
 
 
-def _cell(said: TokenPrediction, final: TokenPrediction) -> Text:
-    text = _shown(said)
-    text.append(f" {said.probability:.2f}")
-    text.stylize("bold" if said.token == final.token else "")
+def _cell(prediction: TokenPrediction, final: TokenPrediction) -> Text:
+    text = _token_text(prediction)
+    text.append(f" {prediction.probability:.2f}")
+    text.stylize("bold" if prediction.token == final.token else "")
     return text
 
 
-def _shown(said: TokenPrediction) -> Text:
-    return Text("[end]" if said.ends else printable(said.text.strip() or said.text.replace(" ", "_")))
+def _token_text(prediction: TokenPrediction) -> Text:
+    return Text("[end]" if prediction.ends else printable(prediction.text.strip() or prediction.text.replace(" ", "_")))

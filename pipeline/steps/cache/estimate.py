@@ -1,4 +1,4 @@
-"""Before a cache job begins: a few samples tell which ids the teacher uses, and how large the cache will be."""
+"""Before a cache job begins: estimate the cache's size and the vocabulary's order from a few samples."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ class SizeEstimate:
         return f"{size_text(self.bytes)} ({self.token_layers:,.0f} token-layers of {each:.0f} bytes)"
 
     def __mul__(self, samples: int) -> SizeEstimate:
-        """One sample's to that of many."""
+        """From one sample's to that of many."""
         return SizeEstimate(self.token_layers * samples, self.bytes * samples)
 
 
 def on_disk(record: int) -> int:
-    """What a packed record of so many bytes takes: with its tar header, its padding and its places in the sidecar."""
+    """Bytes on disk of a packed record of `record` bytes, with tar header, padding, and its sidecar entries."""
     return tarfile.BLOCKSIZE + -(-record // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + SIDECAR_BYTES
 
 
 def find_vocabulary_order(teacher_pass: TeacherPass) -> np.ndarray:
-    """[V] all ids, the teacher's most used first."""
+    """[V] all ids, those that the teacher uses most first."""
     return order_by_use(sum(teacher_pass.token_usage(loaded) for loaded in _batches(teacher_pass)))  # type: ignore[arg-type]
 
 
 def estimate_size(teacher_pass: TeacherPass, cache: CacheFolder) -> SizeEstimate:
-    """One sample's projection: a few are coded as the job would, for their mean."""
+    """Estimate for one sample: the mean over a few samples, encoded exactly as the job encodes them."""
     codec, read, size, distributions = cache.codec(), 0, 0, 0
     for loaded in _batches(teacher_pass):
         codes = teacher_pass.encode_response(loaded, codec).codes
@@ -77,9 +77,9 @@ def estimate_size(teacher_pass: TeacherPass, cache: CacheFolder) -> SizeEstimate
 
 
 def check_disk_space(cache: CacheFolder, own: SizeEstimate, lacking: SizeEstimate) -> None:
-    """Raise CacheError, on all ranks alike, where all that the cache lacks does not fit on the disk.
+    """Raise CacheError, on all ranks alike, where the missing part of the cache does not fit on the disk.
 
-    All and not this job's part alone: the jobs that make the rest fill the same disk.
+    The whole missing part counts, not this job's alone: the jobs that make the rest fill the same disk.
     """
     free = gather_lists([shutil.disk_usage(cache.path).free])[0]
     if lacking.bytes <= free:
@@ -93,7 +93,7 @@ def check_disk_space(cache: CacheFolder, own: SizeEstimate, lacking: SizeEstimat
 
 
 def _or_less(codec: Mapping[str, Any]) -> str:
-    """The override under which each distribution takes less, where there is one: it begins another cache."""
+    """An override that makes each distribution smaller, where there is one. It begins another cache."""
     if codec["name"] == "hidden":
         knob = "name=sampled"
     elif codec["name"] == "sampled" and codec["points"] > FEWEST_POINTS:

@@ -1,4 +1,4 @@
-"""Stage 1b: the teacher reads every sample once; what each of its layers says about each response token goes to disk.
+"""Stage 1b: one pass of the teacher over the data; its layers' distributions at response tokens go to disk.
 
 Each rank makes whole shards, so nothing is gathered; batches are formed within a shard, so that a shard's bytes do not
 depend on the number of ranks.
@@ -50,7 +50,7 @@ REASONS_SAID = 5
 def run(
     job: Job, hosted: Engine | None = None, shards: tuple[int, int] | None = None, only_missing: bool = False
 ) -> None:
-    """Make the shards that are missing (of a range of shards); those that exist stay.
+    """Make the missing cache shards, of all or of a range. Shards that exist stay.
 
     hosted: stage 1's engine, which holds the teacher already. only_missing: hash the shards that exist, and make again
     those that have changed.
@@ -74,7 +74,7 @@ def run(
 
 
 def _verbalizers(job: Job) -> dict[str, Any]:
-    """What stage 1 says of its verbalizers, as rank 0 sees it."""
+    """The summary of step verbalize, as rank 0 sees it."""
     run = job.recipe.run
     (summary,) = gather_lists([done(run / "verbalize")] if job.ranks.first else [])
     if summary is None:
@@ -84,7 +84,7 @@ def _verbalizers(job: Job) -> dict[str, Any]:
 
 
 def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
-    """What the cache is made of. Rank 0 hashes, for all."""
+    """The cache's identity. Rank 0 hashes, for all ranks."""
     recipe, verbalized = job.recipe, verbalize["teacher"]
 
     def prints() -> list[dict[str, str]]:
@@ -103,7 +103,7 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
 
 
 def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
-    """The folder of this making; rank 0 looks, for all."""
+    """The folder for this identity. Rank 0 looks, for all ranks."""
     root = job.recipe.run / NAME
     path = gather_lists([folder_for(root, identity, data) if job.ranks.first else None])[0]
     return CacheFolder(path, identity, data, job.recipe.run / "recipe.yaml")
@@ -112,7 +112,7 @@ def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
 def _work(
     job: Job, cache: CacheFolder, data: ShardFolder, shards: tuple[int, int] | None, verify: bool
 ) -> tuple[set[str], dict[str, str]]:
-    """What the folder lacks before any shard, and the shards to be made, with the reason for each.
+    """Files that the folder needs before any shard, and {shard to be made: reason}.
 
     One rank looks at each, for all: another job may be filling the same cache meanwhile.
     """
@@ -132,7 +132,7 @@ def _work(
 
 
 def _say_why(job: Job, missing: dict[str, str]) -> None:
-    """Why shards are to be made, the rarest reasons first: a damaged shard is named among many that are not there."""
+    """Print why shards are made, the rarest reasons first: a damaged shard is not lost among many missing ones."""
     shards: dict[str, list[str]] = {}
     for name, reason in missing.items():
         shards.setdefault(reason, []).append(name)
@@ -154,7 +154,7 @@ def _load_teacher(job: Job, vocab: int) -> Engine:
 
 
 def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str]) -> None:
-    """What must be there before the first shard."""
+    """Write the files that must exist before the first shard."""
     if "head" in missing_files:
         head = teacher_pass.head()
         on_first_rank(job.ranks, f"{NAME}: writing the teacher's head to {cache.path}", lambda: cache.save_head(head))
@@ -191,14 +191,14 @@ def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list
 
 
 def _samples(job: Job, cache: CacheFolder, data: ShardFolder, missing: list[str]) -> list[int]:
-    """How many samples this job will read, and how many the cache lacks in all, as rank 0 sees it."""
+    """Samples that this job will read, and samples that the cache lacks in all, as rank 0 sees it."""
     sizes = {shard.name: shard.samples for shard in data.shards}
     lacking = {*missing, *cache.missing()} if job.ranks.first else set()
     return gather_lists([sum(map(sizes.__getitem__, names)) for names in (missing, lacking)])[:2]
 
 
 class _Log:
-    """What is told while the cache grows: a metrics line when shards are complete, progress a batch, of all ranks."""
+    """Progress of all ranks after each batch, and a metrics line when shards are complete."""
 
     def __init__(self, job: Job, stack: ExitStack, folder: str, samples: int, estimate: SizeEstimate):
         self.job, self.folder, self.estimate, self.begun = job, folder, estimate, time.monotonic()
@@ -211,7 +211,7 @@ class _Log:
             stack.callback(self.metrics.close)
 
     def written(self, done: list[WrittenBatch]) -> None:
-        """Count what all ranks have written. All must call. Raises DataError when too many samples are bad."""
+        """Count what all ranks have written. All ranks must call. Raises DataError when too many samples are bad."""
         own = torch.tensor([(0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
         for one in done:
             if one.bad:

@@ -1,4 +1,4 @@
-"""Listening to the teacher for the cache: samples in batches of like length, through its engine, to coded arrays.
+"""The teacher's pass for the cache: samples in batches of similar length, through the engine, to encoded arrays.
 
 T response tokens, J cached layers, d width of the teacher, V common vocabulary.
 """
@@ -26,7 +26,7 @@ from pipeline.runtime.loop import Job
 from pipeline.signal import Unembedding
 
 WINDOW = 32
-"""Neighbours in a shard whose batches are formed together: enough to find samples of like length among."""
+"""Neighbouring samples whose batches are formed together: enough to find samples of similar length."""
 
 MEASURED = 1 / 128
 """Share of the response tokens whose coded distributions are compared with the dense ones."""
@@ -34,16 +34,16 @@ MEASURED = 1 / 128
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher said about a batch, still on the device where it was computed."""
+    """The teacher's encoded distributions for a batch, still on the device."""
 
     codes: dict[str, Tensor]
     """The codec's arrays [T, J, ...]."""
     fidelity: Fidelity
-    """How far they are from the truth, on a few of the tokens."""
+    """Their error against the dense distributions, measured on a few of the tokens."""
 
 
 class TeacherPass:
-    """The teacher in its engine, and the samples that it reads."""
+    """The teacher's engine and the dataset that it reads."""
 
     def __init__(self, job: Job, engine: Engine, dataset: ChatDataset, layers: tuple[int, ...], vocab: int):
         engine.eval()
@@ -58,7 +58,10 @@ class TeacherPass:
         )
 
     def encode_response(self, loaded: LoadedBatch, codec: Codec) -> TeacherOutput:
-        """One forward: what every cached layer says about the batch, coded. All ranks must call."""
+        """One forward:
+
+        the distributions of every cached layer at the batch's response tokens, encoded. All ranks must call.
+        """
         batch, seed = loaded.batches["teacher"], self.job.recipe.seed
         samples = list(zip(batch.keys, batch.counts, strict=True))
         nothing = np.zeros((0, len(self.layers)))
@@ -68,7 +71,7 @@ class TeacherPass:
         return self._forward(loaded, partial(encode_batch, codec, torch.from_numpy(drawn), rows, self._rows))
 
     def token_usage(self, loaded: LoadedBatch) -> np.ndarray:
-        """One forward: [V] how often the layers say each id, as the sum of all their distributions."""
+        """One forward: [V] how much the layers use each id, as the sum of all their distributions."""
         return self._forward(loaded, partial(token_usage, self._rows)).cpu().numpy()
 
     def head(self) -> Unembedding:
@@ -77,7 +80,7 @@ class TeacherPass:
 
     @cached_property
     def empty_batch(self) -> LoadedBatch:
-        """A batch of no sample: what a rank that has run out takes part with."""
+        """A batch without samples, for a rank that has none left but must take part."""
         (nothing,) = load(self.dataset, [[]], 0, self.job.ranks.device)
         return nothing
 
@@ -89,9 +92,9 @@ class TeacherPass:
 def encode_batch(
     codec: Codec, drawn: Tensor, rows: Tensor, chunk: int, hidden: Tensor, unembedding: Unembedding
 ) -> TeacherOutput:
-    """Runs while the head is gathered. The rows measured are coded all the way to bytes and back.
+    """Encode a batch while the head is gathered. The measured rows are encoded to bytes and decoded again.
 
-    Those that are not finite are not measured: they cannot be coded, and their samples will be skipped.
+    Rows that are not finite are not measured: they cannot be encoded, and their samples will be skipped.
     """
     codes = codec.encode(hidden, unembedding, drawn, chunk)
     some = {name: to_numpy(array[rows.to(array.device)]) for name, array in codes.items()}
@@ -110,7 +113,7 @@ def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
     """Hidden states [T, J, d] -> [V] float64: each id's probability, summed over all finite rows."""
     total = torch.zeros(unembedding.vocab, dtype=torch.float64, device=hidden.device)
     for states in row_states(hidden, chunk):
-        # A row that is not finite says nothing; left in, its NaN would be the use of every id.
+        # A row that is not finite is left out: its NaN would become the use of every id.
         total += unembedding.logits(states).softmax(1).nan_to_num_(0.0).sum(0, dtype=torch.float64)
     return total
 

@@ -1,4 +1,4 @@
-"""The cache job's batches, each of one shard, and the thread that packs and writes what the teacher said about them."""
+"""The cache job's batches, each of one shard, and the thread that packs and writes their encoded distributions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pipeline.steps.cache.estimate import on_disk
 from pipeline.steps.cache.teacher_pass import WINDOW, TeacherOutput
 
 LONGEST_QUEUE = 2
-"""Batches that may wait for the writing thread before the teacher waits for it."""
+"""Batches that may be queued for the writing thread before the teacher's pass waits."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbours in a shard, whose batches are formed together."""
+    """Neighbouring samples of a shard, whose batches are formed together."""
 
     shard: str
     indices: list[SampleIndex]
@@ -55,7 +55,7 @@ def plan(data: ShardFolder, shards: Sequence[str], rank: int, world: int) -> lis
 
 
 def shard_batches(windows: Sequence[Window], loaded: Iterator[list[LoadedBatch]]) -> Iterator[ShardBatch]:
-    """The windows' batches one after the other, as what they are of their shards."""
+    """The windows' batches one after the other, each with its shard."""
     for window, batches in zip(windows, loaded, strict=True):
         for number, batch in enumerate(batches, 1):
             yield ShardBatch(window.shard, batch, window.last and number == len(batches))
@@ -63,22 +63,22 @@ def shard_batches(windows: Sequence[Window], loaded: Iterator[list[LoadedBatch]]
 
 @dataclass(frozen=True)
 class WrittenBatch:
-    """What came of one part."""
+    """The result of writing one batch."""
 
     shard_batch: ShardBatch
     bytes: int
-    """What its records take on disk, as it was projected."""
+    """Bytes that its records take on disk."""
     bad: list[Rejected]
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Samples read, response tokens, bytes, and shards that are complete with it."""
+        """(samples read, response tokens, bytes, shards that it completed)."""
         loaded = self.shard_batch.loaded
         read = len(loaded.batches["teacher"].keys) + len(loaded.rejected)
         return read, loaded.tokens(), self.bytes, int(self.shard_batch.last)
 
 
 class WriterThread:
-    """Packs and writes in a thread of its own, behind the teacher's forwards. Leaves no half shard behind."""
+    """Packs and writes in a thread of its own, while the teacher computes. Leaves no partial shard behind."""
 
     def __init__(self, cache: CacheFolder):
         self._cache, self._pool = cache, ThreadPoolExecutor(1)
@@ -92,16 +92,16 @@ class WriterThread:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         if self._writer is not None:
-            with suppress(OSError):  # on a full disk what is thrown away cannot be flushed first
+            with suppress(OSError):  # on a full disk the discarded file cannot be flushed
                 self._writer.__exit__(*error)
 
     def put(self, shard_batch: ShardBatch, output: TeacherOutput) -> list[WrittenBatch]:
-        """Hand over a batch; returns those that are written by now. Raises what writing an earlier one raised."""
+        """Queue a batch; returns the batches that are written by now. Raises what writing an earlier one raised."""
         self._waiting.append(self._pool.submit(self._write, shard_batch, output))
         return self._take(LONGEST_QUEUE)
 
     def rest(self) -> list[WrittenBatch]:
-        """All that was handed over and not returned yet."""
+        """Wait for the queue; returns all batches not returned yet."""
         return self._take(0)
 
     def _take(self, left: int) -> list[WrittenBatch]:

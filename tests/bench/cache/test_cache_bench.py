@@ -1,14 +1,14 @@
-"""The cache bench's own parts, on random hidden states instead of a language model's."""
+"""The parts of the cache benchmark, on random hidden states instead of a language model's."""
 
 import numpy as np
 import pytest
 import torch
 
-from bench.cache.error import CodecError, batch_divergences, legal_pairs
+from bench.cache.error import CodecError, batch_divergences, candidate_pairs
 from bench.cache.layer_outputs import LayerOutputs, Setting
 from bench.cache.peer_codecs import DistillKit, MegatronTopK, published, record_arrays
 from bench.cache.size import code
-from bench.cache.training import Follower, Lesson, fixed, train
+from bench.cache.training import AdaptedLayer, Schedule, constant_signal, train
 from pipeline.codec.packing import join_arrays
 from pipeline.codec.registry import make_codec
 from pipeline.signal import HiddenSignal, Unembedding
@@ -46,7 +46,7 @@ def outputs() -> LayerOutputs:
 
 
 def error_of(outputs: LayerOutputs, signal) -> dict:
-    pairs = legal_pairs(len(STUDENT_LAYERS), len(LAYERS))
+    pairs = candidate_pairs(len(STUDENT_LAYERS), len(LAYERS))
     error = CodecError(pairs)
     for rows in (slice(0, 32), slice(32, 64)):
         true, coded = batch_divergences(outputs, pairs, rows, {"it": signal})
@@ -59,11 +59,12 @@ def test_what_a_peer_packs_it_unpacks(outputs, name):
     codec = published(VOCAB, outputs.order.numpy())[name]
     arrays = record_arrays(codec.encode(outputs.teacher, outputs.unembedding, torch.zeros(TOKENS, len(LAYERS) + 1)))
     read = codec.unpack(codec.pack(arrays), TOKENS, len(LAYERS) + 1)
-    for key in set(arrays) & set(read) - {"ranks", "entropy", "tail"}:  # a sample is not stored as it was drawn
+    # A sample is not stored in the order in which it was drawn.
+    for key in set(arrays) & set(read) - {"ranks", "entropy", "tail"}:
         np.testing.assert_array_equal(read[key], arrays[key])
     signal = codec.decode(join_arrays([read]))
     total = signal.probs.sum(-1) + signal.tail
-    if name == "distillkit_k50_bucket":  # a curve may hold more than there is
+    if name == "distillkit_k50_bucket":  # a curve may exceed the available probability
         total = total.clamp(max=1.0)
     half = 2.0**-11 * 10  # float16 log-probabilities of up to 10 nats
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=half)
@@ -108,7 +109,7 @@ def test_a_sparse_signal_of_all_ids_is_the_dense_one(outputs):
 
 def test_a_student_learns_from_a_signal(outputs):
     signal = HiddenSignal(outputs.train_teacher[:, None], outputs.unembedding)
-    lesson = Lesson(tokens=TOKENS, updates=4)
-    start = train(outputs, fixed(signal), Lesson(tokens=TOKENS, updates=0), seed=0)
-    assert train(outputs, fixed(signal), lesson, seed=0) < start
-    assert not any(one.requires_grad for one in Follower(outputs, 0).verb_ffn.parameters())
+    schedule = Schedule(tokens=TOKENS, updates=4)
+    start = train(outputs, constant_signal(signal), Schedule(tokens=TOKENS, updates=0), seed=0)
+    assert train(outputs, constant_signal(signal), schedule, seed=0) < start
+    assert not any(one.requires_grad for one in AdaptedLayer(outputs, 0).verb_ffn.parameters())

@@ -1,4 +1,4 @@
-"""The loss bench's own parts: the forms that it compares compute the same."""
+"""The parts of the loss benchmark: the compared forms compute the same values."""
 
 import pytest
 import torch

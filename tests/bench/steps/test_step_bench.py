@@ -1,4 +1,4 @@
-"""The step bench's own parts: what it refuses, and whether the pairs and data that it makes are what they say."""
+"""The parts of the step benchmark: what it refuses, and whether its pairs and data have the declared sizes."""
 
 import sys
 from dataclasses import replace
@@ -23,7 +23,7 @@ def test_real_shapes_are_refused_on_a_cpu(monkeypatch, capsys):
     assert "--shape real needs a GPU with 80 GB, and torch finds none" in capsys.readouterr().err
 
 
-def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
+def test_a_pair_has_its_declared_sizes(monkeypatch, tmp_path):
     tiny = replace(
         pairs.RANDOM_PAIRS["real-2b"],
         teacher=pairs.Size(layers=4, width=64, inner=64, heads=4, kv_heads=2, rows=1100, tied=False),
@@ -48,15 +48,15 @@ def test_a_pair_is_as_large_as_it_says(monkeypatch, tmp_path):
 
 
 def test_attention_is_counted_on_a_cpu_too():
-    """By hand: two products of n x n x d a head forward, five backward; keys and values have fewer heads."""
+    """Counted by hand, n x n x d per head: two products in the forward, five in the backward; fewer key/value heads."""
     heads, tokens, width = 4, 24, 16
     query = torch.randn(2, heads, tokens, width, requires_grad=True)
     key, value = (torch.randn(2, 2, tokens, width, requires_grad=True) for _ in range(2))
 
     def attend(backward):
-        said = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         if backward:
-            said.sum().backward()
+            output.sum().backward()
 
     product = 2 * 2 * heads * tokens * tokens * width
     assert operations_of(lambda: attend(False)) == 2 * product

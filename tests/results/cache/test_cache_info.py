@@ -1,4 +1,4 @@
-"""cache-info: what it shows of a cache, what it verifies, what it says in words, and how it refuses."""
+"""cache-info: its tables, --verify, --sample, and its errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity, measure
 from pipeline.results.cache import info, verify
-from pipeline.results.cache.on_disk import find_caches, look, read_record
-from pipeline.results.cache.words import top_words
+from pipeline.results.cache.on_disk import find_caches, inspect_cache, read_record
+from pipeline.results.cache.top_tokens import read_top_tokens
 from pipeline.signal import Unembedding
 
 LAYERS, D, V = (1, 3, 5), 8, 265
@@ -34,7 +34,7 @@ HEAD = Unembedding(torch.randn(V, D, generator=torch.Generator().manual_seed(0))
 CODECS = {"sampled": {"points": 32, "seed": 0}, "topk": {"k": 5}, "hidden": {"dtype": "bfloat16"}}
 
 
-def words(key: str) -> tuple[torch.Tensor, torch.Tensor]:
+def example(key: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A sample's response tokens [T] and hidden states [T, J, d], made from its key."""
     generator = torch.Generator().manual_seed(int(key[1:]))
     tokens = torch.randint(V, (int(key[1:]) * 5 % 23 + 1,), generator=generator)
@@ -42,7 +42,7 @@ def words(key: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write_cache(run: Path, root: Path, codec: str, names: list[str] | None = None, verify: bool = False) -> Path:
-    """A cache as a job leaves it, in RUN/cache/NAME, of all data shards or some; the second sample is skipped."""
+    """Write a cache as a job does, to RUN/cache/NAME, of all or some data shards; the second sample is skipped."""
     data = ShardFolder(root / "shards" / "train")
     made_by = {"weights": "a" * 64, "tokenizer": tokenizer_fingerprint(root / "teacher"), "max_length": "512"}
     made = CacheIdentity({"name": codec, **CODECS[codec]}, LAYERS, V, made_by)
@@ -61,7 +61,7 @@ def write_shard(folder: CacheFolder, name: str) -> None:
     codec, parts = folder.codec(), []
     with folder.writer(name) as writer:
         for key in folder._shards[name]["keys"]:
-            tokens, hidden = words(key)
+            tokens, hidden = example(key)
             if key == "s00001":
                 writer.skip(key, "image is broken")
                 continue
@@ -75,7 +75,7 @@ def write_shard(folder: CacheFolder, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with data, a tokenizer and, for each codec, a run: nothing here is changed by tests."""
+    """A folder with data, a tokenizer and one run per codec. Tests do not change it."""
     root = tmp_path_factory.mktemp("cache_info")
     write_data(root / "shards" / "train", 12, shards=3)
     byte_tokenizer().save_pretrained(root / "teacher")
@@ -93,7 +93,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(made, tmp_path, request) -> SimpleNamespace:
-    """One run of its own, to be damaged: run, cache, recipe."""
+    """A copy of one run, which the test may damage: run, cache, recipe."""
     codec = getattr(request, "param", "sampled")
     shutil.copytree(made / codec, tmp_path / "run")
     write_recipe(tmp_path / "run", made)
@@ -102,7 +102,7 @@ def copied(made, tmp_path, request) -> SimpleNamespace:
 
 
 def command(copied, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
+    """(exit code, stdout, stderr)."""
     code = main(["cache-info", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -115,8 +115,10 @@ def flip(file: Path, place: int) -> None:
 
 
 def repaired(copied, made) -> None:
-    """What --only-missing does."""
-    assert write_cache(copied.run, made, look(copied.cache).identity.codec["name"], verify=True) == copied.cache
+    """Repair as --only-missing does."""
+    assert (
+        write_cache(copied.run, made, inspect_cache(copied.cache).identity.codec["name"], verify=True) == copied.cache
+    )
 
 
 def sidecar_of(copied, name="000000") -> dict:
@@ -128,20 +130,20 @@ def test_a_complete_cache_is_shown_with_its_sizes_and_fingerprints(made, capsys,
     run = made / codec
     (cache,) = find_caches(run)
     code, out, _ = command(None, capsys, run)
-    tokens = sum(len(words(f"s{n:05d}")[0]) for n in range(12) if n != 1)
+    tokens = sum(len(example(f"s{n:05d}")[0]) for n in range(12) if n != 1)
     size = sum(file.stat().st_size for file in cache.iterdir())
     assert code == 0
-    for said in (
+    for text in (
         str(cache), f"{codec} (", "1, 3, 5 (3, the last", "265 ids", "a" * 64, tokenizer_fingerprint(made / "teacher"),
         "complete", "12, of which skipped 1", f"{tokens:,} response tokens, {3 * tokens:,} token-layers", f"{size:,}: ",
         f"{size / tokens / 3:.2f}, all files counted", "200 tokens/s (600 token-layers/s)", "fidelity, on",
     ):  # fmt: skip
-        assert said in out, said
+        assert text in out, text
     assert "next:" not in out
 
 
 def test_fidelity_is_that_of_all_shards(made, capsys):
-    cache = look(find_caches(made / "topk")[0])
+    cache = inspect_cache(find_caches(made / "topk")[0])
     measured = info.fidelity(cache)
     parts = [Fidelity.from_json(json.loads(file.read_text())["fidelity"]) for file in cache.path.glob("0*.json")]
     assert measured.tokens == sum(part.tokens for part in parts)
@@ -152,10 +154,10 @@ def test_fidelity_is_that_of_all_shards(made, capsys):
     assert f"{measured.draw_tv():.4f}" in out
 
 
-def test_every_place_that_names_a_cache(made):
+def test_every_path_that_names_a_cache(made):
     (cache,) = find_caches(made / "topk")
     assert find_caches(made / "topk" / "cache") == find_caches(cache) == [cache]
-    assert look(cache).recipe == made / "topk" / "recipe.yaml"
+    assert inspect_cache(cache).recipe == made / "topk" / "recipe.yaml"
 
 
 def test_several_caches_are_listed_and_one_must_be_named(copied, made, capsys):
@@ -168,34 +170,37 @@ def test_several_caches_are_listed_and_one_must_be_named(copied, made, capsys):
     assert code == 0 and f"next: deepspeed launch/cache.py --recipe {copied.recipe} --only-missing" in out
 
 
-def test_a_cache_in_the_making(made, tmp_path, capsys):
+def test_an_incomplete_cache(made, tmp_path, capsys):
     run = tmp_path / "run"
     write_recipe(run, made)
     path = write_cache(run, made, "sampled", ["000002.tar"])
-    cache = look(path)
+    cache = inspect_cache(path)
     assert not cache.complete and cache.state == "1 of 3 shards" and cache.manifest is None
     code, out, _ = command(None, capsys, run, "--verify")
     assert code == 0 and "4, of which skipped 0" in out and "verified 1 shards: 4 records" in out
     (run / "recipe.yaml").unlink()
-    assert look(path).state == "1 shards, not complete" and "--recipe R --only-missing" in look(path).command()
+    assert (
+        inspect_cache(path).state == "1 shards, not complete"
+        and "--recipe R --only-missing" in inspect_cache(path).command()
+    )
 
 
 def test_all_shards_without_a_manifest_are_not_complete(copied):
     (copied.cache / "manifest.json").unlink()
-    assert look(copied.cache).state == "3 of 3 shards, no manifest.json for them yet"
+    assert inspect_cache(copied.cache).state == "3 of 3 shards, no manifest.json for them yet"
 
 
 def test_data_that_has_grown_or_changed(copied, made, tmp_path):
     write_data(tmp_path / "more" / "shards" / "train", 16, shards=4)
     write_recipe(copied.run, tmp_path / "more")
-    assert look(copied.cache).state == "3 of 4 shards"
+    assert inspect_cache(copied.cache).state == "3 of 4 shards"
     write_data(tmp_path / "other" / "shards" / "train", 12, shards=3, seed=5)
     write_recipe(copied.run, tmp_path / "other")
-    assert look(copied.cache).state == "complete", "of the data that it was made for"
+    assert inspect_cache(copied.cache).state == "complete", "of the data that it was made for"
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_verify_of_a_good_cache_says_how_fast(made, capsys, codec):
+def test_verify_of_a_good_cache_prints_its_speed(made, capsys, codec):
     code, out, err = command(None, capsys, made / codec, "--verify")
     assert (code, err) == (0, "")
     assert re.search(r"verified 3 shards: 11 records, \d+ token-layers decoded in .* token-layers/s", out)
@@ -214,7 +219,7 @@ def test_verify_finds_a_flipped_byte_in_its_record(copied, capsys):
 
 def test_verify_finds_a_damaged_tar_header(copied):
     flip(copied.cache / "000001.tar", sidecar_of(copied, "000001")["offsets"][1])
-    problems = [p for shard in verify.check_shards(look(copied.cache), 1) for p in shard.problems]
+    problems = [p for shard in verify.check_shards(inspect_cache(copied.cache), 1) for p in shard.problems]
     assert [problem.key for problem in problems] == ["", "s00005"]
     assert "its place in the tar is damaged" in problems[1].what
 
@@ -230,31 +235,31 @@ def test_a_truncated_shard_is_named_at_once_and_verify_lists_what_is_lost(copied
 
 
 def test_only_missing_would_make_what_verify_finds(copied, made):
-    """The command that verify names finds the same shards: sidecars, files and hashes."""
+    """The command that verify names finds the same shards, from sidecars, files and hashes."""
     flip(copied.cache / "000000.tar", 512 + 40)
     (copied.cache / "000001.json").write_text("{")
     (copied.cache / "000002.tar").unlink()
-    cache = look(copied.cache)
+    cache = inspect_cache(copied.cache)
     folder = CacheFolder(copied.cache, cache.identity, ShardFolder(made / "shards" / "train"))
     checked = verify.check_shards(cache, 2)
     assert [shard.name for shard in checked if shard.problems] == ["000000.tar", "000002.tar"]
     assert set(folder.missing(verify=True)) == {"000000.tar", "000001.tar", "000002.tar"}
-    problems = {problem.file: problem.what for problem in verify.beside_shards(cache)}
+    problems = {problem.file: problem.what for problem in verify.check_other_files(cache)}
     assert problems == {"000001.json": "the sidecar is gone or damaged; the manifest still has it"}
     with pytest.raises(CacheError, match=r"4 problem\(s\)"):
         verify.run(cache)
 
 
 def rewrite(copied, made, change) -> None:
-    """Replace the last shard's records by others, sidecar and manifest in agreement, as a faulty writer would."""
-    cache = look(copied.cache)
+    """Replace the last shard's records, with a matching sidecar and manifest, as a faulty writer would."""
+    cache = inspect_cache(copied.cache)
     folder = CacheFolder(copied.cache, cache.identity, ShardFolder(made / "shards" / "train"))
     sidecar = cache.sidecars["000002.tar"]
     with folder.writer("000002.tar") as writer:
         for place, key in enumerate(sidecar["keys"]):
             with open(copied.cache / "000002.tar", "rb") as file:
                 tokens, streams = unpack_record(read_record(file, sidecar, place), cache.made_for)
-            writer._keep(key, pack_record(tokens, change(streams), cache.made_for))
+            writer._add_record(key, pack_record(tokens, change(streams), cache.made_for))
         writer._tokens = sidecar["tokens"]
         writer.commit()
     folder.finish()
@@ -280,11 +285,11 @@ def test_records_that_are_whole_and_wrong_are_found_and_their_sidecar_must_go(co
 
 def test_a_sidecar_that_miscounts(copied):
     sidecar = sidecar_of(copied)
-    said = {**sidecar, "tokens": sidecar["tokens"] + 1}
-    (copied.cache / "000000.json").write_text(json.dumps({**said, "crc32": sidecar_crc32(said)}))
-    checked = verify.check_shards(look(copied.cache), 1)
+    changed = {**sidecar, "tokens": sidecar["tokens"] + 1}
+    (copied.cache / "000000.json").write_text(json.dumps({**changed, "crc32": sidecar_crc32(changed)}))
+    checked = verify.check_shards(inspect_cache(copied.cache), 1)
     assert f"its sidecar says {sidecar['tokens'] + 1} tokens and 1 skipped" in checked[0].problems[0].what
-    assert [problem.file for problem in verify.beside_shards(look(copied.cache))] == ["manifest.json"]
+    assert [problem.file for problem in verify.check_other_files(inspect_cache(copied.cache))] == ["manifest.json"]
 
 
 @pytest.mark.parametrize("field", ["offsets", "end", "tokens", "data_sha256"])
@@ -313,8 +318,8 @@ def test_verify_finds_a_damaged_head_and_a_job_makes_it_again(copied, made, caps
 @pytest.mark.parametrize("copied", ["hidden"], indirect=True)
 def test_verify_finds_a_head_whose_hash_is_lost_or_another(copied, made, capsys):
     manifest = copied.cache / "manifest.json"
-    said = json.loads(manifest.read_text())["head_sha256"]
-    lines = manifest.read_text().replace(said, "0" * 64).split("\n")
+    recorded = json.loads(manifest.read_text())["head_sha256"]
+    lines = manifest.read_text().replace(recorded, "0" * 64).split("\n")
     manifest.write_text("\n".join(line for line in lines if '"checksum"' not in line))  # as an older version's
     assert "manifest.json: it does not say of the head" in command(copied, capsys, copied.cache, "--verify")[1]
     repaired(copied, made)
@@ -328,46 +333,46 @@ def test_a_foreign_shard_is_named(copied, made):
     (other,) = find_caches(made / "topk")
     for name in ("000001.tar", "000001.json"):
         shutil.copy(other / name, copied.cache / name)
-    cache = look(copied.cache)
+    cache = inspect_cache(copied.cache)
     assert cache.missing == {"000001.tar": "made for another cache"}
     checked = verify.check_shards(cache, 1)
     assert [(p.key, p.what) for p in checked[1].problems] == [("", "made for another cache")]
 
 
-def test_an_order_that_is_gone_is_said_with_its_command(copied, capsys):
+def test_a_missing_order_is_reported_with_its_command(copied, capsys):
     (copied.cache / "order.int32").unlink()
     code, _, err = command(copied, capsys, copied.cache, "--verify")
     assert code == 2 and "no order.int32" in err and f"--recipe {copied.recipe} --only-missing" in err
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_sample_in_words_is_what_each_layer_said(made, capsys, codec):
-    tokens, hidden = words("s00002")
+def test_a_sample_shows_the_top_tokens_of_each_layer(made, capsys, codec):
+    tokens, hidden = example("s00002")
     _, out, _ = command(None, capsys, made / codec, "--sample", "s00002")
     probs = HEAD.logits(hidden.bfloat16() if codec == "hidden" else hidden).softmax(-1)
-    said = top_words(look(find_caches(made / codec)[0]), "s00002")
-    assert said.tokens == tokens.tolist() and said.shard == "000000.tar"
+    top = read_top_tokens(inspect_cache(find_caches(made / codec)[0]), "s00002")
+    assert top.tokens == tokens.tolist() and top.shard == "000000.tar"
     for t in range(len(tokens)):
         for j in range(len(LAYERS)):
-            p = float(probs[t, j, said.likeliest[t][j]])
-            if codec == "sampled":  # systematic samples give each id floor(N p) or ceil(N p) points, over neighbours
-                count, points = map(int, said.shares[t][j].split("/"))
+            p = float(probs[t, j, top.top_ids[t][j]])
+            if codec == "sampled":  # each id, and each range of neighbours, gets N p points, rounded down or up
+                count, points = map(int, top.shares[t][j].split("/"))
                 assert points == 32 and abs(count - 32 * p) < 2
             else:
-                assert said.likeliest[t][j] == int(probs[t, j].argmax())
-                assert float(said.shares[t][j]) == pytest.approx(p, abs=0.006)
+                assert top.top_ids[t][j] == int(probs[t, j].argmax())
+                assert float(top.shares[t][j]) == pytest.approx(p, abs=0.006)
     assert f"s00002, in 000000.tar: {len(tokens)} response tokens" in out
     first = byte_tokenizer().decode([int(tokens[0])])
     assert repr(first) in out and "layer 1" in out and "last layer" in out and "may be wrong" not in out
 
 
-def test_a_long_sample_is_cut_and_says_so(made, capsys):
-    (long,) = [key for key in (f"s{n:05d}" for n in range(12)) if len(words(key)[0]) == 21]
+def test_a_long_sample_is_cut_with_a_note(made, capsys):
+    (long,) = [key for key in (f"s{n:05d}" for n in range(12)) if len(example(key)[0]) == 21]
     _, out, _ = command(None, capsys, made / "topk", "--sample", long)
     assert "and 5 tokens more" in out and re.search(r"^ *16 ", out, re.M) and not re.search(r"^ *17 ", out, re.M)
 
 
-def test_another_tokenizer_reads_the_words_with_a_warning(copied, tmp_path, capsys):
+def test_another_tokenizer_gives_a_warning(copied, tmp_path, capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "other")
@@ -413,13 +418,13 @@ def test_a_run_without_a_tokenizer_asks_for_one(copied, tmp_path, capsys):
         ("manifest.json", "{", "manifest.json is damaged"),
     ],
 )
-def test_a_cache_that_cannot_be_read_says_what_to_run(copied, capsys, file, content, message):
+def test_a_cache_that_cannot_be_read_names_the_command(copied, capsys, file, content, message):
     (copied.cache / file).write_text(content)
     code, _, err = command(copied, capsys, copied.run)
     assert code == 2 and message in err and f"deepspeed launch/cache.py --recipe {copied.recipe}" in err
 
 
-def test_a_damaged_record_is_not_put_into_words(copied, capsys):
+def test_a_damaged_record_is_not_shown(copied, capsys):
     flip(copied.cache / "000000.tar", sidecar_of(copied)["offsets"][0] + 512 + 40)
     code, _, err = command(copied, capsys, copied.run, "--sample", "s00000")
     assert code == 2 and "record 's00000' is damaged" in err and f"cache-info {copied.cache} --verify" in err

@@ -34,7 +34,7 @@ def test_last_exchange_gives_the_earlier_turns_and_their_images():
     exchange = last_exchange(chat, [b"a", b"b"])
     assert [m["role"] for m in exchange.messages] == ["user", "assistant", "user"]
     assert exchange.images == [b"a", b"b"]
-    assert (exchange.question, exchange.answer, exchange.kind) == ("two?", "2", "count")
+    assert (exchange.question, exchange.answer, exchange.question_type) == ("two?", "2", "count")
 
 
 def test_images_shown_after_the_answer_are_not_given():
@@ -63,8 +63,8 @@ def test_question_only_needs_something_to_learn_from():
 
 def test_tally_counts_in_total_and_by_type():
     tally = Tally()
-    for kind, answer in (("a", "x"), ("a", "no"), ("b", "X.")):
-        tally.add(last_exchange(record(("?", "x"), question_type=kind), [b""]), answer)
+    for question_type, answer in (("a", "x"), ("a", "no"), ("b", "X.")):
+        tally.add(last_exchange(record(("?", "x"), question_type=question_type), [b""]), answer)
     assert tally.summary() == {
         "exact_match": 2 / 3,
         "samples": 3,

@@ -11,7 +11,7 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import normalise
 from pipeline.results.evaluate.evaluation import Plan, evaluate, make_plan, response_loss, score, score_question_only
-from pipeline.results.generate import greedy, load, words
+from pipeline.results.generate import decode_text, greedy, load
 
 SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}
 
@@ -36,9 +36,9 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_response_tokens(made
         chat = teacher.encoder(raw.key, raw.record["messages"], raw.images)
         with torch.no_grad():
             log_p = teacher.model(**chat.inputs).logits[0].double().log_softmax(-1)
-        places = torch.nonzero(chat.response)[:, 0]
-        nats -= float(log_p[places - 1, chat.response_ids].sum())
-        tokens += len(places)
+        positions = torch.nonzero(chat.response)[:, 0]
+        nats -= float(log_p[positions - 1, chat.response_ids].sum())
+        tokens += len(positions)
     result = score(teacher, plan_for(made.held_out))
     assert result["response_tokens"] == tokens
     assert result["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
@@ -51,15 +51,19 @@ def test_batch_size_changes_no_result(made, teacher):
 
 
 def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
-    """Half of the data's answers are what this model says, in other case and punctuation: so half are right."""
+    """Reference answers of the first four samples are the model's own, in other case and punctuation."""
     samples = []
     for index, (key, record, images) in enumerate(chats(8, seed=3)):
         ids = greedy(teacher, teacher.encoder.prompt(record["messages"][:1], images), 6)[0]
-        says = words(teacher, ids)
-        answer = f"{says.upper()}." if index < 4 and normalise(says.upper()) == normalise(says) else "zz"
-        kind = "easy" if index < 4 else "hard"
+        model_answer = decode_text(teacher, ids)
+        answer = (
+            f"{model_answer.upper()}."
+            if index < 4 and normalise(model_answer.upper()) == normalise(model_answer)
+            else "zz"
+        )
+        question_type = "easy" if index < 4 else "hard"
         samples.append((key, {**record, "messages": [record["messages"][0], turn("assistant", answer)],
-                              "question_type": kind}, images))  # fmt: skip
+                              "question_type": question_type}, images))  # fmt: skip
     expected = sum("zz" not in str(record["messages"]) for _, record, _ in samples)
     assert expected >= 2
     result = score(teacher, plan_for(write_shards(tmp_path / "held_out", samples)))
@@ -83,7 +87,7 @@ def test_read_equals_used_plus_rejected(tmp_path, teacher):
 
 
 def test_too_many_bad_samples_end_an_evaluation(tmp_path, teacher):
-    """A picture that the processor raises for is a bad sample like any other; one in a hundred is forgiven."""
+    """An image that the processor refuses is a bad sample. At max_bad_share 0.01 one is tolerated, two are not."""
     (_, record, _), good = chats(1)[0], chats(3)
     long = png(size=(2001, 10))
     folder = write_shards(tmp_path / "held_out", [*good, ("long", record, [long])])
@@ -164,5 +168,5 @@ def test_a_shard_folder_without_samples_is_refused(made, tmp_path):
 
 
 def test_typed_chats_give_types(made):
-    kinds = {record["question_type"] for _, record, _ in typed(chats(4))}
-    assert kinds == {"colour", "shape"}
+    types = {record["question_type"] for _, record, _ in typed(chats(4))}
+    assert types == {"colour", "shape"}

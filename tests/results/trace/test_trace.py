@@ -1,4 +1,4 @@
-"""What the verbalizers say, held to naive computations with transformers' own hidden states."""
+"""Traces against naive computations with transformers' own hidden states."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def extended(prompt, ids):
 
 @torch.no_grad()
 def naive(vlm: Vlm, side: VerbalizedVLM, inputs, layer: int) -> torch.Tensor:
-    """[S, V] verbalized probabilities at every position, by transformers' own hidden_states and logits."""
+    """[S, V] verbalized probabilities at every position, from transformers' own hidden_states and logits."""
     out = vlm.model(**inputs, output_hidden_states=True, use_cache=False)
     if layer == side.depth:
         return out.logits[0, :, : len(vlm.tokenizer)].softmax(-1)
@@ -65,14 +65,16 @@ def logit_lens(vlm: Vlm, inputs, layer: int) -> torch.Tensor:
         return lm_head(vlm.model)(final_norm(vlm.model)(h))[:, : len(vlm.tokenizer)].softmax(-1)
 
 
-def test_untrained_verbalizers_say_what_the_logit_lens_says(untrained):
+def test_untrained_verbalizers_equal_the_logit_lens(untrained):
     vlm, side = untrained
     prompt, answer = prompt_of(vlm), [70, 71, 72]
     begin = prompt["input_ids"].shape[1] - 1
     for layer, along in zip(LAYERS, predict_along(vlm, side, prompt, answer), strict=False):
         expected = logit_lens(vlm, extended(prompt, answer), layer)[begin : begin + 3]
-        assert [said.token for said in along] == expected.argmax(-1).tolist()
-        assert torch.allclose(torch.tensor([said.probability for said in along]), expected.amax(-1), atol=1e-6)
+        assert [prediction.token for prediction in along] == expected.argmax(-1).tolist()
+        assert torch.allclose(
+            torch.tensor([prediction.probability for prediction in along]), expected.amax(-1), atol=1e-6
+        )
 
 
 def test_reading_along_equals_the_naive_way_at_every_layer(trained):
@@ -83,8 +85,10 @@ def test_reading_along_equals_the_naive_way_at_every_layer(trained):
     assert len(found) == 3
     for layer, along in zip(side.all_layers(), found, strict=True):
         expected = naive(vlm, side, extended(prompt, answer), layer)[begin : begin + 3]
-        assert [said.token for said in along] == expected.argmax(-1).tolist()
-        assert torch.allclose(torch.tensor([said.probability for said in along]), expected.amax(-1), atol=1e-6)
+        assert [prediction.token for prediction in along] == expected.argmax(-1).tolist()
+        assert torch.allclose(
+            torch.tensor([prediction.probability for prediction in along]), expected.amax(-1), atol=1e-6
+        )
 
 
 def test_each_layers_own_answer_equals_feeding_back_its_own_tokens(trained):
@@ -92,29 +96,31 @@ def test_each_layers_own_answer_equals_feeding_back_its_own_tokens(trained):
     prompt = prompt_of(vlm)
     answers = set()
     for layer in side.all_layers():
-        said: list[int] = []
+        ids: list[int] = []
         for step in generate_from_layer(vlm, side, prompt, layer, 6):
-            expected = naive(vlm, side, extended(prompt, said) if said else prompt, layer)[-1]
+            expected = naive(vlm, side, extended(prompt, ids) if ids else prompt, layer)[-1]
             expected[vlm.placeholder_ids()] = 0
             assert step.token == int(expected.argmax())
             assert step.probability == pytest.approx(float(expected.max()), abs=1e-6)
-            said.append(step.token)
-        answers.add(tuple(said))
-    assert len(answers) == 3, "the layers of this test should not all say the same"
+            ids.append(step.token)
+        answers.add(tuple(ids))
+    assert len(answers) == 3, "the layers of this test should give different answers"
 
 
 def test_the_last_layers_own_answer_is_the_models(trained):
     vlm, side = trained
-    said = generate_from_layer(vlm, side, prompt_of(vlm), side.depth, 8)
-    assert [one.token for one in said] == greedy(vlm, prompt_of(vlm), 8)[0]
+    predictions = generate_from_layer(vlm, side, prompt_of(vlm), side.depth, 8)
+    assert [one.token for one in predictions] == greedy(vlm, prompt_of(vlm), 8)[0]
 
 
-def test_rows_that_only_pad_the_vocabulary_are_never_said(tmp_path):
+def test_rows_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
     vlm, side = traced_model(tmp_path, "qwen2_vl", trained=True, rows=2000)
     vocab = len(vlm.tokenizer)
     found = trace("teacher", vlm, side, prompt_of(vlm), 4)
-    assert all(said.token < vocab for layer in found.layers for said in (*layer.along, *layer.free))
-    assert max(greedy(vlm, prompt_of(vlm), 4)[0]) >= vocab, "without the cut these random weights say padding"
+    assert all(prediction.token < vocab for layer in found.layers for prediction in (*layer.along, *layer.free))
+    assert max(greedy(vlm, prompt_of(vlm), 4)[0]) >= vocab, (
+        "without the limit these random weights generate padding ids"
+    )
 
 
 def test_free_answers_stop_at_the_end_of_turn_and_hooks_go_away(trained):
@@ -137,5 +143,8 @@ def test_a_trace_holds_every_layer_the_last_one_last(trained):
     assert [one.layer for one in found.layers] == [1, 3, 4]
     assert all(len(one.along) == len(found.answer) for one in found.layers)
     last = found.layers[-1]
-    assert [said.token for said in last.along] == [said.token for said in last.free]
-    assert last.text == vlm.tokenizer.decode([said.token for said in last.free], skip_special_tokens=True).strip()
+    assert [prediction.token for prediction in last.along] == [prediction.token for prediction in last.free]
+    assert (
+        last.text
+        == vlm.tokenizer.decode([prediction.token for prediction in last.free], skip_special_tokens=True).strip()
+    )

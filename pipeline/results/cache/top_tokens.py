@@ -1,4 +1,4 @@
-"""`python -m pipeline cache-info --sample`: what each cached layer of the teacher said about one sample, in words.
+"""`python -m pipeline cache-info --sample`: the most likely token of each cached layer, for one sample.
 
 T response tokens, J teacher layers.
 """
@@ -29,49 +29,49 @@ from pipeline.results.cache.on_disk import CacheOnDisk, read_record
 from pipeline.signal import HiddenSignal, Signal
 
 SHOWN = 16
-"""Response tokens that are printed of a longer sample."""
+"""Number of response tokens printed of a longer sample."""
 
 TEXT_WIDTH = 12
-"""Columns of the terminal that a token's words take at most."""
+"""Maximum width of a token's text, in terminal columns."""
 
 PADDING = 2
-"""Columns of space beside each column of a table."""
+"""Space added to each table column, in terminal columns."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """One sample of a cache: its first tokens, and each layer's likeliest ids there."""
+class TopTokens:
+    """One sample of a cache: its response tokens, and each layer's most likely ids for the first of them."""
 
     shard: str
     tokens: Sequence[int]
-    """[T] all response token ids."""
-    likeliest: Sequence[Sequence[int]]
-    """[min(T, SHOWN), J] ids."""
+    """[T] ids of all response tokens."""
+    top_ids: Sequence[Sequence[int]]
+    """[min(T, SHOWN), J] most likely ids."""
     shares: Sequence[Sequence[str]]
-    """[min(T, SHOWN), J] of the points that fell on them, or their probability."""
+    """[min(T, SHOWN), J] number of sampled points on these ids, or their probability, as text."""
 
 
 def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
-    """Print a table of tokens and layers, several side by side where they are wider than the terminal.
+    """Print tables of tokens by layers, as many tables as the terminal width requires.
 
-    Raises CacheError: no such key, a damaged record, no tokenizer; SampleError where the sample was skipped.
+    Raises CacheError: no such key, a damaged record, no tokenizer. Raises SampleError if the sample was skipped.
     """
-    words = top_words(cache, key)
-    place = folder or tokenizer_folder(cache)
-    tokenizer = _load_tokenizer(place)
+    sample = read_top_tokens(cache, key)
+    path = folder or tokenizer_folder(cache)
+    tokenizer = _load_tokenizer(path)
     console = Console(highlight=False)
-    console.print(Text(f"{key}, in {words.shard}: {len(words.tokens):,} response tokens", "bold"))
-    console.print(Text(_text(tokenizer, words.tokens)))
-    for table in _tables(cache, words, tokenizer, console.width):
+    console.print(Text(f"{key}, in {sample.shard}: {len(sample.tokens):,} response tokens", "bold"))
+    console.print(Text(_quoted(tokenizer, sample.tokens)))
+    for table in _tables(cache, sample, tokenizer, console.width):
         console.print(table)
-    if len(words.tokens) > SHOWN:
-        console.print(f"and {len(words.tokens) - SHOWN:,} tokens more")
-    for line in _legend(cache, place):
+    if len(sample.tokens) > SHOWN:
+        console.print(f"and {len(sample.tokens) - SHOWN:,} tokens more")
+    for line in _legend(cache, path):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def top_words(cache: CacheOnDisk, key: str) -> Words:
-    """What the cache holds of a sample. Raises CacheError and SampleError as `show` does."""
+def read_top_tokens(cache: CacheOnDisk, key: str) -> TopTokens:
+    """Read and decode one sample. Raises CacheError and SampleError as `show` does."""
     name = next((name for name, sidecar in cache.sidecars.items() if key in sidecar["keys"]), None)
     if name is None:
         raise CacheError(_no_such_key(cache, key))
@@ -90,14 +90,14 @@ def top_words(cache: CacheOnDisk, key: str) -> Words:
             f"{cache.path / name}: record '{key}' is damaged: {error}. What else is: python -m pipeline cache-info "
             f"{shlex.quote(str(cache.path))} --verify"
         ) from None
-    ids, probs = likeliest(signal)
+    ids, probs = top1(signal)
     points = codec.points if isinstance(codec, Sampled) else None
-    shares = [[_share(p, points) for p in row] for row in probs.tolist()]
-    return Words(name, tokens.tolist(), ids.tolist(), shares)
+    shares = [[_share_text(p, points) for p in row] for row in probs.tolist()]
+    return TopTokens(name, tokens.tolist(), ids.tolist(), shares)
 
 
-def likeliest(signal: Signal) -> tuple[Tensor, Tensor]:
-    """Of T tokens and J layers the likeliest id and its probability, [T, J] each; logits of one layer at a time."""
+def top1(signal: Signal) -> tuple[Tensor, Tensor]:
+    """The most likely ids and their probabilities, each [T, J]; logits exist for one layer at a time."""
     if isinstance(signal, HiddenSignal):
         best = [signal.unembedding.logits(layer).softmax(-1).max(-1) for layer in signal.hidden.unbind(1)]
         return torch.stack([b.indices for b in best], 1), torch.stack([b.values for b in best], 1)
@@ -106,22 +106,22 @@ def likeliest(signal: Signal) -> tuple[Tensor, Tensor]:
 
 
 def tokenizer_folder(cache: CacheOnDisk) -> Path:
-    """Where the run has a tokenizer: its teacher's, its student's or its distilled student's folder.
+    """A folder of the run with a tokenizer: the teacher's, the student's or the distilled student's.
 
-    Raises CacheError where there is none.
+    Raises CacheError if none has one.
     """
-    asked: list[Path] = []
+    candidates: list[Path] = []
     if cache.recipe is not None:
         try:
             recipe = load_recipe(cache.recipe).recipe
         except RecipeError as error:
             raise CacheError(f"{error}\nGive --tokenizer DIR instead") from None
-        asked = [recipe.teacher.path, recipe.student.path, cache.recipe.parent / "student"]
-    for folder in asked:
+        candidates = [recipe.teacher.path, recipe.student.path, cache.recipe.parent / "student"]
+    for folder in candidates:
         if _has_tokenizer(folder):
             return folder
-    looked = ", ".join(map(str, asked)) or "no recipe.yaml two folders above the cache to name one"
-    raise CacheError(f"no tokenizer to read ids with ({looked}); give the teacher's or student's: --tokenizer DIR")
+    searched = ", ".join(map(str, candidates)) or "no recipe.yaml two folders above the cache to name one"
+    raise CacheError(f"no tokenizer to read ids with ({searched}); give the teacher's or student's: --tokenizer DIR")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -143,11 +143,13 @@ def _load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _tables(cache: CacheOnDisk, words: Words, tokenizer: Any, width: int) -> Iterator[Table]:
-    tokens = words.tokens[:SHOWN]
-    verbalized = [Text(_cut(_text(tokenizer, [token]))) for token in tokens]
-    left = [[Text("#"), *(Text(str(place)) for place in range(1, len(tokens) + 1))], [Text("token"), *verbalized]]
-    layers = [[Text(_name(cache, j)), *_cells(words, tokenizer, j)] for j in range(len(cache.identity.layers))]
+def _tables(cache: CacheOnDisk, sample: TopTokens, tokenizer: Any, width: int) -> Iterator[Table]:
+    tokens = sample.tokens[:SHOWN]
+    texts = [Text(_shorten(_quoted(tokenizer, [token]))) for token in tokens]
+    left = [[Text("#"), *(Text(str(number)) for number in range(1, len(tokens) + 1))], [Text("token"), *texts]]
+    layers = [
+        [Text(_layer_heading(cache, j)), *_layer_cells(sample, tokenizer, j)] for j in range(len(cache.identity.layers))
+    ]
     room = width - sum(map(_width, left))
     while layers:
         count = 1
@@ -162,31 +164,31 @@ def _tables(cache: CacheOnDisk, words: Words, tokenizer: Any, width: int) -> Ite
         layers = layers[count:]
 
 
-def _name(cache: CacheOnDisk, column: int) -> str:
+def _layer_heading(cache: CacheOnDisk, column: int) -> str:
     layers = cache.identity.layers
     return f"layer {layers[column]}" if column < len(layers) - 1 else "last layer"
 
 
-def _cells(words: Words, tokenizer: Any, column: int) -> Iterator[Text]:
-    for token, said, shares in zip(words.tokens, words.likeliest, words.shares, strict=False):
-        text = f"{_cut(_text(tokenizer, [said[column]]))} {shares[column]}"
-        yield Text(text, "bold" if said[column] == token else "")
+def _layer_cells(sample: TopTokens, tokenizer: Any, column: int) -> Iterator[Text]:
+    for token, ids, shares in zip(sample.tokens, sample.top_ids, sample.shares, strict=False):
+        text = f"{_shorten(_quoted(tokenizer, [ids[column]]))} {shares[column]}"
+        yield Text(text, "bold" if ids[column] == token else "")
 
 
 def _width(column: Sequence[Text]) -> int:
     return max(cell.cell_len for cell in column) + PADDING
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """In quotes and escaped: a space counts in a token, and what data says must not steer a terminal."""
+def _quoted(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The decoded text, quoted and escaped: spaces matter in tokens, and data must not send terminal control codes."""
     return repr(tokenizer.decode(list(ids)))
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= TEXT_WIDTH else f"{text[: TEXT_WIDTH - 3]}..."
 
 
-def _share(probability: float, points: int | None) -> str:
+def _share_text(probability: float, points: int | None) -> str:
     return f"{probability:.2f}" if points is None else f"{round(probability * points)}/{points}"
 
 
