@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_prep.json_records import METADATA, json_records
 from data_prep.layouts import LAYOUTS, PICTURES, SYSTEM, has_chat, read_sample
-from data_prep.schema import DataError
+from data_prep.schema import BadSample, DataError
 from data_prep.sources import LazyRecord, Sample, source
 
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
-"""Suffix of a local file -> the builder of `datasets` that reads it; of a folder, the first that it has."""
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+"""Suffix of a local file -> the builder of `datasets` that reads it."""
+JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+"""Suffixes of files that data_prep.json_records reads: there one bad record costs itself, in `datasets` the file."""
+SUFFIXES = (*BUILDERS, *JSON)
+"""Of a folder, the files with the first suffix that it has are read."""
+FIRST_RECORDS = 100
+"""Records of a JSON file whose fields together are its columns."""
 
 FIELDS = ("messages", "images", "id", "question_type", "system")
 """What --columns may name a column for."""
@@ -56,17 +65,43 @@ def options(parser: argparse.ArgumentParser) -> None:
 def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """A Hugging Face dataset: hub name or local parquet, jsonl or arrow; columns messages and images, or as given.
 
-    Raises DataError where `datasets` cannot open or read it, or the columns are not there.
+    Raises DataError where it cannot be opened or read, or the columns are not there.
     """
     path = Path(args.input)
     files = _local_files(path)
     folder = args.images or (path if path.is_dir() else path.parent)
+    if files and files[0].name.endswith(JSON):
+        yield from _json_records(args, files, folder)
+        return
     total = _parquet_rows(files)
     for number, row in enumerate(_rows(args, files)):
         if number == 0:
-            _check_columns(row, args.columns)
+            _check_columns(list(row), args.columns)
         done = (number + 1) / total if total else None
         yield LazyRecord(partial(_sample, row, args.columns, folder), path.name if files else args.input, progress=done)
+
+
+def _json_records(args: argparse.Namespace, files: Sequence[Path], folder: Path) -> Iterator[LazyRecord]:
+    _check_columns(_fields(files[0]), args.columns)
+    for number, path in enumerate(files):
+        images = path.parent if path.name == METADATA and not args.images else folder
+        for found in json_records(path):
+            load = partial(_sample_of_json, found.value, args.columns, images)
+            yield LazyRecord(load, path.name, line=found.line, progress=(number + found.progress) / len(files))
+
+
+def _fields(path: Path) -> list[str]:
+    fields: dict[str, None] = {}
+    for found in islice(json_records(path), FIRST_RECORDS):
+        with contextlib.suppress(BadSample):
+            record = found.value() if callable(found.value) else found.value
+            fields.update(dict.fromkeys(record if isinstance(record, dict) else ()))
+    return list(fields)
+
+
+def _sample_of_json(value: Any, columns: dict[str, str], folder: Path) -> Sample:
+    record = value() if callable(value) else value
+    return _sample(record, columns, folder) if isinstance(record, dict) else read_sample(record, folder)
 
 
 def _rows(args: argparse.Namespace, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -122,12 +157,12 @@ def _sample(row: dict[str, Any], columns: dict[str, str], folder: Path) -> Sampl
     return replace(read_sample(record, folder), question_type=record.get("question_type"))
 
 
-def _check_columns(row: dict[str, Any], columns: dict[str, str]) -> None:
+def _check_columns(names: Sequence[str], columns: dict[str, str]) -> None:
     """Raise DataError where a given column, or one that holds chats, is not there."""
-    missing = [column for column in columns.values() if column not in row]
-    if missing or not has_chat([*row, *columns]):
+    missing = [column for column in columns.values() if column not in names]
+    if missing or not has_chat([*names, *columns]):
         raise DataError(
-            f"no column {missing[0] if missing else 'messages or conversations'!r} among {', '.join(row)}; "
+            f"no column {missing[0] if missing else 'messages or conversations'!r} among {', '.join(names)}; "
             "say where they are: --columns messages=COLUMN,images=COLUMN"
         )
 
@@ -135,15 +170,17 @@ def _check_columns(row: dict[str, Any], columns: dict[str, str]) -> None:
 def _local_files(path: Path) -> list[Path]:
     """The data files at a path, in order; none where it is no path but a name on the hub. Raises DataError."""
     if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise DataError(f"--input {path}: expected a file that ends in {', '.join(BUILDERS)}")
+        if not path.name.endswith(SUFFIXES):
+            raise DataError(f"--input {path}: expected a file that ends in {', '.join(SUFFIXES)}")
         return [path]
     if path.is_dir():
-        for suffix in BUILDERS:
+        if (path / METADATA).is_file():
+            return [path / METADATA]
+        for suffix in SUFFIXES:
             if files := sorted(path.rglob(f"*{suffix}")):
                 return files
-        raise DataError(f"--input {path}: no file in this folder ends in {', '.join(BUILDERS)}")
-    if path.suffix in BUILDERS or path.is_absolute() or str(path).startswith("."):
+        raise DataError(f"--input {path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+    if path.name.endswith(SUFFIXES) or path.is_absolute() or str(path).startswith("."):
         raise DataError(f"--input {path}: no such file or folder")
     return []
 

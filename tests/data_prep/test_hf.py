@@ -104,6 +104,44 @@ def test_text_only_data_need_no_images(tmp_path: Path) -> None:
     assert [sample.images for sample in read_back(tmp_path, "--input", tmp_path / "a.parquet")] == [[]] * 6
 
 
+def test_a_bad_line_costs_that_line_only(tmp_path: Path) -> None:
+    good = {"messages": messages(0)}
+    lines = [json.dumps(good), "{", json.dumps({"messages": 3}), json.dumps({**good, "extra": {"a": [1, "b"]}})]
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/0").write_bytes(PICTURES[0])
+    records = [json.dumps({**json.loads(line), "image": "0"}) if line != "{" else line for line in lines]
+    (tmp_path / "a.jsonl").write_text("\n".join(records))
+    arguments = ("--input", tmp_path / "a.jsonl", "--images", tmp_path / "pictures", "--max-rejects", 0.5)
+    assert [sample.images for sample in read_back(tmp_path, *arguments)] == [[PICTURES[0]]] * 2
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["reason"]) for reject in rejects] == [(2, "bad_json"), (3, "wrong_type")]
+
+
+def test_pictures_inside_the_messages_come_byte_for_byte(tmp_path: Path) -> None:
+    def with_picture(number: int) -> list[dict[str, Any]]:
+        parts = [{"type": "image", "text": None, "image": with_bytes(number)},
+                 {"type": "text", "text": f"What is {number}?", "image": None}]  # fmt: skip
+        answer = [{"type": "text", "text": f"Thing {number}.", "image": None}]
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    turn = {"role": datasets.Value("string"), "content": datasets.List(part)}
+    features = datasets.Features({"messages": datasets.List(turn)})
+    rows(messages=with_picture).cast(features).to_parquet(tmp_path / "a.parquet")
+    check(read_back(tmp_path, "--input", tmp_path / "a.parquet"))
+
+
+def test_a_sound_is_rejected_and_not_decoded(tmp_path: Path) -> None:
+    sound = {"bytes": b"no sound", "path": None}
+    table = rows(messages=messages, image=with_bytes, audio=lambda n: sound if n == 2 else None)
+    features = datasets.Features({**table.features, "audio": datasets.Audio(decode=False)})
+    table.cast(features).to_parquet(tmp_path / "a.parquet")
+    samples = read_back(tmp_path, "--input", tmp_path / "a.parquet", "--max-rejects", 0.5)
+    assert len(samples) == 5
+    (reject,) = (json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines())
+    assert (reject["index"], reject["reason"]) == (2, "video_or_audio")
+
+
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: Any) -> str:
     assert shard("--source", "hf", "--output", tmp_path / "out", *arguments) == 2
     return capsys.readouterr().err

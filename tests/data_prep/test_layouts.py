@@ -184,10 +184,11 @@ FILES: dict[str, bytes] = {
 """Ways to store three records."""
 
 
+@pytest.mark.parametrize("source", ["llava", "hf"])
 @pytest.mark.parametrize("form", FILES)
-def test_a_file_is_read_however_it_is_stored(form: str, tmp_path: Path) -> None:
+def test_a_file_is_read_however_it_is_stored(form: str, source: str, tmp_path: Path) -> None:
     (tmp_path / "in.json").write_bytes(FILES[form])
-    arguments = ("--source", "llava", "--input", tmp_path / "in.json", "--held-out", 0)
+    arguments = ("--source", source, "--input", tmp_path / "in.json", "--held-out", 0)
     assert shard(*arguments, "--output", tmp_path / "out") == 0
     samples = stored(tmp_path / "out")
     assert [sample.record["id"] for sample in samples] == ["0", "1", "2"]
