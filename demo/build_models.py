@@ -6,7 +6,7 @@
 
 Each of teacher and student is a tiny Qwen2-VL. First its vision tower learns to name what it sees through one linear
 layer, as towers come pretrained elsewhere; then the whole model learns to answer. The students learn too little on
-purpose: they can see and speak, and leave the demo something to teach. What is measured stands in each model card.
+purpose: they can see and answer, and leave the demo something to teach. What is measured stands in each model card.
 """
 
 from __future__ import annotations

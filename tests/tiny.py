@@ -134,14 +134,14 @@ def _newer_qwen(kind: str):
         if kind == "qwen2_5_vl":
             vision |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
             made = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **shared)
-            twin, images = "Qwen2_5_VLProcessor", processor.image_processor
+            name, images = "Qwen2_5_VLProcessor", processor.image_processor
         else:
             vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
             text |= {"head_dim": width // 4}
             made = tf.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **shared)
-            twin = "Qwen3VLProcessor"
+            name = "Qwen3VLProcessor"
             images = tf.Qwen2VLImageProcessorPil(min_pixels=32 * 32, max_pixels=64 * 64, patch_size=16)
-        return made, IMAGE_ONLY[twin](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
+        return made, IMAGE_ONLY[name](image_processor=images, tokenizer=tokenizer, chat_template=QWEN_CHAT)
 
     return build
 

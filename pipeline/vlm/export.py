@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-# save_pretrained writes its own; a model card speaks of the model that training began with.
+# save_pretrained writes its own; the model card describes the model that training began with.
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md"}
 
 

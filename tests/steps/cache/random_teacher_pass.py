@@ -1,4 +1,4 @@
-"""A listener without a teacher: samples of known length, whose words are random numbers, to cache steps by hand."""
+"""A teacher pass without a teacher: samples of known length with random hidden states, to run parts of the cache step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loaded(keys: list[str], rejected: tuple[Rejected, ...] = ()) -> LoadedBatch:
 
 
 def encode_response(one: LoadedBatch, codec: Codec) -> TeacherOutput:
-    """Random words about a batch, of which none is measured."""
+    """Random distributions for a batch, of which none is measured."""
     count = one.tokens()
     hidden = torch.randn(count, len(LAYERS), WIDTH, generator=torch.Generator().manual_seed(count))
     nothing = torch.zeros(0, dtype=torch.long)
@@ -49,7 +49,7 @@ def shard_batches(data: ShardFolder, shard: int, of: int = 2) -> list[ShardBatch
 
 
 class TeacherPass(SimpleNamespace):
-    """As much of a listener as rehearsing asks for; `rejected` keys cannot be used."""
+    """The part of a teacher pass that the size estimate uses; samples with `rejected` keys cannot be used."""
 
     def __init__(self, data: ShardFolder, rejected: tuple[str, ...] = ()):
         super().__init__(dataset=SimpleNamespace(folder=data), encode_response=encode_response, rejected=rejected)
