@@ -31,6 +31,12 @@ IMAGE_FIELDS = ("image", "image_url", "url", "path", "bytes", "base64", "data", 
 """Fields of an image part, or of an object in their place, that hold its picture."""
 IGNORED_FIELDS = ("type", "text", "index", "id", "detail", "cache_control", "media_type", "mime_type")
 """Other fields that an image part may have; of these, `text` must be empty."""
+UNUSED_FIELDS = (
+    "image", "images", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
+)  # fmt: skip
+"""Fields of a turn without which it means something else, and for which messages have no place."""
+TRAINED_FIELDS = ("loss", "train", "weight")
+"""Fields of a turn that say whether it is trained on, by true or 1: there is no place for a no."""
 SIZE_FIELDS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Fields of Qwen's image parts; the recipe decides the size here."""
 
@@ -73,6 +79,7 @@ def _with_system(system: str, turns: list[Chat]) -> list[Chat]:
 def _message(number: int, turn: Any) -> Chat:
     if not isinstance(turn, dict):
         raise BadSample("wrong_type", f"turn {number} is {type_name(turn)}; expected an object")
+    _refuse_unused(number, turn)
     name = turn.get("from") or turn.get("role")
     if not isinstance(name, str) or name not in ROLE_NAMES:
         raise BadSample("wrong_type", f"turn {number} is by {name!r}; expected one of {', '.join(ROLE_NAMES)}")
@@ -87,6 +94,23 @@ def _message(number: int, turn: Any) -> Chat:
         parts += found.messages
         pictures += found.pictures
     return Chat([{"role": ROLE_NAMES[name], "content": parts}], pictures)
+
+
+def _refuse_unused(number: int, turn: dict[str, Any]) -> None:
+    """Raise BadSample where a turn has what its message could not hold."""
+    if media := [name for name in turn if turn[name] and name.rstrip("s") in OTHER_MEDIA]:
+        raise BadSample("video_or_audio", f"turn {number} has {media[0]!r}: only text and images are used")
+    if unused := [name for name in UNUSED_FIELDS if turn.get(name) not in (None, "", [], {})]:
+        raise BadSample("unused_field", f"turn {number} has {unused[0]!r}, which a sample cannot hold")
+    if untrained := [name for name in TRAINED_FIELDS if turn.get(name) is not None and not turn[name]]:
+        raise BadSample(
+            "unused_field", f"turn {number} has {untrained[0]} {turn[untrained[0]]!r}: all answers are trained on"
+        )
+
+
+def is_no_picture(value: Any) -> bool:
+    """Whether a field holds no picture: null, "", or, as Arrow fills it, an object of nulls."""
+    return value is None or value == "" or (isinstance(value, dict) and all(v is None for v in value.values()))
 
 
 def _split_text(text: str) -> Chat:
@@ -131,7 +155,7 @@ def _image_part(number: int, fields: dict[str, Any]) -> Chat:
     named = [
         {name: fields[name]} if name in ("base64", "data") else fields[name]  # bare text would be taken for a path
         for name in IMAGE_FIELDS
-        if fields.get(name) not in (None, "", {})
+        if not is_no_picture(fields.get(name))
     ]
     if len(named) > 1:
         raise BadSample("conflicting_image", f"turn {number} has an image part that names {len(named)} pictures")

@@ -175,7 +175,8 @@ def _upright_rgb(image: Image) -> Image:
     from PIL import ImageOps
 
     image.load()
-    return ImageOps.exif_transpose(image).convert("RGB")
+    ImageOps.exif_transpose(image, in_place=True)
+    return image.convert("RGB")
 
 
 def _notices(image: Image) -> tuple[str, ...]:

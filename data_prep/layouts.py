@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.chats import PLACEHOLDER, Chat, read_chat
+from data_prep.chats import PLACEHOLDER, Chat, is_no_picture, read_chat
 from data_prep.images import image_bytes
 from data_prep.schema import BadSample, tag_with_id, type_name
 from data_prep.sources import Sample
@@ -35,6 +35,8 @@ def read_sample(record: Any, folder: Path) -> Sample:
     with tag_with_id(record.get("id")):
         if media := [name for name in OTHER_MEDIA if record.get(name)]:
             raise BadSample("video_or_audio", f"the record has {media[0]!r}: only text and images are used")
+        if record.get("tools"):
+            raise BadSample("unused_field", "the record has 'tools', which a sample cannot hold")
         own = _own_pictures(record)
         chat = _read_chat(record, bool(own))
         return Sample(
@@ -128,9 +130,9 @@ def _first(record: dict[str, Any], names: Iterable[str]) -> Any:
 def _own_pictures(record: dict[str, Any]) -> list[Any]:
     """The pictures of the record as a whole. Null and "" are none."""
     fields = (record.get(name) for name in PICTURES)
-    field = next((value for value in fields if value is not None and value != "" and value != []), None)
+    field = next((value for value in fields if not is_no_picture(value) and value != []), None)
     values = field if isinstance(field, list) else [field]
-    return [value for value in values if value is not None and value != ""]
+    return [value for value in values if not is_no_picture(value)]
 
 
 def _merge(in_parts: list[Any], own: list[Any], folder: Path) -> list[bytes]:

@@ -40,6 +40,7 @@ REASONS = {
     "conflicting_image": "an image part and the record name different pictures",
     "conflicting_system": "the record and the chat have different system prompts",
     "video_or_audio": "the record is about a video or a sound, which nobody would see or hear",
+    "unused_field": "a field that decides what the chat means would be lost",
     "image_in_response": "an assistant turn holds an image",
     "no_assistant_turn": "nobody answers",
     "empty_response": "an assistant turn has no words",
