@@ -1,4 +1,4 @@
-"""A teacher pass without a teacher: samples of known length with random hidden states, to run parts of the cache step."""
+"""A teacher pass without a teacher: samples of known length, random hidden states, to run parts of the cache step."""
 
 from __future__ import annotations
 
