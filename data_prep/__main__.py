@@ -41,7 +41,8 @@ manifest.json each. Under `mpirun -n N` the work is shared, and the bytes are th
 
 Bad records are left out and listed in DIR/rejects.jsonl with file, line or index, id and reason. When there are more
 than --max-rejects, nothing else is written. A run that was cut off is taken up by the same command: finished shards
-stay. Only one run at a time writes a DIR. Images are stored byte for byte, unless --convert is given. Unless the source has a split of its own, --held-out of the samples are held out, by a hash of their images.
+stay. One run at a time may write a DIR. Images are stored byte for byte, unless --convert is given. Unless the source
+has a split of its own, --held-out of the samples are held out, by a hash of their images.
 """
 
 LINT_MANUAL = """\
