@@ -26,6 +26,7 @@ Instruction data -> WebDataset shards that training reads.
   preview   show samples as one HTML page
 
 examples:
+  python -m data_prep shard --source llava --input chat.json --images images/ --explain
   python -m data_prep shard --source llava --input chat.json --images images/ --output data/chat
   mpirun -n 8 python -m data_prep shard --source hf --input org/dataset --output data/dataset
   python -m data_prep lint data/chat && python -m data_prep preview data/chat
@@ -40,7 +41,8 @@ manifest.json each. Under `mpirun -n N` the work is shared, and the bytes are th
 
 Bad records are left out and listed in DIR/rejects.jsonl with file, line or index, id and reason. When there are more
 than --max-rejects, nothing else is written. A run that was cut off is taken up by the same command: finished shards
-stay. Unless the source has a split of its own, --held-out of the samples are held out, by a hash of their images.
+stay. One run at a time may write a DIR. Images are stored byte for byte, unless --convert is given. Unless the source
+has a split of its own, --held-out of the samples are held out, by a hash of their images.
 """
 
 LINT_MANUAL = """\
@@ -251,9 +253,7 @@ def _print_notices(notices: list[tuple[str, int]], background: str | None) -> No
 def _refusal(args: argparse.Namespace, plan: Plan) -> str:
     reason, number = plan.reasons()[0]
     first = next(reject for reject in plan.rejects if reject.reason == reason)
-    hint = (
-        " A source without ids gets them from the records' places: drop the field." if reason == "duplicate_id" else ""
-    )
+    hint = " --repeated-ids number keeps these records." if reason == "duplicate_id" else ""
     return (
         f"{len(plan.rejects):,} of {plan.read:,} records are bad, more than --max-rejects {args.max_rejects:g}; the "
         f"commonest reason: {reason} ({number:,}; the first, at {first.location}: {first.detail}). No shard was "

@@ -36,7 +36,7 @@ UNUSED_FIELDS = (
 )  # fmt: skip
 """Fields of a turn without which it means something else, and for which messages have no place."""
 TRAINED_FIELDS = ("loss", "train", "weight")
-"""Fields of a turn that say whether it is trained on, by true or 1: there is no place for a no."""
+"""Fields of an assistant's turn that say whether it is trained on; a sample has no place for a no."""
 SIZE_FIELDS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Fields of Qwen's image parts; the recipe decides the size here."""
 
@@ -79,10 +79,10 @@ def _with_system(system: str, turns: list[Chat]) -> list[Chat]:
 def _message(number: int, turn: Any) -> Chat:
     if not isinstance(turn, dict):
         raise BadSample("wrong_type", f"turn {number} is {type_name(turn)}; expected an object")
-    _refuse_unused(number, turn)
     name = turn.get("from") or turn.get("role")
     if not isinstance(name, str) or name not in ROLE_NAMES:
         raise BadSample("wrong_type", f"turn {number} is by {name!r}; expected one of {', '.join(ROLE_NAMES)}")
+    _refuse_unused(number, turn, ROLE_NAMES[name])
     content = turn["value"] if turn.get("value") is not None else turn.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -96,16 +96,16 @@ def _message(number: int, turn: Any) -> Chat:
     return Chat([{"role": ROLE_NAMES[name], "content": parts}], pictures)
 
 
-def _refuse_unused(number: int, turn: dict[str, Any]) -> None:
+def _refuse_unused(number: int, turn: dict[str, Any], role: str) -> None:
     """Raise BadSample where a turn has what its message could not hold."""
     if media := [name for name in turn if turn[name] and name.rstrip("s") in OTHER_MEDIA]:
         raise BadSample("video_or_audio", f"turn {number} has {media[0]!r}: only text and images are used")
     if unused := [name for name in UNUSED_FIELDS if turn.get(name) not in (None, "", [], {})]:
         raise BadSample("unused_field", f"turn {number} has {unused[0]!r}, which a sample cannot hold")
-    if untrained := [name for name in TRAINED_FIELDS if turn.get(name) is not None and not turn[name]]:
-        raise BadSample(
-            "unused_field", f"turn {number} has {untrained[0]} {turn[untrained[0]]!r}: all answers are trained on"
-        )
+    untrained = [name for name in TRAINED_FIELDS if turn.get(name) is not None and not turn[name]]
+    if untrained and role == "assistant":
+        name = untrained[0]
+        raise BadSample("unused_field", f"turn {number} has {name} {turn[name]!r}: all answers are trained on")
 
 
 def is_no_picture(value: Any) -> bool:
@@ -134,6 +134,8 @@ def _part(number: int, item: Any) -> Chat:
     kind = fields.get("type") or _kind_of(fields)
     if isinstance(kind, str) and any(kind.startswith(media) or kind.endswith(media) for media in OTHER_MEDIA):
         raise BadSample("video_or_audio", f"turn {number} has a part of type {kind!r}: only text and images are used")
+    if kind in TEXT_TYPES and not all(is_no_picture(fields.get(name)) for name in ("image", "image_url")):
+        raise BadSample("conflicting_image", f"turn {number} has a text part that names a picture: {str(item)[:80]}")
     if kind in TEXT_TYPES and isinstance(fields.get("text"), str):
         return _split_text(fields["text"])
     if kind in IMAGE_TYPES:

@@ -109,6 +109,7 @@ def test_a_part_names_its_own_picture(part: dict[str, Any], named: Any) -> None:
         ({"video": "a.mp4"}, "video_or_audio"),
         ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "video_or_audio"),
         ({"type": "image", "image": "a.png", "path": "b.png"}, "conflicting_image"),
+        ({"type": "text", "text": "What?", "image": "b.png"}, "conflicting_image"),
         ({"type": "image", "file": "b.png"}, "wrong_type: .*image part with 'file': b.png"),
         ({"type": "image", "text": "A cat."}, "wrong_type: .*image part with 'text'"),
     ],
