@@ -10,8 +10,9 @@ from typing import Any
 
 import datasets
 import pytest
-from faulty_input import chat, picture, shard
+from faulty_input import chat, command, mpirun, picture, shard
 
+from data_prep.__main__ import main
 from data_prep.layouts import read_sample
 from data_prep.schema import BadSample
 from data_prep.shards import RawSample, ShardFolder
@@ -139,33 +140,34 @@ def with_part(part: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [part, text("What?")]}, MESSAGES[1]], **fields}
 
 
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"video": "a.mp4", "conversations": chat("<video>\nWhat?")}, "video_or_audio"),
-        ({"audio": {"bytes": b"wav"}, "conversations": chat("What?")}, "video_or_audio"),
-        ({"videos": ["a.mp4"], "messages": TURNS}, "video_or_audio"),
-        (with_part({"type": "video", "video": "a.mp4"}), "video_or_audio"),
-        (with_part({"type": "image", "image": "a.png"}, images=["b.png"]), "conflicting_image"),
-        (with_part({"type": "image", "image": "a.png"}, images=["a.png", "b.png"]), "conflicting_image"),
-        (with_part({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "missing_image: .*network"),
-        (with_part({"type": "image_url", "image_url": {"url": "data:image/png,AAAA"}}), "broken_image"),
-        (with_part({"type": "image", "base64": "no base64"}), "broken_image"),
-        (with_part({"type": "image", "image": "../secret.png"}), "image_path_escapes"),
-        (with_part({"type": "image", "image": 7}), "wrong_type: an image is a int"),
-        ({"system": "Be brief.", "conversations": [{"from": "system", "value": "No."}]}, "conflicting_system"),
-        ({"system": ["Be brief."], "conversations": chat("What?")}, "wrong_type: the system prompt is a list"),
-        ({"tools": [{"name": "add"}], "messages": TURNS}, "unused_field: .*'tools'"),
-        ({"messages": [{**TURNS[0], "image": "a.png"}, TURNS[1]]}, "unused_field: turn 0 has 'image'"),
-        ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "unused_field: .*'reasoning_content'"),
-        ({"messages": [TURNS[0], {**TURNS[1], "loss": False}]}, "unused_field: turn 1 has loss False"),
-        ({"conversations": [{**chat("What?")[0], "video": "a.mp4"}]}, "video_or_audio"),
-        ({"texts": "What?", "images": ["a.png"]}, "wrong_type: texts is a str"),
-        ({"prompt": "What?", "completion": 3}, "wrong_type: .*completion a int"),
-        ({"query": "What?", "response": "A cat.", "history": ["What?"]}, "wrong_type: history"),
-        ({"conversations": None, "messages": None}, "wrong_type: the chat is missing"),
-    ],
-)
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"video": "a.mp4", "conversations": chat("<video>\nWhat?")}, "video_or_audio"),
+    ({"audio": {"bytes": b"wav"}, "conversations": chat("What?")}, "video_or_audio"),
+    ({"videos": ["a.mp4"], "messages": TURNS}, "video_or_audio"),
+    (with_part({"type": "video", "video": "a.mp4"}), "video_or_audio"),
+    (with_part({"type": "image", "image": "a.png"}, images=["b.png"]), "conflicting_image"),
+    (with_part({"type": "image", "image": "a.png"}, images=["a.png", "b.png"]), "conflicting_image"),
+    (with_part({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "missing_image: .*network"),
+    (with_part({"type": "image_url", "image_url": {"url": "data:image/png,AAAA"}}), "broken_image"),
+    (with_part({"type": "image", "base64": "no base64"}), "broken_image"),
+    (with_part({"type": "image", "image": "../secret.png"}), "image_path_escapes"),
+    (with_part({"type": "image", "image": 7}), "wrong_type: an image is a int"),
+    ({"system": "Be brief.", "conversations": [{"from": "system", "value": "No."}]}, "conflicting_system"),
+    ({"system": ["Be brief."], "conversations": chat("What?")}, "wrong_type: the system prompt is a list"),
+    ({"tools": [{"name": "add"}], "messages": TURNS}, "unused_field: .*'tools'"),
+    ({"messages": [{**TURNS[0], "image": "a.png"}, TURNS[1]]}, "unused_field: turn 0 has 'image'"),
+    ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "unused_field: .*'reasoning_content'"),
+    ({"messages": [TURNS[0], {**TURNS[1], "loss": False}]}, "unused_field: turn 1 has loss False"),
+    ({"conversations": [{**chat("What?")[0], "video": "a.mp4"}]}, "video_or_audio"),
+    ({"texts": "What?", "images": ["a.png"]}, "wrong_type: texts is a str"),
+    ({"prompt": "What?", "completion": 3}, "wrong_type: .*completion a int"),
+    ({"query": "What?", "response": "A cat.", "history": ["What?"]}, "wrong_type: history"),
+    ({"conversations": None, "messages": None}, "wrong_type: the chat is missing"),
+]
+"""Records that cannot be used, and what is said of them."""
+
+
+@pytest.mark.parametrize("record, reason", ODD)
 def test_what_cannot_be_used_says_why(record: dict[str, Any], reason: str, images: Path) -> None:
     with pytest.raises(BadSample, match=reason):
         read_sample(record, images)
@@ -236,3 +238,21 @@ def test_a_file_of_another_kind_is_named(
     assert shard("--source", "llava", "--input", tmp_path / "in.json", "--output", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_a_set_with_odd_records_goes_through_with_each_of_them_named(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = [(record, reason.partition(":")[0]) for record, reason in ODD if "audio" not in record]
+    good = [{"id": n, **LAYOUTS["llava"][0]} for n in range(9 * len(odd))]
+    records = [part for n, (record, _) in enumerate(odd) for part in (*good[9 * n : 9 * n + 9], record)]
+    (images / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ("--source", "llava", "--input", images / "in.jsonl", "--max-rejects", 0.11, "--samples-per-shard", 50)
+    run = mpirun(2, command("shard", *arguments, "--output", images / "out"))
+    assert run.returncode == 0, run.stderr
+    rejects = [json.loads(line) for line in (images / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["reason"]) for reject in rejects] == [
+        (10 * n + 10, reason) for n, (_, reason) in enumerate(odd)
+    ]
+    assert main(["lint", str(images / "out")]) == 0
+    assert sum(len(ShardFolder(images / "out" / split)) for split in ("train", "held_out")) == len(good)
