@@ -55,7 +55,9 @@ def read_chat(turns: Any, system: str | None = None) -> Chat:
     """Convert a list of turns in either form; `system`, if any, becomes the first turn.
 
     System turns without words, as ShareGPT files often have, are left out. Whether the chat is complete is for
-    schema.validate_messages to say. Raises BadSample: wrong_type, video_or_audio, conflicting_system.
+    schema.validate_messages to say.
+
+    Raises BadSample: wrong_type, video_or_audio, unused_field, conflicting_image, conflicting_system.
     """
     if not isinstance(turns, list):
         raise BadSample("wrong_type", f"the chat is {type_name(turns)}; expected a list of turns")
@@ -98,9 +100,9 @@ def _message(number: int, turn: Any) -> Chat:
 
 def _refuse_unused(number: int, turn: dict[str, Any], role: str) -> None:
     """Raise BadSample where a turn has what its message could not hold."""
-    if media := [name for name in turn if turn[name] and name.rstrip("s") in OTHER_MEDIA]:
+    if media := [name for name in turn if name.rstrip("s") in OTHER_MEDIA and not is_empty(turn[name])]:
         raise BadSample("video_or_audio", f"turn {number} has {media[0]!r}: only text and images are used")
-    if unused := [name for name in UNUSED_FIELDS if turn.get(name) not in (None, "", [], {})]:
+    if unused := [name for name in UNUSED_FIELDS if not is_empty(turn.get(name))]:
         raise BadSample("unused_field", f"turn {number} has {unused[0]!r}, which a sample cannot hold")
     untrained = [name for name in TRAINED_FIELDS if turn.get(name) is not None and not turn[name]]
     if untrained and role == "assistant":
@@ -108,9 +110,11 @@ def _refuse_unused(number: int, turn: dict[str, Any], role: str) -> None:
         raise BadSample("unused_field", f"turn {number} has {name} {turn[name]!r}: all answers are trained on")
 
 
-def is_no_picture(value: Any) -> bool:
-    """Whether a field holds no picture: null, "", or, as Arrow fills it, an object of nulls."""
-    return value is None or value == "" or (isinstance(value, dict) and all(v is None for v in value.values()))
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing: null, "", false, or lists and objects of nothing, as Arrow fills them."""
+    if isinstance(value, (list, dict)):
+        return all(is_empty(inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return value is None or value is False or value == ""
 
 
 def _split_text(text: str) -> Chat:
@@ -134,7 +138,7 @@ def _part(number: int, item: Any) -> Chat:
     kind = fields.get("type") or _kind_of(fields)
     if isinstance(kind, str) and any(kind.startswith(media) or kind.endswith(media) for media in OTHER_MEDIA):
         raise BadSample("video_or_audio", f"turn {number} has a part of type {kind!r}: only text and images are used")
-    if kind in TEXT_TYPES and not all(is_no_picture(fields.get(name)) for name in ("image", "image_url")):
+    if kind in TEXT_TYPES and not all(is_empty(fields.get(name)) for name in ("image", "image_url")):
         raise BadSample("conflicting_image", f"turn {number} has a text part that names a picture: {str(item)[:80]}")
     if kind in TEXT_TYPES and isinstance(fields.get("text"), str):
         return _split_text(fields["text"])
@@ -157,7 +161,7 @@ def _image_part(number: int, fields: dict[str, Any]) -> Chat:
     named = [
         {name: fields[name]} if name in ("base64", "data") else fields[name]  # bare text would be taken for a path
         for name in IMAGE_FIELDS
-        if not is_no_picture(fields.get(name))
+        if not is_empty(fields.get(name))
     ]
     if len(named) > 1:
         raise BadSample("conflicting_image", f"turn {number} has an image part that names {len(named)} pictures")

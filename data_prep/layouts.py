@@ -12,28 +12,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.chats import PLACEHOLDER, Chat, is_no_picture, read_chat
+from data_prep.chats import PLACEHOLDER, Chat, is_empty, read_chat
 from data_prep.images import image_bytes
 from data_prep.schema import BadSample, tag_with_id, type_name
 from data_prep.sources import Sample
 
 SYSTEM = ("system", "system_prompt", "system_message")
 PICTURES = ("image", "images", "file_name", "file_names")
-OTHER_MEDIA = ("video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url", "speech")
+OTHER_MEDIA = ("video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url")
 """Fields of which one that is not empty makes a record unusable."""
 
 
 def read_sample(record: Any, folder: Path) -> Sample:
     """Convert a record; `folder` is where paths of images start.
 
-    Raises BadSample: wrong_type, video_or_audio, conflicting_system, conflicting_image, and as images.image_bytes does.
+    Raises BadSample: wrong_type, video_or_audio, unused_field, conflicting_system, conflicting_image; and what
+    images.image_bytes raises.
     """
     if isinstance(record, BadSample):
         raise record
     if not isinstance(record, dict):
         raise BadSample("wrong_type", f"the record is {type_name(record)}; expected an object")
     with tag_with_id(record.get("id")):
-        if media := [name for name in OTHER_MEDIA if record.get(name)]:
+        if media := [name for name in OTHER_MEDIA if not is_empty(record.get(name))]:
             raise BadSample("video_or_audio", f"the record has {media[0]!r}: only text and images are used")
         if record.get("tools"):
             raise BadSample("unused_field", "the record has 'tools', which a sample cannot hold")
@@ -130,9 +131,9 @@ def _first(record: dict[str, Any], names: Iterable[str]) -> Any:
 def _own_pictures(record: dict[str, Any]) -> list[Any]:
     """The pictures of the record as a whole. Null and "" are none."""
     fields = (record.get(name) for name in PICTURES)
-    field = next((value for value in fields if not is_no_picture(value) and value != []), None)
+    field = next((value for value in fields if not is_empty(value)), None)
     values = field if isinstance(field, list) else [field]
-    return [value for value in values if not is_no_picture(value)]
+    return [value for value in values if not is_empty(value)]
 
 
 def _merge(in_parts: list[Any], own: list[Any], folder: Path) -> list[bytes]:
