@@ -25,6 +25,9 @@ MAX_BYTES = 1 << 28
 FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 """Pillow's name of a format -> the suffix in the shard. The others are refused: for EPS, Pillow starts Ghostscript."""
 
+DECODING = "upright RGB"
+"""What decode_image makes of a file, in the words of a cache's fingerprint: to be changed whenever that changes."""
+
 NOTICES = {
     "deep_grey": "more than 8 bits of grey: what is over 255 turns white",
     "float_grey": "floating point grey: what is under 1 turns black",

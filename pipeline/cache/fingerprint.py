@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.images import DECODING
 from pipeline.errors import CacheError
 
 # Files that decide how text becomes token ids, the most complete set first. The first set found is the tokenizer.
@@ -58,15 +59,12 @@ def teacher_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
     return {**model_fingerprints(folder), "chat_template": text_fingerprint(chat_template)}
 
 
-def limit_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:
-    """The limits on a sample's length and image size, as plain numbers, not hashes.
-
-    "pixels" is there only where a limit on it is set. Older caches do not have it.
-    """
-    limits = {"max_length": str(max_length)}
+def sample_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:
+    """What decides how a sample becomes model inputs, besides the models: plain text, not hashes."""
+    fingerprints = {"max_length": str(max_length), "decoding": DECODING}
     if min_pixels is not None or max_pixels is not None:
-        limits["pixels"] = f"{min_pixels or 'any'} to {max_pixels or 'any'}"
-    return limits
+        fingerprints["pixels"] = f"{min_pixels or 'any'} to {max_pixels or 'any'}"
+    return fingerprints
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import open_cache
-from pipeline.cache.fingerprint import files_fingerprint, limit_fingerprints, teacher_fingerprints
+from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.cache.layout import codec_params
 from pipeline.cache.reader import CacheRecord
 from pipeline.cache.view import CacheView
@@ -156,7 +156,7 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     """
     prints = {
         "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
-        **limit_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
+        **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }
     if any(recipe.teacher.path.glob("*.safetensors")):
         template = str(load_processor(recipe.teacher.path).chat_template)

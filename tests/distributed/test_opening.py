@@ -12,6 +12,7 @@ from running import deepspeed, tiny_recipe
 from safetensors.torch import load_file, save_file
 
 from data_prep.shards import ShardFolder
+from pipeline.cache import fingerprint
 from pipeline.errors import CacheError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.loop import Job
@@ -91,6 +92,12 @@ def test_the_length_that_the_data_was_cut_to_is_named(root):
 def test_the_limits_on_images_are_named(root):
     with pytest.raises(CacheError, match=r"pixels: expected any to 3136, found none recorded"):
         opened(root, "data.max_pixels=3136")
+
+
+def test_a_cache_of_images_decoded_otherwise_is_refused(root, monkeypatch):
+    monkeypatch.setattr(fingerprint, "DECODING", "upright RGB, in linear light")
+    with pytest.raises(CacheError, match=r"decoding: expected upright RGB, in linear light, found upright RGB"):
+        opened(root)
 
 
 def test_a_teacher_without_weights_is_not_asked(root):

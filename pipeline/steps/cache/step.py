@@ -14,7 +14,7 @@ import torch
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import folder_for
-from pipeline.cache.fingerprint import files_fingerprint, limit_fingerprints, teacher_fingerprints
+from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.cache.layout import CacheIdentity, codec_params
 from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
@@ -93,8 +93,8 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
         verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
         teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
         data = recipe.data
-        limits = limit_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
-        return [{**teacher, "verbalizers": verbalizers, **limits}]
+        of_samples = sample_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
+        return [{**teacher, "verbalizers": verbalizers, **of_samples}]
 
     (fingerprints,) = gather_when_ready(job.ranks, f"{NAME}: hashing the teacher, {recipe.teacher.path}", prints)
     layers = (*verbalized["layers"], verbalized["depth"])
