@@ -6,6 +6,7 @@ import configparser
 import re
 import shlex
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def differences(installed: dict[str, str], pinned: dict[str, str]) -> list[str]:
 def test_every_installed_package_is_pinned_at_its_version():
     if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".installed").exists():
         pytest.skip("not the environment of make setup")
-    installed = {canonicalize_name(one.name): one.version for one in metadata.distributions()}
+    own = metadata.distributions(path=[sysconfig.get_paths()["purelib"]])  # not what `make peers` put beside
+    installed = {canonicalize_name(one.name): one.version for one in own}
     unpinned = {name for name in ("setuptools", "wheel") if name not in lock()}
     assert differences({n: v for n, v in installed.items() if n not in NOT_PINNED | unpinned}, lock()) == []
 
