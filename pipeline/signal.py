@@ -34,6 +34,10 @@ class Unembedding:
     softcap: float | None = None
     """Bound of the absolute value of a logit; None: no cap."""
 
+    def detached(self) -> Unembedding:
+        """The same head, without gradient to its tensors."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [..., d] -> logits [..., V] in float32. The matrix product is in the weight's dtype."""
         return self.scale_and_cap_(self.products(hidden).float())

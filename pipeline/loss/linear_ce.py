@@ -25,7 +25,7 @@ def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, ch
     chunk: tokens in a chunk; None: as memory allows. T = 0 gives zeros with zero gradients.
     Raises ValueError for a label outside the vocabulary (checked on the CPU only) and for shapes that do not fit.
     """
-    _check(h, unembedding, labels)
+    check_labels(h, unembedding, labels)
 
     def layer_gradients(h: Tensor, add_losses: Callable[[Tensor], None], workspace: Workspace) -> Gradients:
         return cross_entropy_chunks(h, workspace, labels, lambda rows, log_q: add_losses(-log_q))
@@ -36,7 +36,7 @@ def linear_cross_entropy(h: Tensor, unembedding: Unembedding, labels: Tensor, ch
 @torch.no_grad()
 def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: int | None = None) -> Tensor:
     """Log-probability in nats of each token's label, without gradient: h [L, T, d], labels [T] -> [L, T] float32."""
-    _check(h, unembedding, labels)
+    check_labels(h, unembedding, labels)
     log_probs = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device)
     workspace = Workspace(unembedding, chunk)
     for layer, layer_log_probs in zip(h, log_probs, strict=True):
@@ -45,7 +45,8 @@ def token_log_probs(h: Tensor, unembedding: Unembedding, labels: Tensor, chunk: 
     return log_probs
 
 
-def _check(h: Tensor, unembedding: Unembedding, labels: Tensor) -> None:
+def check_labels(h: Tensor, unembedding: Unembedding, labels: Tensor) -> None:
+    """Raise ValueError for shapes that do not fit, and on the CPU for a label outside the vocabulary."""
     if h.dim() != 3 or labels.shape != h.shape[1:2]:
         raise ValueError(f"expected h [L, T, d] and labels [T], got {tuple(h.shape)} and {tuple(labels.shape)}")
     if (

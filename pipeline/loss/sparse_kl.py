@@ -27,7 +27,7 @@ float32. This is done for the most likely id, and for HEAVY ids where rho may be
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -134,8 +134,7 @@ def matched_kl(
                 f"student layer {layer} is matched to teacher layer {column}, outside its window {columns}"
             )
     if isinstance(signal, HiddenSignal):
-        bias = None if unembedding.bias is None else unembedding.bias.detach()
-        frozen = replace(unembedding, weight=unembedding.weight.detach(), bias=bias)
+        frozen = unembedding.detached()
         zero = torch.zeros((), dtype=accumulator(unembedding.weight.dtype), device=h.device)
         pairs = zip(h, match, strict=True)
         return torch.stack([zero if j is None else column_kl(x, frozen, signal, j, chunk) for x, j in pairs])

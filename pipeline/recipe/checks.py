@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import SHIPPED
-from pipeline.recipe.schema import STEPS, Model, Recipe, Training
+from pipeline.recipe.schema import STEPS, Interact, Model, Recipe, Reinforce, Training
 
 # Each setting has one place. The recipe owns these, so a DeepSpeed config must say "auto" for them or leave them out.
 OWNED_BY_RECIPE = {
@@ -38,7 +38,9 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
     if "interact" in steps:
-        problems += _view_problems(recipe)
+        problems += _view_problems(recipe) + _interact_problems(recipe.interact)
+    if "reinforce" in steps:
+        problems += _reinforce_problems(recipe.reinforce)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
     both = needs_student and (needs_teacher or asks_for_layers)
     if not problems and both and not _is_skipped(recipe.interact):
@@ -151,6 +153,34 @@ def _view_problems(recipe: Recipe) -> list[str]:
     chosen = recipe.interact.teacher_layers
     if chosen is not None and list(chosen) != sorted(set(chosen)):
         problems.append(f"interact.teacher_layers: expected increasing layers, found {list(chosen)}")
+    return problems
+
+
+def _interact_problems(interact: Interact) -> list[str]:
+    problems = []
+    if interact.temperature is not None and interact.matching != "adaptive":
+        problems.append(
+            f"interact.temperature: {interact.temperature} is that of the draw of matching: adaptive; "
+            f"{interact.matching} has none"
+        )
+    weights = (interact.last_weight, interact.cross_entropy_weight, interact.deep_supervision_weight)
+    if interact.matching == "last_only" and not any(weights):
+        problems.append(
+            "interact: nothing to train: matching is last_only, and last_weight, cross_entropy_weight and "
+            "deep_supervision_weight are 0"
+        )
+    return problems
+
+
+def _reinforce_problems(reinforce: Reinforce) -> list[str]:
+    problems = []
+    if reinforce.train is not None and not (reinforce.train / "manifest.json").is_file():
+        problems.append(
+            f"reinforce.train: no {reinforce.train}/manifest.json; expected a shard folder, such as "
+            "python -m pipeline answer makes"
+        )
+    if reinforce.label_smoothing and reinforce.loss_power:
+        problems.append("reinforce: expected one of label_smoothing and loss_power, found both")
     return problems
 
 

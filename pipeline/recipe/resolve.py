@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.presets import check_preset, preset_values
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
 # These change speed, memory or which files are kept, not what is learned. A run may continue with other values of them.
@@ -21,6 +22,7 @@ CHANGEABLE = {
     "deepspeed",
     "gradient_checkpointing",
     "data.workers",
+    "data.memory_mb",
     "data.held_out",
     "data.max_bad_share",
     "cache.batch_tokens",
@@ -37,7 +39,7 @@ class Resolved:
 
     recipe: Recipe
     origins: Mapping[str, str]
-    """Flat key -> "recipe", "command line", "default" or "stage 1"."""
+    """Flat key -> "recipe", "command line", "preset NAME", "default" or "stage 1"."""
 
     def to_yaml(self) -> str:
         """The recipe as YAML that loads again, with each value's origin in a comment."""
@@ -61,6 +63,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
         _set(values, key, value)
         origins = {k: o for k, o in origins.items() if not k.startswith(key + ".")}
         origins |= dict.fromkeys(_flat_keys(value, key) if isinstance(value, dict) else [key], "command line")
+    _apply_preset(values, origins)
     recipe = _validate(values, str(path))
     earlier = recipe.run / "recipe.yaml"
     if earlier.is_file() and earlier.resolve() != path.resolve():
@@ -69,6 +72,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
                 _set(values, key, value)
                 origins[key] = "stage 1"
         recipe = _validate(values, f"{path} with {earlier}")
+    check_preset(recipe.preset, recipe.reinforce.steps)
     recipe = recipe.model_copy(update={"deepspeed": _shipped(recipe.deepspeed)})
     return Resolved(recipe, {key: _origin(key, origins) for key in leaves(recipe)})
 
@@ -148,6 +152,13 @@ def _flat_items(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[s
 
 def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     return [key for key, _ in _flat_items(values, prefix + "." if prefix else "")]
+
+
+def _apply_preset(values: dict[str, Any], origins: dict[str, str]) -> None:
+    for key, value in preset_values(values).items():
+        if not _is_set(key, origins):
+            _set(values, key, value)
+            origins[key] = f"preset {values['preset']}"
 
 
 def _is_set(key: str, origins: Mapping[str, str]) -> bool:

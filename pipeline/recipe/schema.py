@@ -44,6 +44,10 @@ class Data(Section):
     far could not be used. One bad sample is always allowed."""
     workers: Count = 2
     """Data loader processes for each rank; 0: load in the training process. This changes the speed, not the results."""
+    memory_mb: Count = 0
+    """Memory of each loader process for samples that are ready for the model, in MB, so that later epochs need not read
+    and encode them again. The first samples that fit stay. It pays where the data is small and read many times. This
+    changes the speed, not the results."""
 
 
 class Model(Section):
@@ -137,16 +141,29 @@ class Cache(Section):
 class Interact(StudentTraining):
     """Stage 2a: each student target layer learns from the teacher layer that it is matched to."""
 
-    matching: Literal["adaptive", "uniform", "random", "argmin", "ordered_argmin", "last_only"] = "adaptive"
+    matching: Literal[
+        "adaptive", "uniform", "random", "argmin", "ordered_argmin", "earliest", "latest", "last_only"
+    ] = "adaptive"
     """Rule that matches each student target layer to a teacher target layer, drawn or chosen for each micro-batch.
     adaptive: the paper's Algorithm 1; drawn by KL, in increasing order, inside a search range.
     uniform: a fixed match, spread evenly over the teacher's layers.
     random: as adaptive, but all candidates are equally likely.
     argmin: the layer of least KL, without order or search range.
     ordered_argmin: the match of least total KL that keeps the order.
+    earliest, latest: a fixed match; the shallowest or the deepest layers that the search ranges allow.
     last_only: no matching; only the last layers' KL is trained."""
+    temperature: Rate | None = None
+    """Temperature T of the draw, in nats, only for adaptive: a candidate's probability is proportional to exp(-KL / T).
+    Left out: the paper's rule, T = 2 / (max KL - min KL) over the candidates, which is nearly uniform where they differ
+    by less than one nat. metrics.jsonl has the entropy of each draw (draw_entropy)."""
+    last_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the last layers' KL in the interaction loss. Paper: 1. With 0, only the matched layers are trained."""
     cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the cross-entropy on the responses, added to the interaction loss. Paper: 0, because it hurts."""
+    deep_supervision_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy of each target layer's verbalized distribution on the responses, summed over the
+    layers and added to the interaction loss. With matching: last_only and last_weight: 0, the teacher has no part in
+    the training: the control that shows what the layers give without it. Paper: 0."""
     teacher_layers: tuple[Positive, ...] | None = None
     """Teacher target layers that may be matched, counted from 1, in increasing order; they must be in the cache. Left
     out: all cached target layers."""
@@ -159,6 +176,19 @@ class Interact(StudentTraining):
     """Whether the student's verb-FFNs are trained too. Paper (section 4.4): they stay as stage 1 trained them."""
 
 
+class Reinforce(StudentTraining):
+    """Stage 2b: the student is finetuned on the responses."""
+
+    train: Path | None = None
+    """Folder of shards to finetune on, such as the teacher's answers (python -m pipeline answer). Left out:
+    data.train, as in the paper."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary (Szegedy et al., 2016). Paper: 0."""
+    loss_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Exponent q of the generalised cross-entropy (1 - p^q) / q (Zhang and Sabuncu, 2018): a token that the student
+    finds unlikely weighs less, so wrong answers do. 0: cross-entropy, as in the paper. 1: 1 - p."""
+
+
 class Recipe(Section):
     """A whole run: two models, the data and the four steps."""
 
@@ -166,6 +196,12 @@ class Recipe(Section):
     """Folder of the run. All its results are written there: checkpoints, cache, logs and the trained student."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
+    preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
+    """How stage 2 trains, by what is known of the data. It fills in values that neither the recipe nor the command line
+    sets; docs/evidence.md has the measurements behind it.
+    paper: the paper's order: interaction, then finetuning on the responses.
+    wrong_answers: a part of the responses is wrong, as in scraped data: interaction to the end, no finetuning.
+    clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
@@ -192,7 +228,7 @@ class Recipe(Section):
     """Stage 1b: writes the teacher's distributions to disk."""
     interact: Interact
     """Stage 2a: trains the student to follow the cached distributions."""
-    reinforce: StudentTraining
+    reinforce: Reinforce
     """Stage 2b: finetunes the student on the responses."""
 
 

@@ -20,6 +20,8 @@ from pipeline.recipe.schema import Training
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded
 
+MB = 2**20
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -134,12 +136,16 @@ class ChatDataset(Dataset):
         folder: ShardFolder,
         encoders: Mapping[str, ChatEncoder],
         attach: Callable[[SampleIndex, Encoded], tuple[Encoded, Any]] | None = None,
+        memory: int = 0,
     ):
         """attach returns a sample's form and what is handed over with it, such as its record in the teacher cache.
 
-        It may reduce the tokens that carry loss. It works with a single encoder only.
+        It may reduce the tokens that carry loss. It works with a single encoder only. memory: bytes of encoded samples
+        that are kept for later epochs.
         """
         self.folder, self.encoders, self.attach = folder, dict(encoders), attach
+        self._kept: dict[int, dict[str, Encoded]] = {}
+        self._room = memory
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -155,9 +161,8 @@ class ChatDataset(Dataset):
             return error
 
     def _read(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected:
-        raw = self.folder.read(index.sample)
         try:
-            encoded = self._encode(raw)
+            encoded = self._kept.get(index.sample) or self._encode(index.sample)
             if self.attach is None:
                 return encoded, None
             ((role, only),) = encoded.items()
@@ -166,12 +171,20 @@ class ChatDataset(Dataset):
         except SampleError as error:
             return Rejected.of(self.folder, index.sample, error)
 
-    def _encode(self, raw: Any) -> dict[str, Encoded]:
+    def _encode(self, sample: int) -> dict[str, Encoded]:
+        raw = self.folder.read(sample)
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):
             raise SampleError("teacher and student tokenize the response differently (cut at max_length, most likely)")
+        self._keep(sample, encoded)
         return encoded
+
+    def _keep(self, sample: int, encoded: dict[str, Encoded]) -> None:
+        size = sum(one.nbytes() for one in {id(one): one for one in encoded.values()}.values())
+        if size <= self._room:
+            self._kept[sample] = encoded
+            self._room -= size
 
 
 class BadSamples:

@@ -21,11 +21,11 @@ from pipeline.cache.view import CacheView
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
-from pipeline.loss.matching import STRATEGIES, Matching
+from pipeline.loss.matching import Matching, matching_rule
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Interact, Recipe
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done
@@ -34,7 +34,7 @@ from pipeline.runtime.ranks import gather_when_ready, sum_over_ranks, wait_for_a
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
-from pipeline.vlm.families import family, image_parts
+from pipeline.vlm.families import decoder_layers, family, image_parts
 from pipeline.vlm.processing import Batch, Encoded, load_processor
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
@@ -43,11 +43,14 @@ NAME = "interact"
 
 @dataclass(frozen=True)
 class Draw:
-    """The parameters of one micro-batch's match, the same on every rank."""
+    """The parameters of one micro-batch's match and losses, the same on every rank."""
 
     matching: Matching
     generator: torch.Generator
-    cross_entropy_weight: float
+    cross_entropy: bool = False
+    """Whether the last layer's cross-entropy is needed."""
+    deep_supervision: bool = False
+    """Whether the target layers' cross-entropy is needed."""
 
 
 class Interaction(nn.Module):
@@ -60,9 +63,11 @@ class Interaction(nn.Module):
         self.teacher_head = teacher_head
 
     def forward(self, batch: Batch, signal_of: Callable[[Unembedding | None], Signal], draw: Draw) -> dict[str, Tensor]:
-        """Losses summed over this rank's tokens ("matched" [S], "last", "cross_entropy"), "kl" [S, J], "match" [S].
+        """Losses summed over this rank's tokens, "kl" [S, J], "match" [S] and "entropy" [S] or [0].
 
-        kl is the global micro-batch's mean in nat; match counts teacher targets from 0, -1 where there is none.
+        The losses are "matched" [S], "last" and, where the draw asks for them, "cross_entropy" and "deep_supervision"
+        [S]. kl is the global micro-batch's mean in nat; match counts teacher targets from 0, -1 where there is none;
+        entropy is that of each layer's draw, in nat.
         """
         # The signal first, where it needs no head: its copies to the device would wait for the whole backbone.
         signal = signal_of(None) if self.teacher_head is None else None
@@ -93,9 +98,12 @@ def interaction_losses(
         "last": column_kl(last, unembedding, signal, teachers),
         "kl": mean,
         "match": torch.tensor([-1 if m is None else m for m in match]),
+        "entropy": torch.tensor(draw.matching.entropies(mean, match) or []),
     }
-    if draw.cross_entropy_weight:
+    if draw.cross_entropy:
         losses["cross_entropy"] = linear_cross_entropy(last[None], unembedding, labels)[0]
+    if draw.deep_supervision:
+        losses["deep_supervision"] = linear_cross_entropy(targets, unembedding.detached(), labels)
     return losses
 
 
@@ -118,10 +126,11 @@ def run(job: Job) -> None:
         )
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
-    dataset = ChatDataset(data, chat_encoders, attach=partial(_attach, view))
+    dataset = ChatDataset(data, chat_encoders, partial(_attach, view), recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.interact, len(dataset))
     forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
-    unused, images = family(student.backbone).may_be_unused, image_parts(student.backbone)
+    unused = (*family(student.backbone).may_be_unused, *_unreached(student, recipe.interact))
+    images = image_parts(student.backbone)
     averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images)
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
 
@@ -165,21 +174,42 @@ def _expected(recipe: Recipe) -> dict[str, str]:
 
 
 def _forward(engine: Engine, interact: Interact, seed: int, view: CacheView, layers: tuple[int, ...]):
+    rule = matching_rule(interact.matching, interact.temperature)
+
     def forward(loaded: LoadedBatch, micro_step: MicroStep) -> StepOutput:
         generator = torch.Generator().manual_seed(derived_seed(seed, "match", micro_step.update, micro_step.micro))
-        draw = Draw(STRATEGIES[interact.matching], generator, interact.cross_entropy_weight)
+        draw = Draw(rule, generator, interact.cross_entropy_weight > 0, interact.deep_supervision_weight > 0)
         batch = loaded.batches["student"].to(engine.device, engine.dtype)
         signal_of = partial(view.signal, loaded.attached, engine.device)
         losses = engine(batch, signal_of, draw)
         matched, last = losses["matched"], losses["last"]
-        loss = matched.sum() + last
+        loss = matched.sum() + interact.last_weight * last
         sums = {f"layer/{layer}": value for layer, value in zip(layers, matched, strict=True)} | {"last": last}
         if interact.cross_entropy_weight:
             loss = loss + interact.cross_entropy_weight * losses["cross_entropy"]
             sums["cross_entropy"] = losses["cross_entropy"]
-        return StepOutput(loss, sums, {"match": _teacher_layers(losses["match"], view.layers)})
+        if interact.deep_supervision_weight:
+            supervised = losses["deep_supervision"]
+            loss = loss + interact.deep_supervision_weight * supervised.sum()
+            sums |= {f"supervised/{layer}": value for layer, value in zip(layers, supervised, strict=True)}
+        return StepOutput(loss, sums, _drawn(losses, view.layers))
 
     return forward
+
+
+def _unreached(student: VerbalizedVLM, interact: Interact) -> list[str]:
+    """Parameters that get no gradient where the last layer's output has no part in the loss."""
+    if interact.last_weight or interact.cross_entropy_weight:
+        return []
+    deeper = [p for layer in decoder_layers(student.backbone)[student.layers[-1] :] for p in layer.parameters()]
+    above = {id(p) for p in (*deeper, *student.head.parameters())}
+    return [name for name, p in student.backbone.named_parameters() if id(p) in above]
+
+
+def _drawn(losses: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, list]:
+    """The match as teacher layers, and the entropy of each draw where there was one."""
+    entropy = [round(value, 4) for value in losses["entropy"].tolist()]
+    return {"match": _teacher_layers(losses["match"], layers), **({"draw_entropy": entropy} if entropy else {})}
 
 
 def _teacher_layers(match: Tensor, layers: tuple[int, ...]) -> list[int | None]:

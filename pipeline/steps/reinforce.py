@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from data_prep.shards import ShardFolder
 from pipeline.loss.linear_ce import linear_cross_entropy
+from pipeline.loss.robust_ce import generalised_cross_entropy, smoothed_cross_entropy
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.batches import ChatDataset, LoadedBatch
+from pipeline.recipe.schema import Reinforce
+from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
@@ -26,16 +31,18 @@ NAME = "reinforce"
 class Finetuned(nn.Module):
     """The student and its own head, all of it training but the vision tower."""
 
-    def __init__(self, backbone: nn.Module, vocab: int):
+    def __init__(self, backbone: nn.Module, vocab: int, loss: Callable[..., Tensor] = linear_cross_entropy):
+        """loss: as linear_cross_entropy, but perhaps more tolerant of wrong labels."""
         super().__init__()
         self.backbone = backbone
+        self.loss = loss
         self.depth = int(backbone.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
         self.head = LanguageHead(backbone, vocab)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy in nat, summed over the batch's response tokens: [1]."""
+        """The loss, which is cross-entropy in nat unless another was given, summed over response tokens: [1]."""
         (last,) = run_backbone(self.backbone, batch.inputs, [self.depth], batch.positions)
-        return self.head(linear_cross_entropy, final_norm(self.backbone)(last)[None], labels=batch.labels)
+        return self.head(self.loss, final_norm(self.backbone)(last)[None], labels=batch.labels)
 
 
 def run(job: Job) -> None:
@@ -56,17 +63,28 @@ def run(job: Job) -> None:
     chat_encoders = encoders(recipe, ["student"])
     with sharded_loading(recipe):
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
-    engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from)), recipe, recipe.reinforce, job.ranks)
-    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders)
+    name, loss = loss_of(recipe.reinforce)
+    engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from), loss), recipe, recipe.reinforce, job.ranks)
+    data = ShardFolder(recipe.reinforce.train or recipe.data.train)
+    dataset = ChatDataset(data, chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.reinforce, len(dataset))
-    forward, unused, images = _forward(engine), family(backbone).may_be_unused, image_parts(backbone)
+    forward, unused, images = _forward(engine, name), family(backbone).may_be_unused, image_parts(backbone)
     averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images)
     finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
 
 
-def _forward(engine: Engine):
+def loss_of(reinforce: Reinforce) -> tuple[str, Callable[..., Tensor]]:
+    """(its name in the metrics, the loss that a recipe asks for)."""
+    if reinforce.label_smoothing:
+        return "smoothed_cross_entropy", partial(smoothed_cross_entropy, smoothing=reinforce.label_smoothing)
+    if reinforce.loss_power:
+        return "generalised_cross_entropy", partial(generalised_cross_entropy, power=reinforce.loss_power)
+    return "cross_entropy", linear_cross_entropy
+
+
+def _forward(engine: Engine, name: str):
     def forward(loaded: LoadedBatch, _micro_step: MicroStep) -> StepOutput:
         loss = engine(loaded.batches["student"].to(engine.device, engine.dtype))[0]
-        return StepOutput(loss, {"cross_entropy": loss})
+        return StepOutput(loss, {name: loss})
 
     return forward

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, derived_seed, map_unique
+from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
@@ -39,7 +39,7 @@ def run(job: Job) -> Engine | None:
             for role in ROLES
         }
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
-    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders)
+    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
     averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)

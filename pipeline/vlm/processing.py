@@ -40,6 +40,10 @@ class Encoded:
         """[T] the response tokens."""
         return self.inputs["input_ids"][0, self.response]
 
+    def nbytes(self) -> int:
+        """Bytes that its tensors take."""
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), self.response))
+
 
 @dataclass(frozen=True)
 class Batch:

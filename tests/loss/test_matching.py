@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from pipeline.loss.matching import STRATEGIES, draw_probabilities, search_ranges, uniform_columns
+from pipeline.loss.matching import STRATEGIES, draw_probabilities, matching_rule, search_ranges, uniform_columns
 
-ORDERED = ["adaptive", "uniform", "random", "ordered_argmin"]
+ORDERED = ["adaptive", "uniform", "random", "ordered_argmin", "earliest", "latest"]
 
 
 def generator(seed=0):
@@ -80,6 +80,44 @@ def test_draw_probabilities_follow_the_formula():
 def test_equal_candidates_are_equally_likely_and_a_single_candidate_is_certain():
     assert draw_probabilities(torch.full((4,), 1.5)).tolist() == pytest.approx([0.25] * 4)
     assert draw_probabilities(torch.tensor([7.0])).tolist() == [1.0]
+
+
+def test_the_paper_s_temperature_is_nearly_uniform_below_a_nat_and_greedy_above_three():
+    """Best against worst: exp(D^2 / 2), as the docstring says."""
+    for spread, odds in ((0.5, math.exp(0.125)), (1.0, math.exp(0.5)), (3.0, math.exp(4.5))):
+        p = draw_probabilities(torch.tensor([1.0, 1.0 + spread / 3, 1.0 + spread], dtype=torch.float64))
+        assert p[0] / p[-1] == pytest.approx(odds, rel=1e-5)
+
+
+def test_a_fixed_temperature_replaces_the_paper_s_rule():
+    row = torch.tensor([0.3, 0.4, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(draw_probabilities(row, 0.05), torch.softmax(-row / 0.05, 0))
+    cold, kl = matching_rule("adaptive", 1e-6), kl_values(3, 7)
+    greedy, start = [], 0
+    for i in range(3):
+        greedy.append(start + int(kl[i, start : 7 - 3 + i + 1].argmin()))
+        start = greedy[-1] + 1
+    assert all(cold.match(kl, generator(seed)) == greedy for seed in range(20))
+    assert matching_rule("adaptive") is STRATEGIES["adaptive"] and matching_rule("random", 0.5) is STRATEGIES["random"]
+
+
+def test_entropies_are_those_of_the_distributions_that_were_drawn_from():
+    kl = kl_values(3, 6)
+    match = [1, 2, 4]
+    expected = []
+    for i, start in enumerate((0, 2, 3)):
+        p = draw_probabilities(kl[i, start : 6 - 3 + i + 1])
+        expected.append(-sum(x * math.log(x) for x in p.tolist()))
+    assert STRATEGIES["adaptive"].entropies(kl, match) == pytest.approx(expected)
+    assert STRATEGIES["random"].entropies(kl, match) == pytest.approx([math.log(4), math.log(3), math.log(3)])
+    assert STRATEGIES["random"].entropies(kl, [3, 4, 5]) == pytest.approx([math.log(4), 0.0, 0.0])
+    for name in ("uniform", "ordered_argmin", "earliest", "last_only"):
+        assert STRATEGIES[name].entropies(kl, match) is None
+
+
+def test_earliest_and_latest_are_the_ends_of_the_search_ranges():
+    assert STRATEGIES["earliest"].match(kl_values(3, 7), generator()) == [0, 1, 2]
+    assert STRATEGIES["latest"].match(kl_values(3, 7), generator()) == [4, 5, 6]
 
 
 def test_random_draws_all_candidates_equally_often():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, number_of_steps, target_layers
+from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe, refuse_changes
 from pipeline.recipe.schema import Model, Recipe, Section, Training, leaves
 
@@ -185,3 +187,58 @@ def test_a_missing_recipe_and_broken_yaml_are_errors(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match="is not YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path, values):
+    values["interact"] |= {"matching": "last_only", "last_weight": 0, "temperature": 0.1}
+    values["reinforce"] |= {"label_smoothing": 0.1, "loss_power": 0.5, "train": str(tmp_path / "answers")}
+    with pytest.raises(RecipeError) as error:
+        check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
+    message = str(error.value)
+    assert message.startswith("4 problem(s)")
+    assert "interact.temperature: 0.1 is that of the draw of matching: adaptive; last_only has none" in message
+    assert "interact: nothing to train: matching is last_only, and last_weight" in message
+    assert "reinforce.train: no" in message and "python -m pipeline answer" in message
+    assert "expected one of label_smoothing and loss_power, found both" in message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_is_not_set_and_says_so(tmp_path, values, name):
+    values["preset"] = name
+    if PRESETS[name].to_the_end:
+        del values["reinforce"]
+    resolved = load_recipe(write(tmp_path, values))
+    found = leaves(resolved.recipe)
+    for key, value in PRESETS[name].values.items():
+        assert found[key] == value and resolved.origins[key] == f"preset {name}"
+    check_recipe(resolved.recipe, STEPS)
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved.to_yaml())
+    assert leaves(load_recipe(again).recipe) == found
+
+
+def test_a_value_of_the_recipe_or_the_command_line_goes_before_the_preset_s(tmp_path, values):
+    del values["reinforce"]
+    resolved = load_recipe(write(tmp_path, values | {"preset": "clean_answers"}), ["interact.cross_entropy_weight=0.5"])
+    assert resolved.recipe.interact.cross_entropy_weight == 0.5
+    assert resolved.origins["interact.cross_entropy_weight"] == "command line"
+
+
+@pytest.mark.parametrize("reinforce", [{"steps": 10, "batch_size": 8}, {"epochs": 1, "batch_size": 8}])
+def test_a_recipe_that_finetunes_against_its_preset_is_refused(tmp_path, values, reinforce):
+    values |= {"preset": "wrong_answers", "reinforce": reinforce}
+    with pytest.raises(RecipeError, match="preset: wrong_answers is interaction to the end.*set preset: paper"):
+        load_recipe(write(tmp_path, values))
+
+
+def test_without_a_preset_a_missing_reinforce_section_is_an_error(tmp_path, values):
+    del values["reinforce"]
+    with pytest.raises(RecipeError, match="reinforce: missing"):
+        load_recipe(write(tmp_path, values))
+    with pytest.raises(RecipeError, match="preset: Input should be 'paper'"):
+        load_recipe(write(tmp_path, values | {"preset": "papper", "reinforce": values["interact"]}))
+
+
+def test_every_preset_has_a_description_in_the_schema():
+    assert set(PRESETS) == set(get_args(Recipe.model_fields["preset"].annotation))
+    assert all(f"{name}:" in Recipe.model_fields["preset"].description for name in PRESETS)

@@ -112,6 +112,30 @@ def test_models_with_one_encoder_share_a_batch(encoder, tmp_path):
         assert one.batches["teacher"] is one.batches["student"] and one.batches["student"].keys == ("s00000", "s00001")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_fit_in_memory_are_read_once_and_give_the_same_batches(encoder, tmp_path, workers, monkeypatch):
+    folder = ShardFolder(write_data(tmp_path / "train", 4))
+    indices = [[SampleIndex(i, epoch) for i in range(4)] for epoch in range(3)]
+    plain = list(load(ChatDataset(folder, {"a": encoder}), indices, workers, "cpu"))
+    size = max(encoder(raw.key, raw.record["messages"], raw.images).nbytes() for raw in map(folder.read, range(4)))
+    read = []
+    monkeypatch.setattr(ShardFolder, "read", lambda self, i, whole=ShardFolder.read: read.append(i) or whole(self, i))
+    kept = list(load(ChatDataset(folder, {"a": encoder}, memory=2 * size), indices, workers, "cpu"))
+    for ours, theirs in zip(kept, plain, strict=True):
+        mine, other = ours.batches["a"], theirs.batches["a"]
+        assert mine.inputs.keys() == other.inputs.keys() and mine.keys == other.keys
+        assert all(torch.equal(mine.inputs[name], other.inputs[name]) for name in mine.inputs)
+    if workers == 0:
+        assert sorted(read) == [0, 1, 2, 2, 2, 3, 3, 3], "two fit; the others are read in each epoch"
+
+
+def test_a_sample_that_cannot_be_used_is_not_kept_and_counted_in_each_epoch(encoder, tmp_path):
+    folder, short = ShardFolder(write_data(tmp_path / "train", 2)), ChatEncoder(encoder.processor, 5)
+    chats = ChatDataset(folder, {"a": short}, memory=2**30)
+    loaded = load(chats, [[SampleIndex(0, epoch), SampleIndex(1, epoch)] for epoch in range(2)], 0, "cpu")
+    assert [len(one.rejected) for one in loaded] == [2, 2]
+
+
 def test_a_batch_is_pinned_where_the_loader_looks_for_it(encoder, tmp_path, monkeypatch):
     """What DataLoader does with pin_memory=True, but for the memory itself: that needs a GPU."""
     pinned = []
