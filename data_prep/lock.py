@@ -1,4 +1,4 @@
-"""One run at a time may write an output folder."""
+"""One process at a time may write an output folder, or a file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,35 @@ from data_prep.schema import DataError
 LOCK = ".lock"
 """In the output folder while a run writes it; holds the process and its host."""
 
+ANOTHER_OUTPUT = (
+    "give another --output. Where one launcher started both, it is not MPI: use mpirun -n N, or srun --mpi=pmix"
+)
+"""What to do, besides to wait, where two runs of data_prep want one output folder."""
+
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Creates the folder where there is none.
+    """Hold the folder's lock. Creates the folder where there is none. Raises DataError as `lock_file` does."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_file(folder / LOCK, str(folder), ANOTHER_OUTPUT):
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it has content
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, subject: str, advice: str) -> Iterator[None]:
+    """Hold a lock that stands at `path` while it is held. Its folder must be there.
 
     The lock is the operating system's (flock), so it ends with its process, however that ends; a file that a killed
-    process left behind locks nothing. Raises DataError, with both processes, where another one holds it.
+    process left behind locks nothing. Raises DataError, with both processes, where another one holds it. The message
+    says that `subject` is being written and, besides to wait, what to do: `advice`.
     """
-    is_new = not folder.exists()
-    file = _acquire(folder)
+    file = _acquire(path, subject, advice)
     try:
         if file is not None:
             os.ftruncate(file, 0)
@@ -33,17 +52,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: who opened it before sees that it is gone
+            path.unlink(missing_ok=True)  # while it is held: who opened it before sees that it is gone
             os.close(file)
-        if is_new:
-            with contextlib.suppress(OSError):  # it has content
-                folder.rmdir()
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(path: Path, subject: str, advice: str) -> int | None:
     """The locked file; None where the file system has no locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -52,10 +66,10 @@ def _acquire(folder: Path) -> int | None:
             owner = os.pread(file, 1000, 0).decode(errors="replace")
             os.close(file)
             if isinstance(error, BlockingIOError):
-                raise DataError(_in_use(folder, owner)) from None
+                raise DataError(_in_use(subject, owner, advice)) from None
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
-            print(f"note: {folder} cannot be locked ({error.strerror}): let no other run write it", file=sys.stderr)
+            print(f"note: {subject} cannot be locked ({error.strerror}): let no other run write it", file=sys.stderr)
             return None
         if _stands_at(path, file):
             return file
@@ -69,11 +83,8 @@ def _stands_at(path: Path, file: int) -> bool:
         return False
 
 
-def _in_use(folder: Path, owner: str) -> str:
-    return (
-        f"{folder} is being written by {owner or 'another process'}; this is {_process()}. Wait for it, or give "
-        "another --output. Where one launcher started both, it is not MPI: use mpirun -n N, or srun --mpi=pmix"
-    )
+def _in_use(subject: str, owner: str, advice: str) -> str:
+    return f"{subject} is being written by {owner or 'another process'}; this is {_process()}. Wait for it, or {advice}"
 
 
 def _process() -> str:

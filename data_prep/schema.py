@@ -6,6 +6,7 @@ A sample on disk is `KEY.json` and its images `KEY.0.png`, `KEY.1.jpg`, ..., num
     {"id": "...", "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
                                {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}],
      "question_type": "...",                                  (only where the source has types)
+     "answered": [{"given": "A dog.", "log_prob": -0.7, "tokens": 4}],    (only where a model gave the answers)
      "provenance": {"source": "llava", "file": "chat.json", "index": 7, ...}}
 
 and `messages` is what `processor.apply_chat_template` takes.

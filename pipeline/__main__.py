@@ -2,14 +2,16 @@
 
   python -m pipeline status runs/demo
   python -m pipeline evaluate --run runs/demo
+  python -m pipeline answer --run runs/demo --output data/answered
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
-status shows which steps are done and what to run next. evaluate compares models on held-out data. trace shows what each
-layer of a model predicts. cache-info shows what a teacher cache holds, and how close it is to the teacher. env prints
-what a bug report needs. `python -m pipeline COMMAND --help` describes one command in full. Runs are made by
-launch/train.py, data by python -m data_prep.
+status shows which steps are done and what to run next. evaluate compares models on held-out data. answer lets a model
+answer the questions of a shard folder. trace shows what each layer of a model predicts. cache-info shows what a teacher
+cache holds, and how close it is to the teacher. env prints what a bug report needs.
+`python -m pipeline COMMAND --help` describes one command in full. Runs are made by launch/train.py, data by
+python -m data_prep.
 """
 
 from __future__ import annotations
@@ -47,6 +49,29 @@ over this baseline, it gains from the image.
 Samples that a model cannot use are counted and listed: read = used + rejected. If their share exceeds --max-bad-share,
 the evaluation stops: results on the remaining samples would not be results on this data. Models run in float32 on a
 CPU. On a GPU they run in the dtype of their config.json, else in bfloat16.
+"""
+
+ANSWER = """Let a model, usually the teacher, answer the questions of a shard folder: shards in, shards out.
+
+  python -m pipeline answer --run runs/demo --output data/answered
+  python -m pipeline answer --model Qwen2-VL-72B --data data/mine/train --output data/answered
+  python -m pipeline answer --run runs/demo --output data/answered --part 1/8
+
+With --run: the run's teacher, on the recipe's data.train, under the recipe's limits on data.
+
+Each assistant turn gets the model's greedy answer as its text, after the model's own earlier answers. Keys, order,
+images and all other fields stay. The record's new field `answered` has, for each assistant turn, the text that was
+given, the natural log of the model's probability of its answer, and the answer's number of tokens, end-of-turn token
+included. The output is an ordinary shard folder: `data.train: data/answered` in a recipe finetunes the student on it.
+
+Samples without a usable answer are left out and listed in OUTPUT/rejects.jsonl: too long, not to be decoded, or with an
+answer that is empty, contains a control token, or did not end within --max-new-tokens. read = used + rejected. If their
+share exceeds --max-bad-share, the command stops.
+
+Each shard appears whole or not at all; the same command continues after an interruption. With --part I/N the process
+answers every N-th shard, starting with the I-th: N processes or SLURM array tasks share the work without knowing of one
+another, and the last to end writes the manifest. Models run in float32 on a CPU. On a GPU they run in the dtype of
+their config.json, else in bfloat16.
 """
 
 TRACE = """Show what each target layer of a run's models predicts for one question, side by side (paper, Figure 3).
@@ -101,6 +126,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for add, name, summary, text in (
         (_add_status, "status", "progress of a run, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
+        (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
         (_add_trace, "trace", "what each layer predicts for one question", TRACE),
         (_add_cache_info, "cache-info", "what a teacher cache holds, and how close it is to the teacher", CACHE_INFO),
         (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
@@ -169,6 +195,26 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_answer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: its teacher answers its data.train")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face VLM folder (default: run's teacher)")
+    parser.add_argument("--data", type=Path, metavar="SHARDS", help="shard folder (default: the run's data.train)")
+    parser.add_argument("--output", type=Path, required=True, metavar="SHARDS_OUT", help="shard folder to write")
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N",
+        help="an answer that has not ended by then is rejected (default: 64)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples per batch (default: 32)")
+    parser.add_argument(
+        "--max-bad-share", type=_share, metavar="SHARE",
+        help="stop if a larger share of samples is rejected (default: the run's data.max_bad_share, else 0.01)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="I/N",
+        help="answer only every N-th shard, starting with the I-th, from 1 (default: all)",
+    )  # fmt: skip
+
+
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image")
@@ -208,6 +254,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 2/8, found {text!r}")
+    return int(number), int(count)
+
+
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -235,6 +288,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     scoreboard.show(evaluate(plan), plan)
 
 
+def _answer(options: argparse.Namespace) -> None:
+    from pipeline.results.answer.plan import make_plan
+    from pipeline.results.answer.run import run
+
+    plan = make_plan(
+        options.model, options.run, options.data, options.output, options.max_bad_share, options.part,
+        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
+    run(plan)
+
+
 def _trace(options: argparse.Namespace) -> None:
     from pipeline.results.trace import terminal
 
@@ -253,7 +317,14 @@ def _env(options: argparse.Namespace) -> None:
     environment.show(options.json)
 
 
-COMMANDS = {"status": _status, "evaluate": _evaluate, "trace": _trace, "cache-info": _cache_info, "env": _env}
+COMMANDS = {
+    "status": _status,
+    "evaluate": _evaluate,
+    "answer": _answer,
+    "trace": _trace,
+    "cache-info": _cache_info,
+    "env": _env,
+}
 
 
 if __name__ == "__main__":

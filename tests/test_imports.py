@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "pipeline.steps.interact": PARTS,
     "pipeline.steps.reinforce": PARTS,
     "pipeline.results": PARTS,
+    "pipeline.results.answer": [*PARTS, "pipeline.results", "data_prep.lock"],  # processes share its folder
 }
 # Packages of others that only these may import.
 ONLY = {"deepspeed": ["pipeline.runtime.engine"]}

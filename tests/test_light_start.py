@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
     + [
         ["pipeline"],
         ["pipeline", "evaluate"],
+        ["pipeline", "answer"],
         ["pipeline", "trace"],
         ["pipeline", "status"],
         ["pipeline", "cache-info"],

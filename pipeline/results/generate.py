@@ -1,6 +1,6 @@
 """Load a Hugging Face VLM on the available device, and generate greedily.
 
-B prompts, S tokens of the longest prompt.
+B prompts, S tokens of the longest prompt, T new tokens of the longest answer, V rows of the language head.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, LogitsProcessorList
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Data
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.backbone import load_vlm
+from pipeline.vlm.chat_template import Message
+from pipeline.vlm.families import text_config
 from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate
 
 
@@ -51,6 +53,14 @@ class Vlm:
         """Placeholder ids of images and videos. They must not be generated: the model could not read its own answer."""
         names = ("image_token_id", "video_token_id")
         return [token for name in names if (token := getattr(self.encoder.processor, name, None)) is not None]
+
+    def encode_question(self, messages: Sequence[Message], images: Sequence[bytes]) -> dict[str, Tensor]:
+        """Model inputs that end where the answer begins. Raises SampleError if max_length leaves it no room."""
+        prompt = self.encoder.prompt(messages, images)
+        length, longest = prompt["input_ids"].shape[1], self.encoder.max_length
+        if length >= longest:
+            raise SampleError(f"the question takes {length} tokens, and max_length is {longest}")
+        return prompt
 
 
 def load(folder: Path, data: Data) -> Vlm:
@@ -120,6 +130,56 @@ def greedy(
     finally:
         vlm.model.generation_config = original
     return [_truncate_at_stop(row, stops) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A greedy answer and the model's probability of it."""
+
+    ids: list[int]
+    """[T] up to and including the end-of-turn token, if it was reached."""
+    log_prob: float
+    """Natural log of the probability of all ids: the sum over tokens of log_softmax(logits)[id], in float32."""
+    ended: bool
+    """Whether the last id ends the turn."""
+
+
+def greedy_with_log_probs(
+    vlm: Vlm, inputs: Mapping[str, Tensor], max_new_tokens: int, banned_ids: Sequence[int] = ()
+) -> list[Generated]:
+    """As `greedy`, with each answer's log-probability. Ids that are banned are not generated.
+
+    Probabilities are those of the model itself, of which banned ids have their share.
+    """
+    scorer, stops = _GreedyScores(banned_ids), vlm.stop_ids()
+    rows = greedy(vlm, inputs, max_new_tokens, LogitsProcessorList([scorer]))
+    log_probs_BT = torch.stack(scorer.log_probs, 1).double().cpu()
+    return [
+        Generated(ids, float(log_probs[: len(ids)].sum()), ids[-1] in stops)
+        for ids, log_probs in zip(rows, log_probs_BT, strict=True)
+    ]
+
+
+class _GreedyScores(LogitsProcessor):
+    """Logits processor that bans ids and keeps the log-probability of the ids that greedy decoding takes."""
+
+    def __init__(self, banned_ids: Sequence[int]):
+        self.banned_ids = list(banned_ids)
+        self.log_probs: list[Tensor] = []
+        """[B] for each of the T tokens; also of rows that have ended already."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits_BV = scores.float()
+        allowed_BV = logits_BV.clone()
+        allowed_BV[:, self.banned_ids] = float("-inf")
+        self.log_probs.append(allowed_BV.amax(-1) - logits_BV.logsumexp(-1))
+        return allowed_BV
+
+
+def unwritable_ids(vlm: Vlm) -> list[int]:
+    """Ids that no answer may hold: the placeholders, and rows of the language head that are no token."""
+    tokens = set(vlm.tokenizer.get_vocab().values()) - set(vlm.placeholder_ids())
+    return [row for row in range(int(text_config(vlm.model).vocab_size)) if row not in tokens]
 
 
 def decode_text(vlm: Vlm, ids: Sequence[int]) -> str:

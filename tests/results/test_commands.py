@@ -24,7 +24,7 @@ def test_help_needs_no_torch():
     assert "question_only" in out
 
 
-@pytest.mark.parametrize("command", [[], ["status"], ["evaluate"], ["trace"]])
+@pytest.mark.parametrize("command", [[], ["status"], ["evaluate"], ["answer"], ["trace"]])
 def test_every_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

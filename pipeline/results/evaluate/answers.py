@@ -44,9 +44,13 @@ def last_exchange(record: Mapping[str, Any], images: Sequence[bytes]) -> Exchang
     if not turns:
         raise SampleError("no assistant turn")
     before = messages[: turns[-1]]
-    shown = sum(part["type"] == "image" for message in before for part in message["content"])
     question, answer = list(_questions_and_answers(record))[-1]
-    return Exchange(before, images[:shown], question, answer, record.get("question_type"))
+    return Exchange(before, images_of(before, images), question, answer, record.get("question_type"))
+
+
+def images_of(messages: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -> Sequence[bytes]:
+    """The images that the first turns of a chat show, of all its images."""
+    return images[: sum(part["type"] == "image" for message in messages for part in message["content"])]
 
 
 class QuestionOnly:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ import torch
 
 from data_prep.shards import ShardFolder
 from pipeline.commands import train_command
-from pipeline.errors import DataError, RecipeError, SampleError
+from pipeline.errors import RecipeError, SampleError
 from pipeline.loss.linear_ce import token_log_probs
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data
+from pipeline.results.arguments import batches, open_non_empty, run_recipe
 from pipeline.results.evaluate.answers import Exchange, QuestionOnly, Tally, last_exchange
 from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left, require_model
 from pipeline.runtime.batches import BadSamples, Rejected
@@ -84,19 +85,11 @@ def make_plan(
     sibling = data.parent / "train"
     if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
         baseline = sibling
-    baseline_data = None if baseline is None else _open_non_empty(baseline)
+    baseline_data = None if baseline is None else open_non_empty(baseline)
     limits = limits or Data(train=data)
     if max_bad_share is not None:
         limits = limits.model_copy(update={"max_bad_share": max_bad_share})
-    return Plan(named, _open_non_empty(data), limits=limits, baseline=baseline_data, output=output, **sizes)
-
-
-def run_recipe(run: Path) -> Path:
-    """Path of the resolved recipe in a run's folder. Raises RecipeError if the folder is not a run."""
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it")
-    return path
+    return Plan(named, open_non_empty(data), limits=limits, baseline=baseline_data, output=output, **sizes)
 
 
 def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -126,7 +119,7 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
     )
     progress = StepProgress(name, len(plan.indices()))
     try:
-        for rows in _batches(plan.indices(), plan.batch_size):
+        for rows in batches(plan.indices(), plan.batch_size):
             encoded, bad = _encode(vlm, plan.data, rows)
             rejected += bad
             bad_samples.count(len(rows), bad)
@@ -191,10 +184,7 @@ def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Enc
         raw = data.read(index)
         try:
             exchange = last_exchange(raw.record, raw.images)
-            prompt = vlm.encoder.prompt(exchange.messages, exchange.images)
-            length, longest = prompt["input_ids"].shape[1], vlm.encoder.max_length
-            if length >= longest:
-                raise SampleError(f"the question takes {length} tokens, and max_length is {longest}")
+            prompt = vlm.encode_question(exchange.messages, exchange.images)
             encoded.append(_EncodedSample(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))
         except SampleError as error:
             rejected.append(Rejected.of(data, index, error))
@@ -206,20 +196,6 @@ def _greedy_answers(vlm: Vlm, encoded: Sequence[_EncodedSample], max_new_tokens:
         return []
     inputs = pad_left([sample.prompt for sample in encoded], vlm.encoder.filler(), vlm.pad_id)
     return [decode_text(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
-
-
-def _open_non_empty(folder: Path) -> ShardFolder:
-    shards = ShardFolder(folder)
-    if not len(shards):
-        raise DataError(
-            f"{folder} is a shard folder without a sample; python -m data_prep shard --help says how to make one"
-        )
-    return shards
-
-
-def _batches(indices: range, size: int) -> Iterator[range]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
 
 
 def _split_model_argument(text: str) -> tuple[str, Path]:

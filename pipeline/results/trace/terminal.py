@@ -19,8 +19,8 @@ from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Model, Recipe
+from pipeline.results.arguments import run_recipe
 from pipeline.results.evaluate.answers import last_exchange
-from pipeline.results.evaluate.evaluation import run_recipe
 from pipeline.results.generate import Vlm, placement, require_model
 from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPrediction, trace
 from pipeline.runtime.folder import done

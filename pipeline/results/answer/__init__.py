@@ -1,0 +1,1 @@
+"""`answer`: a model answers the questions of a shard folder. Shards in, shards out."""

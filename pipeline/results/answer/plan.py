@@ -1,0 +1,101 @@
+"""What one process of `answer` is to do, from its command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from data_prep.shards import ShardFolder
+from pipeline.cache.fingerprint import data_fingerprint, json_fingerprint, sample_fingerprints, teacher_fingerprints
+from pipeline.errors import RecipeError
+from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.schema import Data
+from pipeline.results.answer.folder import Origin
+from pipeline.results.arguments import open_non_empty, run_recipe
+from pipeline.results.generate import placement, require_model
+from pipeline.vlm.processing import load_processor
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every N-th shard, starting with the I-th; written I/N."""
+
+    number: int = 1
+    """I, from 1."""
+    count: int = 1
+    """N."""
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This part of a sequence."""
+        return items[self.number - 1 :: self.count]
+
+    def owner(self, index: int) -> Part:
+        """The part that has item number `index`, from 0."""
+        return Part(index % self.count + 1, self.count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Model, data and settings of one process."""
+
+    model: Path
+    data: ShardFolder
+    output: Path
+    limits: Data
+    """The recipe's data section, for its limits on samples; without a run, the defaults."""
+    part: Part
+    batch_size: int
+    max_new_tokens: int
+
+
+def make_plan(
+    model: Path | None,
+    run: Path | None,
+    data: Path | None,
+    output: Path,
+    max_bad_share: float | None = None,
+    part: tuple[int, int] = (1, 1),
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Plan:
+    """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
+    limits: Data | None = None
+    if run is not None:
+        recipe = load_recipe(run_recipe(run)).recipe
+        limits, model, data = recipe.data, model or recipe.teacher.path, data or recipe.data.train
+    if model is None:
+        raise RecipeError("no model: give --model DIR, or --run RUN for the run's teacher")
+    if data is None:
+        raise RecipeError("no data: give --data SHARDS, a shard folder, or --run RUN for its recipe's data.train")
+    require_model(model)
+    if output.resolve() == data.resolve():
+        raise RecipeError(f"--output {output} is the data itself; give another folder")
+    limits = limits or Data(train=data)
+    if max_bad_share is not None:
+        limits = limits.model_copy(update={"max_bad_share": max_bad_share})
+    return Plan(model, open_non_empty(data), output, limits, Part(*part), batch_size, max_new_tokens)
+
+
+def origin_of(plan: Plan) -> Origin:
+    """What the answers are made from. The batch size is no part of it: it changes rounding errors only.
+
+    Raises CacheError where the model's folder has no safetensors weights or no tokenizer.
+    """
+    limits, generation = plan.limits, plan.model / "generation_config.json"
+    identity = {
+        **teacher_fingerprints(plan.model, str(load_processor(plan.model).chat_template)),
+        "end_of_turn": json_fingerprint([generation] if generation.is_file() else []),
+        "dtype": str(placement(plan.model)[1]).removeprefix("torch."),
+        **sample_fingerprints(limits.max_length, limits.min_pixels, limits.max_pixels),
+        "data": data_fingerprint(plan.data.manifest),
+        "max_new_tokens": str(plan.max_new_tokens),
+    }
+    return Origin(plan.model, plan.data.path, identity)

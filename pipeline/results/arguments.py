@@ -1,0 +1,33 @@
+"""What the commands share: a run's recipe, data that holds samples, and its samples in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.shards import ShardFolder
+from pipeline.errors import DataError, RecipeError
+
+
+def run_recipe(run: Path) -> Path:
+    """Path of the resolved recipe in a run's folder. Raises RecipeError if the folder is not a run."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it")
+    return path
+
+
+def open_non_empty(folder: Path) -> ShardFolder:
+    """A shard folder with at least one sample. Raises DataError."""
+    shards = ShardFolder(folder)
+    if not len(shards):
+        raise DataError(
+            f"{folder} is a shard folder without a sample; python -m data_prep shard --help says how to make one"
+        )
+    return shards
+
+
+def batches(indices: range, size: int) -> Iterator[range]:
+    """The indices, `size` at a time."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
