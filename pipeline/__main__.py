@@ -96,6 +96,7 @@ CACHE_INFO = """Show what a teacher cache was made from, its progress, its size,
   python -m pipeline cache-info runs/demo
   python -m pipeline cache-info runs/demo/cache/sampled-3f2a9c1b --verify
   python -m pipeline cache-info runs/demo --sample 000017
+  python -m pipeline cache-info runs/demo --suspects --limit 50 --output suspects.jsonl
 
 CACHE is a cache's own folder, a run's cache/ or a run's folder. If there are several caches, they are listed, and you
 have to name one.
@@ -109,6 +110,12 @@ With --verify every shard is hashed and every record is decoded, with one proces
 and record, with the command that repairs the cache, and the exit code is 2. An incomplete cache is verified as far as
 it exists. With --sample the command shows instead, for one sample, each layer's most likely id for each response token,
 as text.
+
+With --suspects the command shows instead the training samples whose given answer the teacher finds least likely: many
+have a wrong answer. They are ranked by the mean log-probability of their response tokens under the teacher's last
+layer, as far as the cache tells it; no model is loaded. Beside it is the least likely token, counted from 1, and the
+question and the answer, where the run's data folder can be read. --output writes the whole ranking, one JSON object a
+line. If the data was sharded with --noise, a last line says how many of the first suspects are known to be wrong.
 """
 
 
@@ -237,6 +244,11 @@ def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="hash every shard and decode every record")
     parser.add_argument("--sample", metavar="KEY", help="show instead each layer's most likely tokens for this sample")
     parser.add_argument(
+        "--suspects", action="store_true", help="show instead the samples whose answer the teacher finds least likely"
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="number of suspects shown (default: 20)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all suspects, ranked, to this JSONL file")
+    parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="DIR",
@@ -308,7 +320,10 @@ def _trace(options: argparse.Namespace) -> None:
 def _cache_info(options: argparse.Namespace) -> None:
     from pipeline.results.cache import info
 
-    info.run(options.cache, options.verify, options.sample, options.tokenizer)
+    info.run(
+        options.cache, options.verify, options.sample, options.tokenizer,
+        suspects=options.suspects, limit=options.limit, output=options.output,
+    )  # fmt: skip
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -25,13 +25,20 @@ SHOWN_PROBLEMS = 8
 """Number of missing or damaged shards that are listed with a reason; --verify lists all."""
 
 
-def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> None:
-    """Print the state of a cache, or the top tokens of one sample (`sample`); with `check`, also verify all files.
+def run(
+    path: Path,
+    check: bool,
+    sample: str | None,
+    tokenizer: Path | None,
+    suspects: bool = False,
+    limit: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Print the state of a cache, the top tokens of one `sample`, or `suspects`; with `check`, also verify all files.
 
-    Raises CacheError: there is no cache, there are several, or `check` found a problem.
+    Raises CacheError: options contradict, there is no cache, there are several, or `check` found a problem.
     """
-    if tokenizer is not None and sample is None:
-        raise CacheError("--tokenizer DIR turns ids into words for --sample KEY: give a key too")
+    _check_options(sample, tokenizer, suspects, limit, output)
     folders = find_caches(path)
     if len(folders) > 1:
         _show_list(folders)
@@ -41,7 +48,11 @@ def run(path: Path, check: bool, sample: str | None, tokenizer: Path | None) -> 
             f"python -m pipeline cache-info {shlex.quote(str(latest))}"
         )
     cache = inspect_cache(folders[0])
-    if sample is None:
+    if suspects:
+        from pipeline.results.cache import suspects as ranking
+
+        ranking.run(cache, limit, output)
+    elif sample is None:
         show(cache)
     else:
         from pipeline.results.cache import top_tokens  # imports transformers to decode, which takes seconds
@@ -124,6 +135,18 @@ def fidelity(cache: CacheOnDisk) -> Fidelity | None:
     """Fidelity measured while the shards were made, summed over all intact shards; None if nothing was measured."""
     parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.intact if "fidelity" in shard]
     return sum(parts[1:], parts[0]) if parts else None
+
+
+def _check_options(
+    sample: str | None, tokenizer: Path | None, suspects: bool, limit: int | None, output: Path | None
+) -> None:
+    if tokenizer is not None and sample is None:
+        raise CacheError("--tokenizer DIR turns ids into words for --sample KEY: give a key too")
+    if suspects and sample is not None:
+        raise CacheError("--suspects ranks all samples, --sample KEY shows one of them: give one of the two")
+    for name, value in (("--limit N", limit), ("--output FILE", output)):
+        if value is not None and not suspects:
+            raise CacheError(f"{name} is for the ranking of --suspects: give --suspects too")
 
 
 def _show_list(folders: Sequence[Path]) -> None:
