@@ -16,7 +16,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps \
+.PHONY: help setup lock demo demo-models test test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps ladder \
   lint types clean
 
 help:  ## list the targets
@@ -65,6 +65,9 @@ bench-losses: peers  ## the losses beside their matrix products, dense torch and
 
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)
+
+ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|smoke, hours; ARGS='--cells X'
+	@$(RUN) python -m bench.ladder --scale $(or $(SCALE),cpu) $(ARGS)
 
 lint: $(STAMP)  ## ruff: style and formatting; hadolint: the Dockerfile
 	@$(RUN) ruff check .

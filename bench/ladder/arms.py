@@ -1,0 +1,139 @@
+"""The arms: ways to train the student. Each is the demo's recipe with a few values changed, by the real commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MAIN, ALL = "main", "all"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student, in multiples of a cell's number of updates."""
+
+    name: str
+    group: str
+    """Heading of the table under which it stands."""
+    text: str
+    """What it does, for the table."""
+    interact: float = 0.0
+    """Updates of interaction."""
+    reinforce: float = 0.0
+    """Updates of finetuning, after them."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Other values of the recipe, for stage 2."""
+    stage_1: Mapping[str, object] = field(default_factory=dict)
+    """Values of the recipe for stage 1. Arms with equal ones share its verbalizers and cache."""
+    answers: bool = False
+    """Whether finetuning is on the teacher's answers."""
+    factors: tuple[float, ...] = (1.0,)
+    """Multiples of all updates that are tried in the sweep: a way to stop early, with a whole schedule each time."""
+    rate_of: str | None = None
+    """The arm whose learning rate it takes; None: it has a sweep of its own."""
+    main: bool = False
+    """Whether it runs in every cell."""
+
+    @property
+    def uses_stage_1(self) -> bool:
+        """Whether it needs verbalizers or a cache."""
+        return self.interact > 0
+
+    def settings(self, updates: int, learning_rate: float, factor: float) -> dict[str, object]:
+        """The recipe's values for stage 2 that make a run of this arm."""
+        rates = {
+            f"{step}.{key}": value
+            for step in ("interact", "reinforce")
+            for key, value in (("learning_rate", learning_rate), ("final_learning_rate", learning_rate / 100))
+        }
+        steps = {
+            "interact.steps": round(self.interact * factor * updates),
+            "reinforce.steps": round(self.reinforce * factor * updates),
+        }
+        return {**self.stage_1, **rates, **steps, **self.options}
+
+
+NO_TEACHER, ANSWERS, LAST, LAYERS, VARIANTS = (
+    "without a teacher",
+    "the teacher's answers",
+    "the teacher's last layer",
+    "the teacher's layers",
+    "variants of interaction to the end",
+)
+
+_LAST_ONLY = {"interact.matching": "last_only"}
+_SUPERVISED = {
+    **_LAST_ONLY,
+    "interact.last_weight": 0,
+    "interact.cross_entropy_weight": 1,
+    "interact.deep_supervision_weight": 1,
+}
+
+
+def _variant(name: str, text: str, options: Mapping[str, object], stage_1: Mapping[str, object] | None = None) -> Arm:
+    return Arm(name, VARIANTS, text, interact=1, options=options, stage_1=stage_1 or {}, rate_of="interaction")
+
+
+ARMS = (
+    Arm("finetune", NO_TEACHER, "finetuning on the given answers", reinforce=1, main=True),
+    Arm("finetune_early", NO_TEACHER, "stopped early, when the sweep says", reinforce=1, factors=(0.25, 0.5)),
+    Arm(
+        "finetune_equal_time", NO_TEACHER, "four times the updates: the time of stage 1 and interaction",
+        reinforce=4, rate_of="finetune",
+    ),
+    Arm(
+        "label_smoothing", NO_TEACHER, "finetuning with label smoothing of .2",
+        reinforce=1, options={"reinforce.label_smoothing": 0.2}, rate_of="finetune",
+    ),
+    Arm(
+        "generalised_ce", NO_TEACHER, "finetuning with generalised cross-entropy, q = .7",
+        reinforce=1, options={"reinforce.loss_power": 0.7}, main=True,
+    ),
+    Arm(
+        "deep_supervision", NO_TEACHER, "cross-entropy of the student's own verbalizers too, to the end",
+        interact=1, options=_SUPERVISED, main=True,
+    ),
+    Arm(
+        "deep_supervision_finetune", NO_TEACHER, "the same, then finetuning",
+        interact=0.5, reinforce=0.5, options=_SUPERVISED, rate_of="deep_supervision",
+    ),
+    Arm("teacher_answers", ANSWERS, "finetuning on the teacher's answers", reinforce=1, answers=True, main=True),
+    Arm("last_layer", LAST, "KL of the last layer, to the end", interact=1, options=_LAST_ONLY, main=True),
+    Arm(
+        "last_layer_finetune", LAST, "the same, then finetuning",
+        interact=0.5, reinforce=0.5, options=_LAST_ONLY, rate_of="last_layer",
+    ),
+    Arm(
+        "last_layer_ce", LAST, "with cross-entropy beside it, to the end",
+        interact=1, options={**_LAST_ONLY, "interact.cross_entropy_weight": 1}, main=True,
+    ),
+    Arm("paper", LAYERS, "the paper's order: interaction, then finetuning", interact=0.5, reinforce=0.5, main=True),
+    Arm("interaction", LAYERS, "interaction to the end", interact=1, main=True),
+    Arm(
+        "interaction_ce", LAYERS, "with cross-entropy beside it, to the end",
+        interact=1, options={"interact.cross_entropy_weight": 1}, main=True,
+    ),
+    Arm(
+        "interaction_answers", LAYERS, "interaction, then finetuning on the teacher's answers",
+        interact=0.5, reinforce=0.5, answers=True, rate_of="paper",
+    ),
+    _variant("cold", "draw at a fixed temperature of .05 nat", {"interact.temperature": 0.05}),
+    _variant("random", "drawn without looking at the KL", {"interact.matching": "random"}),
+    _variant("uniform", "fixed, spread evenly", {"interact.matching": "uniform"}),
+    _variant("argmin", "least KL, without order", {"interact.matching": "argmin"}),
+    _variant("ordered_argmin", "least total KL that keeps the order", {"interact.matching": "ordered_argmin"}),
+    _variant("earliest", "the shallowest teacher layers", {"interact.matching": "earliest"}),
+    _variant("latest", "the deepest teacher layers", {"interact.matching": "latest"}),
+    _variant("without_last", "matched layers only", {"interact.last_weight": 0}),
+    _variant("logit_lens", "no trained verbalizers", {}, {"verbalize.steps": 0}),
+    _variant("sparser_layers", "teacher 2, 4, 6; student 2", {}, {"teacher.layers": [2, 4, 6], "student.layers": [2]}),
+    _variant("topk_cache", "a cache of the 16 likeliest ids", {}, {"cache.codec": {"name": "topk", "k": 16}}),
+    _variant("hidden_cache", "an exact cache", {}, {"cache.codec": {"name": "hidden", "dtype": "float32"}}),
+)  # fmt: skip
+
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+def arms_of(which: str) -> list[Arm]:
+    """The arms of a cell: MAIN or ALL."""
+    return [arm for arm in ARMS if which == ALL or arm.main]

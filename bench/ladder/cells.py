@@ -1,0 +1,68 @@
+"""The cells: data, share of wrong answers and number of updates under which the arms are compared; and the scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bench.ladder.arms import ALL, MAIN
+
+SWEEP_SEEDS = (100,)
+"""Learning rates are chosen on these seeds, which are not quoted: no arm is chosen by the samples that judge it."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting in which arms are compared."""
+
+    name: str
+    text: str
+    """The setting in words, for the table."""
+    data: str
+    """Source of `data_prep shard`: puzzles or easy-vqa."""
+    wrong: float
+    """Share of the training samples with a wrong answer."""
+    samples: int = 1000
+    updates: int = 300
+    held_out: int = 500
+    seeds: int = 5
+    arms: str = MAIN
+    stage_1: int | None = None
+    """Updates of the verbalizers; None: the recipe's."""
+
+    @property
+    def recipe(self) -> str:
+        """The demo's recipe for this data."""
+        return "recipes/demo.yaml" if self.data == "puzzles" else "recipes/demo_easy_vqa.yaml"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the ladder runs."""
+
+    cells: tuple[Cell, ...]
+    learning_rates: tuple[float, ...]
+    """The grid of the sweep, the same for all arms."""
+
+
+SCALES: Mapping[str, Scale] = {
+    "cpu": Scale(
+        cells=(
+            Cell("puzzles-40", "puzzles, 40 % wrong answers", "puzzles", 0.4, arms=ALL),
+            Cell("puzzles-0", "puzzles, clean answers", "puzzles", 0.0),
+            Cell("easy-vqa-40", "easy-VQA, 40 % wrong answers", "easy-vqa", 0.4),
+            Cell("puzzles-40-few-updates", "puzzles, 40 % wrong, 100 updates", "puzzles", 0.4, updates=100, seeds=3),
+            Cell("puzzles-40-many-updates", "puzzles, 40 % wrong, 900 updates", "puzzles", 0.4, updates=900, seeds=3),
+            Cell("puzzles-40-few-samples", "puzzles, 40 % wrong, 300 samples", "puzzles", 0.4, samples=300, seeds=3),
+            Cell("puzzles-40-many-samples", "puzzles, 40 % wrong, 4,000 samples", "puzzles", 0.4, 4000, seeds=3),
+            Cell("puzzles-20", "puzzles, 20 % wrong answers", "puzzles", 0.2, seeds=3),
+            Cell("puzzles-60", "puzzles, 60 % wrong answers", "puzzles", 0.6, seeds=3),
+            Cell("easy-vqa-0", "easy-VQA, clean answers", "easy-vqa", 0.0, seeds=3),
+        ),
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+    ),
+    "smoke": Scale(
+        cells=(Cell("smoke", "nothing: two updates", "puzzles", 0.4, 64, 4, 16, seeds=2, arms=MAIN, stage_1=2),),
+        learning_rates=(3e-3,),
+    ),
+}

@@ -1,0 +1,162 @@
+"""Which commands a cell takes: data, stage 1, the arms, their evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.ladder.arms import Arm
+from bench.ladder.cells import Cell
+from bench.ladder.jobs import Job, settings
+
+OTHER_TASK = 200
+"""Samples of the task outside the training mix: naming a tile of a puzzle."""
+
+COMMON = {"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256}
+"""One process on a CPU, and data that is read many times."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An arm with the settings that the sweep compares."""
+
+    arm: Arm
+    learning_rate: float
+    factor: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        return f"{self.arm.name}-{self.learning_rate:g}" + ("" if self.factor == 1 else f"-{self.factor:g}")
+
+
+class SeedFolder:
+    """The jobs and results of one seed of a cell."""
+
+    def __init__(self, folder: Path, cell: Cell, seed: int, other_task: bool):
+        """other_task: whether the task outside the training mix is evaluated too."""
+        self.folder, self.cell, self.seed = folder / f"seed-{seed}", cell, seed
+        self.other_task = other_task and cell.data == "puzzles"
+
+    def jobs(self, tried: Iterable[Tried]) -> list[Job]:
+        """All jobs that the arms need, and the evaluation of those that have no result yet."""
+        tried = list(tried)
+        jobs = {job.path: job for one in tried for job in self._training(one)}
+        jobs |= {job.path: job for job in self._evaluation([one.name for one in tried])}
+        return list(jobs.values())
+
+    def results(self, kind: str = "held_out") -> dict[str, dict[str, Any]]:
+        """{run name: results of `evaluate`} of all evaluations that are done; kind: held_out or other."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob(f"{kind}-*.done")):
+            found |= json.loads(path.with_suffix(".json").read_text())
+        return found
+
+    def seconds(self, one: Tried) -> dict[str, float]:
+        """Wall seconds of a run, and of what it needed before: {"train": ..., "stage 1": ..., "answers": ...}."""
+        parts = {"train": self._train_job(one)}
+        if one.arm.uses_stage_1:
+            parts["stage 1"] = self._stage_1(one.arm)
+        if one.arm.answers:
+            parts["answers"] = self._answers()
+        return {name: job.seconds() for name, job in parts.items()}
+
+    def bytes_of(self, one: Tried) -> int:
+        """Bytes on disk that the arm's signal takes: its cache and its answers."""
+        folders = [self._stage_1(one.arm).path / "cache"] if one.arm.uses_stage_1 else []
+        folders += [self.folder / "answers"] if one.arm.answers else []
+        return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+
+    def _training(self, one: Tried) -> Iterator[Job]:
+        yield self._data()
+        if one.arm.uses_stage_1:
+            yield self._stage_1(one.arm)
+        if one.arm.answers:
+            yield self._answers()
+        yield self._train_job(one)
+
+    def _data(self) -> Job:
+        cell = self.cell
+        return Job(self.folder / "data", _shard(
+            self.folder / "data", cell.data, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong)
+        ))  # fmt: skip
+
+    def _other(self) -> Job:
+        folder = self.folder / "other"
+        return Job(folder, _shard(folder, self.cell.data, self.seed, 0, OTHER_TASK, "--kinds", "tile"))
+
+    def _stage_1(self, arm: Arm) -> Job:
+        run = self.folder / ("stage-1" + (f"-{arm.name}" if arm.stage_1 else ""))
+        steps = {} if self.cell.stage_1 is None else {"verbalize.steps": self.cell.stage_1}
+        values = {**self._common(run), "verbalize.micro_batch_size": 32, **steps, **arm.stage_1}
+        return Job(run, self._train(1, values), (self._data().path,))
+
+    def _answers(self) -> Job:
+        answers = self.folder / "answers"
+        teacher = f"demo/models/{self.cell.data}/teacher"
+        command = ("-m", "pipeline", "answer", "--model", teacher, "--data", str(self._data().path / "train"))
+        return Job(answers, (*command, "--output", str(answers), "--batch-size", "100"), (self._data().path,))
+
+    def _train_job(self, one: Tried) -> Job:
+        run, needs = self.folder / one.name, [self._data()]
+        values = {**self._common(run), **one.arm.settings(self.cell.updates, one.learning_rate, one.factor)}
+        values |= {"interact.micro_batch_size": 32, "reinforce.micro_batch_size": 32}
+        if one.arm.uses_stage_1:
+            needs.append(self._stage_1(one.arm))
+            _link(run, self._stage_1(one.arm).path)
+        if one.arm.answers:
+            needs.append(self._answers())
+            values["reinforce.train"] = str(self._answers().path)
+        return Job(run, self._train(2, values), tuple(job.path for job in needs))
+
+    def _evaluation(self, names: list[str]) -> Iterator[Job]:
+        kinds = {"held_out": (self._data(), self._data().path / "held_out")}
+        if self.other_task:
+            kinds["other"] = (self._other(), self._other().path / "held_out")
+        for kind, (data, shards) in kinds.items():
+            known = self.results(kind)
+            models = {name: self.folder / name / "student" for name in names if name not in known}
+            if not models:
+                continue
+            if "teacher" not in known:
+                pair = Path("demo/models", self.cell.data)
+                models |= {"teacher": pair / "teacher", "untouched": pair / "student"}
+            path = self.folder / f"{kind}-{len(list(self.folder.glob(f'{kind}-*.done')))}"
+            named = [argument for name, model in models.items() for argument in ("--model", f"{name}={model}")]
+            command = ("-m", "pipeline", "evaluate", *named, "--data", str(shards), "--output", f"{path}.json")
+            sizes = (
+                "--batch-size",
+                "100",
+                "--max-new-tokens",
+                "12",
+                "--baseline-data",
+                str(self._data().path / "train"),
+            )
+            yield data
+            yield Job(path, (*command, *sizes), (data.path, self._data().path, *(self.folder / name for name in names)))
+
+    def _common(self, run: Path) -> dict[str, object]:
+        data = self._data().path
+        shards = {"data.train": str(data / "train"), "data.held_out": str(data / "held_out")}
+        return {"run": str(run), "seed": self.seed, **shards, **COMMON}
+
+    def _train(self, stage: int, values: dict[str, object]) -> tuple[str, ...]:
+        return ("launch/train.py", "--stage", str(stage), "--recipe", self.cell.recipe, *settings(values))
+
+
+def _shard(folder: Path, source: str, seed: int, train: int, held_out: int, *more: str) -> tuple[str, ...]:
+    sizes = ("--count", str(train), "--held-out-count", str(held_out), "--samples-per-shard", "100")
+    return (
+        "-m", "data_prep", "shard", "--source", source, "--seed", str(seed), *sizes, *more, "--output", str(folder)
+    )  # fmt: skip
+
+
+def _link(run: Path, stage_1: Path) -> None:
+    """Give a run the verbalizers and the cache of another."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("verbalize", "cache"):
+        if not (run / name).is_symlink():
+            (run / name).symlink_to((stage_1 / name).resolve())

@@ -1,0 +1,151 @@
+"""What has run so far as JSON, as the tables of docs/evidence.md and as a figure."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.ladder.arms import ARMS, BY_NAME, Arm
+from bench.ladder.cells import Cell, Scale
+from bench.ladder.plan import SeedFolder
+from bench.ladder.statistics import interval, paired
+from bench.ladder.sweep import choose, sweep, swept_arm
+from bench.timing import machine, write_results
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+BASELINE = "finetune"
+
+Results = dict[str, Any]
+
+
+def write(folder: Path, scale: Scale, name: str) -> None:
+    """Write bench/results/ladder_NAME.json; at the `cpu` scale also the tables and the figure of docs/evidence.md."""
+    results = {
+        "scale": name,
+        **machine(),
+        "commit": _commit(),
+        "learning_rates": list(scale.learning_rates),
+        "cells": {cell.name: found for cell in scale.cells if (found := cell_results(folder, cell, scale))},
+    }
+    print(f"written to {write_results(f'ladder_{name}', results)}")
+    if name == "cpu" and EVIDENCE.exists():
+        from bench.ladder import figure
+
+        figure.draw(results["cells"], EVIDENCE.parent / "figures" / "ladder.svg")
+        EVIDENCE.write_text(with_tables(EVIDENCE.read_text(), results["cells"]))
+
+
+def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
+    """The settings of a cell, and {arm: results}; empty where no arm has run."""
+    arms = {arm.name: found for arm in ARMS if (found := _arm(folder, cell, scale, arm))}
+    for name, found in arms.items():
+        if name != BASELINE and BASELINE in arms:
+            found[f"minus_{BASELINE}"] = _difference(found["seeds"], arms[BASELINE]["seeds"])
+    if not arms:
+        return {}
+    models = {name: _untrained(folder, cell, name) for name in ("teacher", "untouched")}
+    return {**asdict(cell), **models, "arms": arms}
+
+
+def with_tables(text: str, cells: dict[str, Results]) -> str:
+    """The text with a new table between each pair of lines `<!-- ladder NAME -->` and `<!-- end -->`."""
+
+    def table(found: re.Match[str]) -> str:
+        cell = cells.get(found[1])
+        body = "\n".join(markdown(cell)) if cell else "(has not run)"
+        return f"<!-- ladder {found[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- ladder (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def markdown(cell: Results) -> list[str]:
+    """A cell's table: a line for each arm, in groups."""
+    lines = [
+        f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. "
+        f"Teacher {_exact(cell['teacher']['mean'])}, untouched student {_exact(cell['untouched']['mean'])}.",
+        "",
+        "| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | other task |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    group = None
+    for name, found in cell["arms"].items():
+        if BY_NAME[name].group != group:
+            group = BY_NAME[name].group
+            lines.append(f"| *{group}* | | | | | |")
+        lines.append(_line(name, found))
+    return lines
+
+
+def _line(name: str, found: Results) -> str:
+    difference = found.get(f"minus_{BASELINE}")
+    against = "" if difference is None else f"{difference['mean']:+.3f} ({_p(difference['p'])})"
+    before = sum(seconds for part, seconds in found["seconds"].items() if part not in ("train", "total"))
+    other = found.get("other_task")
+    cells = (
+        f"`{name}`: {BY_NAME[name].text}",
+        f"**{_exact(found['mean'])}** ({_exact(found['low'])} to {_exact(found['high'])})",
+        against,
+        str(len(found["seeds"])),
+        f"{found['seconds']['total']:.0f}, {before:.0f}",
+        "" if other is None else _exact(other),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _arm(folder: Path, cell: Cell, scale: Scale, arm: Arm) -> Results:
+    tried = choose(folder, cell, scale, arm)
+    seeds = {seed: SeedFolder(folder / cell.name, cell, seed, other_task=True) for seed in range(cell.seeds)}
+    scores = _scores(seeds, tried.name, "held_out")
+    other = _scores(seeds, tried.name, "other")
+    if not scores:
+        return {}
+    means = sweep(folder, cell, scale, swept_arm(arm))
+    return {
+        "seeds": scores,
+        **asdict(interval(list(scores.values()))),
+        "seconds": _mean_seconds([seeds[seed].seconds(tried) for seed in scores]),
+        "bytes": seeds[min(scores)].bytes_of(tried),
+        "learning_rate": tried.learning_rate,
+        "updates": round((arm.interact + arm.reinforce) * tried.factor * cell.updates),
+        "sweep": {f"{one.learning_rate:g} x {one.factor:g}": mean for one, mean in means.items()},
+        **({"other_task": interval(list(other.values())).mean} if other else {}),
+    }
+
+
+def _scores(seeds: dict[int, SeedFolder], run: str, kind: str) -> dict[int, float]:
+    results = {seed: one.results(kind) for seed, one in seeds.items()}
+    return {seed: found[run]["exact_match"] for seed, found in results.items() if run in found}
+
+
+def _mean_seconds(runs: list[dict[str, float]]) -> dict[str, float]:
+    means = {part: sum(run[part] for run in runs) / len(runs) for part in runs[0]}
+    return {part: round(seconds, 1) for part, seconds in {**means, "total": sum(means.values())}.items()}
+
+
+def _difference(ours: dict[int, float], theirs: dict[int, float]) -> Results:
+    both = sorted(set(ours) & set(theirs))
+    found = paired([ours[seed] for seed in both], [theirs[seed] for seed in both])
+    return {**asdict(found.interval), "p": found.p}
+
+
+def _untrained(folder: Path, cell: Cell, model: str) -> Results:
+    seeds = {seed: SeedFolder(folder / cell.name, cell, seed, other_task=False) for seed in range(cell.seeds)}
+    scores = _scores(seeds, model, "held_out")
+    return {"seeds": scores, **asdict(interval(list(scores.values())))}
+
+
+def _exact(share: float | None) -> str:
+    """.965; 1.000 has no shorter form, and what is not known is a dash."""
+    return "-" if share is None else f"{min(max(share, 0.0), 1.0):.3f}".removeprefix("0")
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else ("p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", "."))
+
+
+def _commit() -> str:
+    done = subprocess.run(("git", "describe", "--always", "--dirty"), capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,66 @@
+"""Run the ladder: for each cell the sweep, then its seeds; then the tables, the JSON and the figure. `make ladder`.
+
+An arm that is done is not run again: a stopped ladder goes on with the same command, and a new arm is run alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from bench.ladder import report
+from bench.ladder.arms import BY_NAME, arms_of
+from bench.ladder.cells import SCALES, SWEEP_SEEDS, Cell, Scale
+from bench.ladder.jobs import Job, JobsFailed, run_jobs
+from bench.ladder.plan import SeedFolder, Tried
+from bench.ladder.sweep import choose, settings_to_try, swept_arm
+
+
+def main() -> None:
+    """`python -m bench.ladder`. Exit code 1 where a job failed."""
+    options = _parser().parse_args()
+    scale = SCALES[options.scale]
+    cells = [cell for cell in scale.cells if not options.cells or cell.name in options.cells]
+    folder = options.folder / options.scale
+    try:
+        for cell in cells if not options.tables_only else ():
+            run_cell(folder, cell, scale, options.workers, options.arms)
+            report.write(folder, scale, options.scale)
+    except JobsFailed as error:
+        sys.exit(f"error: {error}")
+    report.write(folder, scale, options.scale)
+
+
+def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[str] | None = None) -> None:
+    """The sweep of a cell, then its seeds with the settings that were best there."""
+    arms = [BY_NAME[name] for name in names] if names else arms_of(cell.arms)
+    tried = [
+        setting
+        for arm in {swept_arm(arm).name: swept_arm(arm) for arm in arms}.values()
+        for setting in settings_to_try(scale, arm)
+    ]
+    if len(scale.learning_rates) > 1:
+        run_jobs(_jobs(folder, cell, tried, SWEEP_SEEDS, other_task=False), workers, f"{cell.name}: sweep")
+    chosen = [choose(folder, cell, scale, arm) for arm in arms]
+    run_jobs(_jobs(folder, cell, chosen, range(cell.seeds), other_task=True), workers, f"{cell.name}: seeds")
+
+
+def _jobs(folder: Path, cell: Cell, tried: list[Tried], seeds, other_task: bool) -> list[Job]:
+    return [job for seed in seeds for job in SeedFolder(folder / cell.name, cell, seed, other_task).jobs(tried)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="how much of it (default: cpu)")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="these cells only")
+    parser.add_argument("--arms", nargs="+", choices=BY_NAME, metavar="ARM", help="these arms only")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="arms side by side (default: the cores)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/ladder"), help="where runs go (default: build/ladder)"
+    )
+    parser.add_argument("--tables-only", action="store_true", help="write tables, JSON and figure of what has run")
+    return parser
