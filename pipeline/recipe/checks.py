@@ -31,6 +31,11 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
     problems = _data_problems(recipe)
+    if needs_teacher and recipe.stage_1 is not None:
+        problems.append(
+            f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(needs_teacher))} "
+            "cannot run here: run stage 2 alone, or leave stage_1 out"
+        )
     problems += _model_problems(recipe.student, "student") if needs_student else []
     problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
     problems += _deepspeed_problems(recipe.deepspeed)

@@ -19,6 +19,7 @@ from pipeline.recipe.schema import STEPS, Recipe, leaves
 # (With interact.micro_batch_size, the number of matches that are drawn in an update changes too.)
 CHANGEABLE = {
     "run",
+    "stage_1",
     "deepspeed",
     "gradient_checkpointing",
     "data.workers",

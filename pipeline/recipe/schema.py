@@ -194,6 +194,9 @@ class Recipe(Section):
 
     run: Path
     """Folder of the run. All its results are written there: checkpoints, cache, logs and the trained student."""
+    stage_1: Path | None = None
+    """Folder of another run whose verbalizers and teacher cache stage 2 uses: several students of one stage 1, to
+    compare ways of training. Its models, data, seed and codec must be this recipe's. Left out: the run's own."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
@@ -230,6 +233,11 @@ class Recipe(Section):
     """Stage 2a: trains the student to follow the cached distributions."""
     reinforce: Reinforce
     """Stage 2b: finetunes the student on the responses."""
+
+    @property
+    def stage_1_run(self) -> Path:
+        """The run whose folder has the verbalizers and the cache."""
+        return self.stage_1 or self.run
 
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")

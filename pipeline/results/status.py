@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.cache.paths import newest
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import number_of_steps
+from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.runtime.folder import begun_steps, done, read_metrics
@@ -58,18 +59,20 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
     recipe = load_recipe(run / "recipe.yaml").recipe
     begun = begun_steps(run)
     steps = [_step(run, name, recipe, name in begun) for name in STEPS]
+    if recipe.stage_1 is not None:
+        steps[:2] = [replace(step, state="in stage_1", progress=str(recipe.stage_1)) for step in steps[:2]]
     return steps, next_command(run, recipe, [step.name for step in steps if step.state == "done"])
 
 
 def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
     """The command to run next. Stage 1 is not needed without interaction (interact.steps: 0)."""
-    needed = STEPS if recipe.interact.steps != 0 else STEPS[2:]
-    for step in needed:
+    own = STEPS if recipe.interact.steps != 0 and recipe.stage_1 is None else STEPS[2:]
+    for step in own:
         if step not in complete:
             return train_command(STAGE[step], run / "recipe.yaml")
     if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:
         return f"python -m pipeline evaluate --run {run}"
-    if "verbalize" in complete:
+    if "verbalize" in complete or recipe.stage_1 is not None:
         return f"python -m pipeline trace --run {run} --image FILE --question TEXT"
     return f"nothing: the student is in {run}/student"
 
@@ -87,7 +90,18 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
     console.print(table)
     parts = [f"{name} {size_text(size)}" for name, size in _other_parts(run)]
     console.print(f"on disk: {', '.join([*parts, f'total {size_text(size_of(run))}'])}", markup=False, soft_wrap=True)
+    if preset := preset_of(run):
+        console.print(f"preset:  {preset}", markup=False, soft_wrap=True)
     console.print(f"next:    {following}", markup=False, soft_wrap=True)
+
+
+def preset_of(run: Path) -> str:
+    """A run's preset and what it means; empty for a folder without a recipe."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        return ""
+    name = load_recipe(path).recipe.preset
+    return f"{name}: {PRESETS[name].text}"
 
 
 def size_of(path: Path) -> int:

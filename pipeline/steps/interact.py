@@ -122,7 +122,10 @@ def run(job: Job) -> None:
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
     with sharded_loading(recipe):
         student = student_with_verbalizers(
-            recipe, view.cache.identity.vocab, dtype_of(recipe), recipe.run / "verbalize" / "student.safetensors"
+            recipe,
+            view.cache.identity.vocab,
+            dtype_of(recipe),
+            recipe.stage_1_run / "verbalize" / "student.safetensors",
         )
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
@@ -146,15 +149,15 @@ def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Enco
 def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
     """Open the run's cache. Raises CacheError if anything that it was made from has changed."""
     recipe = job.recipe
-    verbalize = done(recipe.run / "verbalize")
+    stage_1 = recipe.stage_1_run
+    verbalize = done(stage_1 / "verbalize")
     if verbalize is None:
-        again = train_command(1, recipe.run / "recipe.yaml")
-        raise CacheError(f"no verbalizers in {recipe.run / 'verbalize'}; run: {again}")
+        raise CacheError(f"no verbalizers in {stage_1 / 'verbalize'}; run: {train_command(1, stage_1 / 'recipe.yaml')}")
     what = f"{NAME}: hashing what the cache was made from"
     (expected,) = gather_when_ready(job.ranks, what, lambda: [_expected(recipe)] if job.ranks.first else [])
     layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
-    cache = open_cache(recipe.run / "cache", data, expected, codec, layers, recipe.run / "recipe.yaml")
+    cache = open_cache(stage_1 / "cache", data, expected, codec, layers, stage_1 / "recipe.yaml")
     return CacheView(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
 
 
@@ -164,7 +167,7 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     The teacher's are included if its weights are still there; stage 2 does not need them.
     """
     prints = {
-        "verbalizers": files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"]),
+        "verbalizers": files_fingerprint([recipe.stage_1_run / "verbalize" / "teacher.safetensors"]),
         **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }
     if any(recipe.teacher.path.glob("*.safetensors")):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from running import cache_folder, deepspeed, tiny_recipe
 from safetensors.torch import load_file
 
@@ -119,3 +120,66 @@ def test_interaction_and_verbalization_do_not_depend_on_ranks(tiny_models, data,
             assert losses
             for name in losses:
                 assert two[name] == pytest.approx(one[name], rel=2e-4), name
+
+
+@pytest.fixture(scope="module")
+def stage_1(tiny_models, data, tmp_path_factory) -> Path:
+    """A recipe whose stage 1 is done."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("base"), tiny_models, KIND, data, verbalize=SHORT)
+    deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    return recipe
+
+
+def second_run(recipe: Path, folder: Path, **changed) -> Path:
+    """Another run on the same stage 1. None removes a section."""
+    values = yaml.safe_load(recipe.read_text())
+    values |= {"run": str(folder / "run"), "stage_1": values["run"]} | changed
+    path = folder / "second.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
+def test_a_second_run_uses_the_first_one_s_stage_1_and_a_preset_ends_it_with_interaction(stage_1, tmp_path):
+    recipe = second_run(stage_1, tmp_path, preset="wrong_answers", reinforce=None)
+    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe, check=2)
+    assert "has this run's verbalizers and cache, so cache and verbalize cannot run here" in said
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    run = tmp_path / "run"
+    assert not (run / "verbalize").exists() and not (run / "cache").exists()
+    ours = load_file(run / "student" / "model.safetensors")
+    left = load_file(run / "interact" / "student" / "model.safetensors")
+    assert all(torch.equal(ours[name], left[name]) for name in left)
+    assert not lines(run, "reinforce") and all(len(line["draw_entropy"]) == 2 for line in lines(run, "interact"))
+
+
+def test_deep_supervision_without_the_teacher_trains_up_to_the_last_target_layer_alone(stage_1, tiny_models, tmp_path):
+    """The layers above it get no gradient, on any rank, and that is no error: nothing of the loss depends on them."""
+    options = {"matching": "last_only", "last_weight": 0, "deep_supervision_weight": 1}
+    values = yaml.safe_load(stage_1.read_text())
+    recipe = second_run(
+        stage_1, tmp_path, interact=values["interact"] | options, preset="wrong_answers", reinforce=None
+    )
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    found = lines(tmp_path / "run", "interact")
+    assert found[-1]["supervised/2"] < found[0]["supervised/2"] and found[0]["layer/1"] == found[0]["layer/2"] == 0
+    assert "draw_entropy" not in found[0]
+    start = load_file(tiny_models[KIND, "student"] / "model.safetensors")
+    ours = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    moved = {name for name in start if not torch.equal(start[name], ours[name])}
+    layers = {int(name.split("layers.")[1].split(".")[0]) for name in moved if "layers." in name}
+    assert layers == {0, 1}, "of three layers; targets are 1 and 2"
+    assert "lm_head.weight" not in moved
+
+
+def test_finetuning_on_other_shards_with_a_robust_loss(tiny_models, data, tmp_path):
+    other = tiny.write_data(tmp_path / "answers", 8)
+    robust = {**SHORT, "train": str(other), "loss_power": 0.7}
+    recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0}, reinforce=robust)
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    run = tmp_path / "run"
+    found = lines(run, "reinforce")
+    assert all(0 < line["generalised_cross_entropy"] < 1 / 0.7 for line in found)
+    plain = tiny_recipe(tmp_path / "plain", tiny_models, KIND, other, interact={"steps": 0}, reinforce=SHORT)
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", plain)
+    theirs = lines(tmp_path / "plain" / "run", "reinforce")
+    assert [line["tokens"] for line in found] == [line["tokens"] for line in theirs], "the same samples in each update"

@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+import yaml
 from tiny_run import write_recipe
 
 from pipeline.errors import RecipeError
@@ -92,3 +93,25 @@ def test_the_table_names_parts_losses_and_sizes(run, capsys):
     for text in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
         assert text in out
     assert size_of(run) > 1_200_000
+
+
+def test_the_preset_is_named(run, capsys):
+    show(run, *status(run))
+    assert "preset:  paper: the paper's order" in capsys.readouterr().out
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    del values["reinforce"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values | {"preset": "wrong_answers"}))
+    show(run, *status(run))
+    assert "preset:  wrong_answers: interaction to the end" in capsys.readouterr().out
+
+
+def test_a_run_with_another_run_s_stage_1_goes_on_with_stage_2(run, tmp_path):
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values | {"stage_1": str(tmp_path / "other")}))
+    steps, following = status(run)
+    assert [(step.state, step.progress) for step in steps[:2]] == [("in stage_1", str(tmp_path / "other"))] * 2
+    assert "--stage 2" in following
+    for step in ("interact", "reinforce"):
+        mark_done(run / step, {"updates": 3})
+    (run / "evaluation.json").touch()
+    assert status(run)[1].startswith("python -m pipeline trace")

@@ -99,7 +99,8 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
     The distilled student uses the untouched student's verbalizers, which are not trained again (paper, 4.4).
     Raises RecipeError if none is available.
     """
-    verb = run / "verbalize"
+    stage_1 = recipe.stage_1 or run
+    verb = stage_1 / "verbalize"
     wanted = [
         (1, TracedModel("teacher", recipe.teacher.path, recipe.teacher.layers, verb / "teacher.safetensors")),
         (1, TracedModel("untouched", recipe.student.path, recipe.student.layers, verb / "student.safetensors")),
@@ -114,7 +115,7 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
         else:
             found.append(traced_model)
             continue
-        make = train_command(stage, run / "recipe.yaml")
+        make = train_command(stage, (stage_1 if stage == 1 else run) / "recipe.yaml")
         missing.append(f"{traced_model.name} is left out: no {missing_file}; {make}")
     if not found:
         raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))
@@ -137,7 +138,7 @@ def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> t
     encoder = chat_encoder(traced_model.backbone, recipe.data)
     encoder.check()
     device, dtype = placement(traced_model.backbone)
-    summary = done(run / "verbalize") or {}
+    summary = done((recipe.stage_1 or run) / "verbalize") or {}
     vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
     side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
     load_verb_ffns(side, traced_model.verb_ffns)
