@@ -4,7 +4,7 @@
 #   NOISE=0.4          share of the training samples that carry a wrong answer, as scraped instruction data does
 #   DATA=puzzles       or easy-vqa, a third party's data
 #   SIZE=full          or smallest: a few updates each, to see that everything runs; its numbers mean nothing
-# Starts afresh each time: runs/demo, runs/demo-finetuned and data/$DATA are replaced.
+# Starts afresh each time: runs/demo, runs/demo-*, data/$DATA and data/$DATA-answers are replaced.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,16 +14,16 @@ case "$DATA" in
   easy-vqa) RECIPE=recipes/demo_easy_vqa.yaml ;;
   *) echo "DATA=$DATA: expected puzzles or easy-vqa" >&2; exit 2 ;;
 esac
-SET=(seed="$SEED")
-PLAIN=(run=runs/demo-finetuned interact.steps=0 reinforce.steps=300)  # as many updates as both steps of stage 2
 case "$SIZE" in
-  full) SAMPLES=1000 HELD_OUT=200 ;;
-  smallest)
-    SAMPLES=64 HELD_OUT=16
-    SET+=(verbalize.steps=2 interact.steps=2 reinforce.steps=2)
-    PLAIN=(run=runs/demo-finetuned interact.steps=0 reinforce.steps=4) ;;
+  full) SAMPLES=1000 HELD_OUT=500 VERBALIZE=120 HALF=150 ALL=300 ;;
+  smallest) SAMPLES=64 HELD_OUT=16 VERBALIZE=2 HALF=2 ALL=4 ;;
   *) echo "SIZE=$SIZE: expected full or smallest" >&2; exit 2 ;;
 esac
+# Four students of the same pair, data and number of updates. Only how they are trained differs.
+PAPER=(run=runs/demo interact.steps=$HALF reinforce.steps=$HALF)
+TO_THE_END=(run=runs/demo-interaction stage_1=runs/demo interact.steps=$ALL reinforce.steps=0)
+FINETUNED=(run=runs/demo-finetuned interact.steps=0 reinforce.steps=$ALL)
+ANSWERS=(run=runs/demo-answers interact.steps=0 reinforce.steps=$ALL reinforce.train="data/$DATA-answers")
 
 [ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -40,37 +40,50 @@ timed() { # NAME COMMAND...: show the command as one would type it, run it, keep
   TIMES+=("$(printf '%-12s %4d s' "$1" $((SECONDS - start)))")
 }
 
-rm -rf runs/demo runs/demo-finetuned "data/$DATA"
+stage_2() { # NAME VALUES...: train one of the students
+  timed "$1" "${LAUNCH[@]}" launch/train.py --stage 2 --recipe $RECIPE --set seed="$SEED" verbalize.steps=$VERBALIZE "${@:2}"
+}
 
-# 1. Data: puzzles drawn on the spot -> tar shards, over two MPI ranks. Leaves data/$DATA/{train,held_out}/.
+rm -rf runs/demo runs/demo-interaction runs/demo-finetuned runs/demo-answers "data/$DATA" "data/$DATA-answers"
+
+# 1. Data: drawn or read on the spot -> tar shards, over two MPI ranks. Leaves data/$DATA/{train,held_out}/.
 timed "data" mpirun -n 2 python -m data_prep shard --source "$DATA" --count $SAMPLES --held-out-count $HELD_OUT --noise "$NOISE" --seed "$SEED" --samples-per-shard 100 --output "data/$DATA"
 
 # 2. Stage 1: both models frozen, a verbalizer on each target layer learns; then the teacher's words go to disk.
-#    The one stage that needs the teacher. Leaves runs/demo/{verbalize,cache}/.
-timed "stage 1" "${LAUNCH[@]}" launch/train.py --stage 1 --recipe $RECIPE --set "${SET[@]}"
+#    Leaves runs/demo/{verbalize,cache}/.
+timed "stage 1" "${LAUNCH[@]}" launch/train.py --stage 1 --recipe $RECIPE --set seed="$SEED" run=runs/demo verbalize.steps=$VERBALIZE
 
-# 3. Stage 2: interaction from the cache, then reinforcement. Leaves runs/demo/student/, an ordinary Hugging Face folder.
-timed "stage 2" "${LAUNCH[@]}" launch/train.py --stage 2 --recipe $RECIPE --set "${SET[@]}"
+# 3. What most people do with a teacher: let it answer the training questions. Leaves data/$DATA-answers/.
+timed "answers" python -m pipeline answer --run runs/demo --batch-size 100 --output "data/$DATA-answers"
 
-# 4. For comparison: the same student, data and number of updates, without a teacher. Leaves runs/demo-finetuned/student/.
-timed "finetuned" "${LAUNCH[@]}" launch/train.py --stage 2 --recipe $RECIPE --set "${SET[@]}" "${PLAIN[@]}"
+# 4. Four students, each a Hugging Face folder in runs/NAME/student/.
+stage_2 "paper" "${PAPER[@]}"
+stage_2 "interaction" "${TO_THE_END[@]}"
+stage_2 "finetuned" "${FINETUNED[@]}"
+stage_2 "on answers" "${ANSWERS[@]}"
 
-# 5. All four models on clean held-out samples. Leaves runs/demo/evaluation.json.
+# 5. All of them on clean held-out samples. Leaves runs/demo/evaluation.json.
 unset OMP_NUM_THREADS  # one process from here on: it may use all cores
-timed "evaluate" python -m pipeline evaluate --run runs/demo --model finetuned=runs/demo-finetuned/student
+MODELS=(--model teacher="demo/models/$DATA/teacher" --model untouched="demo/models/$DATA/student")
+MODELS+=(--model finetuned=runs/demo-finetuned/student --model teacher_answers=runs/demo-answers/student)
+MODELS+=(--model paper=runs/demo/student --model interaction=runs/demo-interaction/student)
+timed "evaluate" python -m pipeline evaluate "${MODELS[@]}" --against finetuned --data "data/$DATA/held_out" --batch-size 100 --max-new-tokens 16 --output runs/demo/evaluation.json
 
-# 6. What each layer says about one held-out picture.
+# 6. Which training samples have a wrong answer, from the cache alone.
+timed "suspects" python -m pipeline cache-info runs/demo --suspects --limit 8
+
+# 7. What each layer says about one held-out picture.
 SAMPLE=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"][0]["keys"][0])' "data/$DATA/held_out/manifest.json")
-timed "trace" python -m pipeline trace --run runs/demo --sample "$SAMPLE"
+timed "trace" python -m pipeline trace --run runs/demo-interaction --sample "$SAMPLE"
 
 printf '\ntime (%s wrong answers in training, seed %s)\n' "$NOISE" "$SEED"
 printf '  %s\n' "${TIMES[@]}" "$(printf '%-12s %4d s' total $SECONDS)"
-cat <<END
-
-where everything lies
-  data/$DATA/                 shards: train/ and held_out/; look at them: python -m data_prep preview data/$DATA
-  runs/demo/student/          the distilled student, an ordinary Hugging Face folder
-  runs/demo/evaluation.json   the table above as numbers
-  runs/demo/                  verbalizers, teacher cache, metrics; python -m pipeline status runs/demo
-  runs/demo-finetuned/        the plainly finetuned student
-END
+printf '\nwhere everything lies\n'
+printf '  %-28s %s\n' \
+  "data/$DATA/" "shards: train/ and held_out/; look at them: python -m data_prep preview data/$DATA" \
+  "data/$DATA-answers/" "the same training questions, answered by the teacher" \
+  runs/demo/ "verbalizers, teacher cache, the paper's student; python -m pipeline status runs/demo" \
+  runs/demo-interaction/ "the student of interaction to the end" \
+  runs/demo-finetuned/ "the student finetuned on the given answers" \
+  runs/demo-answers/ "the student finetuned on the teacher's answers" \
+  runs/demo/evaluation.json "the table above as numbers; what it shows beyond this seed: docs/evidence.md"

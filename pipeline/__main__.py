@@ -28,7 +28,7 @@ STATUS = """Show which steps of a run are begun or done, their last losses, disk
 EVALUATE = """Measure exact match of greedy answers and perplexity on held-out data, for one or several models.
 
   python -m pipeline evaluate --run runs/demo
-  python -m pipeline evaluate --run runs/demo --model finetuned=runs/plain/student
+  python -m pipeline evaluate --run runs/demo --model finetuned=runs/plain/student --against finetuned
   python -m pipeline evaluate --model Qwen2-VL-2B --data shards/held_out --limit 500 --output evaluation.json
   python -m pipeline evaluate --model teacher=models/72b --model student=models/2b --data shards/held_out
 
@@ -38,6 +38,11 @@ Exact match: each model answers the last question of each chat greedily, with al
 correct if it equals the reference answer after both are normalised: Unicode NFKC, lower case, white space collapsed and
 stripped, and any of . , ; : ! ? stripped at the end. Articles are kept. The share of correct answers is shown in total
 and, if the data has question types, for each type.
+
+The 95 % interval of a share is Wilson's, in points. --against NAME compares each other model with one of them, on the
+samples that both answered, and says whether the difference is within chance: a 95 % interval of paired differences.
+Both speak of this data, not of training again with another seed. The JSON has the keys that each model answered
+wrongly.
 
 Perplexity: exp of the mean cross-entropy (nat) over all response tokens, end-of-turn tokens included; these are the
 tokens that the models are trained on.
@@ -175,6 +180,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: evaluate its teacher and students")
     parser.add_argument(
+        "--against", metavar="NAME", help="say for each other model whether it differs from this one, sample by sample"
+    )
+    parser.add_argument(
         "--data", type=Path, metavar="SHARDS", help="shard folder with manifest.json, such as X/held_out"
     )
     parser.add_argument(
@@ -295,7 +303,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
-        limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        options.against, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)
 

@@ -33,7 +33,7 @@ def run(plan: Plan) -> None:
         return
     read, used = folder.finish()
     say(f"{plan.output}: read {read} = used {used} + rejected {read - used} (listed in {plan.output / REJECTS})")
-    say(f"To train on it, set data.train: {plan.output} in a recipe")
+    say(f"To finetune on it, set reinforce.train: {plan.output} in a recipe; in all steps, data.train")
 
 
 class _Job:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SampleError
+from pipeline.results.evaluate.comparison import share_interval
 
 NORMALISATION = (
     "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end"
@@ -81,10 +82,12 @@ class Tally:
         self._right: Counter[str | None] = Counter()
         self._asked: Counter[str | None] = Counter()
 
-    def add(self, exchange: Exchange, answer: str) -> None:
-        """Count one answer; it is correct if it equals the reference answer after normalisation."""
+    def add(self, exchange: Exchange, answer: str) -> bool:
+        """Count one answer, and return whether it equals the reference answer after normalisation."""
+        right = normalise(answer) == normalise(exchange.answer)
         self._asked[exchange.question_type] += 1
-        self._right[exchange.question_type] += normalise(answer) == normalise(exchange.answer)
+        self._right[exchange.question_type] += right
+        return right
 
     @property
     def samples(self) -> int:
@@ -92,12 +95,17 @@ class Tally:
         return self._asked.total()
 
     def summary(self) -> dict[str, Any]:
-        """{"exact_match": share, "samples": count}; with question types also "by_type": the same for each type."""
+        """{"exact_match": share, "samples": count, "low", "high": its 95 % interval}.
+
+        With question types also "by_type": {type: {"exact_match", "samples"}}.
+        """
         types = sorted(question_type for question_type in self._asked if question_type is not None)
         by_type = {
             question_type: _share(self._right[question_type], self._asked[question_type]) for question_type in types
         }
-        return {**_share(self._right.total(), self.samples), **({"by_type": by_type} if by_type else {})}
+        low, high = share_interval(self._right.total(), self.samples)
+        whole = {**_share(self._right.total(), self.samples), "low": low, "high": high}
+        return {**whole, **({"by_type": by_type} if by_type else {})}
 
 
 def _share(right: int, asked: int) -> dict[str, Any]:

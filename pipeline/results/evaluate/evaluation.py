@@ -48,6 +48,8 @@ class Plan:
     baseline: ShardFolder | None = None
     """Data that the question-only baseline counts."""
     output: Path | None = None
+    against: str | None = None
+    """Name of the model that the others are compared with."""
 
     def indices(self) -> range:
         """Indices of the samples that are read."""
@@ -61,6 +63,7 @@ def make_plan(
     baseline: Path | None,
     output: Path | None,
     max_bad_share: float | None = None,
+    against: str | None = None,
     **sizes: Any,
 ) -> Plan:
     """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
@@ -80,6 +83,8 @@ def make_plan(
         raise RecipeError("no data: give --data SHARDS, a shard folder, or set data.held_out in the run's recipe")
     if QUESTION_ONLY in named:
         raise RecipeError(f"a model cannot be named {QUESTION_ONLY}: that is the baseline's name in the results")
+    if against is not None and against not in named:
+        raise RecipeError(f"--against {against}: no model of that name; the models are {', '.join(named)}")
     for folder in named.values():
         require_model(folder)
     sibling = data.parent / "train"
@@ -89,7 +94,9 @@ def make_plan(
     limits = limits or Data(train=data)
     if max_bad_share is not None:
         limits = limits.model_copy(update={"max_bad_share": max_bad_share})
-    return Plan(named, open_non_empty(data), limits=limits, baseline=baseline_data, output=output, **sizes)
+    return Plan(
+        named, open_non_empty(data), limits=limits, baseline=baseline_data, output=output, against=against, **sizes
+    )
 
 
 def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -111,9 +118,13 @@ def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
-    """One model's exact match, in total and by question type, and its perplexity. read = samples + rejected."""
+    """One model's exact match, in total and by question type, and its perplexity. read = samples + rejected.
+
+    "wrong" has the keys of the samples that it answered wrongly, so that two models can be compared sample by sample.
+    """
     tally, nats, tokens = Tally(), 0.0, 0
     rejected: list[Rejected] = []
+    wrong: list[str] = []
     bad_samples = BadSamples(
         plan.limits.max_bad_share, listed_in="--max-bad-share in python -m pipeline evaluate --help"
     )
@@ -124,7 +135,8 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
             rejected += bad
             bad_samples.count(len(rows), bad)
             for sample, answer in zip(encoded, _greedy_answers(vlm, encoded, plan.max_new_tokens), strict=True):
-                tally.add(sample.exchange, answer)
+                if not tally.add(sample.exchange, answer):
+                    wrong.append(sample.chat.key)
             loss, count = response_loss(vlm, [sample.chat for sample in encoded])
             nats, tokens = nats + loss, tokens + count
             progress.advance(f"exact match {tally.summary()['exact_match']:.1%}", by=len(rows))
@@ -135,6 +147,7 @@ def score(vlm: Vlm, plan: Plan, name: str = "") -> dict[str, Any]:
         "perplexity": math.exp(min(nats / tokens, 700.0)) if tokens else None,
         "response_tokens": tokens,
         "read": len(plan.indices()),
+        "wrong": wrong,
         "rejected": [asdict(sample) for sample in rejected],
     }
 

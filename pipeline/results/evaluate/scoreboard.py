@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.results.evaluate.answers import NORMALISATION
+from pipeline.results.evaluate.comparison import sentences
 from pipeline.results.evaluate.evaluation import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -30,13 +30,14 @@ def show(results: Results, plan: Plan) -> None:
 def _totals(results: Results, plan: Plan) -> Table:
     table = Table(title=f"{plan.data.path}: {len(plan.indices())} of {len(plan.data)} samples", title_justify="left")
     table.add_column("model")
-    for heading in ("exact match", "perplexity", "samples", "rejected"):
+    for heading in ("exact match", "95 %", "perplexity", "samples", "rejected"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
         perplexity, rejected = result.get("perplexity"), result.get("rejected")
         table.add_row(
             name,
             f"{result['exact_match']:.1%}",
+            f"{100 * result['low']:.1f} to {100 * result['high']:.1f}",
             "-" if perplexity is None else f"{perplexity:#.4g}",
             str(result["samples"]),
             "-" if rejected is None else str(len(rejected)),
@@ -57,9 +58,10 @@ def _by_type(results: Results, types: Sequence[str]) -> Table:
 
 
 def _notes(results: Results, plan: Plan) -> Iterator[str]:
-    samples = max(1, max(result["samples"] for result in results.values()))
+    if plan.against is not None:
+        yield from sentences(results, plan.against)
     yield f"exact match: greedy answer to the last question of a chat, compared after: {NORMALISATION}."
-    yield f"  By chance alone a row may be off by up to {98 / math.sqrt(samples):.1f} points (95 %)."
+    yield "95 %: where the share lies for all such questions (Wilson's interval). Another training run may differ more."
     yield "perplexity: exp of the mean cross-entropy in nat over all response tokens, end of turn included."
     if plan.baseline is not None:
         yield (

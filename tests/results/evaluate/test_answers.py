@@ -3,6 +3,7 @@ from tiny import turn
 
 from pipeline.errors import SampleError
 from pipeline.results.evaluate.answers import QuestionOnly, Tally, last_exchange, normalise
+from pipeline.results.evaluate.comparison import share_interval
 
 
 def record(*pairs, **fields):
@@ -64,9 +65,13 @@ def test_question_only_needs_something_to_learn_from():
 def test_tally_counts_in_total_and_by_type():
     tally = Tally()
     for question_type, answer in (("a", "x"), ("a", "no"), ("b", "X.")):
-        tally.add(last_exchange(record(("?", "x"), question_type=question_type), [b""]), answer)
+        right = tally.add(last_exchange(record(("?", "x"), question_type=question_type), [b""]), answer)
+        assert right == (answer != "no")
+    low, high = share_interval(2, 3)
     assert tally.summary() == {
         "exact_match": 2 / 3,
         "samples": 3,
+        "low": low,
+        "high": high,
         "by_type": {"a": {"exact_match": 0.5, "samples": 2}, "b": {"exact_match": 1.0, "samples": 1}},
     }

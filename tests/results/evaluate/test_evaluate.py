@@ -68,6 +68,7 @@ def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
     assert expected >= 2
     result = score(teacher, plan_for(write_shards(tmp_path / "held_out", samples)))
     assert result["exact_match"] == expected / 8
+    assert result["wrong"] == [key for key, record, _ in samples if "zz" in str(record["messages"])]
     assert result["by_type"]["easy"] == {"exact_match": expected / 4, "samples": 4}
     assert result["by_type"]["hard"] == {"exact_match": 0.0, "samples": 4}
 

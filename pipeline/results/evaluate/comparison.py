@@ -1,0 +1,72 @@
+"""How sure an exact match is, and whether two models differ on the same samples. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Z = 1.959964
+"""Quantile of the normal distribution for two-sided 95 %."""
+
+
+def share_interval(right: int, asked: int) -> tuple[float, float]:
+    """The 95 % interval of a share, after Wilson (1927): it stays inside 0 to 1 and holds for few samples too."""
+    if not asked:
+        return 0.0, 1.0
+    share, z2 = right / asked, Z * Z
+    centre = (share + z2 / (2 * asked)) / (1 + z2 / asked)
+    half = Z / (1 + z2 / asked) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Exact match of one model minus another's, over the samples that both answered."""
+
+    mean: float
+    low: float
+    high: float
+    samples: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the 95 % interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Difference:
+    """Compare two results of `evaluate` on the same data, sample by sample.
+
+    The interval is the normal one of paired differences: what both answer alike says nothing about the difference, so
+    it is narrower than the two rows' own intervals suggest.
+    """
+    our_wrong, their_wrong = set(ours["wrong"]), set(theirs["wrong"])
+    unusable = {one["key"] for result in (ours, theirs) for one in result.get("rejected", [])}
+    count = ours["read"] - len(unusable)
+    only_we = len(their_wrong - our_wrong - unusable)
+    only_they = len(our_wrong - their_wrong - unusable)
+    if not count:
+        return Difference(0.0, -1.0, 1.0, 0)
+    mean = (only_we - only_they) / count
+    half = Z * math.sqrt(max(0.0, only_we + only_they - count * mean**2)) / count
+    return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), count)
+
+
+def sentences(results: Mapping[str, Mapping[str, Any]], against: str) -> Iterator[str]:
+    """What the numbers show, a sentence for each model but `against` itself and the baseline without a model."""
+    theirs = results[against]
+    for name, ours in results.items():
+        if name == against or "wrong" not in ours:
+            continue
+        found = difference(ours, theirs)
+        points = f"{abs(100 * found.mean):.1f} points"
+        if found.is_sure:
+            low, high = sorted((abs(100 * found.low), abs(100 * found.high)))
+            yield (
+                f"{name} answers {points} {'more' if found.mean > 0 else 'less'} than {against} "
+                f"(95 %: {low:.1f} to {high:.1f})."
+            )
+        else:
+            yield f"{name} and {against} differ by {points}: within chance on {found.samples:,} samples."

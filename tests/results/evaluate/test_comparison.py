@@ -1,0 +1,69 @@
+"""Intervals of shares and of paired differences, against numbers worked out elsewhere and against a simulation."""
+
+import math
+import random
+
+import pytest
+
+from pipeline.results.evaluate.comparison import difference, sentences, share_interval
+
+
+def result(wrong, read=10, rejected=()):
+    return {"wrong": list(wrong), "read": read, "rejected": [{"key": key} for key in rejected]}
+
+
+def test_wilson_s_interval_has_its_published_values():
+    """Newcombe (1998), Table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (right, asked), interval in published.items():
+        assert share_interval(right, asked) == pytest.approx(interval, abs=5e-5)
+    assert share_interval(0, 0) == (0.0, 1.0)
+    assert share_interval(7, 7)[1] == pytest.approx(1.0)
+
+
+def test_a_paired_difference_by_hand():
+    """Ours alone right: b c d; theirs alone right: e. (3 - 1) / 10, variance (4 - 10 x .04) / 100."""
+    found = difference(result("aez"), result("abcdz"))
+    assert (found.mean, found.samples) == (pytest.approx(0.2), 10)
+    half = 1.959964 * math.sqrt(4 - 10 * 0.04) / 10
+    assert (found.low, found.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+    assert not found.is_sure
+    opposite = difference(result("abcdz"), result("aez"))
+    assert (opposite.mean, opposite.low) == (pytest.approx(-0.2), pytest.approx(-0.2 - half))
+
+
+def test_samples_that_either_rejected_are_left_out():
+    found = difference(result("ab", rejected="c"), result("cd", rejected="e"))
+    assert found.samples == 8 and found.mean == pytest.approx((1 - 2) / 8)
+    nothing = difference(result("", read=1, rejected="a"), result("", read=1, rejected="a"))
+    assert (nothing.mean, nothing.samples, nothing.is_sure) == (0.0, 0, False)
+
+
+def test_the_interval_holds_the_true_difference_nineteen_times_in_twenty():
+    rng, held, rounds, n = random.Random(3), 0, 1000, 300
+    for _ in range(rounds):
+        hard = [rng.random() for _ in range(n)]  # both models find the same samples hard
+        ours = result([i for i, h in enumerate(hard) if rng.random() > 0.9 - 0.5 * h], n)
+        theirs = result([i for i, h in enumerate(hard) if rng.random() > 0.8 - 0.5 * h], n)
+        found = difference(ours, theirs)
+        held += found.low <= 0.1 <= found.high
+    assert 0.95 - 4 * math.sqrt(0.05 * 0.95 / rounds) < held / rounds < 0.95 + 4 * math.sqrt(0.05 * 0.95 / rounds)
+
+
+def test_sentences_say_more_less_or_within_chance():
+    results = {
+        "plain": result(range(60), 100),
+        "good": result(range(20), 100),
+        "bad": result(range(100), 100),
+        "same": result(range(1, 61), 100),
+        "question_only": {"exact_match": 0.1},
+    }
+    good, bad, same = sentences(results, "plain")
+    assert good == "good answers 40.0 points more than plain (95 %: 30.4 to 49.6)."
+    assert bad.startswith("bad answers 40.0 points less than plain (95 %: 30.4 to 49.6)")
+    assert same == "same and plain differ by 0.0 points: within chance on 100 samples."
