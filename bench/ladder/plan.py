@@ -46,6 +46,8 @@ class SeedFolder:
         tried = list(tried)
         jobs = {job.path: job for one in tried for job in self._training(one)}
         jobs |= {job.path: job for job in self._evaluation([one.name for one in tried])}
+        if self.cell.wrong and any(one.arm.uses_stage_1 for one in tried):
+            jobs[self._suspects().path] = self._suspects()
         return list(jobs.values())
 
     def results(self, kind: str = "held_out") -> dict[str, dict[str, Any]]:
@@ -54,6 +56,19 @@ class SeedFolder:
         for path in sorted(self.folder.glob(f"{kind}-*.done")):
             found |= json.loads(path.with_suffix(".json").read_text())
         return found
+
+    def planted(self) -> list[bool]:
+        """Whether each suspect was planted, the most suspicious first; empty where they were not ranked."""
+        if not self._suspects().marker.exists():
+            return []
+        return [json.loads(line)["planted"] for line in self._ranking().read_text().splitlines()]
+
+    def draw_entropy(self, one: Tried) -> float | None:
+        """Mean entropy, in nats, of the first student layer's draw over all updates; None where nothing is drawn."""
+        path = self.folder / one.name / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        entropies = [line["draw_entropy"][0] for line in lines if "draw_entropy" in line]
+        return sum(entropies) / len(entropies) if entropies else None
 
     def seconds(self, one: Tried) -> dict[str, float]:
         """Wall seconds of a run, and of what it needed before: {"train": ..., "stage 1": ..., "answers": ...}."""
@@ -93,6 +108,14 @@ class SeedFolder:
         steps = {} if self.cell.stage_1 is None else {"verbalize.steps": self.cell.stage_1}
         values = {**self._common(run), "verbalize.micro_batch_size": 32, **steps, **arm.stage_1}
         return Job(run, self._train(1, values), (self._data().path,))
+
+    def _ranking(self) -> Path:
+        return self.folder / "suspects.jsonl"
+
+    def _suspects(self) -> Job:
+        stage_1 = self.folder / "stage-1"
+        command = ("-m", "pipeline", "cache-info", str(stage_1), "--suspects", "--output", str(self._ranking()))
+        return Job(self.folder / "suspects", command, (stage_1,))
 
     def _answers(self) -> Job:
         answers = self.folder / "answers"

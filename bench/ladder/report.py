@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from bench.timing import machine, write_results
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BASELINE = "finetune"
+RECALLS = (0.5, 0.8, 0.95, 1.0)
 
 Results = dict[str, Any]
 
@@ -47,7 +49,8 @@ def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
     if not arms:
         return {}
     models = {name: _untrained(folder, cell, name) for name in ("teacher", "untouched")}
-    return {**asdict(cell), **models, "arms": arms}
+    suspects = {"suspects": found} if (found := _suspects(folder, cell)) else {}
+    return {**asdict(cell), **models, **suspects, "arms": arms}
 
 
 def with_tables(text: str, cells: dict[str, Results]) -> str:
@@ -103,6 +106,7 @@ def _arm(folder: Path, cell: Cell, scale: Scale, arm: Arm) -> Results:
     if not scores:
         return {}
     means = sweep(folder, cell, scale, swept_arm(arm))
+    drawn = [entropy for seed in scores if (entropy := seeds[seed].draw_entropy(tried)) is not None]
     return {
         "seeds": scores,
         **asdict(interval(list(scores.values()))),
@@ -112,12 +116,33 @@ def _arm(folder: Path, cell: Cell, scale: Scale, arm: Arm) -> Results:
         "updates": round((arm.interact + arm.reinforce) * tried.factor * cell.updates),
         "sweep": {f"{one.learning_rate:g} x {one.factor:g}": mean for one, mean in means.items()},
         **({"other_task": interval(list(other.values())).mean} if other else {}),
+        **({"draw_entropy": sum(drawn) / len(drawn)} if drawn else {}),
     }
 
 
 def _scores(seeds: dict[int, SeedFolder], run: str, kind: str) -> dict[int, float]:
     results = {seed: one.results(kind) for seed, one in seeds.items()}
     return {seed: found[run]["exact_match"] for seed, found in results.items() if run in found}
+
+
+def _suspects(folder: Path, cell: Cell) -> Results:
+    """How well the cache finds planted wrong answers: precision at RECALLS, and the mean over seeds of each."""
+    ranked = [SeedFolder(folder / cell.name, cell, seed, other_task=False).planted() for seed in range(cell.seeds)]
+    found = [[precision_at(planted, recall) for recall in RECALLS] for planted in ranked if any(planted)]
+    return {
+        f"precision at recall {recall:g}": asdict(interval(list(values)))
+        for recall, values in zip(RECALLS, zip(*found, strict=True), strict=False)
+    }
+
+
+def precision_at(planted: list[bool], recall: float) -> float:
+    """Of the most suspicious samples that hold this share of all planted ones, the share that was planted."""
+    wanted, seen = math.ceil(recall * sum(planted)), 0
+    for rank, is_planted in enumerate(planted, start=1):
+        seen += is_planted
+        if seen >= wanted:
+            return seen / rank
+    raise ValueError("nothing was planted")
 
 
 def _mean_seconds(runs: list[dict[str, float]]) -> dict[str, float]:

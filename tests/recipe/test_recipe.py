@@ -12,7 +12,7 @@ import yaml
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, number_of_steps, target_layers
 from pipeline.recipe.presets import PRESETS
-from pipeline.recipe.resolve import load_recipe, refuse_changes
+from pipeline.recipe.resolve import SHIPPED, load_recipe, refuse_changes
 from pipeline.recipe.schema import Model, Recipe, Section, Training, leaves
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")
@@ -242,3 +242,12 @@ def test_without_a_preset_a_missing_reinforce_section_is_an_error(tmp_path, valu
 def test_every_preset_has_a_description_in_the_schema():
     assert set(PRESETS) == set(get_args(Recipe.model_fields["preset"].annotation))
     assert all(f"{name}:" in Recipe.model_fields["preset"].description for name in PRESETS)
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_recipe_loads_and_names_its_own_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # so that no run of this machine adds its values
+    resolved = load_recipe(path)
+    assert resolved.recipe.deepspeed.is_file()
+    if path.stem in PRESETS:
+        assert resolved.recipe.preset == path.stem and resolved.recipe.reinforce.steps == 0
