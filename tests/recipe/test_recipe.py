@@ -245,7 +245,7 @@ def test_every_preset_has_a_description_in_the_schema():
 
 
 @pytest.mark.parametrize("path", sorted((SHIPPED / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_a_shipped_recipe_loads_and_names_its_own_run(path, tmp_path, monkeypatch):
+def test_a_shipped_recipe_loads_and_one_for_a_preset_uses_it(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # so that no run of this machine adds its values
     resolved = load_recipe(path)
     assert resolved.recipe.deepspeed.is_file()
