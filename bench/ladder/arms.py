@@ -21,9 +21,9 @@ class Arm:
     """Updates of interaction."""
     reinforce: float = 0.0
     """Updates of finetuning, after them."""
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Other values of the recipe, for stage 2."""
-    stage_1: Mapping[str, object] = field(default_factory=dict)
+    stage_1: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Values of the recipe for stage 1. Arms with equal ones share its verbalizers and cache."""
     answers: bool = False
     """Whether finetuning is on the teacher's answers."""
