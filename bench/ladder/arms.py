@@ -21,18 +21,26 @@ class Arm:
     """Updates of interaction."""
     reinforce: float = 0.0
     """Updates of finetuning, after them."""
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Other values of the recipe, for stage 2."""
-    stage_1: Mapping[str, object] = field(default_factory=dict)
+    stage_1: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Values of the recipe for stage 1. Arms with equal ones share its verbalizers and cache."""
     answers: bool = False
     """Whether finetuning is on the teacher's answers."""
     factors: tuple[float, ...] = (1.0,)
     """Multiples of all updates that are tried in the sweep: a way to stop early, with a whole schedule each time."""
+    program: str = "launch/train.py"
+    """The program of stage 2, as arguments of python: a file, or -m and a module."""
     rate_of: str | None = None
     """The arm whose learning rate it takes; None: it has a sweep of its own."""
     main: bool = False
     """Whether it runs in every cell."""
+
+    @property
+    def stage_1_name(self) -> str:
+        """Name of the folder of its stage 1: that of the first arm with the same settings, unless it has none."""
+        first = next((arm for arm in ARMS if arm.stage_1 == self.stage_1), self)
+        return f"stage-1-{first.name}" if self.stage_1 else "stage-1"
 
     @property
     def uses_stage_1(self) -> bool:
@@ -70,8 +78,21 @@ _SUPERVISED = {
 }
 
 
-def _variant(name: str, text: str, options: Mapping[str, object], stage_1: Mapping[str, object] | None = None) -> Arm:
-    return Arm(name, VARIANTS, text, interact=1, options=options, stage_1=stage_1 or {}, rate_of="interaction")
+_UNIFORM = {"interact.matching": "uniform"}
+_STATES = {"verbalize.steps": 0, "cache.codec": {"name": "hidden", "dtype": "float32"}}
+"""A cache of the teacher's normed states: verbalizers that were not trained change nothing."""
+
+
+def _variant(
+    name: str,
+    text: str,
+    options: Mapping[str, object],
+    stage_1: Mapping[str, object] | None = None,
+    program: str = Arm.program,
+) -> Arm:
+    return Arm(
+        name, VARIANTS, text, interact=1, options=options, stage_1=stage_1 or {}, program=program, rate_of="interaction"
+    )
 
 
 ARMS = (
@@ -119,7 +140,7 @@ ARMS = (
     ),
     _variant("cold", "draw at a fixed temperature of .05 nat", {"interact.temperature": 0.05}),
     _variant("random", "drawn without looking at the KL", {"interact.matching": "random"}),
-    _variant("uniform", "fixed, spread evenly", {"interact.matching": "uniform"}),
+    _variant("uniform", "fixed, spread evenly", _UNIFORM),
     _variant("argmin", "least KL, without order", {"interact.matching": "argmin"}),
     _variant("ordered_argmin", "least total KL that keeps the order", {"interact.matching": "ordered_argmin"}),
     _variant("earliest", "the shallowest teacher layers", {"interact.matching": "earliest"}),
@@ -129,6 +150,14 @@ ARMS = (
     _variant("sparser_layers", "teacher 2, 4, 6; student 2", {}, {"teacher.layers": [2, 4, 6], "student.layers": [2]}),
     _variant("topk_cache", "a cache of the 16 likeliest ids", {}, {"cache.codec": {"name": "topk", "k": 16}}),
     _variant("hidden_cache", "an exact cache", {}, {"cache.codec": {"name": "hidden", "dtype": "float32"}}),
+    _variant(
+        "features_l2", "L2 of hidden states behind a learned map (the paper's Table 4d); fixed, spread evenly",
+        _UNIFORM, _STATES, "-m bench.ladder.features_l2",
+    ),
+    _variant(
+        "distil_lens", "Jensen-Shannon of logit lenses (after DistillLens); fixed, spread evenly",
+        _UNIFORM, _STATES, "-m bench.ladder.distil_lens",
+    ),
 )  # fmt: skip
 
 BY_NAME = {arm.name: arm for arm in ARMS}

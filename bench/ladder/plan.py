@@ -104,7 +104,7 @@ class SeedFolder:
         return Job(folder, _shard(folder, self.cell.data, self.seed, 0, OTHER_TASK, "--kinds", "tile"))
 
     def _stage_1(self, arm: Arm) -> Job:
-        run = self.folder / ("stage-1" + (f"-{arm.name}" if arm.stage_1 else ""))
+        run = self.folder / arm.stage_1_name
         steps = {} if self.cell.stage_1 is None else {"verbalize.steps": self.cell.stage_1}
         values = {**self._common(run), "verbalize.micro_batch_size": 32, **steps, **arm.stage_1}
         return Job(run, self._train(1, values), (self._data().path,))
@@ -133,7 +133,7 @@ class SeedFolder:
         if one.arm.answers:
             needs.append(self._answers())
             values["reinforce.train"] = str(self._answers().path)
-        return Job(run, self._train(2, values), tuple(job.path for job in needs))
+        return Job(run, self._train(2, values, one.arm.program), tuple(job.path for job in needs))
 
     def _evaluation(self, names: list[str]) -> Iterator[Job]:
         kinds = {"held_out": (self._data(), self._data().path / "held_out")}
@@ -166,8 +166,8 @@ class SeedFolder:
         shards = {"data.train": str(data / "train"), "data.held_out": str(data / "held_out")}
         return {"run": str(run), "seed": self.seed, **shards, **COMMON}
 
-    def _train(self, stage: int, values: dict[str, object]) -> tuple[str, ...]:
-        return ("launch/train.py", "--stage", str(stage), "--recipe", self.cell.recipe, *settings(values))
+    def _train(self, stage: int, values: dict[str, object], program: str = Arm.program) -> tuple[str, ...]:
+        return (*program.split(), "--stage", str(stage), "--recipe", self.cell.recipe, *settings(values))
 
 
 def _shard(folder: Path, source: str, seed: int, train: int, held_out: int, *more: str) -> tuple[str, ...]:

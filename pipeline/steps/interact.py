@@ -74,9 +74,18 @@ class Interaction(nn.Module):
         hidden = run_backbone(self.student.backbone, batch.inputs, self.student.all_layers(), batch.positions)
         verbalized = self.student.verbalize_states(hidden)
         if self.teacher_head is None:
-            return self.student.head(interaction_losses, verbalized, signal, batch.labels, draw)
+            return self.student.head(self.losses, verbalized, signal, batch.labels, draw)
         # The hidden codec computes the teacher's logits anew, so both heads are gathered at once.
-        return self.teacher_head(_with_teacher_head, verbalized, self.student.head, signal_of, batch.labels, draw)
+        return self.teacher_head(self._with_teacher_head, verbalized, signal_of, batch.labels, draw)
+
+    def losses(
+        self, verbalized: Tensor, unembedding: Unembedding, signal: Signal, labels: Tensor, draw: Draw
+    ) -> dict[str, Tensor]:
+        """The result of `forward`, from normed states [S + 1, T, d]. Called while the heads are gathered."""
+        return interaction_losses(verbalized, unembedding, signal, labels, draw)
+
+    def _with_teacher_head(self, verbalized: Tensor, teacher: Unembedding, signal_of, labels: Tensor, draw: Draw):
+        return self.student.head(self.losses, verbalized, signal_of(teacher), labels, draw)
 
 
 def interaction_losses(
@@ -107,8 +116,11 @@ def interaction_losses(
     return losses
 
 
-def run(job: Job) -> None:
-    """Train against the cache, then leave the student in interact/student for the next step."""
+def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interaction] = Interaction) -> None:
+    """Train against the cache, then leave the student in interact/student for the next step.
+
+    module: makes what is trained. Another one has other losses, or parameters of its own that end with the step.
+    """
     recipe, folder = job.recipe, job.recipe.run / NAME
     if job.has_done(NAME):
         job.say(f"{NAME}: already done, in {folder}")
@@ -128,7 +140,7 @@ def run(job: Job) -> None:
             recipe.stage_1_run / "verbalize" / "student.safetensors",
         )
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
-    engine = Engine(Interaction(student, head), recipe, recipe.interact, job.ranks)
+    engine = Engine(module(student, head), recipe, recipe.interact, job.ranks)
     dataset = ChatDataset(data, chat_encoders, partial(_attach, view), recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.interact, len(dataset))
     forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
@@ -228,7 +240,3 @@ def _mean_over_ranks(sums: Tensor, tokens: int) -> Tensor:
     count = torch.full_like(sums[:1, :1], float(tokens)).reshape(1)
     packed = sum_over_ranks(torch.cat([sums.flatten(), count]))
     return (packed[:-1] / packed[-1].clamp(min=1)).view_as(sums)
-
-
-def _with_teacher_head(verbalized: Tensor, teacher: Unembedding, head: nn.Module, signal_of, labels, draw):
-    return head(interaction_losses, verbalized, signal_of(teacher), labels, draw)

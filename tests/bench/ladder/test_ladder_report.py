@@ -1,0 +1,122 @@
+"""The sweep and the report, on a folder of invented results."""
+
+import json
+
+import pytest
+
+from bench import timing
+from bench.ladder import report
+from bench.ladder.arms import BY_NAME
+from bench.ladder.cells import SWEEP_SEEDS, Cell, Scale
+from bench.ladder.plan import Tried
+from bench.ladder.statistics import interval
+from bench.ladder.sweep import choose
+
+CELL = Cell("some", "some cell", "puzzles", 0.4, samples=64, updates=100, held_out=16, seeds=3)
+SCALE = Scale((CELL,), learning_rates=(1e-3, 3e-3))
+
+SWEPT = {
+    "finetune-0.001": 0.3, "finetune-0.003": 0.5,
+    "finetune_early-0.001-0.25": 0.4, "finetune_early-0.001-0.5": 0.7,
+    "finetune_early-0.003-0.25": 0.6, "finetune_early-0.003-0.5": 0.2,
+    "interaction-0.001": 0.9, "interaction-0.003": 0.8,
+}  # fmt: skip
+SCORES = {  # over seeds 0, 1, 2: there the other learning rates are better
+    "finetune-0.003": (0.50, 0.55, 0.45), "finetune-0.001": (1.0, 1.0, 1.0),
+    "finetune_early-0.001-0.5": (0.60, 0.66, 0.66),
+    "interaction-0.001": (0.80, 0.90, 0.85), "interaction-0.003": (1.0, 1.0, 1.0),
+    "teacher": (1.0, 0.98, 0.99), "untouched": (0.2, 0.3, 0.1),
+}  # fmt: skip
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def evaluation(folder, seed, number, scores, kind="held_out"):
+    path = folder / CELL.name / f"seed-{seed}" / f"{kind}-{number}"
+    write(path.with_suffix(".json"), {name: {"exact_match": score} for name, score in scores.items()})
+    write(path.with_suffix(".done"), {"seconds": 1.0, "command": []})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed in SWEEP_SEEDS:
+        evaluation(tmp_path, seed, 0, SWEPT)
+    for seed in range(CELL.seeds):
+        scores = {name: values[seed] for name, values in SCORES.items()}
+        later = {name: scores.pop(name) for name in ("interaction-0.001", "interaction-0.003")}
+        evaluation(tmp_path, seed, 0, scores)
+        evaluation(tmp_path, seed, 1, later)  # a new arm is evaluated alone
+        evaluation(tmp_path, seed, 0, {"interaction-0.001": 0.25 * seed}, "other")
+        ours = tmp_path / CELL.name / f"seed-{seed}"
+        for name in SCORES:
+            write(ours / f"{name}.done", {"seconds": 10.0 + seed, "command": []})
+        write(ours / "stage-1.done", {"seconds": 40.0, "command": []})
+        (ours / "stage-1" / "cache").mkdir(parents=True)
+        (ours / "stage-1" / "cache" / "records").write_bytes(b"12345")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arm", "rate", "factor"),
+    [
+        ("finetune", 3e-3, 1.0),
+        ("finetune_early", 1e-3, 0.5),
+        ("finetune_equal_time", 3e-3, 1.0),  # finetune's
+        ("interaction", 1e-3, 1.0),
+        ("distil_lens", 1e-3, 1.0),  # interaction's
+        ("paper", 1e-3, 1.0),  # its sweep has not run: the first of the grid
+    ],
+)
+def test_the_sweep_decides_and_not_the_quoted_seeds(folder, arm, rate, factor):
+    assert choose(folder, CELL, SCALE, BY_NAME[arm]) == Tried(BY_NAME[arm], rate, factor)
+
+
+def test_a_setting_counts_when_all_seeds_of_the_sweep_have_it(folder):
+    evaluation(folder, SWEEP_SEEDS[0], 1, {"paper-0.003": 0.1})
+    assert choose(folder, CELL, SCALE, BY_NAME["paper"]).learning_rate == 3e-3
+
+
+def test_the_json_has_every_arm_with_its_seeds_interval_and_seconds(folder, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "RESULTS", folder / "results")
+    report.write(folder, SCALE, "test")
+    written = json.loads((folder / "results" / "ladder_test.json").read_text())
+    cell = written["cells"]["some"]
+    assert list(cell["arms"]) == ["finetune", "finetune_early", "interaction"]
+    found = cell["arms"]["interaction"]
+    assert found["seeds"] == {"0": 0.80, "1": 0.90, "2": 0.85}
+    expected = interval([0.80, 0.90, 0.85])
+    assert [found[key] for key in ("mean", "low", "high")] == [expected.mean, expected.low, expected.high]
+    assert found["seconds"] == {"train": 11.0, "stage 1": 40.0, "total": 51.0}
+    assert found["bytes"] == 5 and found["learning_rate"] == 1e-3 and found["updates"] == 100
+    assert found["sweep"] == {"0.001 x 1": 0.9, "0.003 x 1": 0.8}
+    assert found["other_task"] == 0.25
+    assert found["minus_finetune"]["mean"] == pytest.approx(0.35) and found["minus_finetune"]["p"] < 0.05
+    early = cell["arms"]["finetune_early"]
+    assert early["updates"] == 50 and early["seconds"] == {"train": 11.0, "total": 11.0} and early["bytes"] == 0
+    assert "minus_finetune" not in cell["arms"]["finetune"]
+    assert cell["teacher"]["mean"] == pytest.approx(0.99) and cell["untouched"]["mean"] == pytest.approx(0.2)
+
+
+def test_a_cell_that_has_not_run_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    report.write(tmp_path, SCALE, "test")
+    assert json.loads((tmp_path / "results" / "ladder_test.json").read_text())["cells"] == {}
+
+
+def test_tables_stand_between_their_markers(folder):
+    cells = {"some": report.cell_results(folder, CELL, SCALE)}
+    text = (
+        "before\n<!-- ladder some -->\nold\n<!-- end -->\nbetween\n<!-- ladder other -->\n<!-- end -->\nafter | old\n"
+    )
+    once = report.with_tables(text, cells)
+    table, rest = once.removeprefix("before\n<!-- ladder some -->\n").split("<!-- end -->\n", 1)
+    assert rest == "between\n<!-- ladder other -->\n(has not run)\n<!-- end -->\nafter | old\n"
+    lines = table.splitlines()
+    assert "old" not in lines and lines == report.markdown(cells["some"])
+    (ours,) = [line for line in lines if line.startswith("| `interaction`")]
+    assert "| **.850** (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 51, 40 | .250 |")
+    assert "Teacher .990, untouched student .200." in lines[0]
+    assert report.with_tables(once, cells) == once
