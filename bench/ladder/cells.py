@@ -62,7 +62,7 @@ SCALES: Mapping[str, Scale] = {
         learning_rates=(1.5e-3, 3e-3, 6e-3),
     ),
     "smoke": Scale(
-        cells=(Cell("smoke", "nothing: two updates", "puzzles", 0.4, 64, 4, 16, seeds=1, stage_1=2),),
+        cells=(Cell("smoke", "four updates: that everything runs", "puzzles", 0.4, 64, 4, 16, seeds=1, stage_1=2),),
         learning_rates=(3e-3,),
     ),
 }

@@ -129,7 +129,7 @@ class SeedFolder:
         values |= {"interact.micro_batch_size": 32, "reinforce.micro_batch_size": 32}
         if one.arm.uses_stage_1:
             needs.append(self._stage_1(one.arm))
-            _link(run, self._stage_1(one.arm).path)
+            values["stage_1"] = str(self._stage_1(one.arm).path)
         if one.arm.answers:
             needs.append(self._answers())
             values["reinforce.train"] = str(self._answers().path)
@@ -175,11 +175,3 @@ def _shard(folder: Path, source: str, seed: int, train: int, held_out: int, *mor
     return (
         "-m", "data_prep", "shard", "--source", source, "--seed", str(seed), *sizes, *more, "--output", str(folder)
     )  # fmt: skip
-
-
-def _link(run: Path, stage_1: Path) -> None:
-    """Give a run the verbalizers and the cache of another."""
-    run.mkdir(parents=True, exist_ok=True)
-    for name in ("verbalize", "cache"):
-        if not (run / name).is_symlink():
-            (run / name).symlink_to((stage_1 / name).resolve())
