@@ -42,9 +42,9 @@ def finished(request, tmp_path_factory, tiny_models, data):
     models = {**tiny_models, (request.param, "teacher"): folder / "teacher"}
     shutil.copytree(tiny_models[request.param, "teacher"], folder / "teacher")
     recipe = tiny_recipe(folder, models, request.param, data, verbalize={"steps": 12})
-    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe, launcher=True)
     shutil.rmtree(folder / "teacher")
-    said += deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    said += deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, launcher=True)
     return request.param, folder, recipe, said
 
 
@@ -164,7 +164,9 @@ def test_status_finds_every_step_done(finished):
 
 def test_a_changed_recipe_is_refused_with_the_differing_keys(finished):
     _, _, recipe, _ = finished
-    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--set", "interact.steps=9", "seed=4", check=1)
+    said = deepspeed(
+        2, "train.py", "--stage", 2, "--recipe", recipe, "--set", "interact.steps=9", "seed=4", check=1, launcher=True
+    )
     assert "interact.steps: the run has 4, now 9 (command line)" in said
     assert "seed: the run has 0, now 4 (command line)" in said
     assert said.count("was begun with another recipe") == 1, "one error, read once"
