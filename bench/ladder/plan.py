@@ -71,7 +71,7 @@ class SeedFolder:
         return sum(entropies) / len(entropies) if entropies else None
 
     def seconds(self, one: Tried) -> dict[str, float]:
-        """Wall seconds of a run, and of what it needed before: {"train": ..., "stage 1": ..., "answers": ...}."""
+        """Processor seconds of a run, and of what it needed before: {"train": ..., "stage 1": ..., "answers": ...}."""
         parts = {"train": self._train_job(one)}
         if one.arm.uses_stage_1:
             parts["stage 1"] = self._stage_1(one.arm)

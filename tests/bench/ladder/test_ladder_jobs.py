@@ -25,10 +25,16 @@ FAILS = "print('the reason'); raise SystemExit(3)"
 
 
 def test_a_job_waits_for_what_it_needs(tmp_path, ran):
-    slow = job(tmp_path, "first", before="time.sleep(.5)")
+    slow = job(tmp_path, "first", before="while time.process_time() < .5: pass")
     run_jobs([job(tmp_path, "third", "second"), job(tmp_path, "second", "first"), slow], workers=3, title="test")
     assert ran() == ["first", "second", "third"]
-    assert slow.seconds() > 0.5
+    assert slow.seconds() >= 0.5
+
+
+def test_seconds_are_the_processor_s(tmp_path, ran):
+    sleeps = job(tmp_path, "sleeps", before="time.sleep(2)")
+    run_jobs([sleeps], workers=1, title="test")
+    assert 0 < sleeps.seconds() < 1.5
 
 
 def test_what_is_done_is_not_run_again(tmp_path, ran):
