@@ -18,6 +18,7 @@ from bench.timing import machine, write_results
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BASELINE = "finetune"
+MODELS = (("Teacher", "teacher"), ("untouched student", "untouched"))
 RECALLS = (0.5, 0.8, 0.95, 1.0)
 
 Results = dict[str, Any]
@@ -67,8 +68,10 @@ def with_tables(text: str, cells: dict[str, Results]) -> str:
 def markdown(cell: Results) -> list[str]:
     """A cell's table: a line for each arm, in groups."""
     lines = [
-        f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. "
-        f"Teacher {_exact(cell['teacher']['mean'])}, untouched student {_exact(cell['untouched']['mean'])}.",
+        f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. , ".join(
+            f"{model} {_exact(cell[name]['mean'])}{_other(cell[name])}" for model, name in MODELS
+        )
+        + ".",
         "",
         "| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | other task |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -80,6 +83,10 @@ def markdown(cell: Results) -> list[str]:
             lines.append(f"| *{group}* | | | | | |")
         lines.append(_line(name, found))
     return lines
+
+
+def _other(model: Results) -> str:
+    return f" (other task {_exact(model['other_task'])})" if "other_task" in model else ""
 
 
 def _line(name: str, found: Results) -> str:
@@ -158,8 +165,12 @@ def _difference(ours: dict[int, float], theirs: dict[int, float]) -> Results:
 
 def _untrained(folder: Path, cell: Cell, model: str) -> Results:
     seeds = {seed: SeedFolder(folder / cell.name, cell, seed, other_task=False) for seed in range(cell.seeds)}
-    scores = _scores(seeds, model, "held_out")
-    return {"seeds": scores, **asdict(interval(list(scores.values())))}
+    scores, other = _scores(seeds, model, "held_out"), _scores(seeds, model, "other")
+    return {
+        "seeds": scores,
+        **asdict(interval(list(scores.values()))),
+        **({"other_task": interval(list(other.values())).mean} if other else {}),
+    }
 
 
 def _exact(share: float | None) -> str:
