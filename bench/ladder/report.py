@@ -67,11 +67,9 @@ def with_tables(text: str, cells: dict[str, Results]) -> str:
 
 def markdown(cell: Results) -> list[str]:
     """A cell's table: a line for each arm, in groups."""
+    models = ", ".join(f"{text} {_exact(cell[name]['mean'])}{_other(cell[name])}" for text, name in MODELS)
     lines = [
-        f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. , ".join(
-            f"{model} {_exact(cell[name]['mean'])}{_other(cell[name])}" for model, name in MODELS
-        )
-        + ".",
+        f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. {models}.",
         "",
         "| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | other task |",
         "| --- | --- | --- | --- | --- | --- |",
