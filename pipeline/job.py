@@ -15,7 +15,7 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import write_file
 from pipeline.errors import UserError
 from pipeline.recipe.checks import check_recipe
-from pipeline.recipe.resolve import Resolved, load_recipe, refuse_changes
+from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
 
 USER_ERROR, FAILURE = 2, 1
 
@@ -54,6 +54,7 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
 
     resolved = load_recipe(recipe, overrides)
     check_recipe(resolved.recipe, steps, world)
+    refuse_another_student(resolved.recipe)
     refuse_changes(resolved, begun_steps(resolved.recipe.run))
     return resolved
 

@@ -30,6 +30,9 @@ CHANGEABLE = {
 } | {f"{step}.{key}" for step in STEPS for key in ("micro_batch_size", "checkpoint_every", "keep_checkpoints")}
 
 
+STUDENT_OF_STAGE_1 = ("student.path", "student.layers", "verbalizer.form")
+"""What the student's verbalizers depend on."""
+
 SHIPPED = Path(__file__).parents[2]
 """The folder with ds_configs/ and recipes/: the checkout, or the folder of the installed packages."""
 
@@ -105,6 +108,25 @@ def refuse_changes(resolved: Resolved, started: Iterable[str]) -> None:
             f"{resolved.recipe.run} was begun with another recipe (by {', '.join(s for s in STEPS if s in started)}):\n"
             + "\n".join(differing)
             + f"\nContinue with the run's own values (--recipe {path}), or start another run with --set run=FOLDER."
+        )
+
+
+def refuse_another_student(recipe: Recipe) -> None:
+    """Raise RecipeError where stage_1 is no run, or one of another student: its verbalizers would be used silently.
+
+    The teacher, the data and the codec are checked against the cache's own fingerprints.
+    """
+    if recipe.stage_1 is None:
+        return
+    path = recipe.stage_1 / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"stage_1: {recipe.stage_1} is no run: expected a run's folder, with recipe.yaml in it")
+    theirs, ours = leaves(_validate(_read_yaml(path), str(path))), leaves(recipe)
+    differing = [key for key in STUDENT_OF_STAGE_1 if theirs[key] != ours[key]]
+    if differing:
+        lines = [f"  {key}: {recipe.stage_1} has {theirs[key]}, this recipe {ours[key]}" for key in differing]
+        raise RecipeError(
+            "stage_1 is a run of another student:\n" + "\n".join(lines) + "\nSet the same values, or leave stage_1 out."
         )
 
 

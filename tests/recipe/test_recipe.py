@@ -12,7 +12,7 @@ import yaml
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, number_of_steps, target_layers
 from pipeline.recipe.presets import PRESETS
-from pipeline.recipe.resolve import SHIPPED, load_recipe, refuse_changes
+from pipeline.recipe.resolve import SHIPPED, load_recipe, refuse_another_student, refuse_changes
 from pipeline.recipe.schema import Model, Recipe, Section, Training, leaves
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")
@@ -251,3 +251,19 @@ def test_a_shipped_recipe_loads_and_one_for_a_preset_uses_it(path, tmp_path, mon
     assert resolved.recipe.deepspeed.is_file()
     if path.stem in PRESETS:
         assert resolved.recipe.preset == path.stem and resolved.recipe.reinforce.steps == 0
+
+
+def test_another_run_s_stage_1_must_be_of_the_same_student(tmp_path, values):
+    base, own = tmp_path / "base", str(tmp_path / "own")
+    base.mkdir()
+    (base / "recipe.yaml").write_text(load_recipe(write(tmp_path, values | {"run": str(base)})).to_yaml())
+    recipe = load_recipe(write(tmp_path, values | {"run": own, "stage_1": str(base), "seed": 5})).recipe
+    refuse_another_student(recipe)
+    other = load_recipe(write(tmp_path, values | {"run": own, "stage_1": str(base)}), ["student.layers=[1,2]"]).recipe
+    with pytest.raises(
+        RecipeError, match=r"another student:\n  student.layers: .*base has \[1, 2, 3\], this recipe \[1, 2\]"
+    ):
+        refuse_another_student(other)
+    nowhere = load_recipe(write(tmp_path, values | {"run": own, "stage_1": str(tmp_path / "nowhere")})).recipe
+    with pytest.raises(RecipeError, match=r"stage_1: .*nowhere is no run: expected a run's folder"):
+        refuse_another_student(nowhere)
