@@ -26,15 +26,16 @@ def main() -> None:
     folder = options.folder / options.scale
     try:
         for cell in cells if not options.tables_only else ():
-            run_cell(folder, cell, scale, options.workers, options.arms)
+            seeds = min(options.seeds or cell.seeds, cell.seeds)
+            run_cell(folder, cell, scale, options.workers, options.arms, seeds)
             report.write(folder, scale, options.scale)
     except JobsFailed as error:
         sys.exit(f"error: {error}")
     report.write(folder, scale, options.scale)
 
 
-def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[str] | None = None) -> None:
-    """The sweep of a cell, then its seeds with the settings that were best there."""
+def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[str] | None, seeds: int) -> None:
+    """The sweep of a cell, then its first seeds with the settings that were best there. names: some of its arms."""
     arms = [BY_NAME[name] for name in names] if names else arms_of(cell.arms)
     tried = [
         setting
@@ -44,7 +45,7 @@ def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[s
     if len(scale.learning_rates) > 1:
         run_jobs(_jobs(folder, cell, tried, SWEEP_SEEDS, other_task=False), workers, f"{cell.name}: sweep")
     chosen = [choose(folder, cell, scale, arm) for arm in arms]
-    run_jobs(_jobs(folder, cell, chosen, range(cell.seeds), other_task=True), workers, f"{cell.name}: seeds")
+    run_jobs(_jobs(folder, cell, chosen, range(seeds), other_task=True), workers, f"{cell.name}: seeds")
 
 
 def _jobs(folder: Path, cell: Cell, tried: list[Tried], seeds, other_task: bool) -> list[Job]:
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="how much of it (default: cpu)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="these cells only")
     parser.add_argument("--arms", nargs="+", choices=BY_NAME, metavar="ARM", help="these arms only")
+    parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of each cell only")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="arms side by side (default: the cores)")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/ladder"), help="where runs go (default: build/ladder)"
