@@ -119,4 +119,7 @@ def _run(job: Job) -> bool:
     if process.returncode == 0:
         seconds = round(usage.ru_utime + usage.ru_stime, 2)
         write_file(job.marker, json.dumps({"cpu_seconds": seconds, "command": list(job.command)}).encode())
+    else:
+        with job.log.open("a") as log:
+            log.write(f"\nexit code {process.returncode}\n")
     return process.returncode == 0

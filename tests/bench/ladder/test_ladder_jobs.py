@@ -52,7 +52,7 @@ def test_a_failure_takes_its_dependents_with_it_and_no_other(tmp_path, ran):
         job(tmp_path, "other", before="time.sleep(.5)"),
         job(tmp_path, "after_other", "other"),
     ]
-    with pytest.raises(JobsFailed, match=r"(?s)1 jobs failed.*fails\.log.*the reason"):
+    with pytest.raises(JobsFailed, match=r"(?s)1 jobs failed.*fails\.log.*the reason.*exit code 3"):
         run_jobs(jobs, workers=2, title="test")
     assert ran() == ["other", "after_other"]
     assert [one.is_done() for one in jobs] == [False, False, False, True, True]
