@@ -114,6 +114,12 @@ def _status_mib(field: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) / 1024
 
 
+def read_results(name: str) -> dict[str, Any]:
+    """What bench/results/NAME.json holds; empty where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
     """Write bench/results/NAME.json and return its path."""
     path = RESULTS / f"{name}.json"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def run_jobs(jobs: Iterable[Job], workers: int, title: str) -> None:
         raise JobsFailed(f"{len(failed)} jobs failed; the first: {failed[0].log}\n{end}")
 
 
+@cache
+def commit() -> str:
+    """The commit of the code that runs, with -dirty where files differ from it."""
+    done = subprocess.run(("git", "describe", "--always", "--dirty"), capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 def environment() -> dict[str, str]:
     """One process on one thread of a CPU: as many run side by side as there are cores."""
     with socket.socket() as free:
@@ -118,7 +126,8 @@ def _run(job: Job) -> bool:
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     if process.returncode == 0:
         seconds = round(usage.ru_utime + usage.ru_stime, 2)
-        write_file(job.marker, json.dumps({"cpu_seconds": seconds, "command": list(job.command)}).encode())
+        done = {"cpu_seconds": seconds, "command": list(job.command), "commit": commit()}
+        write_file(job.marker, json.dumps(done).encode())
     else:
         with job.log.open("a") as log:
             log.write(f"\nexit code {process.returncode}\n")

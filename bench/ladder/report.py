@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from bench.ladder.cells import Cell, Scale
 from bench.ladder.plan import SeedFolder
 from bench.ladder.statistics import interval, paired
 from bench.ladder.sweep import choose, sweep, swept_arm
-from bench.timing import machine, write_results
+from bench.timing import machine, read_results, write_results
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BASELINE = "finetune"
@@ -25,13 +25,16 @@ Results = dict[str, Any]
 
 
 def write(folder: Path, scale: Scale, name: str) -> None:
-    """Write bench/results/ladder_NAME.json; at the `cpu` scale also the tables and the figure of docs/evidence.md."""
+    """Write bench/results/ladder_NAME.json; at the `cpu` scale also the tables and the figure of docs/evidence.md.
+
+    A cell that has not run here stays as the file has it: cells may be made one by one, on several machines.
+    """
+    before = read_results(f"ladder_{name}").get("cells", {})
+    now = {cell.name: cell_results(folder, cell, scale) or before.get(cell.name) for cell in scale.cells}
     results = {
         "scale": name,
-        **machine(),
-        "commit": _commit(),
         "learning_rates": list(scale.learning_rates),
-        "cells": {cell.name: found for cell in scale.cells if (found := cell_results(folder, cell, scale))},
+        "cells": {cell: found for cell, found in now.items() if found},
     }
     print(f"written to {write_results(f'ladder_{name}', results)}")
     if name == "cpu" and EVIDENCE.exists():
@@ -51,7 +54,13 @@ def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
         return {}
     models = {name: _untrained(folder, cell, name) for name in ("teacher", "untouched")}
     suspects = {"suspects": found} if (found := _suspects(folder, cell)) else {}
-    return {**asdict(cell), **models, **suspects, "arms": arms}
+    made = {**machine(), "commits": _commits(folder / cell.name)}
+    return {**asdict(cell), "made": made, **models, **suspects, "arms": arms}
+
+
+def _commits(folder: Path) -> list[str]:
+    """The commits under which the cell's jobs ran."""
+    return sorted({json.loads(marker.read_text())["commit"] for marker in folder.glob("*/*.done")})
 
 
 def with_tables(text: str, cells: dict[str, Results]) -> str:
@@ -178,8 +187,3 @@ def _exact(share: float | None) -> str:
 
 def _p(p: float | None) -> str:
     return "-" if p is None else ("p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", "."))
-
-
-def _commit() -> str:
-    done = subprocess.run(("git", "describe", "--always", "--dirty"), capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"

@@ -37,7 +37,7 @@ def write(path, value):
 def evaluation(folder, seed, number, scores, kind="held_out"):
     path = folder / CELL.name / f"seed-{seed}" / f"{kind}-{number}"
     write(path.with_suffix(".json"), {name: {"exact_match": score} for name, score in scores.items()})
-    write(path.with_suffix(".done"), {"cpu_seconds": 1.0, "command": []})
+    write(path.with_suffix(".done"), {"cpu_seconds": 1.0, "command": [], "commit": "abc"})
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def folder(tmp_path):
         evaluation(tmp_path, seed, 0, {"interaction-0.001": 0.25 * seed}, "other")
         ours = tmp_path / CELL.name / f"seed-{seed}"
         for name in SCORES:
-            write(ours / f"{name}.done", {"cpu_seconds": 10.0 + seed, "command": []})
-        write(ours / "stage-1.done", {"cpu_seconds": 40.0, "command": []})
+            write(ours / f"{name}.done", {"cpu_seconds": 10.0 + seed, "command": [], "commit": "abc"})
+        write(ours / "stage-1.done", {"cpu_seconds": 40.0, "command": [], "commit": "abc"})
         (ours / "stage-1" / "cache").mkdir(parents=True)
         (ours / "stage-1" / "cache" / "records").write_bytes(b"12345")
     return tmp_path
@@ -97,6 +97,7 @@ def test_the_json_has_every_arm_with_its_seeds_interval_and_seconds(folder, monk
     early = cell["arms"]["finetune_early"]
     assert early["updates"] == 50 and early["seconds"] == {"train": 10.0, "total": 10.0} and early["bytes"] == 0
     assert "minus_finetune" not in cell["arms"]["finetune"]
+    assert cell["made"]["commits"] == ["abc"] and "cores" in cell["made"]["machine"]
     assert cell["teacher"]["mean"] == pytest.approx(0.99) and cell["untouched"]["mean"] == pytest.approx(0.2)
 
 
@@ -104,6 +105,14 @@ def test_a_cell_that_has_not_run_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
     report.write(tmp_path, SCALE, "test")
     assert json.loads((tmp_path / "results" / "ladder_test.json").read_text())["cells"] == {}
+
+
+def test_a_cell_that_was_made_elsewhere_stays(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    report.write(folder, SCALE, "test")
+    before = (tmp_path / "results" / "ladder_test.json").read_text()
+    report.write(tmp_path / "nothing here", SCALE, "test")
+    assert (tmp_path / "results" / "ladder_test.json").read_text() == before
 
 
 def test_tables_stand_between_their_markers(folder):
