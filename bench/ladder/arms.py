@@ -119,6 +119,10 @@ ARMS = (
         interact=0.5, reinforce=0.5, options=_SUPERVISED, rate_of="deep_supervision",
     ),
     Arm("teacher_answers", ANSWERS, "finetuning on the teacher's answers", reinforce=1, answers=True, main=True),
+    Arm(
+        "teacher_answers_equal_time", ANSWERS, "three and a half times the updates: the time of interaction",
+        reinforce=3.5, answers=True, rate_of="teacher_answers",
+    ),
     Arm("last_layer", LAST, "KL of the last layer, to the end", interact=1, options=_LAST_ONLY, main=True),
     Arm(
         "last_layer_finetune", LAST, "the same, then finetuning",

@@ -19,6 +19,20 @@ from bench.timing import machine, read_results, write_results
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BASELINE = "finetune"
 MODELS = (("Teacher", "teacher"), ("untouched student", "untouched"))
+COMPARED = (
+    ("interaction", "last_layer"),
+    ("interaction", "teacher_answers"),
+    ("interaction", "paper"),
+    ("interaction_ce", "interaction"),
+    ("interaction_ce", "last_layer_ce"),
+    ("interaction_ce", "finetune"),
+    ("last_layer", "teacher_answers"),
+    ("interaction", "teacher_answers_equal_time"),
+    ("interaction", "random"),
+    ("interaction", "cold"),
+    ("ordered_argmin", "interaction"),
+)
+"""Arms whose difference is reported beside that from finetuning."""
 RECALLS = (0.5, 0.8, 0.95, 1.0)
 
 Results = dict[str, Any]
@@ -53,9 +67,14 @@ def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
     if not arms:
         return {}
     models = {name: _untrained(folder, cell, name) for name in ("teacher", "untouched")}
+    compared = {
+        f"{ours} minus {theirs}": _difference(arms[ours]["seeds"], arms[theirs]["seeds"])
+        for ours, theirs in COMPARED
+        if ours in arms and theirs in arms
+    }
     suspects = {"suspects": found} if (found := _suspects(folder, cell)) else {}
     made = {**machine(), "commits": _commits(folder / cell.name)}
-    return {**asdict(cell), "made": made, **models, **suspects, "arms": arms}
+    return {**asdict(cell), "made": made, **models, **suspects, "compared": compared, "arms": arms}
 
 
 def _commits(folder: Path) -> list[str]:
@@ -89,7 +108,24 @@ def markdown(cell: Results) -> list[str]:
             group = BY_NAME[name].group
             lines.append(f"| *{group}* | | | | | |")
         lines.append(_line(name, found))
-    return lines
+    return [*lines, *_comparisons(cell)]
+
+
+def _comparisons(cell: Results) -> list[str]:
+    """The differences between single arms, and how well planted wrong answers are found, below the table."""
+    lines = [
+        f"* {names}: {found['mean']:+.3f} ({_range(found)}, {_p(found['p'])})"
+        for names, found in cell["compared"].items()
+        if found["p"] is not None
+    ]
+    if "suspects" in cell:
+        shares = ", ".join(f"{name} {_exact(found['mean'])}" for name, found in cell["suspects"].items())
+        lines.append(f"* `cache-info --suspects` on the planted wrong answers: {shares}")
+    return ["", *lines] if lines else []
+
+
+def _range(found: Results) -> str:
+    return f"{found['low']:+.3f} to {found['high']:+.3f}"
 
 
 def _other(model: Results) -> str:

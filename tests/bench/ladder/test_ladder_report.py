@@ -129,3 +129,16 @@ def test_tables_stand_between_their_markers(folder):
     assert "| **.850** (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 50, 40 | .250 |")
     assert "Teacher .990, untouched student .200." in lines[0]
     assert report.with_tables(once, cells) == once
+
+
+@pytest.mark.parametrize(("recall", "precision"), [(1 / 3, 1.0), (0.5, 1.0), (0.9, 0.75), (1.0, 0.75)])
+def test_precision_at_a_recall(recall, precision):
+    assert report.precision_at([True, True, False, True, False], recall) == precision
+
+
+def test_pairs_of_arms_are_compared_below_the_table(folder, monkeypatch):
+    monkeypatch.setattr(report, "COMPARED", (("interaction", "finetune_early"), ("interaction", "paper")))
+    cell = report.cell_results(folder, CELL, SCALE)
+    assert list(cell["compared"]) == ["interaction minus finetune_early"], "paper has not run"
+    line = report.markdown(cell)[-1]
+    assert line.startswith("* interaction minus finetune_early: +0.210 (") and "p = ." in line
