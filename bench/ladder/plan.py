@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,12 @@ from bench.ladder.cells import Cell
 from bench.ladder.jobs import Job, settings
 
 OTHER_TASK = 200
-"""Samples of the task outside the training mix: naming a tile of a puzzle."""
+"""Samples of the task outside the training mix."""
+
+QUESTIONS: Mapping[str, tuple[str, ...]] = {"puzzles": (), "easy-vqa": ("--types", "shape,yes-no")}
+"""Options of each source for the training mix and the held-out samples."""
+OTHER_QUESTIONS: Mapping[str, tuple[str, ...]] = {"puzzles": ("--kinds", "tile"), "easy-vqa": ("--types", "color")}
+"""The same for the task outside it: naming a tile, naming a colour."""
 
 COMMON = {"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256}
 """One process on a CPU, and data that is read many times."""
@@ -38,8 +43,7 @@ class SeedFolder:
 
     def __init__(self, folder: Path, cell: Cell, seed: int, other_task: bool):
         """other_task: whether the task outside the training mix is evaluated too."""
-        self.folder, self.cell, self.seed = folder / f"seed-{seed}", cell, seed
-        self.other_task = other_task and cell.data == "puzzles"
+        self.folder, self.cell, self.seed, self.other_task = folder / f"seed-{seed}", cell, seed, other_task
 
     def jobs(self, tried: Iterable[Tried]) -> list[Job]:
         """All jobs that the arms need, and the evaluation of those that have no result yet."""
@@ -96,12 +100,14 @@ class SeedFolder:
     def _data(self) -> Job:
         cell = self.cell
         return Job(self.folder / "data", _shard(
-            self.folder / "data", cell.data, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong)
+            self.folder / "data", cell.data, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong),
+            *QUESTIONS[cell.data],
         ))  # fmt: skip
 
     def _other(self) -> Job:
         folder = self.folder / "other"
-        return Job(folder, _shard(folder, self.cell.data, self.seed, 0, OTHER_TASK, "--kinds", "tile"))
+        questions = OTHER_QUESTIONS[self.cell.data]
+        return Job(folder, _shard(folder, self.cell.data, self.seed, 0, OTHER_TASK, *questions))
 
     def _stage_1(self, arm: Arm) -> Job:
         run = self.folder / arm.stage_1_name

@@ -32,21 +32,27 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--noise", type=fraction, default=0.0, metavar="SHARE", help="train questions with a wrong answer (default 0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which questions, and which are wrong (default 0)")
+    parser.add_argument(
+        "--types", default=",".join(ANSWERS), metavar="TYPE,...", help=f"question types (default {','.join(ANSWERS)})"
+    )
 
 
 @source("easy-vqa", options)
 def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """The easy-VQA package (pip install easy-vqa==1.0): shapes, colours and yes/no; its test split is held out.
 
-    Raises DataError where the package is not installed.
+    Raises DataError where the package is not installed, and for an unknown type of question.
     """
+    types = args.types.split(",")
+    if unknown := [kind for kind in types if kind not in ANSWERS]:
+        raise DataError(f"--types {args.types}: no type {unknown[0]!r}; expected some of {','.join(ANSWERS)}")
     try:
         import easy_vqa
     except ImportError:
         raise DataError("--source easy-vqa needs the package: pip install easy-vqa==1.0") from None
     folder = Path(easy_vqa.__file__).parent / "data"
-    train = _chosen(easy_vqa.get_train_questions(), args.count, args.seed)
-    test = _chosen(easy_vqa.get_test_questions(), args.held_out_count, args.seed)
+    train = _chosen(easy_vqa.get_train_questions(), types, args.count, args.seed)
+    test = _chosen(easy_vqa.get_test_questions(), types, args.held_out_count, args.seed)
     wrong = set(random.Random(f"noise {args.seed}").sample(range(len(train)), round(args.noise * len(train))))
     questions = [(folder / "train", *asked) for asked in train] + [(folder / "test", *asked) for asked in test]
     for place, (images, number, question, answer, image) in enumerate(questions):
@@ -55,12 +61,13 @@ def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
 
 
 def _chosen(
-    columns: tuple[Sequence[str], Sequence[str], Sequence[int]], wanted: int | None, seed: int
+    columns: tuple[Sequence[str], Sequence[str], Sequence[int]], types: Sequence[str], wanted: int | None, seed: int
 ) -> list[tuple[int, str, str, int]]:
-    """(number, question, answer, image) of as many questions as are wanted, in the package's order."""
+    """(number, question, answer, image) of as many questions of some types as are wanted, in the package's order."""
     questions, answers, images = columns
-    numbers: Sequence[int] = range(len(questions))
-    if wanted is not None and wanted < len(questions):
+    known = {answer for kind in types for answer in ANSWERS[kind]}
+    numbers: Sequence[int] = [number for number, answer in enumerate(answers) if answer in known]
+    if wanted is not None and wanted < len(numbers):
         numbers = sorted(random.Random(f"choice {seed}").sample(numbers, wanted))
     return [(number, questions[number], answers[number], images[number]) for number in numbers]
 

@@ -84,9 +84,19 @@ def test_easy_vqa_has_its_own_split_and_types(tmp_path: Path) -> None:
 def test_easy_vqa_is_complete() -> None:
     pytest.importorskip("easy_vqa")
     source = all_sources()["easy-vqa"]
-    options = argparse.Namespace(count=None, held_out_count=None, noise=0.0, seed=0)
+    options = argparse.Namespace(count=None, held_out_count=None, noise=0.0, seed=0, types="yes-no,shape,color")
     files = [record.file for record in source.read(options)]
     assert files.count("train/questions.json") == 38_575 and files.count("test/questions.json") == 9_673
+
+
+def test_easy_vqa_gives_the_types_that_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("easy_vqa")
+    splits = made(tmp_path / "some", *EASY, "--count", 60, "--held-out-count", 30, "--types", "color,shape")
+    assert {split: len(samples) for split, samples in splits.items()} == {"train": 60, "held_out": 30}
+    for samples in splits.values():
+        assert {sample.record["question_type"] for sample in samples} == {"color", "shape"}
+    assert shard(*EASY, "--output", tmp_path / "none", "--types", "color,size") == 2
+    assert "no type 'size'; expected some of yes-no,shape,color" in capsys.readouterr().err
 
 
 def test_another_seed_makes_another_choice_and_the_same_seed_the_same(tmp_path: Path) -> None:
