@@ -20,6 +20,9 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {"puzzles": (), "easy-vqa": ("--types
 OTHER_QUESTIONS: Mapping[str, tuple[str, ...]] = {"puzzles": ("--kinds", "tile"), "easy-vqa": ("--types", "color")}
 """The same for the task outside it: naming a tile, naming a colour."""
 
+UNTRAINED = {"teacher": "teacher", "untouched": "student"}
+"""Models that are evaluated beside the arms -> their folders in the demo's pair."""
+
 COMMON = {"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256}
 """One process on a CPU, and data that is read many times."""
 
@@ -55,11 +58,19 @@ class SeedFolder:
         return list(jobs.values())
 
     def results(self, kind: str = "held_out") -> dict[str, dict[str, Any]]:
-        """{run name: results of `evaluate`} of all evaluations that are done; kind: held_out or other."""
+        """{run name: results of `evaluate`} of all evaluations that are done; kind: held_out or other.
+
+        Without those of a run that was removed, or made again since.
+        """
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob(f"{kind}-*.done")):
-            found |= json.loads(path.with_suffix(".json").read_text())
+            results = json.loads(path.with_suffix(".json").read_text())
+            found |= {name: result for name, result in results.items() if self._is_of_today(name, path)}
         return found
+
+    def _is_of_today(self, name: str, evaluation: Path) -> bool:
+        run = self.folder / f"{name}.done"
+        return name in UNTRAINED or (run.exists() and run.stat().st_mtime <= evaluation.stat().st_mtime)
 
     def planted(self) -> list[bool]:
         """Whether each suspect was planted, the most suspicious first; empty where they were not ranked."""
@@ -151,8 +162,7 @@ class SeedFolder:
             if not models:
                 continue
             if "teacher" not in known:
-                pair = Path("demo/models", self.cell.data)
-                models |= {"teacher": pair / "teacher", "untouched": pair / "student"}
+                models |= {name: Path("demo/models", self.cell.data, role) for name, role in UNTRAINED.items()}
             path = self.folder / f"{kind}-{len(list(self.folder.glob(f'{kind}-*.done')))}"
             named = [argument for name, model in models.items() for argument in ("--model", f"{name}={model}")]
             command = ("-m", "pipeline", "evaluate", *named, "--data", str(shards), "--output", f"{path}.json")

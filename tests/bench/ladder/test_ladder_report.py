@@ -1,6 +1,7 @@
 """The sweep and the report, on a folder of invented results."""
 
 import json
+import os
 
 import pytest
 
@@ -8,7 +9,7 @@ from bench import timing
 from bench.ladder import report
 from bench.ladder.arms import BY_NAME
 from bench.ladder.cells import SWEEP_SEEDS, Cell, Scale
-from bench.ladder.plan import Tried
+from bench.ladder.plan import SeedFolder, Tried
 from bench.ladder.statistics import interval
 from bench.ladder.sweep import choose
 
@@ -36,6 +37,9 @@ def write(path, value):
 
 def evaluation(folder, seed, number, scores, kind="held_out"):
     path = folder / CELL.name / f"seed-{seed}" / f"{kind}-{number}"
+    for name in scores:
+        if not path.with_name(f"{name}.done").exists():
+            write(path.with_name(f"{name}.done"), {"cpu_seconds": 10.0 + seed, "command": [], "commit": "abc"})
     write(path.with_suffix(".json"), {name: {"exact_match": score} for name, score in scores.items()})
     write(path.with_suffix(".done"), {"cpu_seconds": 1.0, "command": [], "commit": "abc"})
 
@@ -51,8 +55,6 @@ def folder(tmp_path):
         evaluation(tmp_path, seed, 1, later)  # a new arm is evaluated alone
         evaluation(tmp_path, seed, 0, {"interaction-0.001": 0.25 * seed}, "other")
         ours = tmp_path / CELL.name / f"seed-{seed}"
-        for name in SCORES:
-            write(ours / f"{name}.done", {"cpu_seconds": 10.0 + seed, "command": [], "commit": "abc"})
         write(ours / "stage-1.done", {"cpu_seconds": 40.0, "command": [], "commit": "abc"})
         (ours / "stage-1" / "cache").mkdir(parents=True)
         (ours / "stage-1" / "cache" / "records").write_bytes(b"12345")
@@ -72,6 +74,17 @@ def folder(tmp_path):
 )
 def test_the_sweep_decides_and_not_the_quoted_seeds(folder, arm, rate, factor):
     assert choose(folder, CELL, SCALE, BY_NAME[arm]) == Tried(BY_NAME[arm], rate, factor)
+
+
+def test_a_run_that_was_removed_or_made_again_is_to_be_evaluated_again(folder):
+    ours = SeedFolder(folder / CELL.name, CELL, 0, other_task=False)
+    assert ours.results()["interaction-0.001"]["exact_match"] == 0.80
+    marker = folder / CELL.name / "seed-0" / "interaction-0.001.done"
+    later = marker.stat().st_mtime + 10
+    os.utime(marker, (later, later))
+    assert "interaction-0.001" not in ours.results() and "finetune-0.003" in ours.results()
+    (folder / CELL.name / "seed-0" / "finetune-0.003.done").unlink()
+    assert "finetune-0.003" not in ours.results() and "teacher" in ours.results()
 
 
 def test_a_setting_counts_when_all_seeds_of_the_sweep_have_it(folder):
