@@ -99,8 +99,8 @@ ARMS = (
     Arm("finetune", NO_TEACHER, "finetuning on the given answers", reinforce=1, main=True),
     Arm("finetune_early", NO_TEACHER, "stopped early, when the sweep says", reinforce=1, factors=(0.25, 0.5)),
     Arm(
-        "finetune_equal_time", NO_TEACHER, "four times the updates: the time of stage 1 and interaction",
-        reinforce=4, rate_of="finetune",
+        "finetune_equal_time", NO_TEACHER, "3.5 times the updates: the time of stage 1 and interaction",
+        reinforce=3.5, rate_of="finetune",
     ),
     Arm(
         "label_smoothing", NO_TEACHER, "finetuning with label smoothing of .2",
@@ -120,8 +120,8 @@ ARMS = (
     ),
     Arm("teacher_answers", ANSWERS, "finetuning on the teacher's answers", reinforce=1, answers=True, main=True),
     Arm(
-        "teacher_answers_equal_time", ANSWERS, "three and a half times the updates: the time of interaction",
-        reinforce=3.5, answers=True, rate_of="teacher_answers",
+        "teacher_answers_equal_time", ANSWERS, "2.75 times the updates: the time of stage 1 and interaction",
+        reinforce=2.75, answers=True, rate_of="teacher_answers",
     ),
     Arm("last_layer", LAST, "KL of the last layer, to the end", interact=1, options=_LAST_ONLY, main=True),
     Arm(
