@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pipeline.loss.matching import adaptive, search_ranges
+from pipeline.loss.matching import STRATEGIES, search_ranges
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
 from pipeline.signal import SparseSignal, Unembedding
 
@@ -70,6 +70,6 @@ def interaction(problem: Problem) -> tuple[Tensor, list[int]]:
     Returns KL [S, J] and the match.
     """
     matrix = kl_matrix(problem.h, problem.head, problem.signal, problem.ranges)
-    match = adaptive(matrix.values / problem.case.tokens, torch.Generator().manual_seed(0))
+    match = STRATEGIES["adaptive"].match(matrix.values / problem.case.tokens, torch.Generator().manual_seed(0))
     matched_kl(problem.h, problem.head, problem.signal, match, matrix).sum().backward()
     return matrix.values, [column for column in match if column is not None]
