@@ -53,7 +53,7 @@ class SeedFolder:
         tried = list(tried)
         jobs = {job.path: job for one in tried for job in self._training(one)}
         jobs |= {job.path: job for job in self._evaluation([one.name for one in tried])}
-        if self.cell.wrong and any(one.arm.uses_stage_1 for one in tried):
+        if self.cell.wrong and any(one.arm.uses_stage_1 and not one.arm.stage_1 for one in tried):
             jobs[self._suspects().path] = self._suspects()
         return list(jobs.values())
 

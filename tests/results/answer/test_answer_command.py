@@ -286,7 +286,7 @@ def test_the_command_ends_with_0_or_with_2_and_a_message(world, tmp_path, capsys
     options = ["--max-bad-share", "1", "--max-new-tokens", "16", "--batch-size", "3"]
     assert main([*arguments, str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
-    assert "read 16 = used " in out and "set data.train: " in out
+    assert "read 16 = used " in out and "set reinforce.train: " in out
     assert files(tmp_path / "out") == files(world.output)
     assert main([*arguments, str(world.data)]) == 2
     assert "error: --output" in capsys.readouterr().err
