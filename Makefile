@@ -29,7 +29,7 @@ lock: $(STAMP)  ## make constraints.txt from setup.cfg and constraints.in again;
 	@$(RUN) uv pip compile setup.cfg constraints.in --universal --python-version 3.10 --all-extras --no-annotate \
 	  --custom-compile-command "make lock" --quiet --output-file constraints.txt $(ARGS)
 
-demo: $(STAMP)  ## the whole story on 2 CPU cores, 8 minutes at most; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
+demo: $(STAMP)  ## the whole story on 2 CPU cores, about 5 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
 	@$(RUN) bash launch/demo.sh
 
 demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; ARGS='--pair puzzles --device cuda'
