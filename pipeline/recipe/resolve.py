@@ -16,9 +16,11 @@ from pipeline.recipe.presets import check_preset, preset_values
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
 # These change speed, memory or which files are kept, not what is learned. A run may continue with other values of them.
-# (With interact.micro_batch_size, the number of matches that are drawn in an update changes too.)
+# (With interact.micro_batch_size, the number of matches that are drawn in an update changes too.) The values that a
+# preset fills in are compared themselves, each with the step that uses it.
 CHANGEABLE = {
     "run",
+    "preset",
     "stage_1",
     "deepspeed",
     "gradient_checkpointing",

@@ -201,7 +201,7 @@ class Recipe(Section):
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
     """How stage 2 trains, by what is known of the data. It fills in values that neither the recipe nor the command line
-    sets; docs/evidence.md has the measurements behind it.
+    sets; docs/evidence.md has the measurements behind it. It may still be chosen after stage 1.
     paper: the paper's order: interaction, then finetuning on the responses.
     wrong_answers: a part of the responses is wrong, as in scraped data: interaction to the end, no finetuning.
     clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it."""

@@ -267,3 +267,17 @@ def test_another_run_s_stage_1_must_be_of_the_same_student(tmp_path, values):
     nowhere = load_recipe(write(tmp_path, values | {"run": own, "stage_1": str(tmp_path / "nowhere")})).recipe
     with pytest.raises(RecipeError, match=r"stage_1: .*nowhere is no run: expected a run's folder"):
         refuse_another_student(nowhere)
+
+
+def test_the_preset_may_still_be_chosen_after_stage_1_and_not_within_stage_2(tmp_path, values):
+    """What the cache says of the answers (cache-info --suspects) is known only then."""
+    first = load_recipe(write(tmp_path, values))
+    first.recipe.run.mkdir()
+    (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
+    del values["reinforce"]
+    second = load_recipe(write(tmp_path, values | {"preset": "clean_answers"}))
+    refuse_changes(second, ["verbalize", "cache"])
+    with pytest.raises(
+        RecipeError, match=r"interact.cross_entropy_weight: the run has 0.0, now 1.0 \(preset clean_answers\)"
+    ):
+        refuse_changes(second, ["verbalize", "cache", "interact"])
