@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.ladder.arms import ARMS, BY_NAME, Arm
+from bench.ladder.arms import ARMS, BY_NAME, MAIN, Arm, arms_of
 from bench.ladder.cells import Cell, Scale
 from bench.ladder.plan import SeedFolder
 from bench.ladder.statistics import interval, paired
@@ -41,10 +41,11 @@ Results = dict[str, Any]
 def write(folder: Path, scale: Scale, name: str) -> None:
     """Write bench/results/ladder_NAME.json; at the `cpu` scale also the tables and the figure of docs/evidence.md.
 
-    A cell that has not run here stays as the file has it: cells may be made one by one, on several machines.
+    A cell of which less has run here than the file has stays as it is there: cells may be made one by one, on several
+    machines.
     """
     before = read_results(f"ladder_{name}").get("cells", {})
-    now = {cell.name: cell_results(folder, cell, scale) or before.get(cell.name) for cell in scale.cells}
+    now = {cell.name: _the_larger(before.get(cell.name, {}), cell_results(folder, cell, scale)) for cell in scale.cells}
     results = {
         "scale": name,
         "learning_rates": list(scale.learning_rates),
@@ -52,10 +53,24 @@ def write(folder: Path, scale: Scale, name: str) -> None:
     }
     print(f"written to {write_results(f'ladder_{name}', results)}")
     if name == "cpu" and EVIDENCE.exists():
-        from bench.ladder import figure
+        from bench.ladder import figure, regimes
 
         figure.draw(results["cells"], EVIDENCE.parent / "figures" / "ladder.svg")
+        regimes.draw(results["cells"], EVIDENCE.parent / "figures" / "regimes.svg")
         EVIDENCE.write_text(with_tables(EVIDENCE.read_text(), results["cells"]))
+
+
+def _the_larger(before: Results, now: Results) -> Results:
+    """A cell as the file has it, or as it ran here; those of two machines are not mixed, for they are paired."""
+
+    def runs(cell: Results) -> int:
+        return sum(len(arm["seeds"]) for arm in cell.get("arms", {}).values())
+
+    if runs(now) >= runs(before):
+        return now
+    if now:
+        print(f"{now['name']}: {runs(now)} runs here, {runs(before)} in the file, which stays as it is")
+    return before
 
 
 def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
@@ -83,14 +98,44 @@ def _commits(folder: Path) -> list[str]:
 
 
 def with_tables(text: str, cells: dict[str, Results]) -> str:
-    """The text with a new table between each pair of lines `<!-- ladder NAME -->` and `<!-- end -->`."""
+    """The text with a new table between each pair of lines `<!-- ladder NAME -->` and `<!-- end -->`.
+
+    NAME is a cell, or `overview` for one row a cell.
+    """
 
     def table(found: re.Match[str]) -> str:
         cell = cells.get(found[1])
-        body = "\n".join(markdown(cell)) if cell else "(has not run)"
+        lines = overview(cells) if found[1] == "overview" else markdown(cell) if cell else ["(has not run)"]
+        body = "\n".join(lines)
         return f"<!-- ladder {found[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- ladder (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def overview(cells: dict[str, Results]) -> list[str]:
+    """A row for each cell, a column for each arm that runs in all: the mean, in bold within chance of the best.
+
+    Within chance: the 95 % interval of the paired difference from the arm of the highest mean holds 0.
+    """
+    arms = [arm.name for arm in arms_of(MAIN)]
+    lines = [
+        "| | teacher | untouched | " + " | ".join(f"`{name}`" for name in arms) + " | seeds |",
+        "| --- " * (len(arms) + 4) + "|",
+    ]
+    for cell in cells.values():
+        found = {name: cell["arms"][name] for name in arms if name in cell["arms"]}
+        best = max(found.values(), key=lambda arm: arm["mean"])
+        means = [_emphasised(found.get(name), best) for name in arms]
+        models = [_exact(cell[name]["mean"]) for _, name in MODELS]
+        lines.append("| " + " | ".join([cell["text"], *models, *means, str(len(best["seeds"]))]) + " |")
+    return lines
+
+
+def _emphasised(arm: Results | None, best: Results) -> str:
+    if arm is None:
+        return ""
+    mean, low = _exact(arm["mean"]), _difference(best["seeds"], arm["seeds"])["low"]
+    return f"**{mean}**" if arm is best or low is None or low <= 0 else mean
 
 
 def markdown(cell: Results) -> list[str]:

@@ -128,6 +128,33 @@ def test_a_cell_that_was_made_elsewhere_stays(folder, tmp_path, monkeypatch, cap
     assert (tmp_path / "results" / "ladder_test.json").read_text() == before
 
 
+def test_fewer_runs_do_not_replace_more(folder, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "RESULTS", folder / "results")
+    report.write(folder, SCALE, "test")
+    path = folder / "results" / "ladder_test.json"
+    before = json.loads(path.read_text())["cells"]
+    (folder / CELL.name / "seed-2" / "held_out-1.done").unlink()  # interaction of one seed
+    report.write(folder, SCALE, "test")
+    assert json.loads(path.read_text())["cells"] == before
+    assert "some: 8 runs here, 9 in the file, which stays as it is" in capsys.readouterr().out
+
+
+def test_the_overview_has_a_row_for_each_cell(folder):
+    cells = {"some": report.cell_results(folder, CELL, SCALE)}
+    text = report.with_tables("<!-- ladder overview -->\n<!-- end -->\n", cells)
+    _, head, _, row, *_ = text.splitlines()
+    columns = [column.strip() for column in head.split("|")]
+    found = dict(zip(columns, (column.strip() for column in row.split("|")), strict=True))
+    assert found["`interaction`"] == "**.850**" and found["`finetune`"] == ".500" and found["`paper`"] == ""
+    assert (found["teacher"], found["untouched"], found["seeds"]) == (".990", ".200", "3")
+
+
+def test_what_is_within_chance_of_the_best_is_bold_too():
+    best = {"seeds": {0: 0.9, 1: 0.8, 2: 0.85}, "mean": 0.85}
+    near = {"seeds": {0: 0.8, 1: 0.85, 2: 0.85}, "mean": 0.833}
+    assert report._emphasised(near, best) == "**.833**"
+
+
 def test_tables_stand_between_their_markers(folder):
     cells = {"some": report.cell_results(folder, CELL, SCALE)}
     text = (
