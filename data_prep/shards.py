@@ -26,6 +26,7 @@ FORMAT = "vlsi-shards"
 OPEN_FILES = 32
 """Shards that one reader keeps open."""
 
+_SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 
 UNSIGNED = "manifest-sha256:" + "0" * 64
@@ -204,6 +205,8 @@ def _check_manifest(manifest: dict[str, Any], content: bytes) -> None:
     _require(manifest, {"samples": int, "bytes": int, "shards": list}, "the manifest")
     for number, shard in enumerate(manifest["shards"]):
         _require(shard, SHARD_FIELDS, f"shard {number}")
+        if not _SHARD.fullmatch(shard["name"]):  # who mirrors a folder writes files of these names
+            raise ValueError(f"shard {number}: {shard['name']!r} is not the name of a shard, such as 000000.tar")
         if not len(shard["keys"]) == len(shard["offsets"]) == shard["samples"]:
             raise ValueError(f"shard {number}: keys and offsets do not match its samples")
         places = [*shard["offsets"], shard["end"]]
@@ -211,6 +214,9 @@ def _check_manifest(manifest: dict[str, Any], content: bytes) -> None:
             raise ValueError(f"shard {number}: a key is no text, or an offset no number")
         if places != sorted(places) or places[0] < 0:
             raise ValueError(f"shard {number}: the offsets do not rise")
+    names = [shard["name"] for shard in manifest["shards"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
 
 
 def _require(found: Any, fields: dict[str, type], where: str) -> None:
@@ -282,11 +288,11 @@ class ShardFolder:
             if len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
             self._open[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115  # stays open
-        # pread: a forked worker shares this file's position with its parent
-        content = os.pread(self._open[name].fileno(), size, offset)
-        if len(content) < size:
-            raise ValueError(f"the file ends {size - len(content)} bytes early")
-        return content
+        file = self._open[name].fileno()
+        missing = offset + size - os.fstat(file).st_size
+        if missing > 0:  # asked before memory of the claimed size is taken
+            raise ValueError(f"the file ends {missing} bytes early")
+        return os.pread(file, size, offset)  # pread: a forked worker shares this file's position with its parent
 
     def _damaged(self, index: int, why: str) -> DataError:
         shard = self.shards[bisect_right(self._firsts, index) - 1]

@@ -158,6 +158,15 @@ def test_every_changed_byte_of_a_manifest_is_found(folder: Path) -> None:
         (lambda m: m["shards"][0].update(keys=[1, 2, 3]), "shard 0: a key is no text"),
         (lambda m: m["shards"][0]["offsets"].reverse(), "shard 0: the offsets do not rise"),
         (lambda m: m["shards"][0].update(end=0), "shard 0: the offsets do not rise"),
+        (
+            lambda m: m["shards"][1].update(name="../../../victim/config.tar"),
+            "shard 1: '../../../victim/config.tar' is",
+        ),
+        (lambda m: m["shards"][1].update(name="/victim/0.tar"), "shard 1: '/victim/0.tar' is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name="..\\0.tar"), "shard 1: .* is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name="0.tar\n"), "shard 1: .* is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name=".hidden.tar"), "shard 1: '.hidden.tar' is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name="0.tar"), "0.tar stands there twice"),
     ],
 )
 def test_what_a_manifest_lacks_is_named(folder: Path, change: Callable[[Any], object], message: str) -> None:
@@ -167,6 +176,15 @@ def test_what_a_manifest_lacks_is_named(folder: Path, change: Callable[[Any], ob
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"is damaged: {message}"):
         ShardFolder(folder)
+
+
+def test_a_claimed_size_takes_no_memory(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(unsigned(path.read_text()))
+    manifest["shards"][2]["end"] = 2**50
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"cannot read sample 'key-6': the file ends \d+ bytes early"):
+        ShardFolder(folder).read(6)
 
 
 def test_a_damaged_shard_is_named(folder: Path) -> None:
