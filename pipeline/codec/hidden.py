@@ -15,6 +15,9 @@ from torch import Tensor
 from pipeline.codec.packing import raw_arrays, raw_stream
 from pipeline.signal import HiddenSignal, Unembedding
 
+MOST_WIDTH = 65_536
+"""Width of a state that is unpacked: several times that of today's largest models."""
+
 
 class Hidden:
     """Stores normed verbalizer outputs. The teacher's head, stored once for each cache, turns them into logits.
@@ -45,6 +48,10 @@ class Hidden:
     def pack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         """One record's hidden states -> one stream of raw numbers."""
         return {f"hidden.{self.dtype}": raw_stream(arrays["hidden"], self.dtype)}
+
+    def token_bytes(self, layers: int) -> int:
+        """A state of each layer, as wide as any model's. The true width is known where the head is."""
+        return layers * MOST_WIDTH * getattr(torch, self.dtype).itemsize
 
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """-> {"hidden": [T, J, d]}, bfloat16 as its bits. Raises ValueError where the size does not fit T and J."""

@@ -98,6 +98,10 @@ class Sampled:
             "entropy": raw_stream(np.rint(share * ENTROPY_STEPS), "uint16"),
         }
 
+    def token_bytes(self, layers: int) -> int:
+        """For each point at most a symbol, four bytes of digits and a count; an entropy, and each class's last byte."""
+        return layers * (self.points * (1 + 4 + 2) + 2) + 32
+
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """-> {"ranks": [T, J, K], "counts": [T, J, K] (0 for padding), "entropy": [T, J, 1] uint16}.
 

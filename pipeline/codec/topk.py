@@ -74,6 +74,10 @@ class TopK:
         types = {"ids": ids, "logprobs": "float16", "tail": "float32"}
         return {f"{name}.{dtype}": raw_stream(arrays[name], dtype) for name, dtype in types.items()}
 
+    def token_bytes(self, layers: int) -> int:
+        """k ids and log-probabilities, and the tail, of each layer."""
+        return layers * (self.k * (4 + 2) + 4)
+
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """-> {"ids": [T, J, K], "logprobs": [T, J, K], "tail": [T, J, 1]}. Raises ValueError where sizes do not fit."""
         return raw_arrays(streams, tokens, layers)
