@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pipeline.recipe.checks import accumulation, load_deepspeed_config
 from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.ranks import Ranks
+from pipeline.vlm.assemble import dtype_of
 
 
 def start(verbose: bool = False) -> Ranks:
@@ -40,11 +41,6 @@ def stop() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """The number format of weights and activations."""
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 @contextlib.contextmanager
