@@ -259,6 +259,8 @@ class ShardFolder:
             size = {name: entry[name] for name in ("name", "samples", "bytes", "sha256")}
             self.shards.append(ShardInfo(**size, first=len(self.keys)))
             self.keys += entry["keys"]
+        self.has_sizes: bool = all("sizes" in entry for entry in self.manifest["shards"])
+        """Whether the manifest has the size of every sample."""
         self._firsts = [shard.first for shard in self.shards]
         self._open: dict[str, BinaryIO] = {}
 
@@ -267,11 +269,6 @@ class ShardFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # an open file is of one process only
-
-    @property
-    def has_sizes(self) -> bool:
-        """Whether the manifest has the size of every sample."""
-        return all("sizes" in entry for entry in self.manifest["shards"])
 
     def size(self, index: int) -> SampleSize:
         """A sample's size, where the manifest has it. Raises KeyError where it does not."""

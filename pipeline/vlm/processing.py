@@ -61,6 +61,8 @@ class Batch:
     """Response tokens of each sample; they sum to T."""
     images: int = 0
     """How many of the samples have an image."""
+    tokens: int = 0
+    """Tokens of the samples, without padding and the filler row."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """Move to a device. Floating point inputs get the model's dtype. Copies from pinned memory are asynchronous."""
@@ -113,6 +115,8 @@ class ChatEncoder:
         self.max_length = max_length
         self.template = ChatTemplate(processor)
         self._pixels = NO_LIMITS if pixels.set_on(processor) else pixels
+        self.pixels = PixelLimits.of(processor) or pixels
+        """The limits that images are scaled to, whoever scales them."""
 
     def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
         """Encode one chat. Raises SampleError with the reason if it cannot be used."""
@@ -235,6 +239,7 @@ def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
         keys=tuple(sample.key for sample in samples),
         counts=counts,
         images=with_images,
+        tokens=sum(sample.inputs["input_ids"].shape[1] for sample in samples),
     )
 
 
