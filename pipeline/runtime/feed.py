@@ -12,7 +12,7 @@ from pipeline.runtime.batches import ChatDataset, DataOrder, LoadedBatch, Sample
 from pipeline.runtime.cutting import needs_lengths
 from pipeline.runtime.lengths import LengthModel, Lengths, feature_count, fit_lengths
 from pipeline.runtime.loader import batches_ahead, load, waiting_room
-from pipeline.runtime.node import loader_workers, rank_share
+from pipeline.runtime.node import Share, loader_workers, rank_share
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks
 
@@ -57,13 +57,17 @@ def open_feed(
     planned, loading = tee(micro_batches(order, training, length, *updates, ranks))
     if recipe.data.workers is None:
         say(f"{name}: {workers} loader workers a rank, for {share.cores:.3g} cores a rank (data.workers)", ranks.first)
-    ahead = 2
-    if model is not None and workers:
-        first, loading = _peek(loading)
-        nbytes = model.nbytes * training.batch_size / ranks.world / max(1, len(first))
-        ahead = batches_ahead(len(first), nbytes, workers, waiting_room(share.ranks))
+    first, loading = _peek(loading)
+    ahead = _ahead(first, model, workers, share) if workers else 0
     loaded = load(dataset, chain.from_iterable(loading), workers, ranks.device, ahead)
     return Feed(loaded, planned, workers, model)
+
+
+def _ahead(update: list[list[SampleIndex]], model: LengthModel | None, workers: int, share: Share) -> int:
+    """Micro-batches that each worker is ahead, by an update like this one."""
+    samples = sum(map(len, update)) / max(1, len(update))
+    nbytes = samples * model.nbytes if model is not None else 0.0  # of one micro-step nothing was probed
+    return batches_ahead(len(update), nbytes, workers, waiting_room(share.ranks))
 
 
 def _length_model(

@@ -48,13 +48,13 @@ def load_by_length(
 
 
 def batches_ahead(update: int, nbytes: float, workers: int, room: float) -> int:
-    """Micro-batches that each worker may be ahead: a whole update, and one in the hands of each.
+    """Micro-batches that each worker may be ahead: together a whole update and two more.
 
     An update takes all its micro-batches before its first forward: the next one has to be complete while it computes.
     update: micro-batches of an update. nbytes: of one, on average. room: bytes that those waiting may take; where they
     do not fit there are fewer, but one a worker.
     """
-    wanted = -(-update // workers) + 1
+    wanted = -(-(update + 2) // workers)
     affordable = int(room / (nbytes * workers)) if nbytes else wanted
     return max(1, min(wanted, affordable))
 

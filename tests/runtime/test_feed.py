@@ -71,7 +71,8 @@ def test_the_next_update_is_loaded_while_this_one_computes(tiny_models, tmp_path
 
 
 def test_as_many_wait_as_the_room_takes():
-    assert batches_ahead(16, 0.0, 2, 1.0) == 9, "an update, and one in each worker's hands"
+    assert batches_ahead(16, 0.0, 2, 1.0) == 9, "an update and two more"
+    assert batches_ahead(1, 0.0, 2, 1.0) == 2 and batches_ahead(1, 0.0, 8, 1.0) == 1
     assert batches_ahead(16, 50e6, 2, 2e9) == 9
     assert batches_ahead(16, 250e6, 2, 2e9) == 4, "eight wait"
     assert batches_ahead(16, 5e9, 2, 2e9) == 1
