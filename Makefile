@@ -65,6 +65,7 @@ bench-losses: peers  ## the losses beside their matrix products, dense torch and
 
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)
+	@$(RUN) python -m bench.steps.batches
 
 ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|smoke, hours; ARGS='--cells X'
 	@$(RUN) python -m bench.ladder --scale $(or $(SCALE),cpu) $(ARGS)

@@ -78,7 +78,10 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def accumulation(training: Training, world: int) -> int:
-    """Micro-steps in an update: batch_size / (micro_batch_size x world). check_recipe checks that this is whole."""
+    """Micro-steps in an update without micro_batch_tokens: batch_size / (micro_batch_size x world).
+
+    check_recipe checks that this is whole.
+    """
     return training.batch_size // (training.micro_batch_size * world)
 
 
@@ -194,7 +197,7 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
     if (training.steps is None) == (training.epochs is None):
         found = "neither" if training.steps is None else f"steps: {training.steps} and epochs: {training.epochs}"
         problems.append(f"{step}: expected one of steps and epochs, found {found}")
-    if training.batch_size % (training.micro_batch_size * world):
+    if training.micro_batch_tokens is None and training.batch_size % (training.micro_batch_size * world):
         problems.append(
             f"{step}.batch_size: {training.batch_size} is no multiple of {step}.micro_batch_size x ranks = "
             f"{training.micro_batch_size} x {world} = {training.micro_batch_size * world}"

@@ -16,8 +16,8 @@ from pipeline.recipe.presets import check_preset, preset_values
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
 # These change speed, memory or which files are kept, not what is learned. A run may continue with other values of them.
-# (With interact.micro_batch_size, the number of matches that are drawn in an update changes too.) The values that a
-# preset fills in are compared themselves, each with the step that uses it.
+# (With interact.micro_batch_size or micro_batch_tokens, the number of matches that are drawn in an update changes too.)
+# The values that a preset fills in are compared themselves, each with the step that uses it.
 CHANGEABLE = {
     "run",
     "preset",
@@ -29,7 +29,11 @@ CHANGEABLE = {
     "data.held_out",
     "data.max_bad_share",
     "cache.batch_tokens",
-} | {f"{step}.{key}" for step in STEPS for key in ("micro_batch_size", "checkpoint_every", "keep_checkpoints")}
+} | {
+    f"{step}.{key}"
+    for step in STEPS
+    for key in ("micro_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints")
+}
 
 
 STUDENT_OF_STAGE_1 = ("student.path", "student.layers", "verbalizer.form")

@@ -42,8 +42,9 @@ class Data(Section):
     max_bad_share: Share = 0.01
     """Share of samples, from 0 to 1, that may be unusable. A step stops with an error when more of the samples read so
     far could not be used. One bad sample is always allowed."""
-    workers: Count = 2
-    """Data loader processes for each rank; 0: load in the training process. This changes the speed, not the results."""
+    workers: Count | None = None
+    """Data loader processes for each rank; 0: load in the training process. Left out: a rank's share of the cores at
+    hand, without the one that it computes with itself; at most 8. This changes the speed, not the results."""
     memory_mb: Count = 0
     """Memory of each loader process for samples that are ready for the model, in MB, so that later epochs need not read
     and encode them again. The first samples that fit stay. It pays where the data is small and read many times. This
@@ -80,11 +81,18 @@ class Training(Section):
     """Number of passes over data.train; it may be a fraction. Set either epochs or steps. Not stated in the paper."""
     batch_size: Positive
     """Global batch size: samples in one optimizer update, over all ranks and all accumulated micro-batches. It must be
-    a multiple of micro_batch_size x ranks. Paper: 512 for its 2B and 7B students, 256 for its 72B teacher."""
+    a multiple of micro_batch_size x ranks, unless micro_batch_tokens is set. Paper: 512 for its 2B and 7B students,
+    256 for its 72B teacher."""
     micro_batch_size: Positive = 1
     """Samples in one forward pass on one rank. A larger value is faster and needs more memory. Gradient accumulation is
     batch_size / (micro_batch_size x ranks) micro-batches. interact draws one match for each of them, over all ranks.
+    Each global batch is sorted by length before it is cut, so that samples of like lengths go together.
     Paper: 4 for its 2B and 7B students, 2 for its 72B teacher, with accumulation 16 on 8 GPUs."""
+    micro_batch_tokens: Positive | None = None
+    """Maximum number of tokens in one forward pass on one rank, image tokens and padding included, by each sample's
+    estimated length. Micro-batches then have as many samples as fit instead of micro_batch_size, and their number
+    differs between updates; a longer sample gets a micro-batch of its own. Accumulated this way the results are the
+    same, but interact draws a match for each micro-batch over all ranks. Not in the paper."""
     learning_rate: Rate = 1e-4
     """Highest learning rate of AdamW: the start of the cosine schedule, after warm-up. Paper: 1e-4."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6

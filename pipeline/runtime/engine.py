@@ -16,9 +16,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from pipeline.recipe.checks import accumulation, load_deepspeed_config
+from pipeline.recipe.checks import load_deepspeed_config
 from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.ranks import Ranks
+from pipeline.vlm.assemble import dtype_of
 
 
 def start(verbose: bool = False) -> Ranks:
@@ -42,11 +43,6 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """The number format of weights and activations."""
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-
-
 @contextlib.contextmanager
 def sharded_loading(recipe: Recipe) -> Iterator[None]:
     """Under ZeRO-3, from_pretrained inside this block partitions each weight as it arrives, never whole on one rank."""
@@ -54,7 +50,7 @@ def sharded_loading(recipe: Recipe) -> Iterator[None]:
     if config.get("zero_optimization", {}).get("stage", 0) != 3:
         yield
         return
-    filled = _fill(config, recipe, micro=1, gas=1, clip=0.0)
+    filled = _fill(config, recipe, micro=1, clip=0.0)
     keep_alive = HfDeepSpeedConfig(filled)  # transformers holds it by a weak reference
     try:
         yield
@@ -69,13 +65,11 @@ class Engine:
         """training=None makes an engine for forwards alone, with no optimizer state."""
         self.ranks = ranks
         self.dtype = dtype_of(recipe)
-        self.accumulation = accumulation(training, ranks.world) if training else 1
         trained = [p for p in module.parameters() if p.requires_grad] if training else []
         config = _fill(
             load_deepspeed_config(recipe.deepspeed),
             recipe,
             micro=training.micro_batch_size if training else 1,
-            gas=self.accumulation,
             clip=training.clip if training else 0.0,
         )
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
@@ -118,15 +112,17 @@ class Engine:
         """Switch to eval mode."""
         self._engine.eval()
 
-    def backward(self, local_sum: Tensor, global_count: int) -> None:
+    def backward(self, local_sum: Tensor, global_count: int, last: bool = True) -> None:
         """Gradient of (sum of local_sum over ranks and micro-steps) / global_count: never a mean of means.
 
-        DeepSpeed divides by ranks and micro-steps, so both are multiplied in beforehand.
+        last: whether it is the update's last micro-step. Updates may differ in their number of micro-steps, so
+        DeepSpeed, told of one, is told each time. It divides by ranks, which are multiplied in beforehand.
         """
-        self._engine.backward(local_sum * (self.ranks.world * self.accumulation / max(1, global_count)))
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(local_sum * (self.ranks.world / max(1, global_count)))
 
     def step(self, learning_rate: float) -> None:
-        """End a micro-step; at the last of an update the optimizer moves with this learning rate."""
+        """End an update, after the backward of its last micro-step: the optimizer moves with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -188,12 +184,12 @@ def _whole(parameter: nn.Parameter):
     return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
 
 
-def _fill(config: dict[str, Any], recipe: Recipe, micro: int, gas: int, clip: float) -> dict[str, Any]:
-    """Put the recipe's numbers where the JSON says "auto" or nothing."""
+def _fill(config: dict[str, Any], recipe: Recipe, micro: int, clip: float) -> dict[str, Any]:
+    """Put the recipe's numbers where the JSON says "auto" or nothing. Accumulation: see Engine.backward."""
     return {
         **config,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": gas,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
         "bf16": {"enabled": recipe.precision == "bf16"},
         "steps_per_print": 10**9,

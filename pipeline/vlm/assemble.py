@@ -22,6 +22,11 @@ from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
 from pipeline.vlm.vocabulary import common_vocabulary
 
 
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """The number format of weights and activations."""
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
 def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
     """{role: chat encoder} for "teacher" and "student". Models with equal processors share one encoder.
 
@@ -29,7 +34,7 @@ def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
     """
     made: dict[str, ChatEncoder] = {}
     for role in roles:
-        encoder = chat_encoder(getattr(recipe, role).path, recipe.data)
+        encoder = chat_encoder(getattr(recipe, role).path, recipe.data, dtype_of(recipe))
         same = next((other for other in made.values() if _describe(other) == _describe(encoder)), None)
         if same is None:
             encoder.check()
@@ -37,9 +42,9 @@ def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
     return made
 
 
-def chat_encoder(folder: Path, data: Data) -> ChatEncoder:
-    """The encoder of one model's folder, with the limits that a recipe sets on its data."""
-    return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels))
+def chat_encoder(folder: Path, data: Data, dtype: torch.dtype = torch.float32) -> ChatEncoder:
+    """The encoder of one model's folder, with the limits that a recipe sets on its data; dtype: of its pixels."""
+    return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels), dtype)
 
 
 def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:

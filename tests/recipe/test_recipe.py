@@ -115,9 +115,9 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path, values):
     run = tmp_path / "run"
     run.mkdir()
     lines = load_recipe(path).to_yaml().splitlines()
-    new = ("train_projector", "max_pixels", "min_pixels")
+    new = ("train_projector", "max_pixels", "min_pixels", "micro_batch_tokens")
     older = [line for line in lines if not line.strip().startswith(new)]
-    assert len(lines) - len(older) == 3
+    assert len(lines) - len(older) == 6
     (run / "recipe.yaml").write_text("\n".join(older))
     refuse_changes(load_recipe(path), STEPS)
     refuse_changes(load_recipe(run / "recipe.yaml"), STEPS)
@@ -144,6 +144,18 @@ def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
     assert "interact.final_learning_rate: 1.0 is above interact.learning_rate" in message
     assert "gradient_clipping is 0.5 in" in message and "bf16.enabled is True in" in message
     assert "the recipe owns it" in message
+
+
+def test_a_budget_in_tokens_takes_any_batch_size_and_may_change(tmp_path, values):
+    odd = ["verbalize.batch_size=9", "verbalize.micro_batch_tokens=4096"]
+    path = write(tmp_path, values)
+    with pytest.raises(RecipeError, match="verbalize.batch_size: 9 is no multiple"):
+        check_recipe(load_recipe(path, odd[:1]).recipe, ["verbalize"], world=2)
+    check_recipe(load_recipe(path, odd).recipe, ["verbalize"], world=2)
+    first = load_recipe(path, odd)
+    first.recipe.run.mkdir()
+    (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
+    refuse_changes(load_recipe(path, [odd[0], "verbalize.micro_batch_tokens=2048"]), ["verbalize"])
 
 
 def test_teacher_targets_must_outnumber_student_targets(tmp_path, values):

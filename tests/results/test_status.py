@@ -95,6 +95,19 @@ def test_the_table_names_parts_losses_and_sizes(run, capsys):
     assert size_of(run) > 1_200_000
 
 
+def test_it_says_how_well_data_kept_up_in_the_step_that_ran_last(run, capsys):
+    line = {"update_s": 2.0, "real_share": 0.5, "loader_workers": 3}
+    lines = [{"step": "verbalize", "update": n, "data_wait": 0.9, **line} for n in range(5)]
+    lines += [{"step": "interact", "update": n, "data_wait": 0.9 * (n < 10), **line} for n in range(30)]
+    lines += [{"step": "interact", "update": 30, **line, "data_wait": 0.3, "update_s": 10.0, "real_share": 0.9}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    show(run, *status(run))
+    expected = (
+        "data:    interact, last 20 updates: 6% of the time waiting for data (3 loader workers a rank), 52% of the"
+    )
+    assert expected in capsys.readouterr().out, "19 updates of 2 s without waiting, one of 10 s with 3"
+
+
 def test_the_preset_is_named(run, capsys):
     show(run, *status(run))
     assert "preset:  paper: the paper's order" in capsys.readouterr().out
