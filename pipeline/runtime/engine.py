@@ -16,8 +16,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from pipeline.recipe.checks import accumulation, load_deepspeed_config
-from pipeline.recipe.schema import Recipe, Training
+from pipeline.recipe.checks import accumulation
+from pipeline.recipe.schema import Cache, Recipe, Training
+from pipeline.runtime.deepspeed_config import step_config, zero_stage
 from pipeline.runtime.ranks import Ranks
 
 
@@ -48,14 +49,16 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def sharded_loading(recipe: Recipe) -> Iterator[None]:
-    """Under ZeRO-3, from_pretrained inside this block partitions each weight as it arrives, never whole on one rank."""
-    config = load_deepspeed_config(recipe.deepspeed)
-    if config.get("zero_optimization", {}).get("stage", 0) != 3:
+def sharded_loading(recipe: Recipe, section: Training | Cache) -> Iterator[None]:
+    """Where the step's config has ZeRO-3, from_pretrained in this block shards each weight as it arrives.
+
+    No rank then holds a whole model. section: the step's section of the recipe.
+    """
+    config = step_config(recipe, section, accumulation=1, clip=0.0)
+    if zero_stage(config) != 3:
         yield
         return
-    filled = _fill(config, recipe, micro=1, gas=1, clip=0.0)
-    keep_alive = HfDeepSpeedConfig(filled)  # transformers holds it by a weak reference
+    keep_alive = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference
     try:
         yield
     finally:
@@ -65,24 +68,15 @@ def sharded_loading(recipe: Recipe) -> Iterator[None]:
 class Engine:
     """A module under DeepSpeed, with exact global averages and one optimizer."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe, training: Training | None, ranks: Ranks):
-        """training=None makes an engine for forwards alone, with no optimizer state."""
+    def __init__(self, module: nn.Module, recipe: Recipe, section: Training | Cache, ranks: Ranks):
+        """section: the step's section of the recipe; recipe.cache makes an engine for forwards, without an optimizer."""
         self.ranks = ranks
         self.dtype = dtype_of(recipe)
+        training = section if isinstance(section, Training) else None
         self.accumulation = accumulation(training, ranks.world) if training else 1
         trained = [p for p in module.parameters() if p.requires_grad] if training else []
-        config = _fill(
-            load_deepspeed_config(recipe.deepspeed),
-            recipe,
-            micro=training.micro_batch_size if training else 1,
-            gas=self.accumulation,
-            clip=training.clip if training else 0.0,
-        )
-        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        if not training and self.stage != 3:
-            config["zero_optimization"] = {
-                "stage": 0
-            }  # stages 1 and 2 shard gradients and optimizer states, which forwards do not have
+        config = step_config(recipe, section, self.accumulation, training.clip if training else 0.0)
+        self.stage = zero_stage(config)
         optimizer = None
         if training:
             # Fused: the usual form makes several tensors of the size of all that this rank trains, in every update.
@@ -186,18 +180,6 @@ def _bits(values: Tensor) -> int:
 
 def _whole(parameter: nn.Parameter):
     return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
-
-
-def _fill(config: dict[str, Any], recipe: Recipe, micro: int, gas: int, clip: float) -> dict[str, Any]:
-    """Put the recipe's numbers where the JSON says "auto" or nothing."""
-    return {
-        **config,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": gas,
-        "gradient_clipping": clip,
-        "bf16": {"enabled": recipe.precision == "bf16"},
-        "steps_per_print": 10**9,
-    }
 
 
 def _skip_shared_memory_kernel() -> None:

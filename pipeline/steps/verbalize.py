@@ -31,7 +31,7 @@ def run(job: Job) -> Engine | None:
         return None
     chat_encoders = encoders(recipe, ROLES)
     vocab = shared_vocabulary(recipe, chat_encoders)
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.verbalize):
         sides = {
             role: load_verbalized(
                 getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
