@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -141,6 +143,24 @@ class Engine:
             raise RuntimeError(f"DeepSpeed could not load {folder}/{tag}")
         return state
 
+    def close(self) -> None:
+        """Free what the engine holds: weights, gradients, optimizer states. The module cannot be used any more.
+
+        DeepSpeed's hooks, closures and a global list hold the module and the optimizer, so nothing of them would go
+        when the step that made them returns, and the next step would have less memory.
+        """
+        module, optimizer = self._engine.module, getattr(self._engine, "optimizer", None)
+        self._engine.destroy()
+        # ZeRO-3 pushes each engine's module on this list of modules in a forward, and never takes it off.
+        _drop(parameter_offload.FWD_MODULE_STACK, module)
+        for held in (getattr(optimizer, "optimizer", None), optimizer, self._engine):
+            if held is not None:
+                vars(held).clear()
+        for parameter in module.parameters():
+            _empty(parameter)
+        gc.collect()
+        get_accelerator().empty_cache()
+
     def gathered(self, part: nn.Module) -> dict[str, Tensor]:
         """A part's state as whole CPU tensors on rank 0, one gathered at a time; empty elsewhere. All ranks call."""
         whole: dict[str, Tensor] = {}
@@ -176,6 +196,18 @@ def _bits(values: Tensor) -> int:
     whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
     kind = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     return int(flat.view(kind).sum(dtype=torch.int64))
+
+
+def _drop(modules: list[nn.Module], module: nn.Module) -> None:
+    modules[:] = [other for other in modules if other is not module]
+
+
+def _empty(parameter: nn.Parameter) -> None:
+    """Give back the memory of a parameter, and of the shards and gradients that DeepSpeed has hung on it."""
+    parameter.grad = None
+    for tensor in (parameter, *(value for value in vars(parameter).values() if isinstance(value, Tensor))):
+        tensor.data = tensor.data.new_empty(0)
+    vars(parameter).clear()
 
 
 def _whole(parameter: nn.Parameter):

@@ -40,6 +40,7 @@ def _accumulate(ranks, zero: str) -> list[float]:
             engine.step(1e-3)
         engine.backward(engine(MICRO_GRADIENTS[ranks.rank, micro]), RANKS * MICRO_STEPS)
     gradient = safe_get_full_grad(engine.module.weight).double().tolist()
+    engine.close()
     return gradient
 
 
