@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.recipe.checks import accumulation
 from pipeline.recipe.schema import Cache, Recipe, Training
+from pipeline.runtime.clipping import clip_factors, part_norms
 from pipeline.runtime.deepspeed_config import step_config, zero_stage
 from pipeline.runtime.ranks import Ranks
 
@@ -70,14 +71,28 @@ def sharded_loading(recipe: Recipe, section: Training | Cache) -> Iterator[None]
 class Engine:
     """A module under DeepSpeed, with exact global averages and one optimizer."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe, section: Training | Cache, ranks: Ranks):
-        """section: the step's section of the recipe; recipe.cache makes an engine for forwards, without an optimizer."""
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        section: Training | Cache,
+        ranks: Ranks,
+        clipped_apart: Sequence[nn.Module] = (),
+    ):
+        """section: the step's section of the recipe; recipe.cache makes an engine for forwards, without an optimizer.
+
+        clipped_apart: parts that have nothing to do with one another. The gradient of each is clipped by its own norm,
+        so that each trains as it would alone. They must hold all that trains. Left out: one norm for the whole.
+        """
         self.ranks = ranks
         self.dtype = dtype_of(recipe)
         training = section if isinstance(section, Training) else None
         self.accumulation = accumulation(training, ranks.world) if training else 1
         trained = [p for p in module.parameters() if p.requires_grad] if training else []
-        config = step_config(recipe, section, self.accumulation, training.clip if training else 0.0)
+        self._parts = [[p for p in part.parameters() if p.requires_grad] for part in clipped_apart]
+        self._norm_of_parts: float | None = None
+        self._clip = training.clip if training else 0.0
+        config = step_config(recipe, section, self.accumulation, clip=0.0 if self._parts else self._clip)
         self.stage = zero_stage(config)
         optimizer = None
         if training:
@@ -125,12 +140,23 @@ class Engine:
         """End a micro-step; at the last of an update the optimizer moves with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._parts and self._engine.is_gradient_accumulation_boundary():
+            self._clip_parts()
         self._engine.step()
 
     def gradient_norm(self) -> float | None:
         """Norm of the whole gradient before clipping, at the last update; None under ZeRO-0, which does not tell."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._norm_of_parts if self._parts else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _clip_parts(self) -> None:
+        """Clip each part by its own norm. DeepSpeed knows only one norm for all, so it is told not to clip."""
+        shares = [[_gradient_share(p, self.stage) for p in part] for part in self._parts]
+        norms = part_norms(shares, sharded=self.stage > 0)
+        self._norm_of_parts = float(norms.norm())
+        for part, factor in zip(self._parts, clip_factors(norms, self._clip).float(), strict=True):
+            for parameter in part:
+                _scale_gradient(parameter, factor, self.stage)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write a checkpoint of the trained weights and the optimizer. Frozen weights are on disk already."""
@@ -196,6 +222,29 @@ def _bits(values: Tensor) -> int:
     whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
     kind = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     return int(flat.view(kind).sum(dtype=torch.int64))
+
+
+def _gradient_share(parameter: nn.Parameter, stage: int) -> Tensor:
+    """What this rank has of the gradient that the optimizer will take: flat, and empty where it has nothing."""
+    if stage == 3:
+        return deepspeed.utils.safe_get_local_grad(parameter)
+    if stage == 0:
+        return parameter.new_empty(0) if parameter.grad is None else parameter.grad.view(-1)
+    fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+    if fragment is None:
+        return parameter.new_empty(0)
+    gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # type: ignore[attr-defined]
+    # In bfloat16, ZeRO-1 keeps the whole gradient on each rank, though each updates only its shard.
+    own = fragment.lp_fragment_address
+    return gradient[own.start : own.start + own.numel] if gradient.numel() == parameter.numel() else gradient
+
+
+def _scale_gradient(parameter: nn.Parameter, factor: Tensor, stage: int) -> None:
+    share = _gradient_share(parameter, stage)
+    if stage == 3:  # the share may be a copy: offloaded gradients are elsewhere
+        deepspeed.utils.safe_set_local_grad(parameter, share * factor)
+    else:
+        share.mul_(factor)
 
 
 def _drop(modules: list[nn.Module], module: nn.Module) -> None:

@@ -38,7 +38,9 @@ def run(job: Job) -> Engine | None:
             )
             for role in ROLES
         }
-    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
+    # No verb-FFN has a part in another's loss: one norm for all would let the worst hold up the rest.
+    apart = [block for side in sides.values() for block in side.verb_ffns.values()]
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks, clipped_apart=apart)
     dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
