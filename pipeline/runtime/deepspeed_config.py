@@ -15,7 +15,7 @@ def step_config(recipe: Recipe, section: Training | Cache, accumulation: int, cl
     ranks in float32 unless the file itself says otherwise: DeepSpeed's own default is the weights' format, and in
     bfloat16 that loses half a percent of the gradient in 16 micro-steps (docs/numerics.md).
     """
-    config = load_deepspeed_config(recipe.deepspeed)
+    config = load_deepspeed_config(recipe.deepspeed_of(section))
     filled = {
         **config,
         "train_micro_batch_size_per_gpu": section.micro_batch_size if isinstance(section, Training) else 1,

@@ -7,7 +7,7 @@ import torch
 from small_engine import on_ranks, small_recipe
 from torch import nn
 
-CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_offload_optimizer")
 BF16_CONFIGS = ("zero1", "zero2", "zero3")
 UPDATES, MICRO_STEPS, CLIP, RATE, WIDTH = 3, 2, 0.5, 1e-2, 33
 SCALES = (0.01, 3.0, 40.0)

@@ -10,7 +10,7 @@ from small_engine import on_ranks, small_recipe
 from torch import nn
 
 CASES = [("zero0", "fp32"), ("zero1", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("zero2", "fp32")]
-CASES += [("zero3", "bf16"), ("zero3_hpz", "bf16"), ("zero3_offload", "bf16")]
+CASES += [("zero3", "bf16"), ("zero3_hpz", "bf16"), ("zero3_offload", "bf16"), ("zero3_offload_optimizer", "bf16")]
 WIDTH = 256
 WEIGHTS = 2 * WIDTH * WIDTH
 

@@ -10,7 +10,7 @@ from torch import nn
 
 RANKS, MICRO_STEPS, WIDTH = 2, 16, 257
 MICRO_GRADIENTS = torch.randn(RANKS, MICRO_STEPS, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
-CONFIGS = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
+CONFIGS = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_offload_optimizer")
 
 
 class Dot(nn.Module):
