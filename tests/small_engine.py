@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -39,6 +40,17 @@ def small_recipe(zero: str, precision: str = "fp32", **training: Any) -> Recipe:
         interact=step,
         reinforce=step,
     )
+
+
+def bytes_alive() -> int:
+    """Bytes of all tensors that anything in this process still refers to, each storage counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _rank(rank: int, ranks: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:

@@ -94,7 +94,8 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW. Not stated in the paper."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Maximum norm of an update's gradient; a larger one is scaled down. 0: no clipping. Not stated in the paper."""
+    """Maximum norm of an update's gradient; a larger one is scaled down. In verbalize it is that of each verb-FFN's
+    gradient by itself. 0: no clipping. Not stated in the paper."""
     checkpoint_every: Positive = 500
     """Number of updates between two checkpoints."""
     keep_checkpoints: Positive = 2

@@ -100,9 +100,10 @@ class Engine:
             optimizer = torch.optim.AdamW(
                 trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
             )
-        self._engine, *_ = deepspeed.initialize(
-            model=module, config=config, optimizer=optimizer, model_parameters=trained or None
-        )
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=module, config=config, optimizer=optimizer, model_parameters=trained or None
+            )
 
     @property
     def module(self) -> Any:
@@ -164,7 +165,8 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Resume from a checkpoint and return the state saved with it."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        with _quiet():
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load {folder}/{tag}")
         return state
@@ -245,6 +247,15 @@ def _scale_gradient(parameter: nn.Parameter, factor: Tensor, stage: int) -> None
         deepspeed.utils.safe_set_local_grad(parameter, share * factor)
     else:
         share.mul_(factor)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what DeepSpeed prints past its own logger, unless --verbose asked for it: ZeRO 1 tells its memory six times."""
+    with contextlib.ExitStack() as stack:
+        if not logging.getLogger("DeepSpeed").isEnabledFor(logging.WARNING):
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 def _drop(modules: list[nn.Module], module: nn.Module) -> None:

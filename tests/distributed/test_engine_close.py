@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
-from small_engine import on_ranks, small_recipe
+from small_engine import bytes_alive, on_ranks, small_recipe
 from torch import nn
 
 CASES = [("zero0", "fp32"), ("zero1", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("zero2", "fp32")]
@@ -33,7 +31,7 @@ def left(ranks) -> dict[str, tuple[int, int]]:
 def _left(ranks, zero: str, precision: str) -> tuple[int, int]:
     from pipeline.runtime.engine import Engine
 
-    before = _alive()
+    before = bytes_alive()
     recipe = small_recipe(zero, precision, batch_size=4)
     module = Half()
     engine = Engine(module, recipe, recipe.interact, ranks)
@@ -41,20 +39,10 @@ def _left(ranks, zero: str, precision: str) -> tuple[int, int]:
     for _ in range(4):
         engine.backward(engine(torch.ones(1, WIDTH, dtype=engine.dtype)), 4)
         engine.step(1e-3)
-    held = _alive() - before
+    held = bytes_alive() - before
     engine.close()
     # The module is still referred to here, as by a step that is about to return.
-    return held, _alive() - before
-
-
-def _alive() -> int:
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return held, bytes_alive() - before
 
 
 @pytest.fixture(scope="module")
