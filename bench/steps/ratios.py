@@ -108,7 +108,8 @@ def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
         )
         for role in ROLES
     }
-    engine = Engine(CoHost(sides), recipe, recipe.verbalize, prepared.job.ranks)
+    apart = [block for side in sides.values() for block in side.verb_ffns.values()]
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, prepared.job.ranks, clipped_apart=apart)
     engine.module.train()
     loaded = prepared.load(ChatDataset(prepared.data, encoders(recipe, ROLES)))
     batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}

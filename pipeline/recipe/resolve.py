@@ -32,7 +32,7 @@ CHANGEABLE = {
 } | {
     f"{step}.{key}"
     for step in STEPS
-    for key in ("micro_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints")
+    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints")
 }
 
 
@@ -83,7 +83,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
                 origins[key] = "stage 1"
         recipe = _validate(values, f"{path} with {earlier}")
     check_preset(recipe.preset, recipe.reinforce.steps)
-    recipe = recipe.model_copy(update={"deepspeed": _shipped(recipe.deepspeed)})
+    recipe = _with_shipped_configs(recipe)
     return Resolved(recipe, {key: _origin(key, origins) for key in leaves(recipe)})
 
 
@@ -134,6 +134,15 @@ def refuse_another_student(recipe: Recipe) -> None:
         raise RecipeError(
             "stage_1 is a run of another student:\n" + "\n".join(lines) + "\nSet the same values, or leave stage_1 out."
         )
+
+
+def _with_shipped_configs(recipe: Recipe) -> Recipe:
+    updates: dict[str, Any] = {"deepspeed": _shipped(recipe.deepspeed)}
+    for step in STEPS:
+        section = getattr(recipe, step)
+        if section.deepspeed is not None:
+            updates[step] = section.model_copy(update={"deepspeed": _shipped(section.deepspeed)})
+    return recipe.model_copy(update=updates)
 
 
 def _shipped(config: Path) -> Path:

@@ -102,11 +102,14 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW. Not stated in the paper."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Maximum norm of an update's gradient; a larger one is scaled down. 0: no clipping. Not stated in the paper."""
+    """Maximum norm of an update's gradient; a larger one is scaled down. In verbalize it is that of each verb-FFN's
+    gradient by itself. 0: no clipping. Not stated in the paper."""
     checkpoint_every: Positive = 500
     """Number of updates between two checkpoints."""
     keep_checkpoints: Positive = 2
     """Number of checkpoints kept on disk; older ones are deleted."""
+    deepspeed: Path | None = None
+    """DeepSpeed config file (JSON) of this step. Left out: the recipe's own deepspeed."""
 
 
 class StudentTraining(Training):
@@ -144,6 +147,9 @@ class Cache(Section):
     batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass of the teacher on one rank, image tokens and padding included. A
     longer sample gets a pass of its own. A larger value is faster and needs more memory."""
+    deepspeed: Path | None = None
+    """DeepSpeed config file (JSON) of cache jobs. A cache that is made in the same job as the verbalizers uses
+    verbalize's. Left out: the recipe's own deepspeed."""
 
 
 class Interact(StudentTraining):
@@ -216,7 +222,8 @@ class Recipe(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
-    """DeepSpeed config file (JSON). Values that the recipe sets, such as batch_size, must be "auto" there or absent."""
+    """DeepSpeed config file (JSON) of the steps that name none. Values that the recipe sets, such as batch_size, must
+    be "auto" there or absent. docs/running_on_a_cluster.md says which file is for what."""
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
@@ -241,6 +248,10 @@ class Recipe(Section):
     """Stage 2a: trains the student to follow the cached distributions."""
     reinforce: Reinforce
     """Stage 2b: finetunes the student on the responses."""
+
+    def deepspeed_of(self, section: Training | Cache) -> Path:
+        """The DeepSpeed config file of a step, given its section."""
+        return section.deepspeed or self.deepspeed
 
     @property
     def stage_1_run(self) -> Path:

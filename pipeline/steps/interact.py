@@ -132,7 +132,7 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
         return
     data = ShardFolder(recipe.data.train)
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.interact):
         student = student_with_verbalizers(
             recipe,
             view.cache.identity.vocab,

@@ -61,7 +61,7 @@ def run(job: Job) -> None:
         on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)
         return
     chat_encoders = encoders(recipe, ["student"])
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.reinforce):
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
     name, loss = loss_of(recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from), loss), recipe, recipe.reinforce, job.ranks)

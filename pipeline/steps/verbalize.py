@@ -31,14 +31,16 @@ def run(job: Job) -> Engine | None:
         return None
     chat_encoders = encoders(recipe, ROLES)
     vocab = shared_vocabulary(recipe, chat_encoders)
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.verbalize):
         sides = {
             role: load_verbalized(
                 getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
             )
             for role in ROLES
         }
-    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
+    # No verb-FFN has a part in another's loss: one norm for all would let the worst hold up the rest.
+    apart = [block for side in sides.values() for block in side.verb_ffns.values()]
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks, clipped_apart=apart)
     dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)

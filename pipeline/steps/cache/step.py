@@ -146,11 +146,11 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
 
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.cache):
         teacher = load_verbalized(recipe.teacher, recipe, vocab, dtype_of(recipe), seed=0)
     load_verb_ffns(teacher, recipe.run / "verbalize" / "teacher.safetensors")
     module = CoHost({"teacher": teacher}).requires_grad_(False)
-    return Engine(module, recipe, None, job.ranks)
+    return Engine(module, recipe, recipe.cache, job.ranks)
 
 
 def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str]) -> None:
