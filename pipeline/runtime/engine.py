@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pipeline.recipe.checks import accumulation, load_deepspeed_config
 from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.ranks import Ranks
+from pipeline.vlm.verb_ffns import Add, AddTo, Fill, whole_beside
 
 
 def start(verbose: bool = False) -> Ranks:
@@ -48,16 +49,19 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def sharded_loading(recipe: Recipe) -> Iterator[None]:
-    """Under ZeRO-3, from_pretrained inside this block partitions each weight as it arrives, never whole on one rank."""
+def sharded_loading(recipe: Recipe) -> Iterator[AddTo]:
+    """Under ZeRO-3, from_pretrained inside this block partitions each weight as it arrives, never whole on one rank.
+
+    Yields what adds modules to a model that was loaded here: sharded as they are made, or whole if the model is.
+    """
     config = load_deepspeed_config(recipe.deepspeed)
     if config.get("zero_optimization", {}).get("stage", 0) != 3:
-        yield
+        yield whole_beside
         return
     filled = _fill(config, recipe, micro=1, gas=1, clip=0.0)
     keep_alive = HfDeepSpeedConfig(filled)  # transformers holds it by a weak reference
     try:
-        yield
+        yield _sharded_beside
     finally:
         del keep_alive
 
@@ -182,6 +186,19 @@ def _bits(values: Tensor) -> int:
     whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
     kind = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     return int(flat.view(kind).sum(dtype=torch.int64))
+
+
+def _sharded_beside(model: nn.Module) -> Add:
+    """Add modules to a sharded model: rank 0 fills each, and every rank keeps its shard of it. All ranks must call."""
+    like: Any = next(parameter for parameter in model.parameters() if hasattr(parameter, "ds_id"))
+
+    def add(module: nn.Module, fill: Fill) -> None:
+        if torch.distributed.get_rank() == 0:
+            fill()
+        # One parameter at a time: to this rank's device, rank 0's values from rank 0, then all but the shard is freed.
+        like.convert_to_zero_parameters(param_list=list(module.parameters()))
+
+    return add
 
 
 def _whole(parameter: nn.Parameter):

@@ -132,13 +132,9 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
         return
     data = ShardFolder(recipe.data.train)
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
-    with sharded_loading(recipe):
-        student = student_with_verbalizers(
-            recipe,
-            view.cache.identity.vocab,
-            dtype_of(recipe),
-            recipe.stage_1_run / "verbalize" / "student.safetensors",
-        )
+    verb_ffns = recipe.stage_1_run / "verbalize" / "student.safetensors"
+    with sharded_loading(recipe) as add_to:
+        student = student_with_verbalizers(recipe, view.cache.identity.vocab, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(module(student, head), recipe, recipe.interact, job.ranks)
     dataset = ChatDataset(data, chat_encoders, partial(_attach, view), recipe.data.memory_mb * MB)

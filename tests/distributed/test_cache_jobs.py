@@ -26,7 +26,7 @@ from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.batches import DataOrder, derived_seed
 from pipeline.runtime.folder import done
 from pipeline.signal import HiddenSignal
-from pipeline.vlm.assemble import encoders, load_verb_ffns, load_verbalized, shared_vocabulary
+from pipeline.vlm.assemble import encoders, load_trained, shared_vocabulary
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.processing import collate
 
@@ -157,8 +157,8 @@ def live_losses(recipe, run: Path) -> dict[str, float]:
     vocab = shared_vocabulary(recipe, encoders(recipe, ["teacher", "student"]))
     verbalized, heads = {}, {}
     for role in ("teacher", "student"):
-        side = load_verbalized(getattr(recipe, role), recipe, vocab, torch.float32, seed=0).eval()
-        load_verb_ffns(side, run / "verbalize" / f"{role}.safetensors")
+        verb_ffns = run / "verbalize" / f"{role}.safetensors"
+        side = load_trained(getattr(recipe, role), recipe, vocab, torch.float32, verb_ffns).eval()
         with torch.no_grad():
             verbalized[role] = side.verbalize_states(
                 run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)

@@ -24,7 +24,7 @@ from pipeline.results.evaluate.answers import last_exchange
 from pipeline.results.generate import Vlm, placement, require_model
 from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPrediction, trace
 from pipeline.runtime.folder import done
-from pipeline.vlm.assemble import chat_encoder, load_verb_ffns, load_verbalized, vocabulary_rows
+from pipeline.vlm.assemble import chat_encoder, load_trained, vocabulary_rows
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LABEL_WIDTH = 8
@@ -140,8 +140,8 @@ def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> t
     device, dtype = placement(traced_model.backbone)
     summary = done((recipe.stage_1 or run) / "verbalize") or {}
     vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
-    side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
-    load_verb_ffns(side, traced_model.verb_ffns)
+    model = Model(path=traced_model.backbone, layers=traced_model.layers)
+    side = load_trained(model, recipe, vocab, dtype, traced_model.verb_ffns)
     side.to(device).eval()
     return Vlm(side.backbone, encoder, device, dtype), side
 
