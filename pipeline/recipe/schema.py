@@ -209,6 +209,12 @@ class Recipe(Section):
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
     """DeepSpeed config file (JSON). Values that the recipe sets, such as batch_size, must be "auto" there or absent."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """How both models compute their attention, in all steps, in evaluate --run and in trace. This changes speed and
+    memory, and the results only by rounding. Where it cannot be had, that is an error before anything is loaded.
+    sdpa: torch's own kernels, on any device.
+    flash_attention_2: the package flash-attn, on a GPU and in bf16.
+    eager: plain matrix products, which hold a layer's whole attention matrix."""
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""

@@ -50,7 +50,7 @@ def load_untrained(
     model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int, add_to: AddTo = whole_beside
 ) -> VerbalizedVLM:
     """A backbone with untrained verbalizers on its target layers. Under ZeRO-3: inside sharded_loading, its add_to."""
-    backbone, layers = load_vlm(model.path, dtype), target_layers(model)
+    backbone, layers = load_vlm(model.path, dtype, recipe.attention), target_layers(model)
     width, form = int(text_config(backbone).hidden_size), recipe.verbalizer.form
     ffns = initial_verb_ffns(layers, width, form, dtype, seed, add_to(backbone))
     return VerbalizedVLM(backbone, layers, ffns, vocab)
@@ -63,7 +63,8 @@ def load_trained(
 
     Raises RecipeError if they are for other layers or another form.
     """
-    return _with_stored(load_vlm(model.path, dtype), model, recipe, vocab, dtype, verb_ffns, add_to)
+    backbone = load_vlm(model.path, dtype, recipe.attention)
+    return _with_stored(backbone, model, recipe, vocab, dtype, verb_ffns, add_to)
 
 
 def student_with_verbalizers(
