@@ -173,7 +173,9 @@ class Interact(StudentTraining):
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the response tokens, above 0 and up to 1, that an epoch trains on. Each epoch draws other tokens."""
     train_verbalizers: bool = False
-    """Whether the student's verb-FFNs are trained too. Paper (section 4.4): they stay as stage 1 trained them."""
+    """Whether the student's verb-FFNs are trained too. They are saved as interact/student_verbalizers.safetensors, and
+    `python -m pipeline trace` uses them for the distilled student. Paper (section 4.4): they stay as stage 1 trained
+    them."""
 
 
 class Reinforce(StudentTraining):

@@ -36,7 +36,7 @@ def states(folder, dtype: torch.dtype, attention: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
 def test_eager_gives_what_sdpa_gives(kind, tiny_models):
-    """In bfloat16 both may be off as far as the other is: neither is nearer to float64 by more than the rounding."""
+    """Both are as near to float64 as their dtype allows."""
     folder = tiny_models[kind, "student"]
     truth = states(folder, torch.float64, "eager")
     for dtype in (torch.float32, torch.bfloat16):
