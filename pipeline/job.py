@@ -76,9 +76,11 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     from pipeline.runtime.loop import Job, Stopped
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
+    from pipeline.vlm.attention import check_attention
 
     end_with_the_launcher()
     ranks = engine.start(verbose)
+    check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
         write_file(resolved.recipe.run / "recipe.yaml", resolved.to_yaml().encode())

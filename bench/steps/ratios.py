@@ -32,7 +32,7 @@ from pipeline.steps.cache import step as cache
 from pipeline.steps.cache import writing
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.verbalize import ROLES
-from pipeline.vlm.assemble import encoders, load_verbalized, student_with_verbalizers
+from pipeline.vlm.assemble import encoders, load_untrained, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.cohost import CoHost
 
@@ -103,7 +103,7 @@ def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
     """Stage 1a's step ("verbalize"), and "forwards": the two frozen backbones alone, without heads."""
     recipe = prepared.recipe
     sides = {
-        role: load_verbalized(
+        role: load_untrained(
             getattr(recipe, role), recipe, prepared.vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
         )
         for role in ROLES

@@ -24,6 +24,7 @@ CHANGEABLE = {
     "stage_1",
     "deepspeed",
     "gradient_checkpointing",
+    "attention",
     "data.workers",
     "data.memory_mb",
     "data.held_out",

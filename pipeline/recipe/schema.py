@@ -187,7 +187,9 @@ class Interact(StudentTraining):
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the response tokens, above 0 and up to 1, that an epoch trains on. Each epoch draws other tokens."""
     train_verbalizers: bool = False
-    """Whether the student's verb-FFNs are trained too. Paper (section 4.4): they stay as stage 1 trained them."""
+    """Whether the student's verb-FFNs are trained too. They are saved as interact/student_verbalizers.safetensors, and
+    `python -m pipeline trace` uses them for the distilled student. Paper (section 4.4): they stay as stage 1 trained
+    them."""
 
 
 class Reinforce(StudentTraining):
@@ -224,6 +226,12 @@ class Recipe(Section):
     deepspeed: Path = Path("ds_configs/zero3.json")
     """DeepSpeed config file (JSON) of the steps that name none. Values that the recipe sets, such as batch_size, must
     be "auto" there or absent. docs/running_on_a_cluster.md says which file is for what."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """How both models compute their attention, in all steps, in evaluate --run and in trace. This changes speed and
+    memory, and the results only by rounding. Where it cannot be had, that is an error before anything is loaded.
+    sdpa: torch's own kernels, on any device.
+    flash_attention_2: the package flash-attn, on a GPU and in bf16.
+    eager: plain matrix products, which hold a layer's whole attention matrix."""
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""

@@ -63,16 +63,16 @@ class Vlm:
         return prompt
 
 
-def load(folder: Path, data: Data) -> Vlm:
-    """Load a Hugging Face folder for inference, under a recipe's limits on data.
+def load(folder: Path, data: Data, attention: str = "sdpa") -> Vlm:
+    """Load a Hugging Face folder for inference, under a recipe's limits on data, with its attention.
 
-    Raises RecipeError if the folder has no model.
+    Raises RecipeError if the folder has no model, or its attention cannot be had here.
     """
     require_model(folder)
     device, dtype = placement(folder)
     encoder = chat_encoder(folder, data)
     encoder.check()
-    return Vlm(load_vlm(folder, dtype).to(device).eval(), encoder, device, dtype)
+    return Vlm(load_vlm(folder, dtype, attention).to(device).eval(), encoder, device, dtype)
 
 
 def require_model(folder: Path) -> None:

@@ -23,6 +23,7 @@ from pipeline.runtime.clipping import clip_factors, part_norms
 from pipeline.runtime.deepspeed_config import step_config, zero_stage
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.assemble import dtype_of
+from pipeline.vlm.verb_ffns import Add, AddTo, Fill, whole_beside
 
 
 def start(verbose: bool = False) -> Ranks:
@@ -47,18 +48,19 @@ def stop() -> None:
 
 
 @contextlib.contextmanager
-def sharded_loading(recipe: Recipe, section: Training | Cache) -> Iterator[None]:
+def sharded_loading(recipe: Recipe, section: Training | Cache) -> Iterator[AddTo]:
     """Where the step's config has ZeRO-3, from_pretrained in this block shards each weight as it arrives.
 
-    No rank then holds a whole model. section: the step's section of the recipe.
+    No rank then holds a whole model. section: the step's section of the recipe. Yields what adds modules to a model
+    that was loaded here: sharded as they are made, or whole if the model is.
     """
     config = step_config(recipe, section, clip=0.0)
     if zero_stage(config) != 3:
-        yield
+        yield whole_beside
         return
     keep_alive = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference
     try:
-        yield
+        yield _sharded_beside
     finally:
         del keep_alive
 
@@ -247,7 +249,7 @@ def _scale_gradient(parameter: nn.Parameter, factor: Tensor, stage: int) -> None
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what DeepSpeed prints past its own logger, unless --verbose asked for it: ZeRO 1 tells its memory six times."""
+    """Hide what DeepSpeed prints past its own logger, unless --verbose asked for it. ZeRO 1 tells its memory often."""
     with contextlib.ExitStack() as stack:
         if not logging.getLogger("DeepSpeed").isEnabledFor(logging.WARNING):
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -264,6 +266,19 @@ def _empty(parameter: nn.Parameter) -> None:
     for tensor in (parameter, *(value for value in vars(parameter).values() if isinstance(value, Tensor))):
         tensor.data = tensor.data.new_empty(0)
     vars(parameter).clear()
+
+
+def _sharded_beside(model: nn.Module) -> Add:
+    """Add modules to a sharded model: rank 0 fills each, and every rank keeps its shard of it. All ranks must call."""
+    like: Any = next(parameter for parameter in model.parameters() if hasattr(parameter, "ds_id"))
+
+    def add(module: nn.Module, fill: Fill) -> None:
+        if torch.distributed.get_rank() == 0:
+            fill()
+        # One parameter at a time: to this rank's device, rank 0's values from rank 0, then all but the shard is freed.
+        like.convert_to_zero_parameters(param_list=list(module.parameters()))
+
+    return add
 
 
 def _whole(parameter: nn.Parameter):

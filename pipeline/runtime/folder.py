@@ -26,6 +26,11 @@ def begun_steps(run: Path) -> list[str]:
     return [step for step in STEPS if (run / step).is_dir() and any((run / step).iterdir())]
 
 
+def trained_verb_ffns(run: Path) -> Path:
+    """The student's verb-FFNs as interact left them: a file where interact.train_verbalizers is true."""
+    return run / "interact" / "student_verbalizers.safetensors"
+
+
 def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, of one step or all; a last line cut short by a crash is left out."""
     path = run / "metrics.jsonl"

@@ -16,18 +16,22 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.vlm.attention import check_attention, check_family_attention
 from pipeline.vlm.families import decoder_layers, family, set_trainable
 from pipeline.vlm.lora import add_lora
 
 
-def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
+def load_vlm(folder: Path | str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
     """Load a Hugging Face VLM folder. Inside sharded_loading, ZeRO-3 shards it as it loads.
 
-    Raises RecipeError if the folder is no VLM, its family is unknown, or its weights do not fit its config.
+    attention: as in the recipe. Raises RecipeError if it cannot be had here, before anything is loaded; also if the
+    folder is no VLM, its family is unknown, or its weights do not fit its config.
     """
+    check_attention(attention, dtype)
     try:
+        check_family_attention(attention, folder)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
         model, report = loaded
     except (OSError, ValueError) as error:
@@ -45,7 +49,7 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
 
     Parameters that train require gradients; LoRA adapters are added.
     """
-    model: Any = load_vlm(folder, dtype)
+    model: Any = load_vlm(folder, dtype, recipe.attention)
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
     else:

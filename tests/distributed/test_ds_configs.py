@@ -42,7 +42,9 @@ def gathers(ranks, config: str) -> tuple[list[int], list[float]]:
 
     recipe = small_recipe("zero3").model_copy(update={"deepspeed": Path(config)})
     torch.manual_seed(0)
-    with deepspeed.zero.Init(config_dict_or_path=step_config(recipe, recipe.cache, clip=0.0)):  # as from_pretrained does
+    with deepspeed.zero.Init(
+        config_dict_or_path=step_config(recipe, recipe.cache, clip=0.0)
+    ):  # as from_pretrained does
         module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))).requires_grad_(False)
     engine = Engine(module, recipe, recipe.cache, ranks)
     engine.eval()

@@ -50,6 +50,8 @@ class Plan:
     output: Path | None = None
     against: str | None = None
     """Name of the model that the others are compared with."""
+    attention: str = "sdpa"
+    """How the models compute their attention, as in the run's recipe."""
 
     def indices(self) -> range:
         """Indices of the samples that are read."""
@@ -73,7 +75,7 @@ def make_plan(
     limits: Data | None = None
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
-        limits = recipe.data
+        limits, sizes["attention"] = recipe.data, recipe.attention
         named = _run_models(run, recipe.teacher.path, recipe.student.path) | named
         data = data or recipe.data.held_out
         baseline, output = baseline or recipe.data.train, output or run / "evaluation.json"
@@ -106,7 +108,7 @@ def evaluate(plan: Plan) -> dict[str, dict[str, Any]]:
     """
     results: dict[str, dict[str, Any]] = {}
     for name, folder in plan.models.items():
-        vlm = load(folder, plan.limits)
+        vlm = load(folder, plan.limits, plan.attention)
         results[name] = {"model": str(folder), **score(vlm, plan, name), "data": str(plan.data.path)}
         del vlm
         gc.collect()  # the next model may need all of the memory

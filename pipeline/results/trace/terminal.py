@@ -23,8 +23,8 @@ from pipeline.results.arguments import run_recipe
 from pipeline.results.evaluate.answers import last_exchange
 from pipeline.results.generate import Vlm, placement, require_model
 from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPrediction, trace
-from pipeline.runtime.folder import done
-from pipeline.vlm.assemble import chat_encoder, load_verb_ffns, load_verbalized, vocabulary_rows
+from pipeline.runtime.folder import done, trained_verb_ffns
+from pipeline.vlm.assemble import chat_encoder, load_trained, vocabulary_rows
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LABEL_WIDTH = 8
@@ -96,20 +96,22 @@ def question_from_data(data: Path | None, key: str) -> Question:
 def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[str]]:
     """The available ones of teacher, untouched and distilled student, and the reason why each other is left out.
 
-    The distilled student uses the untouched student's verbalizers, which are not trained again (paper, 4.4).
-    Raises RecipeError if none is available.
+    The distilled student uses the verbalizers that interact.train_verbalizers trained with it, else the untouched
+    student's, which are not trained again (paper, 4.4). Raises RecipeError if none is available.
     """
     stage_1 = recipe.stage_1 or run
-    verb = stage_1 / "verbalize"
+    teacher, student = (stage_1 / "verbalize" / f"{role}.safetensors" for role in ("teacher", "student"))
+    again = recipe.interact.train_verbalizers and recipe.interact.steps != 0
+    distilled = (2, trained_verb_ffns(run)) if again else (1, student)
     wanted = [
-        (1, TracedModel("teacher", recipe.teacher.path, recipe.teacher.layers, verb / "teacher.safetensors")),
-        (1, TracedModel("untouched", recipe.student.path, recipe.student.layers, verb / "student.safetensors")),
-        (2, TracedModel("distilled", run / "student", recipe.student.layers, verb / "student.safetensors")),
+        (1, TracedModel("teacher", recipe.teacher.path, recipe.teacher.layers, teacher), 1),
+        (1, TracedModel("untouched", recipe.student.path, recipe.student.layers, student), 1),
+        (2, TracedModel("distilled", run / "student", recipe.student.layers, distilled[1]), distilled[0]),
     ]
     found, missing = [], []
-    for stage, traced_model in wanted:
+    for stage, traced_model, verb_stage in wanted:
         if not traced_model.verb_ffns.is_file():
-            stage, missing_file = 1, traced_model.verb_ffns
+            stage, missing_file = verb_stage, traced_model.verb_ffns
         elif not (traced_model.backbone / "config.json").is_file():
             missing_file = traced_model.backbone / "config.json"
         else:
@@ -140,8 +142,8 @@ def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> t
     device, dtype = placement(traced_model.backbone)
     summary = done((recipe.stage_1 or run) / "verbalize") or {}
     vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
-    side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
-    load_verb_ffns(side, traced_model.verb_ffns)
+    model = Model(path=traced_model.backbone, layers=traced_model.layers)
+    side = load_trained(model, recipe, vocab, dtype, traced_model.verb_ffns)
     side.to(device).eval()
     return Vlm(side.backbone, encoder, device, dtype), side
 

@@ -37,7 +37,7 @@ from pipeline.runtime.ranks import (
 from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
-from pipeline.vlm.assemble import encoders, load_verb_ffns, load_verbalized
+from pipeline.vlm.assemble import encoders, load_trained
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import ChatEncoder
 
@@ -146,9 +146,9 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
 
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
-    with sharded_loading(recipe, recipe.cache):
-        teacher = load_verbalized(recipe.teacher, recipe, vocab, dtype_of(recipe), seed=0)
-    load_verb_ffns(teacher, recipe.run / "verbalize" / "teacher.safetensors")
+    verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
+    with sharded_loading(recipe, recipe.cache) as add_to:
+        teacher = load_trained(recipe.teacher, recipe, vocab, dtype_of(recipe), verb_ffns, add_to)
     module = CoHost({"teacher": teacher}).requires_grad_(False)
     return Engine(module, recipe, recipe.cache, job.ranks)
 
