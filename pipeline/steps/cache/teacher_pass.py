@@ -17,7 +17,7 @@ from pipeline.codec.packing import to_numpy
 from pipeline.codec.random import uniform
 from pipeline.codec.registry import Codec
 from pipeline.loss.chunks import rows_per_chunk
-from pipeline.loss.fidelity import Fidelity, measure
+from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
 from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex
 from pipeline.runtime.engine import Engine
@@ -38,7 +38,7 @@ class TeacherOutput:
 
     codes: dict[str, Tensor]
     """The codec's arrays [T, J, ...]."""
-    fidelity: Fidelity
+    fidelity: Measurement
     """Their error against the dense distributions, measured on a few of the tokens."""
 
 
