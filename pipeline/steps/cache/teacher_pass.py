@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import to_numpy
+from pipeline.codec.packing import to_device, to_numpy
 from pipeline.codec.random import uniform
 from pipeline.codec.registry import Codec
 from pipeline.loss.chunks import rows_per_chunk
@@ -94,10 +94,12 @@ def encode_batch(
 ) -> TeacherOutput:
     """Encode a batch while the head is gathered. The measured rows are encoded to bytes and decoded again.
 
-    Rows that are not finite are not measured: they cannot be encoded, and their samples will be skipped.
+    Rows that are not finite are not measured: they cannot be encoded, and their samples will be skipped. Reading the
+    measured rows' codes is the one place where the host waits for the device.
     """
     codes = codec.encode(hidden, unembedding, drawn, chunk)
-    some = {name: to_numpy(array[rows.to(array.device)]) for name, array in codes.items()}
+    measured = to_device(rows, hidden.device)
+    some = {name: to_numpy(array[measured]) for name, array in codes.items()}
     finite = codec.finite(some)
     rows, some = rows[torch.from_numpy(finite)], {name: array[finite] for name, array in some.items()}
     layers = hidden.shape[1]
@@ -106,7 +108,7 @@ def encode_batch(
         if len(rows)
         else codec.empty(layers, unembedding, hidden.device)
     )
-    return TeacherOutput(codes, measure(hidden[rows.to(hidden.device)], unembedding, signal))
+    return TeacherOutput(codes, measure(hidden[to_device(rows, hidden.device)], unembedding, signal))
 
 
 def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
