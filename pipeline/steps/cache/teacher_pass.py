@@ -6,7 +6,7 @@ T response tokens, J cached layers, d width of the teacher, V common vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -74,9 +74,9 @@ class TeacherPass:
         """One forward: [V] how much the layers use each id, as the sum of all their distributions."""
         return self._forward(loaded, partial(token_usage, self._rows)).cpu().numpy()
 
-    def head(self) -> Unembedding:
-        """The teacher's head, whole, on the CPU. All ranks must call."""
-        return self._forward(self.empty_batch, _head)
+    def head(self) -> Unembedding | None:
+        """The teacher's head, whole, on the CPU of rank 0; None elsewhere. All ranks must call."""
+        return self._forward(self.empty_batch, partial(_head, self.job.ranks.first))
 
     @cached_property
     def empty_batch(self) -> LoadedBatch:
@@ -120,9 +120,13 @@ def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
     return total
 
 
-def _head(hidden: Tensor, unembedding: Unembedding) -> Unembedding:
-    def whole(tensor: Tensor) -> Tensor:
-        return tensor[: unembedding.vocab].detach().cpu().clone()
+def _head(wanted: bool, hidden: Tensor, unembedding: Unembedding) -> Unembedding | None:
+    """A copy on the CPU, where it is wanted: a head of 72B is 2.5 GB, and a node has many ranks."""
 
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor[: unembedding.vocab].detach().to("cpu", copy=True)
+
+    if not wanted:
+        return None
     bias = None if unembedding.bias is None else whole(unembedding.bias)
-    return Unembedding(whole(unembedding.weight), unembedding.vocab, bias, unembedding.scale, unembedding.softcap)
+    return replace(unembedding, weight=whole(unembedding.weight), bias=bias)
