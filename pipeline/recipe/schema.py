@@ -209,6 +209,12 @@ class Recipe(Section):
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
     """DeepSpeed config file (JSON). Values that the recipe sets, such as batch_size, must be "auto" there or absent."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the losses between a head's matrix products. The environment variable VLSI_KERNELS goes before it.
+    auto: on a GPU the fused Triton kernel, after it has agreed with plain torch there; plain torch where it does not,
+    or where Triton is not installed. All ranks use the same.
+    torch: plain torch; slower on a GPU.
+    triton: the Triton kernel, and an error where it cannot be used."""
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
