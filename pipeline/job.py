@@ -86,6 +86,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
         write_file(resolved.recipe.run / "recipe.yaml", resolved.to_yaml().encode())
     for line in resolved.inherited():
         job.say(line)
+    _choose_kernels(job, engine.dtype_of(job.recipe))
     hosted = None
     try:
         for step in steps:
@@ -111,6 +112,21 @@ def _alone(run: Path, step: str, ranks: Ranks) -> Iterator[None]:
         lock = lock_file(run / f".{step}.lock", f"{step} of {run}", ANOTHER_RUN, wait_s=LAST_RANKS_S)
         on_first_rank(ranks, f"{step}: waiting for another job to end", lambda: held.enter_context(lock))
         yield
+
+
+def _choose_kernels(job, dtype) -> None:
+    """Each rank checks the kernels that it could use; then all use the same. Rank 0 keeps it for `status`."""
+    from pipeline.loss import kernels
+    from pipeline.runtime.folder import write_kernels
+    from pipeline.runtime.ranks import gather_lists
+
+    asked, _ = kernels.setting(job.recipe.kernels)
+    found = gather_lists([kernels.find(asked, job.ranks.device, dtype)])
+    choice = kernels.settle(found, job.recipe.kernels)
+    kernels.use(choice)
+    job.say(f"{'warning: ' if choice.failed else ''}kernels: {choice}")
+    if job.ranks.first:
+        write_kernels(job.recipe.run, str(choice))
 
 
 def _exit(code: int) -> int:

@@ -41,6 +41,14 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def to_device(array: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """A small CPU array as a tensor on a device. The copy does not wait for a GPU: its source is page-locked."""
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def raw_stream(array: np.ndarray, dtype: str) -> bytes:
     """An array -> raw little-endian numbers of one of the known dtypes."""
     return array.astype(_DTYPES[dtype], copy=False).tobytes()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import narrowest, raw_arrays, raw_stream
+from pipeline.codec.packing import narrowest, raw_arrays, raw_stream, to_device
 from pipeline.rows import row_states
 from pipeline.signal import SparseSignal, Unembedding
 
@@ -89,7 +89,7 @@ class TopK:
         device: torch.device | str = "cpu",
     ) -> SparseSignal:
         """Unpacked arrays -> a signal. Needs no head."""
-        ids, logprobs, tail = (torch.from_numpy(arrays[name]).to(device) for name in ("ids", "logprobs", "tail"))
+        ids, logprobs, tail = (to_device(arrays[name], device) for name in ("ids", "logprobs", "tail"))
         probs, tail = logprobs.float().exp(), tail[..., 0]
         probs = (probs * ((1 - tail) / probs.sum(-1))[..., None]).clamp(max=1.0)
         neg_entropy = torch.xlogy(probs, probs).sum(-1) + torch.xlogy(tail, tail)

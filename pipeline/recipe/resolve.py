@@ -23,6 +23,7 @@ CHANGEABLE = {
     "preset",
     "stage_1",
     "deepspeed",
+    "kernels",
     "gradient_checkpointing",
     "attention",
     "data.workers",

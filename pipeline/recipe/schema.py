@@ -232,6 +232,12 @@ class Recipe(Section):
     sdpa: torch's own kernels, on any device.
     flash_attention_2: the package flash-attn, on a GPU and in bf16.
     eager: plain matrix products, which hold a layer's whole attention matrix."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the losses between a head's matrix products. The environment variable VLSI_KERNELS goes before it.
+    auto: on a GPU the fused Triton kernel, after it has agreed with plain torch there; plain torch where it does not,
+    or where Triton is not installed. All ranks use the same.
+    torch: plain torch; slower on a GPU.
+    triton: the Triton kernel, and an error where it cannot be used."""
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""

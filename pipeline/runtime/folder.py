@@ -9,6 +9,9 @@ from typing import Any
 from data_prep.shards import write_file
 from pipeline.recipe.schema import STEPS
 
+KERNELS = "kernels.json"
+"""File of a run folder: the kernels of its newest invocation."""
+
 
 def mark_done(folder: Path, summary: dict[str, Any]) -> None:
     """Write done.json, aside and renamed: a step is complete once it exists."""
@@ -45,6 +48,17 @@ def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
         if step is None or line["step"] == step:
             lines.append(line)
     return lines
+
+
+def write_kernels(run: Path, text: str) -> None:
+    """Keep which kernels the run's newest invocation uses, and why."""
+    write_json(run / KERNELS, {"kernels": text})
+
+
+def read_kernels(run: Path) -> str | None:
+    """What `write_kernels` kept; None where nothing has run yet."""
+    path = run / KERNELS
+    return json.loads(path.read_text(encoding="utf-8"))["kernels"] if path.is_file() else None
 
 
 def write_json(path: Path, value: Any) -> None:

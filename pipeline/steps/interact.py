@@ -102,13 +102,15 @@ def interaction_losses(
     window = draw.matching.window(students, teachers)
     matrix = kl_matrix(targets, unembedding, signal, window)
     mean = _mean_over_ranks(matrix.values[:, :teachers], len(labels))
+    # Both read the matrix, which waits for the device: before the device gets the losses to compute.
     match = draw.matching.match(mean, draw.generator)
+    entropies = draw.matching.entropies(mean, match)
     losses = {
         "matched": matched_kl(targets, unembedding, signal, match, matrix),
         "last": column_kl(last, unembedding, signal, teachers),
         "kl": mean,
         "match": torch.tensor([-1 if m is None else m for m in match]),
-        "entropy": torch.tensor(draw.matching.entropies(mean, match) or []),
+        "entropy": torch.tensor(entropies or []),
     }
     if draw.cross_entropy:
         losses["cross_entropy"] = linear_cross_entropy(last[None], unembedding, labels)[0]

@@ -74,7 +74,8 @@ class StoredHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(head.weight, requires_grad=False)
         self.bias = None if head.bias is None else nn.Parameter(head.bias, requires_grad=False)
-        self._like = head
+        # Without its tensors: ZeRO-3 cuts the parameters to this rank's part, and the whole must not stay beside it.
+        self._like = replace(head, weight=head.weight.new_empty(0), bias=None)
 
     def forward(self, use: Callable[..., Any], hidden: Any, *more: Any, **options: Any) -> Any:
         """Call `use(hidden, unembedding, *more, **options)` while the head is gathered."""

@@ -61,7 +61,7 @@ def main() -> None:
     asked.add_argument("paths", nargs=3, type=Path)
     recipe_path, stored, folder = asked.parse_args().paths
     recipe, ranks = load_recipe(recipe_path).recipe, start()
-    with sharded_loading(recipe) as add_to:
+    with sharded_loading(recipe, recipe.cache) as add_to:
         backbone = load_vlm(recipe.student.path, torch.float32)
         width = int(text_config(backbone).hidden_size)
         like = (target_layers(recipe.student), width, recipe.verbalizer.form, torch.float32)
@@ -70,7 +70,7 @@ def main() -> None:
         told["drawn"], ffns["drawn"] = measured(lambda: initial_verb_ffns(*like, seed, add), width)
         told["stored"], ffns["stored"] = measured(lambda: stored_verb_ffns(stored, *like, add), width)
     backbone.verb_ffns = ffns
-    engine = Engine(backbone.requires_grad_(False), recipe, None, ranks)
+    engine = Engine(backbone.requires_grad_(False), recipe, recipe.cache, ranks)
     weights = engine.gathered(engine.module.verb_ffns)
     (folder / f"{ranks.rank}.json").write_text(json.dumps(told))
     if ranks.first:

@@ -7,7 +7,7 @@ from tiny_run import write_recipe
 
 from pipeline.errors import RecipeError
 from pipeline.results.status import show, size_of, status
-from pipeline.runtime.folder import mark_done
+from pipeline.runtime.folder import mark_done, write_kernels
 
 
 @pytest.fixture
@@ -40,6 +40,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_a_recipe_alone_asks_for_stage_1(run):
     assert states(run) == ["not begun"] * 4
     assert status(run)[1] == f"deepspeed launch/train.py --stage 1 --recipe {run}/recipe.yaml"
+
+
+def test_the_kernels_of_the_newest_invocation_are_shown(run, capsys):
+    show(run, *status(run))
+    assert "kernels:" not in capsys.readouterr().out
+    write_kernels(run, "torch: rank 3: Triton found no C compiler")
+    show(run, *status(run))
+    assert "\nkernels: torch: rank 3: Triton found no C compiler\n" in capsys.readouterr().out
 
 
 def test_a_half_run_shows_its_last_update_and_its_shards(run):

@@ -157,7 +157,12 @@ def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_fi
     """Write the files that must exist before the first shard."""
     if "head" in missing_files:
         head = teacher_pass.head()
-        on_first_rank(job.ranks, f"{NAME}: writing the teacher's head to {cache.path}", lambda: cache.save_head(head))
+
+        def save() -> None:
+            if head is not None:  # on rank 0
+                cache.save_head(head)
+
+        on_first_rank(job.ranks, f"{NAME}: writing the teacher's head to {cache.path}", save)
     if "order" in missing_files:
         order = find_vocabulary_order(teacher_pass)
         if job.ranks.first:

@@ -117,7 +117,7 @@ class WriterThread:
         if self._writer is None:
             self._writer, self._fidelity = self._cache.writer(shard_batch.shard), []
         batch, bad, size = shard_batch.loaded.batches["teacher"], list(shard_batch.loaded.rejected), 0
-        self._fidelity.append(output.fidelity)
+        self._fidelity.append(output.fidelity.read())
         for rejected in shard_batch.loaded.rejected:
             self._writer.skip(rejected.key, rejected.reason)
         arrays, labels, end = {n: to_numpy(a) for n, a in output.codes.items()}, batch.labels.numpy(), 0

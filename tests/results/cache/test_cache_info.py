@@ -69,7 +69,7 @@ def write_shard(folder: CacheFolder, name: str) -> None:
             codes = {n: to_numpy(a) for n, a in codec.encode(hidden, HEAD, drawn).items()}
             writer.add(key, tokens.numpy(), codes)
             arrays = codec.unpack(codec.pack(codes), len(tokens), len(LAYERS))
-            parts.append(measure(hidden, HEAD, codec.decode(arrays, HEAD)))
+            parts.append(measure(hidden, HEAD, codec.decode(arrays, HEAD)).read())
         writer.commit(fidelity=sum(parts[1:], parts[0]).to_json())
 
 
