@@ -180,6 +180,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: evaluate its teacher and students")
     parser.add_argument(
+        "--without-teacher", action="store_true",
+        help="do not evaluate the run's teacher; a result of it that --output has already is still shown",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", metavar="NAME", help="say for each other model whether it differs from this one, sample by sample"
     )
     parser.add_argument(
@@ -208,6 +212,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write all results to this JSON file (default with --run: RUN/evaluation.json)",
     )
+    _add_processes(parser)
 
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
@@ -228,10 +233,20 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         "--part", type=_part, default=(1, 1), metavar="I/N",
         help="answer only every N-th shard, starting with the I-th, from 1 (default: all)",
     )  # fmt: skip
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", type=_positive, metavar="N",
+        help="work with N copies of the model at most, each in a process with its own GPUs (default: as many as the "
+        "GPUs have room for; without a GPU, 1)",
+    )  # fmt: skip
 
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--without-teacher", action="store_true", help="trace the students only")
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image")
     parser.add_argument("--question", metavar="TEXT", help="a question about the image")
     parser.add_argument("--sample", metavar="KEY", help="instead of an image: the last question of this sample")
@@ -299,11 +314,13 @@ def _status(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.results.evaluate import scoreboard
-    from pipeline.results.evaluate.evaluation import evaluate, make_plan
+    from pipeline.results.evaluate.evaluation import evaluate
+    from pipeline.results.evaluate.plan import make_plan
 
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
-        options.against, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        options.against, options.without_teacher, limit=options.limit, batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)
 
@@ -314,7 +331,7 @@ def _answer(options: argparse.Namespace) -> None:
 
     plan = make_plan(
         options.model, options.run, options.data, options.output, options.max_bad_share, options.part,
-        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     run(plan)
 
@@ -322,7 +339,10 @@ def _answer(options: argparse.Namespace) -> None:
 def _trace(options: argparse.Namespace) -> None:
     from pipeline.results.trace import terminal
 
-    terminal.run(options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens)
+    terminal.run(
+        options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens,
+        options.without_teacher,
+    )  # fmt: skip
 
 
 def _cache_info(options: argparse.Namespace) -> None:

@@ -23,6 +23,8 @@ Devices = tuple[int, ...]
 
 WEIGHT_SHARE = 0.75
 """Largest share of free device memory that weights take; the rest is for activations and the key-value cache."""
+PART_SHARE = 0.9
+"""Largest share of one device's free memory that a part of a model takes: layers do not divide evenly."""
 
 
 def empty_vlm(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -73,7 +75,7 @@ def check_fits_cpu(weights: int, available: int, copies: int) -> None:
 
 
 def device_map(folder: Path, dtype: torch.dtype, memory: Mapping[int, int]) -> dict[str, int]:
-    """{module name: device} that spreads a model evenly; memory[d]: what its weights may take of device d.
+    """{module name: device} that spreads a model evenly over devices; memory[d]: free memory of device d.
 
     Decoder layers and the vision tower are never cut. Raises RecipeError where the parts do not fit, though their sum
     does.
@@ -81,13 +83,14 @@ def device_map(folder: Path, dtype: torch.dtype, memory: Mapping[int, int]) -> d
     model: Any = empty_vlm(folder, dtype)
     tower = model.get_submodule(family(model).vision_tower)
     whole = sorted({*model._no_split_modules, type(tower).__name__})
-    balanced = get_balanced_memory(model, max_memory=dict(memory), no_split_module_classes=whole)
+    room = {device: int(PART_SHARE * free) for device, free in memory.items()}
+    balanced = get_balanced_memory(model, max_memory=dict(room), no_split_module_classes=whole)
     found = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
     outside = sorted(name for name, device in found.items() if device not in memory)
     if outside:
         weights = sum(weight.nbytes for weight in model.parameters())
         raise RecipeError(
-            f"{folder}: {_gb(weights)} of weights do not fit the devices {_devices(memory)}, first {outside[0]}. Use "
+            f"{folder}: {_gb(weights)} of weights do not fit the devices {_devices(room)}, first {outside[0]}. Use "
             "more GPUs"
         )
     return found
