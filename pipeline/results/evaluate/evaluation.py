@@ -37,7 +37,8 @@ def evaluate(plan: Plan) -> Results:
     """
     results = earlier_results(plan)
     machine = Machine()
-    missing = sorted(plan.models.keys() - results.keys(), key=lambda name: machine.weights(plan.models[name]))
+    missing = [name for name in plan.models if name not in results]
+    missing.sort(key=lambda name: machine.weights(plan.models[name]))
     groups = {name: machine.groups(plan.models[name], plan.processes) for name in missing}
     if plan.baseline is not None:
         results[QUESTION_ONLY] = score_question_only(plan, plan.baseline)
