@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from pipeline.results import workers
 from pipeline.results.workers import Machine, Workers
 
 TESTS = Path(__file__).parents[1]
+NO_MODEL = (9,)
+"""Devices on which Late cannot be made."""
 KILLED = """
-import functools, sys, time
 from test_workers import Late
 from pipeline.results.workers import Workers
 if __name__ == "__main__":
@@ -30,61 +32,69 @@ if __name__ == "__main__":
 
 
 class Late:
-    """Gives an item back after so many seconds, and says which process and devices it worked with."""
+    """Gives an item back after so many seconds, with its process and devices; a text names what goes wrong instead."""
 
     def __init__(self, devices):
+        if devices == NO_MODEL:
+            raise RecipeError("no model in nowhere")
         self.devices = devices
 
-    def __call__(self, seconds: float):
-        time.sleep(seconds)
-        return os.getpid(), (self.devices, seconds)
-
-
-class Failing:
-    def __init__(self, devices):
-        if devices == (9,):
-            raise RecipeError("no model in nowhere")
-
-    def __call__(self, item: str):
+    def __call__(self, item: float | str):
         if item == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if item == "memory":
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
-        raise SampleError(item)
+        if isinstance(item, str):
+            raise SampleError(item)
+        time.sleep(item)
+        return os.getpid(), (self.devices, item)
 
 
-def test_results_come_in_the_order_of_the_items_whoever_is_ready_first():
-    seconds = [1.0, 0.0, 0.1, 0.0, 0.05, 0.0]
+@pytest.fixture(scope="module")
+def two() -> Iterator[Workers]:
     with Workers(Late, [(3,), (4, 5)]) as pool:
-        found = list(pool.map(seconds))
-        again = list(pool.map(seconds[:2]))
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Workers]:
+    with Workers(Late, [(7,)]) as here:
+        yield here
+
+
+def test_results_come_in_the_order_of_the_items_whoever_is_ready_first(two):
+    seconds = [1.0, 0.0, 0.1, 0.0, 0.05, 0.0]
+    found = list(two.map(seconds))
+    again = list(two.map(seconds[1:3]))
     assert [item for _, (_, item) in found] == seconds
-    pids, devices = {pid for pid, _ in found}, {one for _, (one, _) in found}
-    assert devices == {(3,), (4, 5)} and len(pids) == 2 and os.getpid() not in pids
-    assert {pid for pid, _ in again} <= pids
+    pids = {pid for pid, _ in found}
+    assert {pid for pid, _ in again} <= pids and os.getpid() not in pids
+    assert {devices for _, (devices, _) in found} <= {(3,), (4, 5)}
 
 
-def test_one_group_works_in_this_process():
-    with Workers(Late, [(7,)]) as pool:
-        assert list(pool.map([0.0])) == [(os.getpid(), ((7,), 0.0))]
+def test_one_group_works_in_this_process(one):
+    assert list(one.map([0.0])) == [(os.getpid(), ((7,), 0.0))]
 
 
-@pytest.mark.parametrize("groups", [[(0,)], [(0,), (1,)]])
-def test_a_calls_error_is_raised_where_its_result_would_be(groups):
-    with Workers(Failing, groups) as pool:
-        with pytest.raises(SampleError, match="a bad one"):
-            list(pool.map(["a bad one", "another"]))
-        with pytest.raises(RecipeError, match=r"give a smaller --batch-size. .*20.00 GiB"):
-            list(pool.map(["memory"]))
-        if len(groups) > 1:
-            with pytest.raises(RecipeError, match=r"ended from outside.*--processes"):
-                list(pool.map(["killed"]))
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_a_calls_error_is_raised_where_its_result_would_be(which, request):
+    pool, found = request.getfixturevalue(which), []
+    with pytest.raises(SampleError, match="a bad one"):
+        found.extend(item for _, (_, item) in pool.map([0.0, "a bad one", 0.0]))
+    assert found == [0.0]
+    with pytest.raises(RecipeError, match=r"give a smaller --batch-size. .*20.00 GiB"):
+        list(pool.map(["memory"]))
 
 
-@pytest.mark.parametrize("groups", [[(9,)], [(9,), (9,)]])
+def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(two):
+    with pytest.raises(RecipeError, match=r"ended from outside.*--processes"):
+        list(two.map(["killed"]))
+
+
+@pytest.mark.parametrize("groups", [[NO_MODEL], [NO_MODEL, NO_MODEL]])
 def test_an_error_in_loading_is_the_users_to_read(groups):
-    with Workers(Failing, groups) as pool, pytest.raises(RecipeError, match="no model in nowhere"):
-        list(pool.map(["x", "y"]))
+    with Workers(Late, groups) as pool, pytest.raises(RecipeError, match="no model in nowhere"):
+        list(pool.map([0.0]))
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
