@@ -62,6 +62,15 @@ class Machine:
         return groups
 
 
+def places(groups: Sequence[Devices]) -> str:
+    """Where copies of a model work, such as "2 processes with 4 GPUs each"; without a GPU, "1 process on the CPU"."""
+    processes = f"{len(groups)} process{'es' if len(groups) > 1 else ''}"
+    gpus = len(groups[0])
+    if not gpus:
+        return f"{processes} on the CPU"
+    return f"{processes} with {gpus} GPU{'s' if gpus > 1 else ''}{' each' if len(groups) > 1 else ''}"
+
+
 def free_memory() -> None:
     """Give back what a model took that nobody holds any more: the next one may need all of it."""
     gc.collect()

@@ -16,7 +16,7 @@ from tiny import write_vlm
 
 from pipeline.errors import RecipeError, SampleError
 from pipeline.results import workers
-from pipeline.results.workers import Machine, Workers
+from pipeline.results.workers import Machine, Workers, places
 
 TESTS = Path(__file__).parents[1]
 NO_MODEL = (9,)
@@ -121,6 +121,19 @@ def is_alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([()], "1 process on the CPU"),
+        ([(), ()], "2 processes on the CPU"),
+        ([(0,)], "1 process with 1 GPU"),
+        ([(0, 1, 2, 3), (4, 5, 6, 7)], "2 processes with 4 GPUs each"),
+    ],
+)
+def test_places_in_words(groups, words):
+    assert places(groups) == words
 
 
 def test_a_machine_without_a_gpu_holds_as_many_copies_as_asked(tmp_path, monkeypatch):

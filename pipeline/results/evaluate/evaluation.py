@@ -17,7 +17,7 @@ from pipeline.results.evaluate.answers import QuestionOnly, Tally, is_right, las
 from pipeline.results.evaluate.earlier import earlier_results, identity_of
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import load_scorer, summarize
-from pipeline.results.workers import Machine, Workers
+from pipeline.results.workers import Machine, Workers, places
 from pipeline.runtime.folder import write_json
 from pipeline.runtime.progress import say
 from pipeline.vlm.placement import Devices
@@ -47,7 +47,7 @@ def evaluate(plan: Plan) -> Results:
         begun = time.monotonic()
         results[name] = _evaluate_one(plan, name, groups[name])
         _write(plan, results)
-        say(f"{name}: exact match {results[name]['exact_match']:.1%}, in {_since(begun)}{_written_to(plan)}")
+        say(f"{name}: done in {_since(begun)} by {places(groups[name])}{_written_to(plan)}")
     return _in_order(plan, results)
 
 

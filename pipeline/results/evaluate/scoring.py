@@ -121,7 +121,9 @@ def response_loss(vlm: Vlm, chats: Sequence[Encoded]) -> tuple[float, int]:
     (last,) = run_backbone(vlm.model, batch.inputs, [int(config.num_hidden_layers)], batch.positions)
     head = LanguageHead(vlm.model, int(config.vocab_size))
     device = head.weight.device  # of a model on several devices not always that of its last layer
-    log_probs = head(token_log_probs, final_norm(vlm.model)(last)[None].to(device), labels=batch.labels.to(device))
+    hidden, labels = final_norm(vlm.model)(last)[None].to(device), batch.labels.to(device)
+    with torch.cuda.device_of(head.weight):  # Triton's kernels run on the current device; on a CPU this does nothing
+        log_probs = head(token_log_probs, hidden, labels=labels)
     return -float(log_probs.double().sum()), len(batch.labels)
 
 
