@@ -28,11 +28,19 @@ STATUS = """Show which steps of a run are begun or done, their last losses, disk
 EVALUATE = """Measure exact match of greedy answers and perplexity on held-out data, for one or several models.
 
   python -m pipeline evaluate --run runs/demo
+  python -m pipeline evaluate --run runs/demo --without-teacher
   python -m pipeline evaluate --run runs/demo --model finetuned=runs/plain/student --against finetuned
   python -m pipeline evaluate --model Qwen2-VL-2B --data shards/held_out --limit 500 --output evaluation.json
   python -m pipeline evaluate --model teacher=models/72b --model student=models/2b --data shards/held_out
 
-With --run: the run's teacher, its untouched student and its distilled student, on the recipe's data.held_out.
+With --run: the run's teacher, its untouched student and its distilled student, on the recipe's data.held_out. The
+smallest model comes first. --output is written after each, whole or not at all, and the same command goes on after an
+interruption: a result that is there already is kept while the model, the data and the settings are the same. The batch
+size and the number of processes are no such settings: they change rounding errors only. Results of other models on the
+same questions stay in the file and in the table. To measure again, remove the file.
+
+On GPUs, as many copies of a model work side by side as there is room for, each in a process of its own; a model that is
+too large for one GPU is spread over several. --processes N sets a lower number, and on a CPU the number.
 
 Exact match: each model answers the last question of each chat greedily, with all earlier turns as input. An answer is
 correct if it equals the reference answer after both are normalised: Unicode NFKC, lower case, white space collapsed and
@@ -75,8 +83,10 @@ share exceeds --max-bad-share, the command stops.
 
 Each shard appears whole or not at all; the same command continues after an interruption. With --part I/N the process
 answers every N-th shard, starting with the I-th: N processes or SLURM array tasks share the work without knowing of one
-another, and the last to end writes the manifest. Models run in float32 on a CPU. On a GPU they run in the dtype of
-their config.json, else in bfloat16.
+another, and the last to end writes the manifest. On GPUs, as many copies of the model as there is room for share the
+batches of a shard, each in a process of its own; a model that is too large for one GPU is spread over several.
+--processes N sets a lower number, and on a CPU the number. Models run in float32 on a CPU. On a GPU they run in the
+dtype of their config.json, else in bfloat16.
 """
 
 TRACE = """Show what each target layer of a run's models predicts for one question, side by side (paper, Figure 3).
@@ -92,8 +102,10 @@ student's verbalizers, which are not trained again. There are two kinds of table
   read along  the model's own final answer is the input; for each of its positions the table has the layer's most
               likely token and its probability
 
-A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, so
-its memory is needed. Time: one generation for each target layer of each model.
+A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, last,
+spread over the GPUs at hand if one is too small; with --without-teacher only the students do. What the teacher's layers
+said of a sample in the cache is shown by cache-info --sample, without the teacher. Time: one generation for each target
+layer of each model.
 """
 
 CACHE_INFO = """Show what a teacher cache was made from, its progress, its size, and how close it is to the teacher.
@@ -180,6 +192,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: evaluate its teacher and students")
     parser.add_argument(
+        "--without-teacher", action="store_true",
+        help="do not evaluate the run's teacher; a result of it that --output has already is still shown",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", metavar="NAME", help="say for each other model whether it differs from this one, sample by sample"
     )
     parser.add_argument(
@@ -208,6 +224,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write all results to this JSON file (default with --run: RUN/evaluation.json)",
     )
+    _add_processes(parser)
 
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
@@ -228,10 +245,20 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         "--part", type=_part, default=(1, 1), metavar="I/N",
         help="answer only every N-th shard, starting with the I-th, from 1 (default: all)",
     )  # fmt: skip
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", type=_positive, metavar="N",
+        help="work with N copies of the model at most, each in a process with its own GPUs (default: as many as the "
+        "GPUs have room for; without a GPU, 1)",
+    )  # fmt: skip
 
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--without-teacher", action="store_true", help="trace the students only")
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image")
     parser.add_argument("--question", metavar="TEXT", help="a question about the image")
     parser.add_argument("--sample", metavar="KEY", help="instead of an image: the last question of this sample")
@@ -299,11 +326,13 @@ def _status(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.results.evaluate import scoreboard
-    from pipeline.results.evaluate.evaluation import evaluate, make_plan
+    from pipeline.results.evaluate.evaluation import evaluate
+    from pipeline.results.evaluate.plan import make_plan
 
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
-        options.against, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        options.against, options.without_teacher, limit=options.limit, batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)
 
@@ -314,7 +343,7 @@ def _answer(options: argparse.Namespace) -> None:
 
     plan = make_plan(
         options.model, options.run, options.data, options.output, options.max_bad_share, options.part,
-        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     run(plan)
 
@@ -322,7 +351,10 @@ def _answer(options: argparse.Namespace) -> None:
 def _trace(options: argparse.Namespace) -> None:
     from pipeline.results.trace import terminal
 
-    terminal.run(options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens)
+    terminal.run(
+        options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens,
+        options.without_teacher,
+    )  # fmt: skip
 
 
 def _cache_info(options: argparse.Namespace) -> None:

@@ -156,6 +156,12 @@ def test_two_parts_make_what_one_job_makes(world, tmp_path, capsys):
     assert files(output) == files(world.output)
 
 
+def test_two_processes_make_what_one_makes(world, tmp_path):
+    output = tmp_path / "out"
+    run(plan_of(world.model, world.data, output, processes=2))
+    assert files(output) == files(world.output)
+
+
 def test_a_part_without_a_shard_has_nothing_to_do(world, tmp_path, capsys):
     run(plan_of(world.model, world.data, tmp_path / "out", part=(5, 5)))
     said = " ".join(capsys.readouterr().out.split())
