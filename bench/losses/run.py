@@ -150,6 +150,13 @@ def compare_dense(case: Case, threads: int) -> tuple[dict[str, Any], dict[str, d
     return entry, peer_entries(layer, seconds, absent)
 
 
+def interaction_over_peers(layer: Problem) -> dict[str, dict[str, Any]]:
+    """Other packages' divergences of one student layer, over our time for it."""
+    peers, absent = peer_forms(layer)
+    seconds = interleaved({"ours": without_old_gradients(layer, interaction), **peers}, FEW_ROUNDS)
+    return peer_entries(layer, seconds, absent)
+
+
 def peer_forms(layer: Problem) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """(other packages' forms that can be timed here, {entry: reason} for those that cannot)."""
     forms: dict[str, Callable[[], object]] = {}
