@@ -31,7 +31,7 @@ def checks_for(device: str, only: Sequence[str] | None = None) -> list[list[Chec
     """
     together = [Check("tests", 200, 20), Check("prepare", 240, 40), Check("demo", 240, 60)]
     groups = [[Check("card", 90, 10)], together, [Check("losses", 100, 30)]]
-    groups += [[Check(f"steps:{pair}", 150, 45)] for pair in shapes_of(device).pairs]
+    groups += [[Check(f"steps:{pair}", 200, 45)] for pair in shapes_of(device).pairs]
     if device == "cpu":
         groups = [[replace(check, limit_s=SLOWER_ON_CPU * check.limit_s) for check in group] for group in groups]
     if only is None:

@@ -32,7 +32,7 @@ def profiled(device: Device, work: Callable[[], object], seconds: float) -> dict
     return {
         "wall_ms": round(1e3 * seconds, 3),
         "idle_share": round(max(0.0, 1 - busy_us / 1e6 / seconds), 4),
-        "kernels": dearest([(event.key, _own_us(device, event)) for event in events]),
+        "kernels": dearest([(event.name, _own_us(device, event)) for event in events]),
     }
 
 

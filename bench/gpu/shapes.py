@@ -23,6 +23,8 @@ class Shapes:
     losses: Mapping[str, Case]
     loss_rounds: int
     step_rounds: int
+    cache_rounds: int
+    """Of the teacher's passes, which read all samples and so take seconds."""
     updates: int
     """Updates of stage 2 by which the data wait is measured, and of transformers' Trainer."""
     demo_size: str
@@ -43,6 +45,7 @@ CARD = Shapes(
     },
     loss_rounds=10,
     step_rounds=7,
+    cache_rounds=2,
     updates=20,
     demo_size="full",
     demo_students=("finetuned", "paper", "interaction"),
@@ -56,6 +59,7 @@ TWIN = Shapes(
     losses={"tiny": Case(tokens=24, width=32, vocab=600, students=2, teachers=5, kept=8)},
     loss_rounds=2,
     step_rounds=2,
+    cache_rounds=2,
     updates=2,
     demo_size="smallest",
     demo_students=("interaction",),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,17 @@ GOALS = {
 MAX_DATA_WAIT = 2.0
 """Percent of stage 2's time."""
 IN_PUBLIC = "packed finetuning of Qwen2.5-VL-7B in public (lmms-engine): 30 to 40 %"
+UTILISED = {"finetune": "finetune", "forward": "teacher's offline forward", "cache": "cache job"}
+"""{timed call: its name in the table}."""
 PLANNED = {"interact": "interact", "verbalize": "verbalize", "cache": "cache"}
 """{timed call: the step of `plan` that it is}. "finetune" here also holds the verbalizers."""
 
 
 class Measured:
-    """Seconds by round, operations, and peak bytes of each call."""
+    """Seconds by round, operations in matrix products, and peak bytes of each call; a profile of each in the report."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report, device: Device):
+        self.report, self.device = report, device
         self.seconds: dict[str, list[float]] = {}
         self.operations: dict[str, int] = {}
         self.peak_bytes: dict[str, int] = {}
@@ -50,6 +52,32 @@ class Measured:
         """Operations a second."""
         return self.operations[name] / statistics.median(self.seconds[name])
 
+    def add(self, make: Callable[[], TimedCalls], rounds: int) -> None:
+        """Build calls; count each one's operations and memory in its first run; time them in turn; profile each.
+
+        Memory is what came on top of what was in use before they were built.
+        """
+        self.device.free_memory()
+        before = self.device.used_bytes()
+        calls = make()
+        for name, call in calls.items():
+            self.device.reset_peak()
+            self.operations[name] = operations_of(call)
+            self.device.wait()
+            self.peak_bytes[name] = self.device.peak_bytes() - before
+        self.seconds |= interleaved(calls, rounds, warm=True)
+        for name, call in calls.items():
+            self._profile(name, call)
+        del calls, call
+        self.device.free_memory()
+
+    def _profile(self, name: str, call: Callable[[], object]) -> None:
+        seconds = statistics.median(self.seconds[name])
+        found = profiled(self.device, call, seconds)
+        entry = {"seconds": seconds, "operations": self.operations[name], "by_round": self.seconds[name]}
+        self.report.detail(name, {**entry, "profile": found})
+        self.report.add(f"{name}: idle", 100 * found["idle_share"], "%", beside=f"{1e3 * seconds:.1f} ms a call")
+
 
 def run(report: Report, device: Device, shapes: Shapes, place: Path, pair: str) -> None:
     """The ratios come first, what needs further processes last."""
@@ -57,70 +85,43 @@ def run(report: Report, device: Device, shapes: Shapes, place: Path, pair: str) 
     recipe = prepared_recipe(place, pair)
     peak = device.peak_rate() or product_rate(device, shapes.product)
     report.detail("peak_operations_a_second", peak)
-    measured, make = Measured(), partial(_rounds, report, device, shapes.step_rounds)
     os.environ |= one_rank()
-    ranks = engine.start()
-    report.detail("sizes", sizes(PreparedRun(recipe, ranks)))
-    make(measured, lambda: student_steps(PreparedRun(recipe, ranks), live=False))
-    _add_ratio(report, measured, "interact_over_finetune")
-    make(measured, lambda: verbalize_steps(PreparedRun(recipe, ranks)))
-    _add_ratio(report, measured, "verbalize_over_forwards")
-    make(measured, lambda: cache_passes(PreparedRun(recipe, ranks), place / pair / "written"))
-    _add_ratio(report, measured, "cache_speed_over_forward")
-    _add_ratio(report, measured, "cache_speed_over_forward_and_heads")
+    prepared = PreparedRun(recipe, engine.start())
+    report.detail("sizes", sizes(prepared))
+    measured = Measured(report, device)
+    measured.add(lambda: student_steps(prepared, live=False), shapes.step_rounds)
+    _add_ratios(report, measured, "interact_over_finetune")
+    measured.add(lambda: verbalize_steps(prepared), shapes.step_rounds)
+    _add_ratios(report, measured, "verbalize_over_forwards")
+    measured.add(lambda: cache_passes(prepared, place / pair / "written"), shapes.cache_rounds)
+    _add_ratios(report, measured, "cache_speed_over_forward", "cache_speed_over_forward_and_heads")
     engine.stop()
-    _add_utilisation(report, measured, peak, trainer_seconds(recipe, shapes.updates, device, place / pair))
+    for name, what in UTILISED.items():
+        beside = IN_PUBLIC if name == "finetune" else ""
+        report.add(f"{what}: utilisation", 100 * measured.rate(name) / peak, "%", beside=beside)
     _add_memory(report, measured, planned_bytes(recipe, device.memory_bytes()))
+    _add_trainer(report, measured, peak, trainer_seconds(recipe, shapes.updates, device, place / pair))
     workers = max(1, min(8, (os.cpu_count() or 2) - 2))
     waited = 100 * data_wait(recipe, workers, shapes.updates)
     report.add("data wait", waited, "%", ("under", MAX_DATA_WAIT), f"{workers} loader workers")
 
 
-def _rounds(report: Report, device: Device, rounds: int, measured: Measured, make: Callable[[], TimedCalls]) -> None:
-    """Build the calls; count each one's operations and memory in its first run; time them in turn; profile each.
-
-    Memory is what came on top of what was in use before they were built.
-    """
-    device.free_memory()
-    before = device.used_bytes()
-    calls = make()
-    for name, call in calls.items():
-        device.reset_peak()
-        measured.operations[name] = operations_of(call)
-        device.wait()
-        measured.peak_bytes[name] = device.peak_bytes() - before
-    measured.seconds |= interleaved(calls, rounds, warm=True)
-    for name, call in calls.items():
-        seconds = statistics.median(measured.seconds[name])
-        entry = {"seconds": seconds, "operations": measured.operations[name], "by_round": measured.seconds[name]}
-        report.detail(name, {**entry, "profile": (found := profiled(device, call, seconds))})
-        report.add(f"{name}: idle", 100 * found["idle_share"], "%", beside=f"{1e3 * seconds:.1f} ms a call")
-    del calls, call
-    device.free_memory()
+def _add_ratios(report: Report, measured: Measured, *names: str) -> None:
+    for name in names:
+        above, below = RATIOS[name]
+        by_operations = measured.operations[above] / measured.operations[below]
+        value = ratio(measured.seconds[above], measured.seconds[below])
+        report.add(name.replace("_", " "), value, goal=GOALS.get(name), beside=f"by operations {by_operations:.2f}")
 
 
-def _add_ratio(report: Report, measured: Measured, name: str) -> None:
-    above, below = RATIOS[name]
-    by_operations = measured.operations[above] / measured.operations[below]
-    value = ratio(measured.seconds[above], measured.seconds[below])
-    report.add(name.replace("_", " "), value, goal=GOALS.get(name), beside=f"by operations {by_operations:.2f}")
-
-
-def _add_utilisation(report: Report, measured: Measured, peak: float, trainer: float | str) -> None:
-    """Operations in matrix products a second over the peak: of finetuning, of Trainer, of the teacher's forward.
-
-    Trainer's time is held against the same operations as ours, whatever it computes beyond them.
-    """
-    finetune = measured.operations["finetune"]
-    report.add("finetune: utilisation", 100 * measured.rate("finetune") / peak, "%", beside=IN_PUBLIC)
+def _add_trainer(report: Report, measured: Measured, peak: float, trainer: float | str) -> None:
+    """Trainer's utilisation is by the same operations as ours, whatever it computes beyond them."""
     if isinstance(trainer, str):
         report.note(f"transformers' Trainer: left out, {trainer}")
-    else:
-        ours = statistics.median(measured.seconds["finetune"])
-        beside = f"Trainer's utilisation {100 * finetune / trainer / peak:.1f} %"
-        report.add("finetune over transformers' Trainer", ours / trainer, goal=("at most", 1.0), beside=beside)
-    report.add("teacher's offline forward: utilisation", 100 * measured.rate("forward") / peak, "%")
-    report.add("cache job: utilisation", 100 * measured.rate("cache") / peak, "%")
+        return
+    utilisation = f"Trainer's utilisation {100 * measured.operations['finetune'] / trainer / peak:.3g} %"
+    over = statistics.median(measured.seconds["finetune"]) / trainer
+    report.add("finetune over transformers' Trainer", over, goal=("at most", 1.0), beside=utilisation)
 
 
 def _add_memory(report: Report, measured: Measured, planned: Mapping[str, Any] | str) -> None:
