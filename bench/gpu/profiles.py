@@ -23,17 +23,18 @@ def profiled(device: Device, work: Callable[[], object], seconds: float) -> dict
     seconds: what the call takes without the profiler, which slows the host down but not the kernels: idle is what they
     leave of it. share: of all kernels' time. On a CPU an operation counts without those that it calls.
     """
-    device.wait()
-    with profile(activities=device.activities()) as recorded:
-        work()
-        device.wait()
-    events = [event for event in recorded.events() or [] if device.ran_here(event)]
+    events = _events(device, work)
     busy_us = covered((event.time_range.start, event.time_range.end) for event in events)
     return {
         "wall_ms": round(1e3 * seconds, 3),
         "idle_share": round(max(0.0, 1 - busy_us / 1e6 / seconds), 4),
         "kernels": dearest([(event.name, _own_us(device, event)) for event in events]),
     }
+
+
+def ran(device: Device, work: Callable[[], object]) -> set[str]:
+    """Names of the kernels that a call runs."""
+    return {event.name for event in _events(device, work)}
 
 
 def covered(spans: Iterable[Span]) -> float:
@@ -56,6 +57,14 @@ def dearest(events: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
         {"name": name, "ms": round(sum(us) / 1e3, 3), "share": round(sum(us) / whole, 4), "calls": len(us)}
         for name, us in first
     ]
+
+
+def _events(device: Device, work: Callable[[], object]) -> list[Any]:
+    device.wait()
+    with profile(activities=device.activities()) as recorded:
+        work()
+        device.wait()
+    return [event for event in recorded.events() or [] if device.ran_here(event)]
 
 
 def _own_us(device: Device, event: Any) -> float:

@@ -8,7 +8,7 @@ import torch
 from bench.gpu import accuracy
 from bench.gpu.device import Device
 from bench.gpu.figures import Report
-from bench.gpu.profiles import DEAREST, covered, dearest, profiled
+from bench.gpu.profiles import DEAREST, covered, dearest, profiled, ran
 from bench.gpu.shapes import TWIN
 from bench.gpu.trainer import micro_batch
 from bench.steps import pairs
@@ -84,3 +84,9 @@ def test_the_cpus_peak_is_of_what_was_measured():
     CPU.reset_peak()
     assert peak > 2**24
     assert CPU.peak_bytes() - CPU.used_bytes() < 2**24
+
+
+def test_the_kernels_of_a_call_are_told_by_name():
+    left = torch.randn(8, 8)
+    assert "aten::mm" in ran(CPU, lambda: left @ left)
+    assert "aten::mm" not in ran(CPU, lambda: left + left)
