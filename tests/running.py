@@ -117,7 +117,8 @@ def _checked(code: int, output: str, check: int | None) -> str:
 def _environment() -> dict[str, str]:
     # The venv's own ninja and mpirun first, whatever shell the tests were started from.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env.setdefault("DS_ACCELERATOR", "cpu")
     return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 

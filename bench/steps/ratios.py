@@ -87,7 +87,7 @@ def student_steps(prepared: PreparedRun, live: bool = True) -> TimedCalls:
         part = _PartOfEngine(engine, "interaction")
         return interact._forward(part, recipe.interact, recipe.seed, teacher, student.layers)  # type: ignore[arg-type]
 
-    finetune = reinforce._forward(_PartOfEngine(engine, "finetuned"))  # type: ignore[arg-type]
+    finetune = reinforce._forward(_PartOfEngine(engine, "finetuned"), "cross_entropy")  # type: ignore[arg-type]
     runs: TimedCalls = {
         "finetune": partial(_update, engine, finetune, loaded),
         "interact": partial(_update, engine, interaction(view), loaded),

@@ -21,7 +21,10 @@ from pipeline.signal import Unembedding
 pytest.importorskip("triton", reason="the kernel is used only where Triton is installed")
 from pipeline.loss import softmax_kernel
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # lanes beyond the vocabulary
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:invalid value encountered in subtract"),  # lanes beyond the vocabulary
+]
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 HEADS = [{}, {"padding": 5, "bias": True}, {"scale": 0.3}, {"scale": 1.7, "softcap": 4.0}]
 
