@@ -73,9 +73,9 @@ def cache_size(
     """layers: J, the target layers and the last one. bytes_per_token_layer: as `cache-info` says it; None: stated."""
     token_layers = samples.count * samples.response * layers
     raw = raw_bytes(codec, width, vocab)
-    if bytes_per_token_layer is not None:
-        each, stated = bytes_per_token_layer, "command line"
-    elif raw is not None:
+    if bytes_per_token_layer is not None:  # all files are counted in it
+        return CacheSize(token_layers, token_layers * bytes_per_token_layer, 0.0, 0.0, "command line")
+    if raw is not None:
         each, stated = raw, "before compression, exact"
     else:
         each, stated = SAMPLED_BYTES * (codec.points / 64) ** SAMPLED_GROWTH, "measured, docs/LOG.md 2026-11-25"

@@ -100,6 +100,8 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
     vision = vision_of(student)
     decoder = sample.tokens * 2 * student.decoder_elements() + attention(student, sample)
     again = decoder if recipe.gradient_checkpointing else 0.0
+    if again and not training.lora_rank:
+        again -= _last_products(student, sample)
     weights = sample.tokens * 2 * sum(p.elements for p in student.parameters() if p.trained and ".layers." in p.module)
     inputs = sample.tokens * 2 * student.decoder_elements() + 2.5 * attention(student, sample)
     tower = _vision(vision, sample)
@@ -109,6 +111,11 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
     if recipe.train_projector and not recipe.train_vision:
         tower += 4 * sample.image * vision.projector_elements
     return tower + decoder + again + inputs + weights
+
+
+def _last_products(student: PlannedModel, sample: Sample) -> float:
+    """A layer's last product is not run again, where no adapter follows: the backward needs nothing that it gives."""
+    return sample.tokens * 2 * student.width * text_config(student.module).intermediate_size * student.depth
 
 
 def _vision(vision: Vision, sample: Sample) -> float:
