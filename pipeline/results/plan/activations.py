@@ -49,14 +49,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that stay from a part's forward to its backward, and the most that lives beside them meanwhile."""
+    """Bytes of one part of a micro-step, or of several one after the other."""
 
     kept: int
+    """What stays from the forward to the backward, when all of the forward is done."""
     working: int
+    """The most that lives beside what is kept, while a part runs."""
+    kept_then: int | None = None
+    """What is kept at that moment; None: all."""
+
+    @property
+    def beside(self) -> int:
+        """What is kept while the working bytes live."""
+        return self.kept if self.kept_then is None else self.kept_then
 
     def __add__(self, later: Peak) -> Peak:
-        """One part after another: what both keep adds up, and each has its memory to itself while it runs."""
-        return Peak(self.kept + later.kept, max(self.working, later.working))
+        """A part, and one that follows it.
+
+        While a part runs, those that follow it have not begun, or are through with their backward: it has beside it
+        only what it and the parts before it keep.
+        """
+        kept, then = self.kept + later.kept, self.kept + later.beside
+        if then + later.working >= self.beside + self.working:
+            return Peak(kept, later.working, then)
+        return Peak(kept, self.working, self.beside)
 
 
 def decoder_layer(model: PlannedModel, shape: Shape, grad: bool, dtype: torch.dtype) -> Footprint:
@@ -126,8 +142,9 @@ def verbalized(model: PlannedModel, shape: Shape, form: str, trained: bool, grad
     if not trained and not grad:
         return Peak(2 * states, states)  # verbalized, normed and stacked; the first go
     block = _verbalizer(model.width, form, trained, shape.response, dtype, final_norm(model.module))
-    last = 4 * tensor if grad else tensor
-    return Peak(len(model.layers) * block.kept + last + states, block.backward - block.kept + states)
+    # Each layer's normed output goes when all are stacked. The last layer's norm keeps two states, one in float32.
+    each, last = block.kept - tensor, tensor + shape.response * model.width * WIDE if grad else 0
+    return Peak(len(model.layers) * each + last + states, block.backward - block.kept + states)
 
 
 @lru_cache
@@ -154,6 +171,11 @@ def head_gradient(vocab: int, rows: int, width: int, tokens: int, dtype: torch.d
     if tokens <= width:
         return tokens * (vocab + width) * dtype.itemsize
     return rows * width * WIDE
+
+
+def coding_chunk(vocab: int, rows: int, dtype: torch.dtype) -> int:
+    """The products of the head that a codec works on at a time: the same on every device."""
+    return vocab * min(rows, rows_per_chunk(vocab)) * dtype.itemsize
 
 
 def drawing(vocab: int, points: int, rows: int, on_cpu: bool) -> int:

@@ -18,6 +18,7 @@ from pipeline.results.plan.sharding import (
     gathered_elements,
     gradient_bytes,
     optimizer_bytes,
+    reducing_bytes,
     update_bytes,
     weight_bytes,
 )
@@ -38,7 +39,7 @@ class StepMemory:
     gathered: int
     """Weights that ZeRO-3 has gathered for use, and gathers ahead."""
     gradients: int
-    """Accumulated gradients in float32."""
+    """Accumulated gradients."""
     optimizer: int
     """Master weights and the two moments."""
     buckets: int
@@ -46,7 +47,7 @@ class StepMemory:
     kept: int
     """Activations that the backward needs."""
     working: int
-    """The most that one layer, or the head's loss, needs beside them."""
+    """The most that one layer, or the head's loss, needs beside them, and the reduction of its gradients."""
     batch: int
     """The micro-batch itself: ids and pixels."""
     update: int
@@ -102,12 +103,13 @@ def cache_memory(work: Workload, teacher: PlannedModel) -> StepMemory:
     """The teacher's forward on one batch of cache.batch_tokens, and the coding of its distributions."""
     recipe, dtype, samples = work.recipe, work.dtype, work.samples
     tokens = max(recipe.cache.batch_tokens, samples.longest)
-    count = max(1, tokens // samples.longest)
-    # A batch of short samples may be all response, as short samples mostly are; here: the mean's share.
-    response, image = (int(tokens * part / samples.tokens) for part in (samples.response, samples.image))
-    shape = Shape(count, tokens // count, max(response, count * samples.longest_response), image)
+    whole = int(tokens // samples.tokens)  # samples are not cut between batches
+    image = int(max(whole * samples.image, samples.longest * samples.image / samples.tokens))
+    response = int(max(whole * samples.response, samples.longest_response))
+    count = tokens // samples.longest
+    shape = Shape(count, tokens // count, response, image)
     rows, codec = shape.response * (len(teacher.layers) + 1), recipe.cache.codec
-    coding = acts.head_chunk(work.vocab, min(rows, acts.rows_per_chunk(work.vocab)), dtype, work.on_cpu)
+    coding = acts.coding_chunk(work.vocab, rows, dtype)
     if codec.name == "sampled":
         coding += acts.drawing(work.vocab, codec.points, rows, work.on_cpu) + rows * codec.points * 4
     form = recipe.verbalizer.form
@@ -121,19 +123,17 @@ def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -
     """The student's forward and backward, its frozen verbalizers, and the search over the cached layers."""
     recipe, training, dtype = work.recipe, work.recipe.interact, work.dtype
     shape = work.longest(training.micro_batch_size)
-    peak = _student(work, student, training, shape)
-    form, trains = recipe.verbalizer.form, training.train_verbalizers
-    peak = peak + acts.verbalized(student, shape, form, trained=trains, grad=True, dtype=dtype)
     points = training.points or recipe.cache.codec.points
+    signal = Peak(shape.response * cached_layers * points * POINT_BYTES, 0)
+    form, trains = recipe.verbalizer.form, training.train_verbalizers
+    verbalized = acts.verbalized(student, shape, form, trained=trains, grad=True, dtype=dtype)
     searched = max(1, cached_layers - len(student.layers))
     tensor = shape.response * student.width * dtype.itemsize
-    signal = shape.response * cached_layers * points * POINT_BYTES
     # For each target layer: log q at all candidates' points, and the state that its second pass needs.
     candidates = len(student.layers) * (shape.response * searched * points * 4 + tensor)
     gradients = (len(student.layers) + 1) * tensor
-    peak = (
-        peak + _head(work, student, shape, training.lora_rank == 0) + Peak(signal + gradients, candidates + gradients)
-    )
+    losses = _head(work, student, shape, training.lora_rank == 0) + Peak(gradients, candidates + gradients)
+    peak = signal + _student(work, student, training, shape) + verbalized + losses
     parameters = student.parameters()
     return _memory(work, [], [*parameters, *student.verb_ffns(form, trains)], peak, shape, [student])
 
@@ -179,9 +179,9 @@ def _memory(
         gathered=width * _gathered(frozen, passed, zero) if zero.stage == 3 else 0,
         gradients=gradient_bytes(every, zero, ranks) if on_gpu else 0,
         optimizer=optimizer_bytes(every, zero, ranks, width) if on_gpu else 0,
-        buckets=bucket_bytes(every, zero, width),
-        kept=peak.kept,
-        working=peak.working,
+        buckets=bucket_bytes(every, zero),
+        kept=peak.beside,
+        working=peak.working + reducing_bytes(every, zero, width),
         batch=shape.all_tokens * ID_BYTES + shape.image * patches * width,
         update=update_bytes(every, zero, ranks),
     )

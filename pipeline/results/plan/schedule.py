@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Recipe
-from pipeline.results.plan.machine import Machine
+from pipeline.results.plan.machine import INSIDE, Machine
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.traffic import Traffic
 
@@ -27,7 +27,7 @@ class StepTime:
     operations: float
     """Floating-point operations of the whole step on all GPUs."""
     received: float
-    """Bytes that a GPU receives in an update."""
+    """Bytes that a GPU receives from all others in an update."""
     computing: float
     """Seconds of the whole step that computing takes at the stated utilisation, or as measured."""
     moving: float
@@ -59,13 +59,13 @@ def train_time(
     updates = number_of_steps(training, samples.count)
     micro_steps = max(1, training.batch_size // (training.micro_batch_size * machine.gpus))
     seen = updates * training.batch_size
-    return _time(step, samples, machine, operations, updates, micro_steps, seen, moved.update(micro_steps))
+    return _time(step, samples, machine, operations, updates, micro_steps, seen, moved)
 
 
 def cache_time(recipe: Recipe, samples: Samples, machine: Machine, operations: float, moved: Traffic) -> StepTime:
     """Of the teacher's one pass over the data."""
     batches = math.ceil(samples.count * samples.tokens / recipe.cache.batch_tokens / machine.gpus)
-    return _time("cache", samples, machine, operations, batches, 1, samples.count, moved.update(1))
+    return _time("cache", samples, machine, operations, batches, 1, samples.count, moved)
 
 
 def _time(
@@ -76,10 +76,10 @@ def _time(
     updates: int,
     micro_steps: int,
     seen: int,
-    received: float,
+    moved: Traffic,
 ) -> StepTime:
     measured = machine.measured.get(step)
-    operations = each * seen
+    operations, received = each * seen, moved.update(micro_steps)
     if measured is not None:
         computing = seen * samples.response / (measured * machine.gpus)
     else:
@@ -91,6 +91,6 @@ def _time(
         operations=operations,
         received=received,
         computing=computing,
-        moving=updates * received / machine.link,
+        moving=updates * (received / machine.link + micro_steps * moved.inside / INSIDE),
         measured=measured is not None,
     )

@@ -21,6 +21,9 @@ WIDE = 4
 """Bytes of a float32 number."""
 
 
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
 @dataclass(frozen=True)
 class Zero:
     """What a plan reads in a DeepSpeed config. Sizes are numbers of elements; where it is silent, DeepSpeed's own."""
@@ -42,12 +45,18 @@ class Zero:
     offload_optimizer: str
     """Where master weights, moments and accumulated gradients lie."""
     group: int
-    """Ranks that share one copy of gathered weights (zero_hpz_partition_size); 1: none."""
+    """Ranks of a node that hold all weights between them, so that none come from other nodes again
+    (zero_hpz_partition_size); 1: none do."""
+    sum_bytes: int
+    """Bytes of an element of accumulated gradients: 4 unless data_types.grad_accum_dtype says otherwise."""
+    reduce_bytes: int
+    """Bytes of an element of gradients between ranks: 4 unless communication_data_type says otherwise."""
 
 
 def read_zero(path: Path) -> Zero:
     """Raise RecipeError where there is no such file, or it is not JSON."""
-    settings = load_deepspeed_config(path).get("zero_optimization", {})
+    config = load_deepspeed_config(path)
+    settings = config.get("zero_optimization", {})
     return Zero(
         path=path,
         stage=int(settings.get("stage", 0)),
@@ -59,6 +68,8 @@ def read_zero(path: Path) -> Zero:
         offload_weights=_device(settings.get("offload_param")),
         offload_optimizer=_device(settings.get("offload_optimizer")),
         group=int(settings.get("zero_hpz_partition_size", 1)),
+        sum_bytes=_BYTES[config.get("data_types", {}).get("grad_accum_dtype", "fp32")],
+        reduce_bytes=_BYTES[config.get("communication_data_type", "fp32")],
     )
 
 
@@ -99,20 +110,31 @@ def optimizer_bytes(parameters: Sequence[Parameter], zero: Zero, ranks: int, wid
 
 
 def gradient_bytes(parameters: Sequence[Parameter], zero: Zero, ranks: int) -> int:
-    """Accumulated gradients on one rank, in float32: shards from stage 2 on, whole below."""
+    """Accumulated gradients on one rank: shards from stage 2 on, whole below."""
     trained = [parameter for parameter in parameters if parameter.trained]
     if zero.stage >= 2:
-        return WIDE * shards(trained, ranks)
-    return WIDE * sum(parameter.elements for parameter in trained)
+        return zero.sum_bytes * shards(trained, ranks)
+    return zero.sum_bytes * sum(parameter.elements for parameter in trained)
 
 
-def bucket_bytes(parameters: Sequence[Parameter], zero: Zero, width: int) -> int:
-    """Memory in which gradients are reduced. Stage 3 keeps it always; stage 2 has two with overlap_comm."""
+def bucket_bytes(parameters: Sequence[Parameter], zero: Zero) -> int:
+    """Memory in which gradients wait to be reduced: stage 3 has it always, stage 2 twice with overlap_comm."""
     if zero.stage < 2 or not any(parameter.trained for parameter in parameters):
         return 0
-    largest = max(parameter.elements for parameter in parameters if parameter.trained)
-    buckets = 2 if zero.stage == 2 and zero.overlap else 1
-    return width * buckets * (zero.bucket if zero.stage == 3 else max(zero.bucket, largest))
+    return zero.reduce_bytes * zero.bucket * (2 if zero.stage == 2 and zero.overlap else 1)
+
+
+def reducing_bytes(parameters: Sequence[Parameter], zero: Zero, width: int) -> int:
+    """What reducing takes beside the bucket: a copy of what is in it, or of a gradient that is larger than it.
+
+    width: bytes of an element of the weights. A larger gradient is copied where ranks add in another format.
+    """
+    trained = [parameter.elements for parameter in parameters if parameter.trained]
+    if zero.stage < 2 or not trained:
+        return 0
+    largest = max(trained) if max(trained) > zero.bucket and zero.reduce_bytes != width else 0
+    small = sum(elements for elements in trained if elements <= zero.bucket)
+    return zero.reduce_bytes * max(largest, min(small, zero.bucket))
 
 
 def update_bytes(parameters: Sequence[Parameter], zero: Zero, ranks: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,12 +19,15 @@ from pipeline.runtime.progress import size_text
 SIZES = (8, 64, 512)
 """Numbers of GPUs that are compared."""
 
+WIDTH = 120
+"""Columns where the output is no terminal: rich would take 80 and break lines."""
+
 CAUSES = {
     "weights": "weights, as they lie",
     "gathered": "weights, gathered",
-    "gradients": "gradients, float32",
+    "gradients": "gradients, summed",
     "optimizer": "masters and moments",
-    "buckets": "reduction",
+    "buckets": "gradient buckets",
     "kept": "activations kept",
     "working": "largest layer or head",
     "batch": "batch",
@@ -34,7 +38,7 @@ CAUSES = {
 
 def show(planned: Planned, machine: Machine) -> None:
     """Print the plan for a machine, and the comparison of several sizes."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     plans = [planned.plan(step, machine) for step in planned.steps]
     for line in _heading(planned, machine):
         console.print(line, markup=False, soft_wrap=True)
@@ -173,7 +177,7 @@ def _sizes_table(planned: Planned, machine: Machine) -> Table:
 
 def _bound(plan: StepPlan, machine: Machine) -> str:
     if plan.problem:
-        return "global batch" if plan.name != "cache" else "shards"
+        return "batch size" if plan.name != "cache" else "shards"
     return plan.time.bound if fits(plan, machine) else "memory"
 
 

@@ -18,14 +18,16 @@ class Traffic:
     """Bytes that one rank receives."""
 
     gathered: float
-    """Weights, in a micro-step."""
+    """Weights from all ranks, in a micro-step."""
+    inside: float
+    """Weights from the second copy that the ranks of a node hold, in a micro-step; they cross no node."""
     reduced: float
     """Gradients, in a micro-step."""
     once: float
-    """Weights or gradients, once an update."""
+    """Weights and gradients, once an update."""
 
     def update(self, micro_steps: int) -> float:
-        """Bytes in an update of so many micro-steps."""
+        """Bytes over the links between nodes in an update of so many micro-steps."""
         return micro_steps * (self.gathered + self.reduced) + self.once
 
 
@@ -36,14 +38,23 @@ def traffic(frozen: Sequence[Parameter], passed: Sequence[Parameter], zero: Zero
     again shares what the backward gathers. Below stage 2 gradients are reduced once an update.
     """
     share = (ranks - 1) / ranks
-    trained = sum(p.elements for p in passed if p.trained) * width * share
-    if zero.stage < 3:
-        # Stage 2 reduces gradients to their owners in each micro-step; then the owners' new weights are gathered.
-        return Traffic(0.0, trained, trained) if zero.stage == 2 else Traffic(0.0, 0.0, 2 * trained)
-    forward = _gathered(frozen, zero) + _gathered(passed, zero)
-    backward = max(0, _gathered(passed, zero) - zero.reuse // 2)
-    return Traffic((forward + backward) * width * share, trained, 0.0)
+    trained = sum(p.elements for p in passed if p.trained)
+    reduced, new_weights = trained * zero.reduce_bytes * share, trained * width * share
+    if zero.stage < 3:  # the owners of shards send their new weights; without ZeRO all ranks reduce all gradients
+        back = new_weights if zero.stage else reduced
+        return Traffic(0.0, 0.0, reduced, back) if zero.stage == 2 else Traffic(0.0, 0.0, 0.0, reduced + back)
+    gathered, inside = _gathered(frozen, passed, zero)
+    return Traffic(gathered * width * share, inside * width * (zero.group - 1) / zero.group, reduced, 0.0)
 
 
-def _gathered(parameters: Sequence[Parameter], zero: Zero) -> int:
-    return sum(p.elements for p in parameters if p.elements >= zero.persistent)
+def _gathered(frozen: Sequence[Parameter], passed: Sequence[Parameter], zero: Zero) -> tuple[int, int]:
+    """Elements from all ranks, and from the node's second copy, which frozen weights never leave."""
+
+    def large(parameters: Sequence[Parameter]) -> int:
+        return sum(p.elements for p in parameters if p.elements >= zero.persistent)
+
+    backward = max(0, large(passed) - zero.reuse // 2)
+    if zero.group == 1:
+        return large(frozen) + large(passed) + backward, 0
+    moved = large([p for p in passed if p.trained])
+    return moved, large(frozen) + large(passed) - moved + backward

@@ -1,4 +1,4 @@
-"""launch/train.py with its memory counted: bytes of all live tensors at the peak of each step, and of each cause.
+"""launch/train.py under ZeRO-3 with its memory counted: bytes of all live tensors at the peak of each step, and of each cause.
 
 Not a test: test_plan_memory.py runs it. Rank 0 writes {step: {"peak": n, "weights": n, ...}} to the file that the
 environment variable MEASURED names. Bytes are those of storages that torch's operations made, as long as they live:
@@ -22,23 +22,14 @@ live, measured = LiveBytes(), {}
 
 def lying(engine):
     """Bytes of each cause, from DeepSpeed's own tensors."""
-    optimizer, zero3 = engine._engine.optimizer, engine.stage == 3
-    if zero3:
-        parameters = list(engine.module.parameters())
-        kept = [p.numel() * p.element_size() for p in parameters if p.ds_persist]
-        weights = sum(p.ds_tensor.numel() * p.element_size() for p in parameters) + sum(kept)
-        masters = optimizer.fp32_partitioned_groups_flat
-        gradients = optimizer.grad_partitions_flat_buffer.nbytes
-        buckets = sum(bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values())
-    else:
-        weights = sum(p.nbytes for p in engine.module.parameters())
-        masters, gradients, buckets = optimizer.single_partition_of_fp32_groups, None, None
+    optimizer, parameters = engine._engine.optimizer, list(engine.module.parameters())
+    whole = sum(p.numel() * p.element_size() for p in parameters if p.ds_persist)
     states = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     return {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": sum(t.nbytes for t in (*masters, *states)),
-        "buckets": buckets,
+        "weights": whole + sum(p.ds_tensor.numel() * p.element_size() for p in parameters),
+        "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
+        "optimizer": sum(t.nbytes for t in (*optimizer.fp32_partitioned_groups_flat, *states)),
+        "buckets": sum(bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values()),
     }
 
 
@@ -50,9 +41,8 @@ def tell(name, **found):
 
 def measured_train(job, name, training, total, engine, *args, **kwargs):
     live.peak = live.live
-    before = live.live
     averages = loop_train(job, name, training, total, engine, *args, **kwargs)
-    tell(name, peak=live.peak, before=before, **lying(engine))
+    tell(name, peak=live.peak, **lying(engine))
     return averages
 
 

@@ -77,7 +77,7 @@ def test_gathered_weights_against_a_step_by_step_count(uses, reuse):
             between += elements
         if not stays:
             gathered.remove(module)
-    config = Zero(Path("zero3.json"), 3, 1, 0, 0, reuse, False, "gpu", "gpu", 1)
+    config = Zero(Path("zero3.json"), 3, 1, 0, 0, reuse, False, "gpu", "gpu", 1, 4, 4)
     assert gathered_elements(sequence, config) == peak
 
 
@@ -86,8 +86,20 @@ def test_traffic_counts_what_a_ring_receives(tmp_path):
     config = zero(tmp_path, stage=3, stage3_param_persistence_threshold=100, stage3_max_reuse_distance=0)
     frozen, passed = [Parameter("f", 400)], [Parameter("a", 1000, True), Parameter("b", 200), Parameter("c", 50, True)]
     moved = traffic(frozen, passed, config, 4, 2)
-    assert moved.gathered == (400 + 2 * 1200) * 2 * 3 / 4 and moved.reduced == 1050 * 2 * 3 / 4
+    assert moved.gathered == (400 + 2 * 1200) * 2 * 3 / 4 and moved.reduced == 1050 * 4 * 3 / 4
     assert moved.update(5) == 5 * (moved.gathered + moved.reduced)
-    below = traffic(frozen, passed, zero(tmp_path, stage=1), 4, 2)
-    assert below.update(5) == 2 * 1050 * 2 * 3 / 4
+    once = traffic(frozen, passed, zero(tmp_path, stage=1, overlap_comm=False), 4, 2)
+    assert once.update(5) == 1050 * (4 + 2) * 3 / 4  # gradients to their owners, new weights back
     assert traffic(frozen, passed, config, 1, 2).update(5) == 0
+
+
+def test_a_second_copy_in_each_node_keeps_frozen_weights_off_the_slow_links(tmp_path):
+    """With zero_hpz_partition_size only trained weights come from other nodes, once: the backward's are in the node."""
+    config = zero(
+        tmp_path, stage=3, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0, zero_hpz_partition_size=4
+    )
+    frozen, passed = [Parameter("f", 400)], [Parameter("a", 1000, True), Parameter("b", 200)]
+    moved = traffic(frozen, passed, config, 8, 2)
+    assert moved.gathered == 1000 * 2 * 7 / 8
+    assert moved.inside == (400 + 1000 + 2 * 200) * 2 * 3 / 4
+    assert weight_bytes(frozen, config, 8, 2) == 2 * (50 + 100)
