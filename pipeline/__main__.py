@@ -1,5 +1,6 @@
-"""Inspect the results of a run.
+"""Plan a run, and inspect its results.
 
+  python -m pipeline plan --recipe recipes/NAME.yaml --gpus 64 --gpu-memory 80
   python -m pipeline status runs/demo
   python -m pipeline evaluate --run runs/demo
   python -m pipeline answer --run runs/demo --output data/answered
@@ -7,9 +8,10 @@
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
-status shows which steps are done and what to run next. evaluate compares models on held-out data. answer lets a model
-answer the questions of a shard folder. trace shows what each layer of a model predicts. cache-info shows what a teacher
-cache holds, and how close it is to the teacher. env prints what a bug report needs.
+plan says what a recipe will need, before anything is started. status shows which steps are done and what to run next.
+evaluate compares models on held-out data. answer lets a model answer the questions of a shard folder. trace shows what
+each layer of a model predicts. cache-info shows what a teacher cache holds, and how close it is to the teacher. env
+prints what a bug report needs.
 `python -m pipeline COMMAND --help` describes one command in full. Runs are made by launch/train.py, data by
 python -m data_prep.
 """
@@ -19,6 +21,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+from pipeline.results.argument_types import part, positive, share
+from pipeline.results.plan import arguments as plan
 
 STATUS = """Show which steps of a run are begun or done, their last losses, disk usage, and the command to run next.
 
@@ -148,6 +153,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = _manual(argparse.ArgumentParser, prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, name, summary, text in (
+        (plan.add_arguments, "plan", "what a recipe will need: memory, disk, network, hours", plan.TEXT),
         (_add_status, "status", "progress of a run, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
         (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
@@ -205,17 +211,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--baseline-data", type=Path, metavar="SHARDS",
         help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=_positive, metavar="N", help="read only the first N samples")
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples per batch (default: 32)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N samples")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="samples per batch (default: 32)")
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="maximum answer length in tokens (default: 64)",
     )
     parser.add_argument(
-        "--max-bad-share", type=_share, metavar="SHARE",
+        "--max-bad-share", type=share, metavar="SHARE",
         help="stop if a larger share of samples cannot be used (default: the run's data.max_bad_share, else 0.01)",
     )  # fmt: skip
     parser.add_argument(
@@ -233,16 +239,16 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="shard folder (default: the run's data.train)")
     parser.add_argument("--output", type=Path, required=True, metavar="SHARDS_OUT", help="shard folder to write")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N",
+        "--max-new-tokens", type=positive, default=64, metavar="N",
         help="an answer that has not ended by then is rejected (default: 64)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples per batch (default: 32)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="samples per batch (default: 32)")
     parser.add_argument(
-        "--max-bad-share", type=_share, metavar="SHARE",
+        "--max-bad-share", type=share, metavar="SHARE",
         help="stop if a larger share of samples is rejected (default: the run's data.max_bad_share, else 0.01)",
     )  # fmt: skip
     parser.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N",
+        "--part", type=part, default=(1, 1), metavar="I/N",
         help="answer only every N-th shard, starting with the I-th, from 1 (default: all)",
     )  # fmt: skip
     _add_processes(parser)
@@ -267,7 +273,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=32,
         metavar="N",
         help="maximum answer length in tokens (default: 32)",
@@ -281,7 +287,7 @@ def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suspects", action="store_true", help="show instead the samples whose answer the teacher finds least likely"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="number of suspects shown (default: 20)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="number of suspects shown (default: 20)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all suspects, ranked, to this JSONL file")
     parser.add_argument(
         "--tokenizer",
@@ -293,29 +299,6 @@ def _add_cache_info(parser: argparse.ArgumentParser) -> None:
 
 def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
-    return int(text)
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 2/8, found {text!r}")
-    return int(number), int(count)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
-    return share
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -373,6 +356,7 @@ def _env(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "plan": plan.run,
     "status": _status,
     "evaluate": _evaluate,
     "answer": _answer,
