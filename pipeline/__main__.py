@@ -256,7 +256,7 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--processes", type=_positive, metavar="N",
+        "--processes", type=positive, metavar="N",
         help="work with N copies of the model at most, each in a process with its own GPUs (default: as many as the "
         "GPUs have room for; without a GPU, 1)",
     )  # fmt: skip

@@ -49,7 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     ranks = engine.start()
     step = Step(StoredHead(read_head(options.cache, None, "cpu")))
-    made = engine.Engine(step, load_recipe(options.recipe).recipe, None, ranks)
+    recipe = load_recipe(options.recipe).recipe
+    made = engine.Engine(step, recipe, recipe.cache, ranks)
     total = made().item()
     print(f"rank {ranks.rank}: {held_bytes()} bytes, sum {total}", flush=True)
     engine.stop()

@@ -9,6 +9,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.models import Parameter
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import Zero, gradient_bytes, optimizer_bytes, shards
+from pipeline.runtime.node import MOST_WORKERS
 
 PROCESS = 10**9
 """Bytes of a rank's process with torch, transformers and DeepSpeed; its loader processes share most of them."""
@@ -49,7 +50,7 @@ def host_memory(
         offloaded += width * shards(parameters, ranks)
     if zero.offload_optimizer == "cpu":
         offloaded += optimizer_bytes(parameters, zero, ranks, width) + gradient_bytes(parameters, zero, ranks)
-    workers = recipe.data.workers
+    workers = MOST_WORKERS if recipe.data.workers is None else recipe.data.workers
     sample = samples.pixel_bytes / 4 * width + samples.tokens * 24
     if step == "cache":
         waiting = WINDOW * (1 + AHEAD * workers)
