@@ -15,7 +15,8 @@ from pipeline.results.trace.layers import trace
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.families import decoder_layers
 from pipeline.vlm.placement import device_map, weight_bytes
-from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
+from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LAYERS = (1, 3)
 MESSAGES = [turn("user", "<image>", "what comes next?"), turn("assistant", "nothing")]

@@ -21,7 +21,8 @@ from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import collate
-from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
+from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LAYERS = {"teacher": (1, 2, 3, 4), "student": (1, 2)}
 ROWS, COUNT = 4096, 2
