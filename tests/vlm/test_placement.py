@@ -82,7 +82,7 @@ def test_a_model_in_parts_computes_what_it_computes_whole(tmp_path, kind):
     size = weight_bytes(tmp_path, torch.float32)
     whole = device_map(tmp_path, torch.float32, {0: size, 1: size})
     parts = {name: "disk" if ".layers." in name or "vis" in name else "cpu" for name in whole}
-    in_parts = replace(vlm, model=load_vlm(tmp_path, torch.float32, parts))
+    in_parts = replace(vlm, model=load_vlm(tmp_path, torch.float32, device_map=parts))
     assert set(in_parts.model.hf_device_map.values()) == {"cpu", "disk"}
     prompt = vlm.encoder.prompt([turn("user", "<image>", "what comes next?")], [png(seed=5)])
     assert greedy(in_parts, prompt, 6) == greedy(vlm, prompt, 6)
