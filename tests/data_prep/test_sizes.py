@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from faulty_input import shard
 from PIL import Image
 
 from data_prep.lint import lint
 from data_prep.schema import DataError
-from data_prep.shards import FORMAT, ShardFolder, describe_shard, write_manifest, write_shard
+from data_prep.shards import FORMAT, MANIFEST, ShardFolder, describe_shard, write_manifest, write_shard
 from data_prep.sizes import SampleSize, is_size, sample_size
 
 
@@ -93,3 +94,21 @@ def test_what_holds_no_chat_has_no_size(content, tmp_path):
 def test_an_image_that_no_reader_opens_has_no_pixels():
     assert sample_size({"json": chat(1, 1), "0.png": b"no picture"}) == SampleSize(5, ((0, 0),))
     assert is_size(SampleSize(5, ((0, 0),)).to_json())
+
+
+def test_the_same_shard_command_again_adds_the_sizes_and_keeps_the_shards(tmp_path):
+    """As an error of training advises: what a teacher cache was made for stays as it is."""
+    command = ["--source", "puzzles", "--count", "12", "--samples-per-shard", "5", "--output", str(tmp_path / "data")]
+    assert shard(*command) == 0
+    path = tmp_path / "data" / "train"
+    new = (path / MANIFEST).read_bytes()
+    manifest = json.loads(new)
+    fields = {name: manifest[name] for name in ("format", "version", "split", "provenance")}
+    for entry in manifest["shards"]:
+        del entry["sizes"]
+    write_manifest(path, manifest["shards"], **fields)
+    before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.glob("*.tar")}
+    assert not ShardFolder(path).has_sizes
+    assert shard(*command) == 0
+    assert (path / MANIFEST).read_bytes() == new and ShardFolder(path).has_sizes
+    assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.glob("*.tar")} == before
