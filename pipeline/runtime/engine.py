@@ -15,6 +15,7 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -30,6 +31,7 @@ def start(verbose: bool = False) -> Ranks:
     """Join the other ranks of this job."""
     if get_accelerator().device_name() == "cpu":
         _skip_shared_memory_kernel()
+    _share_node_groups()
     if not verbose:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(verbose=verbose)
@@ -179,6 +181,7 @@ class Engine:
         self._engine.destroy()
         # ZeRO-3 pushes each engine's module on this list of modules in a forward, and never takes it off.
         _drop(parameter_offload.FWD_MODULE_STACK, module)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine would keep hpZ's copies without asking for it
         for held in (getattr(optimizer, "optimizer", None), optimizer, self._engine):
             if held is not None:
                 vars(held).clear()
@@ -249,7 +252,7 @@ def _scale_gradient(parameter: nn.Parameter, factor: Tensor, stage: int) -> None
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what DeepSpeed prints past its own logger, unless --verbose asked for it. ZeRO 1 tells its memory often."""
+    """Hide what DeepSpeed prints past its logger, such as ZeRO 1 its memory, unless --verbose asked for it."""
     with contextlib.ExitStack() as stack:
         if not logging.getLogger("DeepSpeed").isEnabledFor(logging.WARNING):
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -283,6 +286,24 @@ def _sharded_beside(model: nn.Module) -> Add:
 
 def _whole(parameter: nn.Parameter):
     return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+
+
+def _share_node_groups() -> None:
+    """Let all models of a process use the same groups for hpZ, the ranks of a node.
+
+    DeepSpeed makes them for each model that it shards and refuses to at the second; stage 1 has two.
+    """
+    made: dict[int, Any] = {}
+
+    def share(size: int) -> None:
+        if size not in made:
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+            make(size)
+            made[size] = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = made[size]
+
+    make = groups._create_zero_param_parallel_group
+    groups._create_zero_param_parallel_group = share
 
 
 def _skip_shared_memory_kernel() -> None:
