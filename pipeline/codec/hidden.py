@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import raw_arrays, raw_stream
+from pipeline.codec.packing import raw_arrays, raw_stream, to_device
 from pipeline.signal import HiddenSignal, Unembedding
 
 MOST_WIDTH = 65_536
@@ -64,7 +64,7 @@ class Hidden:
         device: torch.device | str = "cpu",
     ) -> HiddenSignal:
         """Unpacked arrays -> a signal. Raises ValueError without the teacher's head (TeacherCache.unembedding)."""
-        return HiddenSignal(self._states(arrays).to(device), _required(unembedding))
+        return HiddenSignal(to_device(self._states(arrays), device), _required(unembedding))
 
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"

@@ -42,7 +42,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def to_device(array: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
-    """A small CPU array as a tensor on a device. The copy does not wait for a GPU: its source is page-locked."""
+    """A CPU array as a tensor on a device. The copy does not wait for a GPU: its source is page-locked."""
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()

@@ -14,7 +14,7 @@ from pipeline.steps.cache.teacher_pass import TeacherPass, encode_batch
 T, J, D, V = 40, 5, 8, 300
 
 
-@pytest.mark.parametrize(("name", "arrays"), [("sampled", 2), ("topk", 3)])
+@pytest.mark.parametrize(("name", "arrays"), [("sampled", 2), ("topk", 3), ("hidden", 1)])
 def test_a_batch_waits_once_for_each_array_that_its_measured_tokens_need(name, arrays):
     """However many tokens are measured; before, each of them and each copy to the device waited too."""
     codec = make_codec(name, order=np.arange(V, dtype="<i4"))
