@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.recipe.schema import Recipe, StudentTraining, Training
 from pipeline.results.plan import activations as acts
 from pipeline.results.plan.activations import Peak, Shape
+from pipeline.results.plan.micro_batches import samples_at_most
 from pipeline.results.plan.models import Parameter, PlannedModel, modules_in_order, vision_of
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import (
@@ -77,16 +78,16 @@ class Workload:
         """Of weights and activations."""
         return torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
 
-    def longest(self, count: int) -> Shape:
+    def longest(self, training: Training) -> Shape:
         """A micro-batch of the longest samples."""
-        samples = self.samples
+        samples, count = self.samples, samples_at_most(training, self.samples.longest)
         image = int(count * samples.longest * samples.image / samples.tokens)
         return Shape(count, samples.longest, count * samples.longest_response, image)
 
 
 def verbalize_memory(work: Workload, sides: Sequence[PlannedModel]) -> StepMemory:
     """Both models frozen, their verb-FFNs trained. One backward for both, so both keep their activations."""
-    recipe, dtype, shape = work.recipe, work.dtype, work.longest(work.recipe.verbalize.micro_batch_size)
+    recipe, dtype, shape = work.recipe, work.dtype, work.longest(work.recipe.verbalize)
     form, total = recipe.verbalizer.form, Peak(0, 0)
     for side in sides:
         verbalized = acts.verbalized(side, shape, form, trained=True, grad=False, dtype=dtype)
@@ -122,7 +123,7 @@ def cache_memory(work: Workload, teacher: PlannedModel) -> StepMemory:
 def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -> StepMemory:
     """The student's forward and backward, its frozen verbalizers, and the search over the cached layers."""
     recipe, training, dtype = work.recipe, work.recipe.interact, work.dtype
-    shape = work.longest(training.micro_batch_size)
+    shape = work.longest(training)
     points = training.points or recipe.cache.codec.points
     signal = Peak(shape.response * cached_layers * points * POINT_BYTES, 0)
     form, trains = recipe.verbalizer.form, training.train_verbalizers
@@ -141,7 +142,7 @@ def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -
 def reinforce_memory(work: Workload, student: PlannedModel) -> StepMemory:
     """The student's forward and backward, and its head's loss."""
     training = work.recipe.reinforce
-    shape = work.longest(training.micro_batch_size)
+    shape = work.longest(training)
     peak = _student(work, student, training, shape) + _head(work, student, shape, training.lora_rank == 0)
     return _memory(work, [], student.parameters(), peak, shape, [student])
 
