@@ -16,10 +16,11 @@ from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import (
     Zero,
     bucket_bytes,
+    copied_bytes,
     gathered_elements,
     gradient_bytes,
+    joined_bytes,
     optimizer_bytes,
-    reducing_bytes,
     update_bytes,
     weight_bytes,
 )
@@ -91,6 +92,7 @@ def verbalize_memory(work: Workload, sides: Sequence[PlannedModel]) -> StepMemor
     form, total = recipe.verbalizer.form, Peak(0, 0)
     for side in sides:
         verbalized = acts.verbalized(side, shape, form, trained=True, grad=False, dtype=dtype)
+        verbalized = verbalized + Peak(0, joined_bytes(side.verb_ffns(form, trained=True), work.zero))
         head = acts.head_chunk(work.vocab, shape.response, dtype, work.on_cpu)
         states = len(side.layers) * shape.response * side.width * dtype.itemsize
         # The head's loss keeps the gradient at its input, and the backward scales it into another one.
@@ -149,7 +151,8 @@ def reinforce_memory(work: Workload, student: PlannedModel) -> StepMemory:
 
 def _student(work: Workload, student: PlannedModel, training: StudentTraining, shape: Shape) -> Peak:
     vision = work.recipe.train_vision and not training.lora_rank
-    return acts.trained_backbone(student, shape, work.dtype, work.recipe.gradient_checkpointing, vision)
+    peak = acts.trained_backbone(student, shape, work.dtype, work.recipe.gradient_checkpointing, vision)
+    return Peak(peak.kept, peak.working + joined_bytes(student.parameters(), work.zero))
 
 
 def _head(work: Workload, student: PlannedModel, shape: Shape, trained: bool) -> Peak:
@@ -159,7 +162,8 @@ def _head(work: Workload, student: PlannedModel, shape: Shape, trained: bool) ->
     if not trained:
         return Peak(0, chunk)
     kept = acts.head_gradient(work.vocab, student.rows, width, shape.response, work.dtype)
-    return Peak(kept, max(chunk, student.rows * width * size))
+    gradient = student.rows * width
+    return Peak(kept, max(chunk, gradient * size + copied_bytes(gradient, work.zero, size)))
 
 
 def _memory(
@@ -182,7 +186,7 @@ def _memory(
         optimizer=optimizer_bytes(every, zero, ranks, width) if on_gpu else 0,
         buckets=bucket_bytes(every, zero),
         kept=peak.beside,
-        working=peak.working + reducing_bytes(every, zero, width),
+        working=peak.working,
         batch=shape.all_tokens * ID_BYTES + shape.image * patches * width,
         update=update_bytes(every, zero, ranks),
     )
