@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.recipe.schema import Recipe
+from pipeline.results.plan.micro_batches import loader_workers, samples_at_most
 from pipeline.results.plan.models import Parameter
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import Zero, gradient_bytes, optimizer_bytes, shards
-from pipeline.runtime.node import MOST_WORKERS
 
 PROCESS = 10**9
 """Bytes of a rank's process with torch, transformers and DeepSpeed; its loader processes share most of them."""
@@ -50,13 +50,13 @@ def host_memory(
         offloaded += width * shards(parameters, ranks)
     if zero.offload_optimizer == "cpu":
         offloaded += optimizer_bytes(parameters, zero, ranks, width) + gradient_bytes(parameters, zero, ranks)
-    workers = MOST_WORKERS if recipe.data.workers is None else recipe.data.workers
+    workers = loader_workers(recipe)
     sample = samples.pixel_bytes / 4 * width + samples.tokens * 24
     if step == "cache":
         waiting = WINDOW * (1 + AHEAD * workers)
     else:
         training = getattr(recipe, step)
-        waiting = training.batch_size // ranks + AHEAD * workers * training.micro_batch_size
+        waiting = training.batch_size // ranks + AHEAD * workers * samples_at_most(training, samples.longest)
     kept = recipe.data.memory_mb * MB * max(1, workers)
     return HostMemory(
         offloaded=int(offloaded * per_node),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,10 +11,15 @@ from typing import Any
 from pipeline.recipe.resolve import SHIPPED
 from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.machine import Machine
+from pipeline.results.plan.micro_batches import deepspeed_of, token_limit
 from pipeline.results.plan.run import Planned, StepPlan
+from pipeline.results.plan.sharding import read_zero
 
-OFFLOAD = SHIPPED / "ds_configs" / "zero3_offload.json"
 ZERO3 = SHIPPED / "ds_configs" / "zero3.json"
+OFFLOADING = tuple(
+    SHIPPED / "ds_configs" / f"{name}.json" for name in ("zero3_offload_optimizer", "zero3_offload", "zero3_nvme")
+)
+"""Configs that move a part of a GPU's memory elsewhere, the fastest first. One that is not shipped is not tried."""
 
 LARGEST_MICRO_BATCH = 64
 """Samples; more make no matrix product faster."""
@@ -43,7 +47,7 @@ def remedy(planned: Planned, step: str, machine: Machine) -> list[Change] | None
 
     First each alone, those that change no number first; then one after the other, together.
     """
-    every = list(_changes(planned.recipe, step))
+    every = list(_changes(planned.recipe, step, machine.gpus))
     for change in every:
         if _fits_with(planned, step, machine, [change]):
             return [change]
@@ -57,9 +61,9 @@ def remedy(planned: Planned, step: str, machine: Machine) -> list[Change] | None
 
 def largest_micro_batch(planned: Planned, step: str, machine: Machine) -> Change | None:
     """The largest micro_batch_size that fits; None where the recipe's is that. Fewer micro-steps move fewer bytes."""
-    if step == "cache":
-        return None
     training = getattr(planned.recipe, step)
+    if step == "cache" or token_limit(training) is not None:
+        return None
     key, now = f"{step}.micro_batch_size", training.micro_batch_size
     doubled = [now * 2**n for n in range(1, 7) if now * 2**n <= LARGEST_MICRO_BATCH]
     changes = [Change(key, size, now) for size in doubled if training.batch_size % (size * machine.gpus) == 0]
@@ -78,20 +82,25 @@ def applied(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
     return recipe
 
 
-def _changes(recipe: Recipe, step: str) -> Iterator[Change]:
-    """Changes that lower a step's memory: those that change no number first, then LoRA, then shorter samples."""
+def _changes(recipe: Recipe, step: str, ranks: int) -> Iterator[Change]:
+    """Changes that lower a step's memory: those that change no number first, then what is trained and on what."""
     if step == "cache":
         yield from _halvings("cache.batch_tokens", recipe.cache.batch_tokens, 1024)
     else:
         training = getattr(recipe, step)
         if step in ("interact", "reinforce") and not recipe.gradient_checkpointing:
             yield Change("gradient_checkpointing", True, False)
-        yield from _halvings(f"{step}.micro_batch_size", training.micro_batch_size, 1)
-    stage = _stage(recipe.deepspeed)
-    if stage != 3:
-        yield Change("deepspeed", ZERO3, recipe.deepspeed)
-    if recipe.deepspeed != OFFLOAD:
-        yield Change("deepspeed", OFFLOAD, recipe.deepspeed)
+        tokens = token_limit(training)
+        if tokens is None:
+            yield from _halvings(f"{step}.micro_batch_size", training.micro_batch_size, 1)
+        else:
+            yield from _halvings(f"{step}.micro_batch_tokens", tokens, 1024)
+        if training.batch_size % ranks:
+            yield Change(f"{step}.batch_size", -(-training.batch_size // ranks) * ranks, training.batch_size)
+    key, path = deepspeed_of(recipe, step)
+    if read_zero(path).stage != 3:
+        yield Change(key, ZERO3, path)
+    yield from (Change(key, config, path) for config in OFFLOADING if config.is_file() and config != path)
     if step in ("interact", "reinforce") and not getattr(recipe, step).lora_rank:
         yield Change(f"{step}.lora_rank", 64, 0)
     yield from _halvings("data.max_length", recipe.data.max_length, 1024)
@@ -115,10 +124,6 @@ def _needed(planned: Planned, step: str, machine: Machine, changes: list[Change]
         if fewer and _fits_with(planned, step, machine, fewer):
             changes = fewer
     return changes
-
-
-def _stage(path: Path) -> int:
-    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
 
 
 def _text(value: Any) -> str:

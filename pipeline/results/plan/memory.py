@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.recipe.schema import Recipe, StudentTraining, Training
 from pipeline.results.plan import activations as acts
 from pipeline.results.plan.activations import Peak, Shape
+from pipeline.results.plan.micro_batches import samples_at_most
 from pipeline.results.plan.models import Parameter, PlannedModel, modules_in_order, vision_of
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import (
     Zero,
     bucket_bytes,
+    copied_bytes,
     gathered_elements,
     gradient_bytes,
+    joined_bytes,
     optimizer_bytes,
-    reducing_bytes,
     update_bytes,
     weight_bytes,
 )
@@ -77,19 +79,20 @@ class Workload:
         """Of weights and activations."""
         return torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
 
-    def longest(self, count: int) -> Shape:
+    def longest(self, training: Training) -> Shape:
         """A micro-batch of the longest samples."""
-        samples = self.samples
+        samples, count = self.samples, samples_at_most(training, self.samples.longest)
         image = int(count * samples.longest * samples.image / samples.tokens)
         return Shape(count, samples.longest, count * samples.longest_response, image)
 
 
 def verbalize_memory(work: Workload, sides: Sequence[PlannedModel]) -> StepMemory:
     """Both models frozen, their verb-FFNs trained. One backward for both, so both keep their activations."""
-    recipe, dtype, shape = work.recipe, work.dtype, work.longest(work.recipe.verbalize.micro_batch_size)
+    recipe, dtype, shape = work.recipe, work.dtype, work.longest(work.recipe.verbalize)
     form, total = recipe.verbalizer.form, Peak(0, 0)
     for side in sides:
         verbalized = acts.verbalized(side, shape, form, trained=True, grad=False, dtype=dtype)
+        verbalized = verbalized + Peak(0, joined_bytes(side.verb_ffns(form, trained=True), work.zero))
         head = acts.head_chunk(work.vocab, shape.response, dtype, work.on_cpu)
         states = len(side.layers) * shape.response * side.width * dtype.itemsize
         # The head's loss keeps the gradient at its input, and the backward scales it into another one.
@@ -122,7 +125,7 @@ def cache_memory(work: Workload, teacher: PlannedModel) -> StepMemory:
 def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -> StepMemory:
     """The student's forward and backward, its frozen verbalizers, and the search over the cached layers."""
     recipe, training, dtype = work.recipe, work.recipe.interact, work.dtype
-    shape = work.longest(training.micro_batch_size)
+    shape = work.longest(training)
     points = training.points or recipe.cache.codec.points
     signal = Peak(shape.response * cached_layers * points * POINT_BYTES, 0)
     form, trains = recipe.verbalizer.form, training.train_verbalizers
@@ -141,14 +144,15 @@ def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -
 def reinforce_memory(work: Workload, student: PlannedModel) -> StepMemory:
     """The student's forward and backward, and its head's loss."""
     training = work.recipe.reinforce
-    shape = work.longest(training.micro_batch_size)
+    shape = work.longest(training)
     peak = _student(work, student, training, shape) + _head(work, student, shape, training.lora_rank == 0)
     return _memory(work, [], student.parameters(), peak, shape, [student])
 
 
 def _student(work: Workload, student: PlannedModel, training: StudentTraining, shape: Shape) -> Peak:
     vision = work.recipe.train_vision and not training.lora_rank
-    return acts.trained_backbone(student, shape, work.dtype, work.recipe.gradient_checkpointing, vision)
+    peak = acts.trained_backbone(student, shape, work.dtype, work.recipe.gradient_checkpointing, vision)
+    return Peak(peak.kept, peak.working + joined_bytes(student.parameters(), work.zero))
 
 
 def _head(work: Workload, student: PlannedModel, shape: Shape, trained: bool) -> Peak:
@@ -158,7 +162,8 @@ def _head(work: Workload, student: PlannedModel, shape: Shape, trained: bool) ->
     if not trained:
         return Peak(0, chunk)
     kept = acts.head_gradient(work.vocab, student.rows, width, shape.response, work.dtype)
-    return Peak(kept, max(chunk, student.rows * width * size))
+    gradient = student.rows * width
+    return Peak(kept, max(chunk, gradient * size + copied_bytes(gradient, work.zero, size)))
 
 
 def _memory(
@@ -181,7 +186,7 @@ def _memory(
         optimizer=optimizer_bytes(every, zero, ranks, width) if on_gpu else 0,
         buckets=bucket_bytes(every, zero),
         kept=peak.beside,
-        working=peak.working + reducing_bytes(every, zero, width),
+        working=peak.working,
         batch=shape.all_tokens * ID_BYTES + shape.image * patches * width,
         update=update_bytes(every, zero, ranks),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.results.plan import memory, operations, schedule
@@ -13,6 +12,7 @@ from pipeline.results.plan.cache_size import CacheSize, cache_size
 from pipeline.results.plan.host import HostMemory, host_memory
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.memory import StepMemory, Workload
+from pipeline.results.plan.micro_batches import deepspeed_of, token_limit
 from pipeline.results.plan.models import (
     Parameter,
     PlannedModel,
@@ -96,7 +96,7 @@ class Planned:
 
     def zero(self, step: str) -> Zero:
         """The DeepSpeed config of a step."""
-        return read_zero(_deepspeed(self.recipe, step))
+        return read_zero(deepspeed_of(self.recipe, step)[1])
 
     def memory(self, step: str, work: Workload) -> StepMemory:
         """One GPU's memory in a step."""
@@ -154,14 +154,9 @@ class Planned:
             return f"{idle} of {ranks} GPUs get no shard: make smaller data shards" if idle > 0 else ""
         training = getattr(self.recipe, step)
         together = training.micro_batch_size * ranks
-        if training.batch_size % together == 0:
+        if token_limit(training) is not None or training.batch_size % together == 0:
             return ""
         return (
             f"{step}.batch_size: {training.batch_size} is no multiple of {step}.micro_batch_size x GPUs = "
             f"{training.micro_batch_size} x {ranks} = {together}"
         )
-
-
-def _deepspeed(recipe: Recipe, step: str) -> Path:
-    """The DeepSpeed config of a step: its own where the section names one, else the recipe's."""
-    return getattr(getattr(recipe, step), "deepspeed", None) or recipe.deepspeed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.machine import INSIDE, Machine
+from pipeline.results.plan.micro_batches import micro_steps
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.traffic import Traffic
 
@@ -57,9 +58,8 @@ def train_time(
     """Of a trained step. operations: of the mean sample."""
     training = getattr(recipe, step)
     updates = number_of_steps(training, samples.count)
-    micro_steps = max(1, training.batch_size // (training.micro_batch_size * machine.gpus))
-    seen = updates * training.batch_size
-    return _time(step, samples, machine, operations, updates, micro_steps, seen, moved)
+    steps = micro_steps(training, machine.gpus, samples.tokens)
+    return _time(step, samples, machine, operations, updates, steps, updates * training.batch_size, moved)
 
 
 def cache_time(recipe: Recipe, samples: Samples, machine: Machine, operations: float, moved: Traffic) -> StepTime:
@@ -74,12 +74,12 @@ def _time(
     machine: Machine,
     each: float,
     updates: int,
-    micro_steps: int,
+    steps: int,
     seen: int,
     moved: Traffic,
 ) -> StepTime:
     measured = machine.measured.get(step)
-    operations, received = each * seen, moved.update(micro_steps)
+    operations, received = each * seen, moved.update(steps)
     if measured is not None:
         computing = seen * samples.response / (measured * machine.gpus)
     else:
@@ -87,10 +87,10 @@ def _time(
     return StepTime(
         updates=updates,
         epochs=seen / samples.count,
-        micro_steps=micro_steps,
+        micro_steps=steps,
         operations=operations,
         received=received,
         computing=computing,
-        moving=updates * (received / machine.link + micro_steps * moved.inside / INSIDE),
+        moving=updates * (received / machine.link + steps * moved.inside / INSIDE),
         measured=measured is not None,
     )

@@ -124,17 +124,16 @@ def bucket_bytes(parameters: Sequence[Parameter], zero: Zero) -> int:
     return zero.reduce_bytes * zero.bucket * (2 if zero.stage == 2 and zero.overlap else 1)
 
 
-def reducing_bytes(parameters: Sequence[Parameter], zero: Zero, width: int) -> int:
-    """What reducing takes beside the bucket: a copy of what is in it, or of a gradient that is larger than it.
+def joined_bytes(parameters: Sequence[Parameter], zero: Zero) -> int:
+    """The gradients of a full bucket once more: they are joined to be reduced."""
+    small = sum(p.elements for p in parameters if p.trained and p.elements <= zero.bucket)
+    return zero.reduce_bytes * min(small, zero.bucket) if zero.stage >= 2 else 0
 
-    width: bytes of an element of the weights. A larger gradient is copied where ranks add in another format.
-    """
-    trained = [parameter.elements for parameter in parameters if parameter.trained]
-    if zero.stage < 2 or not trained:
-        return 0
-    largest = max(trained) if max(trained) > zero.bucket and zero.reduce_bytes != width else 0
-    small = sum(elements for elements in trained if elements <= zero.bucket)
-    return zero.reduce_bytes * max(largest, min(small, zero.bucket))
+
+def copied_bytes(elements: int, zero: Zero, width: int) -> int:
+    """A copy of a gradient that no bucket holds, where ranks add in another format than the weights' of `width`."""
+    alone = zero.stage >= 2 and elements > zero.bucket and zero.reduce_bytes != width
+    return zero.reduce_bytes * elements if alone else 0
 
 
 def update_bytes(parameters: Sequence[Parameter], zero: Zero, ranks: int) -> int:

@@ -177,7 +177,7 @@ def _sizes_table(planned: Planned, machine: Machine) -> Table:
 
 def _bound(plan: StepPlan, machine: Machine) -> str:
     if plan.problem:
-        return "batch size" if plan.name != "cache" else "shards"
+        return "batch" if plan.name != "cache" else "shards"
     return plan.time.bound if fits(plan, machine) else "memory"
 
 

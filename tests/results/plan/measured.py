@@ -1,4 +1,4 @@
-"""launch/train.py under ZeRO-3 with its memory counted: all live tensors at the peak of each step, and of each cause.
+"""launch/train.py under ZeRO-3 with its memory counted: bytes of live tensors at each step's peak, and by cause.
 
 Not a test: test_plan_memory.py runs it. Rank 0 writes {step: {"peak": n, "weights": n, ...}} to the file that the
 environment variable MEASURED names. Bytes are those of storages that torch's operations made, as long as they live:

@@ -45,7 +45,7 @@ def test_a_micro_batch_that_is_too_large_is_halved_until_it_fits():
 
 
 def test_72b_on_eight_small_gpus_needs_its_weights_on_the_cpu():
-    planned, machine = paper_plan("cache.batch_tokens=4096"), Machine(8, 24)
+    planned, machine = paper_plan("cache.batch_tokens=4096"), Machine(8, 20)
     plan = planned.plan("cache", machine)
     assert not fits(plan, machine) and plan.memory.weights > machine.usable * 0.7
     changes = remedy(planned, "cache", machine)
@@ -64,6 +64,8 @@ def test_a_global_batch_that_the_gpus_do_not_divide_names_the_field():
         "verbalize.batch_size: 256 is no multiple of verbalize.micro_batch_size x GPUs = 2 x 512 = 1024"
     )
     assert keys(remedy(planned, "interact", machine)) == ["interact.micro_batch_size"]
+    changes = remedy(planned, "verbalize", machine)
+    assert {c.key: c.value for c in changes} == {"verbalize.micro_batch_size": 1, "verbalize.batch_size": 512}
 
 
 def test_a_larger_micro_batch_is_proposed_where_the_network_binds():
@@ -72,6 +74,15 @@ def test_a_larger_micro_batch_is_proposed_where_the_network_binds():
     assert change.value == 4  # 256 samples / 64 GPUs: one micro-step
     better = planned.with_recipe(applied(planned.recipe, [change])).plan("verbalize", machine)
     assert better.time.received == pytest.approx(planned.plan("verbalize", machine).time.received / 4, rel=0.01)
+
+
+def test_a_limit_in_tokens_takes_the_place_of_a_number_of_samples():
+    """16,384 tokens hold 4 of the longest samples and 18 mean ones, so 8 of 900 tokens take one micro-step."""
+    planned, machine = paper_plan(), Machine(64, 80)
+    section = planned.recipe.reinforce.model_copy(update={"micro_batch_tokens": 16384, "micro_batch_size": 1})
+    limited = planned.with_recipe(planned.recipe.model_copy(update={"reinforce": section})).plan("reinforce", machine)
+    four = planned.plan("reinforce", machine)
+    assert four.memory == limited.memory and (limited.time.micro_steps, four.time.micro_steps) == (1, 2)
 
 
 def test_the_command_prints_the_field(capsys):
