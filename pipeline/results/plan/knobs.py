@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.recipe.resolve import SHIPPED
 from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.machine import Machine
-from pipeline.results.plan.micro_batches import deepspeed_of, token_limit
+from pipeline.results.plan.micro_batches import deepspeed_of
 from pipeline.results.plan.run import Planned, StepPlan
 from pipeline.results.plan.sharding import read_zero
 
@@ -62,7 +62,7 @@ def remedy(planned: Planned, step: str, machine: Machine) -> list[Change] | None
 def largest_micro_batch(planned: Planned, step: str, machine: Machine) -> Change | None:
     """The largest micro_batch_size that fits; None where the recipe's is that. Fewer micro-steps move fewer bytes."""
     training = getattr(planned.recipe, step)
-    if step == "cache" or token_limit(training) is not None:
+    if step == "cache" or training.micro_batch_tokens is not None:
         return None
     key, now = f"{step}.micro_batch_size", training.micro_batch_size
     doubled = [now * 2**n for n in range(1, 7) if now * 2**n <= LARGEST_MICRO_BATCH]
@@ -90,7 +90,7 @@ def _changes(recipe: Recipe, step: str, ranks: int) -> Iterator[Change]:
         training = getattr(recipe, step)
         if step in ("interact", "reinforce") and not recipe.gradient_checkpointing:
             yield Change("gradient_checkpointing", True, False)
-        tokens = token_limit(training)
+        tokens = training.micro_batch_tokens
         if tokens is None:
             yield from _halvings(f"{step}.micro_batch_size", training.micro_batch_size, 1)
         else:

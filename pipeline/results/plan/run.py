@@ -12,7 +12,7 @@ from pipeline.results.plan.cache_size import CacheSize, cache_size
 from pipeline.results.plan.host import HostMemory, host_memory
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.memory import StepMemory, Workload
-from pipeline.results.plan.micro_batches import deepspeed_of, token_limit
+from pipeline.results.plan.micro_batches import deepspeed_of
 from pipeline.results.plan.models import (
     Parameter,
     PlannedModel,
@@ -154,7 +154,7 @@ class Planned:
             return f"{idle} of {ranks} GPUs get no shard: make smaller data shards" if idle > 0 else ""
         training = getattr(self.recipe, step)
         together = training.micro_batch_size * ranks
-        if token_limit(training) is not None or training.batch_size % together == 0:
+        if training.micro_batch_tokens is not None or training.batch_size % together == 0:
             return ""
         return (
             f"{step}.batch_size: {training.batch_size} is no multiple of {step}.micro_batch_size x GPUs = "

@@ -49,7 +49,7 @@ def test_72b_on_eight_small_gpus_needs_its_weights_on_the_cpu():
     plan = planned.plan("cache", machine)
     assert not fits(plan, machine) and plan.memory.weights > machine.usable * 0.7
     changes = remedy(planned, "cache", machine)
-    assert "deepspeed" in keys(changes) and fits_after(planned, "cache", machine, changes)
+    assert "cache.deepspeed" in keys(changes) and fits_after(planned, "cache", machine, changes)
 
 
 def test_where_nothing_helps_it_says_so():
