@@ -61,7 +61,7 @@ def test_a_global_batch_that_the_gpus_do_not_divide_names_the_field():
     planned, machine = paper_plan(), Machine(512, 80)
     plan = planned.plan("verbalize", machine)
     assert plan.problem == (
-        "verbalize.batch_size: 256 is no multiple of verbalize.micro_batch_size x GPUs = 2 x 512 = 1024"
+        "verbalize.batch_size: 256 is no multiple of verbalize.micro_batch_size x GPUs = 4 x 512 = 2048"
     )
     assert keys(remedy(planned, "interact", machine)) == ["interact.micro_batch_size"]
     changes = remedy(planned, "verbalize", machine)

@@ -36,7 +36,7 @@ def rewritten(page: str) -> str:
 def test_every_block_is_what_its_command_prints(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = PAGE.read_text(encoding="utf-8")
-    assert len(BLOCK.findall(page)) >= 2
+    assert BLOCK.search(page)
     assert rewritten(page) == page, "docs/scale.md is out of date: run python tests/results/plan/test_scale_page.py"
 
 
