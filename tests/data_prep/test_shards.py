@@ -21,11 +21,12 @@ SAMPLES = [
 
 FORKED = """
 import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor  # multiprocessing's Pool may hang where it ends its workers
 from data_prep.shards import ShardFolder
 read = ShardFolder(sys.argv[1])
 read.read(0)  # a file is open when the workers are forked
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    samples = pool.map(read.read, list(range(7)) * 20)
+with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+    samples = list(pool.map(read.read, list(range(7)) * 20))
 assert samples == [read.read(index) for index in range(7)] * 20
 """
 
