@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.errors import RecipeError
+from pipeline.vlm import verb_ffns
 from pipeline.vlm.verb_ffns import initial_verb_ffns, save_verb_ffns, stored_verb_ffns
 from pipeline.vlm.verbalizer import VerbFFN
 
@@ -76,16 +77,13 @@ def test_from_a_file_nothing_is_drawn_and_every_value_is_the_file_s(trained, mon
     assert_equal(stored_verb_ffns(path, LAYERS, 16, form, torch.bfloat16).state_dict(), rounded)
 
 
-def test_a_rank_that_does_not_fill_them_reads_no_value(trained):
+def test_a_rank_that_does_not_fill_them_reads_no_value(trained, monkeypatch):
     """Under ZeRO-3 every rank but the first: the names and shapes in the file's head are all that it needs."""
     form, path = trained
-    content = path.read_bytes()
-    head = 8 + int.from_bytes(content[:8], "little")
-    path.write_bytes(content[:head] + b"\xff" * (len(content) - head))  # every float32 is now not a number
+    monkeypatch.setattr(verb_ffns, "_read", lambda *_: pytest.fail("read for nothing"))
     seen = []
     stored_verb_ffns(path, LAYERS, 16, form, torch.float32, lambda block, fill: seen.append(block))
     assert len(seen) == len(LAYERS)
-    assert not any(parameter.isnan().any() for block in seen for parameter in block.parameters())
 
 
 @pytest.mark.parametrize(
