@@ -337,4 +337,8 @@ def test_a_run_may_go_on_with_another_deepspeed_config(tmp_path, values):
     first = load_recipe(write(tmp_path, values))
     first.recipe.run.mkdir()
     (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
-    refuse_changes(load_recipe(write(tmp_path, values), ["interact.deepspeed=other.json"]), STEPS)
+    other = load_recipe(write(tmp_path, values), ["interact.deepspeed=other.json"])
+    refuse_changes(other, STEPS)  # raises nothing
+    assert str(other.recipe.interact.deepspeed) == "other.json"
+    with pytest.raises(RecipeError, match="interact.clip"):
+        refuse_changes(load_recipe(write(tmp_path, values), ["interact.clip=0.5"]), STEPS)
