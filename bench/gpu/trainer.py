@@ -24,8 +24,8 @@ from bench.gpu.device import Device
 from data_prep.shards import ShardFolder
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.batches import ChatDataset, SampleIndex
-from pipeline.runtime.loader import load
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.loader import load
 from pipeline.vlm.assemble import encoders
 from pipeline.vlm.backbone import load_student
 from pipeline.vlm.processing import Batch

@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 
 from bench.timing import machine, write_results
 from pipeline.recipe.schema import Training
-from pipeline.runtime import loader
-from pipeline.runtime.batches import SampleIndex
-from pipeline.runtime.cutting import cut
+from pipeline.runtime.data import loader
+from pipeline.runtime.data.batches import SampleIndex
+from pipeline.runtime.data.cutting import cut
 
 SEED, UPDATES, LONGEST = 0, 20, 4096
 BATCH = 512

@@ -20,10 +20,10 @@ from pipeline.cache.view import CacheView
 from pipeline.cache.writer import CacheFolder
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.data.loader import load
 from pipeline.runtime.engine import Engine, dtype_of
 from pipeline.runtime.folder import done
-from pipeline.runtime.loader import load
 from pipeline.runtime.loop import Job, MicroStep, StepOutput
 from pipeline.runtime.ranks import Ranks
 from pipeline.signal import HiddenSignal, Signal, Unembedding

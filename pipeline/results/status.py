@@ -19,7 +19,7 @@ from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
-from pipeline.runtime.data_wait import WINDOW
+from pipeline.runtime.data.data_wait import WINDOW
 from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics
 from pipeline.runtime.progress import size_text
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.runtime.batches import LoadedBatch
+from pipeline.runtime.data.batches import LoadedBatch
 from pipeline.runtime.ranks import Ranks, sum_over_ranks
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.counts import UpdateCounts, count_update
-from pipeline.runtime.data_wait import DataWaitNotice
+from pipeline.runtime.data.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
+from pipeline.runtime.data.data_wait import DataWaitNotice
+from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.feed import Feed, open_feed
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
 from pipeline.runtime.metrics import Metrics

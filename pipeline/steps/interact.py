@@ -25,7 +25,7 @@ from pipeline.loss.matching import Matching, matching_rule
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Interact, Recipe
-from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done, trained_verb_ffns

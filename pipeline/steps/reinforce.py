@@ -12,7 +12,7 @@ from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.robust_ce import generalised_cross_entropy, smoothed_cross_entropy
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Reinforce
-from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch
+from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train

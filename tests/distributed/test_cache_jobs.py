@@ -23,7 +23,7 @@ from tiny import write_data
 from data_prep.shards import ShardFolder
 from pipeline.loss.sparse_kl import column_kl
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import DataOrder, derived_seed
+from pipeline.runtime.data.batches import DataOrder, derived_seed
 from pipeline.runtime.folder import done, trained_verb_ffns
 from pipeline.signal import HiddenSignal
 from pipeline.vlm.assemble import encoders, load_trained, shared_vocabulary

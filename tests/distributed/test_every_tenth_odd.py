@@ -17,7 +17,7 @@ from tiny import png, turn
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest, write_shard
 from pipeline.recipe.schema import Training
-from pipeline.runtime.batches import DataOrder, derived_seed, micro_batches
+from pipeline.runtime.data.batches import DataOrder, derived_seed, micro_batches
 from pipeline.runtime.ranks import Ranks
 
 KIND = "qwen2_vl"

@@ -5,8 +5,8 @@ import torch
 from tiny import KINDS, write_data, write_vlm
 
 from data_prep.shards import ShardFolder
-from pipeline.runtime.batches import ChatDataset, SampleIndex
-from pipeline.runtime.loader import load
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.loader import load
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from pipeline.results.answer.plan import Plan, origin_of
 from pipeline.results.arguments import batches
 from pipeline.results.generate import load
 from pipeline.results.workers import Machine, Workers
-from pipeline.runtime.batches import BadSamples, Rejected
+from pipeline.runtime.data.batches import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.vlm.placement import Devices
 

@@ -15,7 +15,7 @@ from pipeline.errors import RecipeError
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import bad_samples_of
 from pipeline.results.identity import model_identity, question_identity
-from pipeline.runtime.batches import Rejected
+from pipeline.runtime.data.batches import Rejected
 from pipeline.runtime.progress import say
 
 

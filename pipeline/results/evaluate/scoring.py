@@ -17,7 +17,7 @@ from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import Exchange, Tally, is_right, last_exchange
 from pipeline.results.evaluate.plan import Plan
 from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left
-from pipeline.runtime.batches import BadSamples, Rejected
+from pipeline.runtime.data.batches import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import final_norm, text_config

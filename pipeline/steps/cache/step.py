@@ -20,7 +20,7 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import BadSamples, ChatDataset
+from pipeline.runtime.data.batches import BadSamples, ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected

@@ -19,9 +19,9 @@ from pipeline.codec.registry import Codec
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex
+from pipeline.runtime.data.loader import load, load_by_length
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.loader import load, load_by_length
 from pipeline.runtime.loop import Job
 from pipeline.runtime.node import loader_workers, rank_share
 from pipeline.signal import Unembedding

@@ -13,7 +13,7 @@ from pipeline.cache.writer import CacheFolder, CacheWriter
 from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import LoadedBatch, Rejected, SampleIndex
+from pipeline.runtime.data.batches import LoadedBatch, Rejected, SampleIndex
 from pipeline.steps.cache.estimate import on_disk
 from pipeline.steps.cache.teacher_pass import WINDOW, TeacherOutput
 

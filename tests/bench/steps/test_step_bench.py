@@ -10,8 +10,8 @@ from bench.steps import batches, pairs, run
 from bench.steps.measures import operations_of
 from data_prep.shards import ShardFolder
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import ChatDataset, SampleIndex
-from pipeline.runtime.loader import load
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.loader import load
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 
 

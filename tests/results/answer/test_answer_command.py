@@ -20,7 +20,7 @@ from pipeline.recipe.schema import Data
 from pipeline.results.answer.folder import AnswerFolder
 from pipeline.results.answer.plan import Part, make_plan, origin_of
 from pipeline.results.answer.run import run
-from pipeline.runtime.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.chat_template import text_of
 

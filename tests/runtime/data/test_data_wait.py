@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.runtime.data_wait import STARTING, WINDOW, DataWaitNotice
+from pipeline.runtime.data.data_wait import STARTING, WINDOW, DataWaitNotice
 
 
 def told(notice: DataWaitNotice, share: float, updates: int) -> list[str]:

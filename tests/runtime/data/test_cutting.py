@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.recipe.schema import Training
-from pipeline.runtime.cutting import counts_within, cut, needs_lengths
+from pipeline.runtime.data.cutting import counts_within, cut, needs_lengths
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=40).map(lambda lengths: sorted(lengths, reverse=True))
 

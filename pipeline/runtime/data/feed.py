@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime.batches import ChatDataset, DataOrder, LoadedBatch, SampleIndex, derived_seed, micro_batches
-from pipeline.runtime.cutting import needs_lengths
-from pipeline.runtime.lengths import LengthModel, Lengths, feature_count, fit_lengths
-from pipeline.runtime.loader import batches_ahead, load, waiting_room
+from pipeline.runtime.data.batches import ChatDataset, DataOrder, LoadedBatch, SampleIndex, derived_seed, micro_batches
+from pipeline.runtime.data.cutting import needs_lengths
+from pipeline.runtime.data.lengths import LengthModel, Lengths, feature_count, fit_lengths
+from pipeline.runtime.data.loader import batches_ahead, load, waiting_room
 from pipeline.runtime.node import Share, loader_workers, rank_share
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks

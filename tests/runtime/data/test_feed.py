@@ -17,11 +17,11 @@ from data_prep.shards import MANIFEST, ShardFolder, write_manifest
 from pipeline.errors import DataError, SampleError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.batches import ChatDataset
+from pipeline.runtime.data.batches import ChatDataset
 from pipeline.runtime.counts import count_update
-from pipeline.runtime.feed import Feed, open_feed
-from pipeline.runtime.lengths import LengthModel
-from pipeline.runtime.loader import WAITING_BYTES, batches_ahead, waiting_room
+from pipeline.runtime.data.feed import Feed, open_feed
+from pipeline.runtime.data.lengths import LengthModel
+from pipeline.runtime.data.loader import WAITING_BYTES, batches_ahead, waiting_room
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
@@ -171,7 +171,7 @@ def test_errors_come_with_their_update_and_rejects_are_counted(tiny_models, tmp_
 
 
 def _second_update(recipe: Recipe, dataset: ChatDataset):
-    from pipeline.runtime.batches import DataOrder, derived_seed
+    from pipeline.runtime.data.batches import DataOrder, derived_seed
 
     order = DataOrder(len(dataset), derived_seed(recipe.seed, "reinforce"))
     return [order[position] for position in range(ACCUMULATION, 2 * ACCUMULATION)]

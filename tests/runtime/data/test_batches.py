@@ -13,7 +13,7 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, DataError
 from pipeline.recipe.schema import Training
-from pipeline.runtime.batches import (
+from pipeline.runtime.data.batches import (
     BadSamples,
     ChatDataset,
     DataOrder,
@@ -21,7 +21,7 @@ from pipeline.runtime.batches import (
     SampleIndex,
     micro_batches,
 )
-from pipeline.runtime.loader import load, load_by_length
+from pipeline.runtime.data.loader import load, load_by_length
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.vlm.processing import ChatEncoder, load_processor

@@ -10,8 +10,8 @@ import pytest
 from tiny import KINDS, MORE_KINDS, png, turn
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest, write_shard
-from pipeline.runtime.batches import ChatDataset, SampleIndex
-from pipeline.runtime.lengths import PROBE, LengthModel, Lengths, Probed, feature_count, fit, fit_lengths
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.lengths import PROBE, LengthModel, Lengths, Probed, feature_count, fit, fit_lengths
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.image_size import PixelLimits
 from pipeline.vlm.processing import ChatEncoder, load_processor

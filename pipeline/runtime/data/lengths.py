@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import SampleError
-from pipeline.runtime.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
 from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready
 from pipeline.vlm.processing import ChatEncoder
 

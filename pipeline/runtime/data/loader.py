@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, get_worker_info
 
 from pipeline.errors import DataError
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, Rejected, SampleIndex, map_unique
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, Rejected, SampleIndex, map_unique
 from pipeline.runtime.progress import size_text
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
 

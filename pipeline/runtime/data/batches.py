@@ -17,7 +17,7 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError, SampleError, UserError
 from pipeline.recipe.schema import Training
-from pipeline.runtime.cutting import cut
+from pipeline.runtime.data.cutting import cut
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded
 
