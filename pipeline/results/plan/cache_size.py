@@ -6,7 +6,6 @@ A distribution is a *token-layer*: one cached layer at one response token.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.recipe.schema import Codec
@@ -61,12 +60,6 @@ def id_bytes(largest: int) -> int:
     return 1 if largest < 2**8 else 2 if largest < 2**16 else 4
 
 
-def tar_bytes(records: Sequence[int]) -> int:
-    """Exact bytes of a shard's tar, from the bytes of its records."""
-    blocks = sum(tarfile.BLOCKSIZE + _padded(record, tarfile.BLOCKSIZE) for record in records)
-    return _padded(blocks + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
-
-
 def cache_size(
     codec: Codec, samples: Samples, layers: int, width: int, vocab: int, bytes_per_token_layer: float | None
 ) -> CacheSize:
@@ -84,7 +77,3 @@ def cache_size(
     container = samples.count * (1.5 * tarfile.BLOCKSIZE + SIDECAR)
     container += samples.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE / 2)
     return CacheSize(token_layers, token_layers * each, container, fixed, stated)
-
-
-def _padded(size: int, block: int) -> int:
-    return -(-size // block) * block

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.recipe.schema import Recipe
-from pipeline.results.plan.micro_batches import loader_workers, samples_at_most
+from pipeline.recipe.schema import Recipe, Training
+from pipeline.results.plan.micro_batches import loader_workers, micro_steps
 from pipeline.results.plan.models import Parameter
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import Zero, gradient_bytes, optimizer_bytes, shards
+from pipeline.runtime.data.loader import WAITING_BYTES, WINDOW, batches_ahead
 
 PROCESS = 10**9
 """Bytes of a rank's process with torch, transformers and DeepSpeed; its loader processes share most of them."""
-
-AHEAD = 2
-"""Batches that each loader process has ready (torch's prefetch_factor)."""
-
-WINDOW = 32
-"""Samples whose batches the cache job forms together."""
 
 MB = 2**20
 
@@ -50,16 +45,28 @@ def host_memory(
         offloaded += width * shards(parameters, ranks)
     if zero.offload_optimizer == "cpu":
         offloaded += optimizer_bytes(parameters, zero, ranks, width) + gradient_bytes(parameters, zero, ranks)
-    workers = loader_workers(recipe)
+    workers = loader_workers(recipe, step)
     sample = samples.pixel_bytes / 4 * width + samples.tokens * 24
     if step == "cache":
-        waiting = WINDOW * (1 + AHEAD * workers)
+        waiting = sample * WINDOW * (1 + workers)
     else:
-        training = getattr(recipe, step)
-        waiting = training.batch_size // ranks + AHEAD * workers * samples_at_most(training, samples.longest)
+        waiting = _waiting_bytes(getattr(recipe, step), sample, workers, ranks, samples.tokens)
     kept = recipe.data.memory_mb * MB * max(1, workers)
     return HostMemory(
         offloaded=int(offloaded * per_node),
-        batches=int(waiting * sample * per_node * 1.5),
+        batches=int(waiting * per_node * 1.5),
         processes=int((PROCESS + kept) * per_node),
     )
+
+
+def _waiting_bytes(training: Training, sample: float, workers: int, ranks: int, mean_tokens: float) -> float:
+    """Bytes of a rank's batches: of the update at hand, and of those that its workers load ahead.
+
+    sample: bytes of one.
+    """
+    update = micro_steps(training, ranks, mean_tokens)
+    at_hand = sample * training.batch_size / ranks
+    if not workers:
+        return at_hand
+    micro_batch = at_hand / update
+    return at_hand + micro_batch * workers * batches_ahead(update, micro_batch, workers, WAITING_BYTES)

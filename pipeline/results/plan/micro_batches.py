@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from pipeline.recipe.schema import Recipe, Training
+from pipeline.runtime.data.loader import WINDOW_WORKERS
 from pipeline.runtime.node import MOST_WORKERS
 
 
@@ -28,6 +29,7 @@ def deepspeed_of(recipe: Recipe, step: str) -> tuple[str, Path]:
     return f"{step}.deepspeed", recipe.deepspeed_of(getattr(recipe, step))
 
 
-def loader_workers(recipe: Recipe) -> int:
+def loader_workers(recipe: Recipe, step: str) -> int:
     """Loader processes of a rank: data.workers, or as many as a rank takes at most by itself."""
-    return MOST_WORKERS if recipe.data.workers is None else recipe.data.workers
+    most = WINDOW_WORKERS if step == "cache" else MOST_WORKERS
+    return most if recipe.data.workers is None else recipe.data.workers

@@ -22,6 +22,11 @@ SHARED_MEMORY = Path("/dev/shm")
 WAITING_BYTES = 2 * 2**30
 """At most about so many bytes of micro-batches wait in a rank: 8 ranks of a node then take 16 GiB of its memory. An
 update of 64 pictures of a megapixel in bfloat16 takes 0.8 GB."""
+WINDOW = 32
+"""Neighbouring samples whose batches are formed together: enough to find samples of similar length."""
+WINDOW_WORKERS = 4
+"""Loader workers of a rank that are chosen unasked for windows, at most: each holds up to two, of .4 to 1.2 GB each at
+a megapixel an image in bfloat16."""
 
 
 def load(

@@ -20,18 +20,11 @@ from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex
-from pipeline.runtime.data.loader import load, load_by_length
+from pipeline.runtime.data.loader import WINDOW_WORKERS, load, load_by_length
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.loop import Job
 from pipeline.runtime.node import loader_workers, rank_share
 from pipeline.signal import Unembedding
-
-WINDOW = 32
-"""Neighbouring samples whose batches are formed together: enough to find samples of similar length."""
-
-WINDOW_WORKERS = 4
-"""Loader workers of a rank that are chosen unasked, at most: each holds up to two windows, of .4 to 1.2 GB each at a
-megapixel an image in bfloat16."""
 
 MEASURED = 1 / 128
 """Share of the response tokens whose coded distributions are compared with the dense ones."""

@@ -14,8 +14,9 @@ from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime.data.batches import LoadedBatch, Rejected, SampleIndex
+from pipeline.runtime.data.loader import WINDOW
 from pipeline.steps.cache.estimate import on_disk
-from pipeline.steps.cache.teacher_pass import WINDOW, TeacherOutput
+from pipeline.steps.cache.teacher_pass import TeacherOutput
 
 LONGEST_QUEUE = 2
 """Batches that may be queued for the writing thread before the teacher's pass waits."""

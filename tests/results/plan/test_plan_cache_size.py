@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from dataclasses import replace
 
 import msgpack
@@ -15,7 +16,7 @@ from data_prep.shards import ShardFolder
 from pipeline.cache.layout import FORMAT, VERSION
 from pipeline.cache.writer import CacheFolder
 from pipeline.recipe.schema import Codec
-from pipeline.results.plan.cache_size import cache_size, raw_bytes, tar_bytes
+from pipeline.results.plan.cache_size import SIDECAR, cache_size, raw_bytes
 from pipeline.results.status import size_of
 
 CODECS = {"sampled": {"points": 16, "seed": 0}, "topk": {"k": 8}, "hidden": {"dtype": "bfloat16"}}
@@ -41,11 +42,27 @@ def records(path):
     return found
 
 
-def test_the_tar_is_exact_and_the_streams_are_before_compression(written):
-    codec, path, _ = written
+def tar_bytes(records):
+    """Bytes of a shard's tar, from the bytes of its records: a header each, all in whole blocks, ended by two."""
+
+    def padded(size, block):
+        return -(-size // block) * block
+
+    blocks = sum(tarfile.BLOCKSIZE + padded(record, tarfile.BLOCKSIZE) for record in records)
+    return padded(blocks + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+
+
+def test_the_container_is_within_its_padding_and_the_streams_are_before_compression(written):
+    codec, path, data = written
     manifest, shards = json.loads((path / "manifest.json").read_text()), records(path)
     for shard, found in zip(manifest["shards"], shards, strict=True):
         assert tar_bytes([len(record) for record in found]) == shard["bytes"] == (path / shard["name"]).stat().st_size
+    samples = replace(paper_samples(paper_recipe()), count=len(data), shards=len(shards))
+    planned = cache_size(codec, samples, len(LAYERS), D, V, None).container - len(data) * SIDECAR
+    around = sum(shard["bytes"] for shard in manifest["shards"]) - sum(
+        len(record) for found in shards for record in found
+    )
+    assert abs(planned - around) <= len(data) * tarfile.BLOCKSIZE / 2 + len(shards) * tarfile.RECORDSIZE / 2
     raw = raw_bytes(codec, D, V)
     if raw is None:
         assert codec.name == "sampled"  # its streams depend on the distributions
