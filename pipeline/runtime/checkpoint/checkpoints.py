@@ -121,9 +121,8 @@ class Checkpoints:
             except OSError as error:
                 return write_problem(path, error, needed)
 
-        self._writing = _Writing(update, loop_state, state.sizes, self._thread.submit(write))
-        if not beside:
-            self._writing.file.result()
+        file = self._thread.submit(write) if beside else _done(write())
+        self._writing = _Writing(update, loop_state, state.sizes, file)
 
     def publish(self) -> None:
         """Once all ranks have written their files, let the checkpoint count. Returns at once where they have not."""
@@ -212,6 +211,12 @@ class Checkpoints:
 def remove_checkpoints(folder: Path) -> None:
     """Remove a step's checkpoints, given its folder: it is complete and its result stands."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _done(result: Result) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return future
 
 
 def _path(folder: Path, update: int) -> Path:
