@@ -115,7 +115,7 @@ class _Loop:
         self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints, job.ranks)
         self.resumed_from = self.checkpoints.newest()
         self.first = self.resumed_from.update if self.resumed_from else 0
-        self.saved_at, self.blocked = time.monotonic(), 0.0
+        self.saved_at, self.waited_for_checkpoint = time.monotonic(), 0.0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
@@ -154,7 +154,7 @@ class _Loop:
         self.averages = _averages(sums, counts.tokens)
         own = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
         own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
-        own |= {"checkpoint_s": round(self.blocked, 4)}
+        own |= {"checkpoint_s": round(self.waited_for_checkpoint, 4)}
         self._report(update + 1, {**own, **values}, time.monotonic() - begun, waited)
         return counts.images
 
@@ -170,7 +170,7 @@ class _Loop:
             self.saved_at = time.monotonic()
         if stopping or updates == self.total:
             self.checkpoints.finish()
-        self.blocked = time.monotonic() - begun
+        self.waited_for_checkpoint = time.monotonic() - begun
         if stopping:
             raise Stopped(
                 f"{self.name}: stopped after update {updates} of {self.total}; the same command goes on from here"

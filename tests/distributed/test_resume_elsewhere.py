@@ -8,6 +8,7 @@ import pytest
 import tiny
 from running import ROOT, deepspeed, tiny_recipe
 
+from pipeline.results.status import status
 from pipeline.runtime.folder import read_metrics
 
 KIND, UPDATES, STOPPED = "qwen2_vl", 5, 4
@@ -23,6 +24,7 @@ def ended(tiny_models, tmp_path_factory):
     recipe = tiny_recipe(folder, tiny_models, KIND, data, interact={"steps": 0}, reinforce=training)
     run = folder / "run"
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--stop-after", STOPPED)
+    assert set(status(run)[0][-1].losses) == {"cross_entropy"}, "what else a line has is no loss"
     before, checkpoints = read_metrics(run, "reinforce"), run / "reinforce" / "checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
     _flip_a_bit(checkpoints / "update_000000004" / "rank_00001.safetensors")
