@@ -195,13 +195,15 @@ class Checkpoints:
         return int(sum_over_ranks(torch.tensor(file_size(state.spans()), device=self.ranks.device)))
 
     def _of_first_rank(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on rank 0, on every rank: its word goes. Every rank raises a CheckpointError of it."""
+        """What `work` returns on rank 0, on every rank: its word goes, as do its CheckpointError and OSError."""
         answer: list[Any] = []
         if self.ranks.first:
             try:
                 answer = [work()]
             except CheckpointError as error:
                 answer = [error]
+            except OSError as error:
+                answer = [CheckpointError(f"{self.folder} cannot be used: {error}")]
         (word,) = gather_lists(answer)
         if isinstance(word, CheckpointError):
             raise word

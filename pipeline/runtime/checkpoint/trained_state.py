@@ -169,19 +169,18 @@ def _flattened(key: Tensor, state: Mapping[str, Tensor], kind: str) -> Tensor:
 
 def host_copy(state: TrainedState) -> list[Piece]:
     """This rank's pieces, copied to the host's memory: what happens to the state from now on leaves them alone."""
-    spans = state.spans()
-    elements = sum(span.length for span in spans) * len(KINDS)
-    copies, at, device = [], 0, "cpu"
-    room: Tensor | None = None
+    elements = len(KINDS) * sum(span.length for span in state.spans())
+    copies: list[Piece] = []
+    at, on_device = 0, False
     for piece in state.pieces():
-        device = piece.values[MASTER].device.type
-        if room is None:  # pinned where a GPU copies into it
-            room = torch.empty(elements, dtype=torch.float32, pin_memory=device != "cpu")
+        if not copies:  # pinned where a GPU copies into it
+            on_device = piece.values[MASTER].device.type != "cpu"
+            room = torch.empty(elements, dtype=torch.float32, pin_memory=on_device)
         values = {}
         for kind, value in piece.values.items():
             values[kind] = room.narrow(0, at, value.numel()).copy_(value, non_blocking=True)
             at += value.numel()
         copies.append(Piece(piece.span, piece.step, values))
-    if device != "cpu":
+    if on_device:
         torch.accelerator.synchronize()
     return copies

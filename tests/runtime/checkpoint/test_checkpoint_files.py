@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import threading
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,16 @@ from torch import nn
 from pipeline.errors import CheckpointError
 from pipeline.runtime.checkpoint import checkpoints as module
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
-from pipeline.runtime.checkpoint.files import Index, Reader, file_size, find_damage, write_rank_file
+from pipeline.runtime.checkpoint.files import (
+    Damaged,
+    Index,
+    Reader,
+    file_size,
+    find_damage,
+    read_index,
+    write_index,
+    write_rank_file,
+)
 from pipeline.runtime.checkpoint.trained_state import KINDS, Piece, Span, TrainedState
 from pipeline.runtime.ranks import Ranks
 
@@ -158,6 +170,73 @@ def test_half_a_checkpoint_of_a_killed_job_is_removed_and_never_taken(tmp_path):
     checkpoints, _, _ = saved(tmp_path, 1, 2)
     index_file(tmp_path, 2).unlink()
     assert checkpoints.newest().update == 1 and not rank_file(tmp_path, 2).parent.exists()
+
+
+def test_a_process_killed_while_it_writes_leaves_no_file_of_that_name(tmp_path):
+    checkpoints, training, _ = saved(tmp_path, 1)
+    folder = rank_file(tmp_path, 2).parent
+
+    def killed_after_the_first():
+        for piece in training.state().pieces():
+            yield piece
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        write_rank_file(folder, 0, training.state().spans(), killed_after_the_first())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.suffix for path in folder.iterdir()] == [".partial"]
+    assert checkpoints.newest().update == 1 and not folder.exists()
+
+
+class Runs:
+    """Unpickled, it makes a file: code that a checkpoint must not run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_the_right_hash_is_not_unpickled(tmp_path):
+    checkpoints, training, _ = saved(tmp_path, 1)
+    ran, path = tmp_path / "ran", rank_file(tmp_path, 1)
+    path.write_bytes(pickle.dumps(Runs(ran)))
+    index = read_index(path.parent)
+    forged = replace(index.files[0], bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    write_index(path.parent, replace(index, files=[forged]))
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors has no master/"):
+        checkpoints.load(checkpoints.newest(), training.state())
+    assert not ran.exists()
+
+
+HOSTILE = {
+    "a name that leaves the folder": lambda i: replace(i, files=[replace(i.files[0], name="../../rank_0.safetensors")]),
+    "spans of the wrong type": lambda i: replace(i, files=[replace(i.files[0], pieces={"1.bias": [0, "x", 1]})]),
+    "files that are none": lambda i: replace(i, files=["rank_00000.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_an_index_that_says_what_none_can_is_damaged(tmp_path, hostile):
+    saved(tmp_path, 1)
+    folder = rank_file(tmp_path, 1).parent
+    content = {"format": "vlsi-checkpoint", "version": 1, **asdict(read_index(folder))}
+    forged = HOSTILE[hostile](read_index(folder))
+    content["files"] = [asdict(file) if is_dataclass(file) else file for file in forged.files]
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    index_file(tmp_path, 1).write_text(json.dumps({**content, "checksum": checksum}))
+    with pytest.raises(Damaged, match=r"checkpoint\.json is damaged: (Value|Type)Error"):
+        read_index(folder)
+
+
+def test_an_index_of_a_hundred_thousand_brackets_is_damaged(tmp_path):
+    saved(tmp_path, 1)
+    index_file(tmp_path, 1).write_text("[" * 100_000)
+    with pytest.raises(Damaged, match="RecursionError"):
+        read_index(rank_file(tmp_path, 1).parent)
 
 
 def test_checkpoints_of_older_versions_are_refused(tmp_path):
