@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,24 +70,22 @@ class Checkpoints:
     def newest(self) -> Index | None:
         """The newest checkpoint whose files are all as they were written; None where there is none at all.
 
-        A damaged one is renamed, said so, and the one before it is taken: what was lost is trained again, to the same
-        end. Raises CheckpointError where none of several is left, or where an older version wrote them.
+        Damaged ones are renamed, said so, and the one before them is taken: what was lost is trained again, to the same
+        end. Raises CheckpointError where none is undamaged, and leaves them as they are: a disk may have failed for a
+        moment. Raises it also where an older version wrote them.
         """
-        updates, damage = self._of_first_rank(self._tidy), []
-        for update in reversed(updates):
-            index, found = self._verified(update)
+        damaged: dict[int, list[str]] = {}
+        for update in reversed(self._of_first_rank(self._tidy)):
+            index, damage = self._verified(update)
             if index is not None:
+                self._set_aside(damaged)
                 return index
-            damage += found
-            self._set_aside(update)
-            say(
-                f"warning: {found[0]}. It is now in {_damaged(self.folder, update)}, for you to remove",
-                self.ranks.first,
-            )
-        if damage:
+            damaged[update] = damage
+        if damaged:
+            found = "; ".join(problems[0] for problems in damaged.values())
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is left undamaged: {'; '.join(damage)}. Put a copy of the file in its "
-                f"place and rename the folder back, or remove {self.folder} to train the step from its start"
+                f"no checkpoint in {self.folder} is undamaged: {found}. Put a copy of the file in its place, or remove "
+                f"{self.folder} to train the step from its start"
             )
         return None
 
@@ -109,8 +108,12 @@ class Checkpoints:
         """
         self.finish()
         path, needed = _path(self.folder, update), self._bytes_of_all(state)
-        self._of_first_rank(lambda: shutil.rmtree(path, ignore_errors=True))
-        self._of_first_rank(lambda: check_room(path, needed))
+
+        def make_room() -> None:
+            _remove(path)
+            check_room(path, needed)
+
+        self._of_first_rank(make_room)
         spans = state.spans()
         beside = self._has_memory(file_size(spans))
         pieces = host_copy(state) if beside else state.pieces()
@@ -145,14 +148,14 @@ class Checkpoints:
 
         def conclude() -> None:
             if problems:
-                shutil.rmtree(path, ignore_errors=True)  # half a checkpoint would take the room that is missing
+                _remove(path)  # half a checkpoint would take the room that is missing
                 raise CheckpointError(problems[0])
             try:
                 write_index(path, Index(writing.update, writing.state, writing.parameters, files))
             except OSError as error:
                 raise CheckpointError(write_problem(path, error, sum(file.bytes for file in files))) from error
             for old in _updates(self.folder)[: -self.keep]:
-                shutil.rmtree(_path(self.folder, old))
+                _remove(_path(self.folder, old))
 
         self._of_first_rank(conclude)
 
@@ -167,12 +170,15 @@ class Checkpoints:
         damage = gather_when_ready(self.ranks, what, lambda: find_damage(_path(self.folder, update), own))
         return (None, damage) if damage else (index, [])
 
-    def _set_aside(self, update: int) -> None:
-        def rename() -> None:
-            shutil.rmtree(_damaged(self.folder, update), ignore_errors=True)
-            _path(self.folder, update).rename(_damaged(self.folder, update))
+    def _set_aside(self, damaged: Mapping[int, list[str]]) -> None:
+        def rename(update: int, aside: Path) -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            _path(self.folder, update).rename(aside)
 
-        self._of_first_rank(rename)
+        for update, damage in damaged.items():
+            aside = self.folder / f"damaged_{update:09}"
+            self._of_first_rank(partial(rename, update, aside))
+            say(f"warning: {damage[0]}. It is now in {aside}, for you to remove", self.ranks.first)
 
     def _tidy(self) -> list[int]:
         """The updates that have a checkpoint. What a killed job left of another one is removed."""
@@ -225,8 +231,10 @@ def _path(folder: Path, update: int) -> Path:
     return folder / f"update_{update:09}"
 
 
-def _damaged(folder: Path, update: int) -> Path:
-    return folder / f"damaged_{update:09}"
+def _remove(checkpoint: Path) -> None:
+    """First what makes it whole: killed in between, this leaves what the next start removes."""
+    (checkpoint / INDEX).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _updates(folder: Path) -> list[int]:
