@@ -29,6 +29,10 @@ class CacheError(UserError):
     """A teacher cache is missing or incomplete, or was made from other models, data or settings."""
 
 
+class CheckpointError(UserError):
+    """A step's checkpoint cannot be written, or none that is there can be read."""
+
+
 class SampleError(Exception):
     """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 

@@ -15,6 +15,8 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.presets import check_preset, preset_values
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
+CHECKPOINTING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+
 # These change speed, memory or which files are kept, not what is learned. A run may continue with other values of them.
 # (With interact.micro_batch_size or micro_batch_tokens, the number of matches that are drawn in an update changes too.)
 # The values that a preset fills in are compared themselves, each with the step that uses it.
@@ -32,9 +34,7 @@ CHANGEABLE = {
     "data.max_bad_share",
     "cache.batch_tokens",
 } | {
-    f"{step}.{key}"
-    for step in STEPS
-    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints")
+    f"{step}.{key}" for step in STEPS for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", *CHECKPOINTING)
 }
 
 

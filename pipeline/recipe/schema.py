@@ -105,9 +105,14 @@ class Training(Section):
     """Maximum norm of an update's gradient; a larger one is scaled down. In verbalize it is that of each verb-FFN's
     gradient by itself. 0: no clipping. Not stated in the paper."""
     checkpoint_every: Positive = 500
-    """Number of updates between two checkpoints."""
+    """Number of updates between two checkpoints. A checkpoint is 12 bytes for each trained parameter. It is copied to
+    the host's memory, where there is room, and written while training goes on."""
+    checkpoint_minutes: Rate | None = None
+    """Minutes after which a checkpoint is written at the next update's end, also where checkpoint_every is not
+    reached: no more than this is lost when a job dies. Left out: only checkpoint_every counts."""
     keep_checkpoints: Positive = 2
-    """Number of checkpoints kept on disk; older ones are deleted."""
+    """Number of checkpoints kept on disk; older ones are deleted, each once a newer one is complete. So the disk needs
+    room for one more. If the newest is damaged, a run goes on from the one before it."""
     deepspeed: Path | None = None
     """DeepSpeed config file (JSON) of this step. Left out: the recipe's own deepspeed."""
 

@@ -25,7 +25,7 @@ from pipeline.runtime.progress import size_text
 
 # Fields of a metrics.jsonl line that are not losses.
 _NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
-_NOT_LOSSES |= {"gradient_norm", "real_share"}
+_NOT_LOSSES |= {"gradient_norm", "real_share", "checkpoint_s"}
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
 
 

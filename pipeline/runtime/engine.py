@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.recipe.schema import Cache, Recipe, Training
+from pipeline.runtime.checkpoint.trained_state import TrainedState
 from pipeline.runtime.clipping import clip_factors, part_norms
 from pipeline.runtime.deepspeed_config import step_config, zero_stage
 from pipeline.runtime.ranks import Ranks
@@ -159,17 +159,9 @@ class Engine:
             for parameter in part:
                 _scale_gradient(parameter, factor, self.stage)
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint of the trained weights and the optimizer. Frozen weights are on disk already."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, exclude_frozen_parameters=True)
-
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Resume from a checkpoint and return the state saved with it."""
-        with _quiet():
-            path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed could not load {folder}/{tag}")
-        return state
+    def trained_state(self) -> TrainedState:
+        """What a checkpoint keeps: the trained weights and the optimizer's. Frozen weights are on disk already."""
+        return TrainedState(self.module, self._engine.optimizer, self.stage, self.ranks)
 
     def close(self) -> None:
         """Free what the engine holds: weights, gradients, optimizer states. The module cannot be used any more.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.recipe.schema import StudentTraining
-from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.checkpoint.checkpoints import remove_checkpoints
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job
@@ -28,7 +28,7 @@ def finish(
         weights = merge_lora(gathered, training.lora_rank, training.lora_alpha) if training.lora_rank else gathered
         save_student(backbone, weights, job.recipe.student.path, model_folder)
         mark_done(job.recipe.run / name, summary)
-        Checkpoints(job.recipe.run / name, 1).drop()
+        remove_checkpoints(job.recipe.run / name)
 
     on_first_rank(job.ranks, f"{name}: writing {model_folder}", export)
     engine.close()

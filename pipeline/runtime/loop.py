@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.counts import UpdateCounts, count_update
 from pipeline.runtime.data.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
 from pipeline.runtime.data.data_wait import DataWaitNotice
@@ -112,8 +112,10 @@ class _Loop:
     def __init__(self, job: Job, name: str, training: Training, total: int, engine: Engine, forward: Callable):
         self.job, self.name, self.training, self.total = job, name, training, total
         self.engine, self.forward = engine, forward
-        self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints)
-        self.first = self.checkpoints.newest() or 0
+        self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints, job.ranks)
+        self.resumed_from = self.checkpoints.newest()
+        self.first = self.resumed_from.update if self.resumed_from else 0
+        self.saved_at, self.waited_for_checkpoint = time.monotonic(), 0.0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
@@ -122,8 +124,11 @@ class _Loop:
 
     def resume_and_load(self, dataset: ChatDataset) -> Feed:
         state: Mapping[str, Any] = {}
-        if self.first:
-            state = self.checkpoints.load(self.engine, self.first)
+        trained = self.engine.trained_state()
+        if self.first < self.total:  # now, not after hours
+            self.checkpoints.check_room(trained)
+        if self.resumed_from is not None:
+            state = self.checkpoints.load(self.resumed_from, trained)
             self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
         updates = (self.first, self.total)
@@ -149,20 +154,36 @@ class _Loop:
         self.averages = _averages(sums, counts.tokens)
         own = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
         own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
+        own |= {"checkpoint_s": round(self.waited_for_checkpoint, 4)}
         self._report(update + 1, {**own, **values}, time.monotonic() - begun, waited)
         return counts.images
 
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
+        begun = time.monotonic()
         stop_after = self.job.stop_after
         stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
-        if stopping or updates % self.training.checkpoint_every == 0 or updates == self.total:
+        self.checkpoints.publish()
+        if stopping or self._is_due(updates):
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
-            self.checkpoints.save(self.engine, updates, {**state, **feed.state()})
+            self.checkpoints.save(self.engine.trained_state(), updates, {**state, **feed.state()})
+            self.saved_at = time.monotonic()
+        if stopping or updates == self.total:
+            self.checkpoints.finish()
+        self.waited_for_checkpoint = time.monotonic() - begun
         if stopping:
             raise Stopped(
                 f"{self.name}: stopped after update {updates} of {self.total}; the same command goes on from here"
             )
+
+    def _is_due(self, updates: int) -> bool:
+        """Whether the recipe asks for a checkpoint here; by time, rank 0's clock decides for all."""
+        if updates == self.total or updates % self.training.checkpoint_every == 0:
+            return True
+        if (minutes := self.training.checkpoint_minutes) is None:
+            return False
+        late = self.job.ranks.first and time.monotonic() - self.saved_at >= 60 * minutes
+        return bool(sum_over_ranks(torch.tensor(float(late), device=self.engine.device)))
 
     def close(self) -> None:
         self.progress.close()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.checkpoint.checkpoints import remove_checkpoints
 from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
@@ -70,7 +70,7 @@ def _save(job: Job, engine: Engine, folder: Path, summary: dict[str, object]) ->
         for role in ROLES:
             save_verb_ffns(weights[role], folder / f"{role}.safetensors")
         mark_done(folder, summary)
-        Checkpoints(folder, 1).drop()
+        remove_checkpoints(folder)
 
     on_first_rank(job.ranks, f"{NAME}: writing the verbalizers to {folder}", write)
 

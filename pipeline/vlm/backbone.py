@@ -42,16 +42,30 @@ def load_vlm(
             attn_implementation=attention,
             device_map=None if device_map is None else dict(device_map),
             output_loading_info=True,
+            use_safetensors=True,  # without it, a folder's pickles are read where it has no safetensors
         )
         model, report = loaded
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{folder} could not be loaded as an image-text-to-text model: {error}") from error
+        raise RecipeError(
+            f"{folder} could not be loaded as an image-text-to-text model: {error}{_found_pickles(folder)}"
+        ) from error
     absent = sorted(report.get("missing_keys") or ())
     if absent:
         raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
     family(model)
     _forget_unused_renamings(model)
     return model
+
+
+def _found_pickles(folder: Path | str) -> str:
+    """What to do about weights that are there, but as pickles; empty where there are none."""
+    pickles = sorted(path.name for path in Path(folder).glob("*.bin"))
+    if not pickles or any(Path(folder).glob("*.safetensors")):
+        return ""
+    return (
+        f" {pickles[0]} is a pickle and is not read. Convert it once: model.save_pretrained(FOLDER) with transformers "
+        "writes safetensors"
+    )
 
 
 def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, training: StudentTraining) -> nn.Module:

@@ -19,14 +19,18 @@ def trained(ranks, folder: str) -> dict[str, tuple[list, list]]:
 
 
 def _both(ranks, zero: str, folder: Path) -> tuple[list, list]:
-    engine = _engine(ranks, zero)
+    from pipeline.runtime.checkpoint.checkpoints import Checkpoints
+
+    checkpoints, engine = Checkpoints(folder, 1, ranks), _engine(ranks, zero)
     for update in range(UPDATES):
         if update == STOP_AFTER:
-            engine.save(folder, "half", {"update": update})
+            checkpoints.save(engine.trained_state(), update, {})  # written while the next updates are made
         _update(engine, ranks, update)
+    checkpoints.finish()
     whole = _weights(engine)
-    engine = _engine(ranks, zero)
-    assert engine.load(folder, "half")["update"] == STOP_AFTER
+    engine, newest = _engine(ranks, zero), checkpoints.newest()
+    assert newest.update == STOP_AFTER
+    checkpoints.load(newest, engine.trained_state())
     for update in range(STOP_AFTER, UPDATES):
         _update(engine, ranks, update)
     return whole, _weights(engine)
