@@ -16,9 +16,10 @@ from rich.console import Console
 from data_prep.lock import lock_file
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import write_file
-from pipeline.errors import UserError
+from pipeline.errors import REQUEUE_EXIT, UserError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
+from pipeline.runtime.stop import Requeue, listen
 
 if TYPE_CHECKING:
     from pipeline.runtime.ranks import Ranks
@@ -45,12 +46,15 @@ def run_steps(
     only_missing: bool = False,
     verbose: bool = False,
 ) -> int:
-    """Run steps in order on this rank; returns the exit code: 0, 2 for what the user can put right, 1 for the rest."""
+    """Run steps in order on this rank; returns the exit code.
+
+    It is 0, REQUEUE_EXIT after a request to stop, 2 for what the user can put right, 1 for the rest.
+    """
+    listen()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         resolved = prepare(recipe, overrides, steps, world)
-        _run(resolved, steps, stop_after, shards, only_missing, verbose)
-        return _exit(0)
+        return _exit(_run(resolved, steps, stop_after, shards, only_missing, verbose))
     except (UserError, ShardError) as error:
         _print_error(rank, f"rank {rank}: error: {error}" if rank else f"error: {error}")
         return _exit(USER_ERROR)
@@ -70,10 +74,13 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
     return resolved
 
 
-def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
+def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> int:
+    """Join the other ranks and run the steps; returns the exit code, 0 or REQUEUE_EXIT."""
     from pipeline.runtime import engine
+    from pipeline.runtime.folder import clear_requeue, write_requeue
     from pipeline.runtime.launcher import end_with_the_launcher
     from pipeline.runtime.loop import Job, Stopped
+    from pipeline.runtime.ranks import heed_stop
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
     from pipeline.vlm.attention import check_attention
@@ -84,12 +91,14 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
         write_file(resolved.recipe.run / "recipe.yaml", resolved.to_yaml().encode())
+        clear_requeue(resolved.recipe.run)
     for line in resolved.inherited():
         job.say(line)
     _choose_kernels(job, engine.dtype_of(job.recipe))
-    hosted = None
+    hosted, code = None, 0
     try:
         for step in steps:
+            heed_stop(f"{step}: not begun")
             if step == "cache":  # many jobs may fill one cache
                 cache.run(job, hosted, shards, only_missing)
                 continue
@@ -100,7 +109,13 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
                     {"interact": interact, "reinforce": reinforce}[step].run(job)
     except Stopped as stopped:
         job.say(str(stopped))
+    except Requeue as stopped:
+        job.say(str(stopped))
+        code = REQUEUE_EXIT
+        if ranks.first:
+            write_requeue(resolved.recipe.run, str(stopped))
     engine.stop()
+    return code
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
+from pipeline.runtime.stop import Requeue
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def train(
     may_be_unused, image_parts: see FirstUpdatesCheck. The last update is checkpointed too: what comes after it, such
     as an export, may fail.
 
-    Raises Stopped at --stop-after, DataError when too many samples are bad.
+    Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad.
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward)
@@ -114,6 +115,7 @@ class _Loop:
         self.engine, self.forward = engine, forward
         self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints)
         self.first = self.checkpoints.newest() or 0
+        self.saved = self.first
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
@@ -133,7 +135,11 @@ class _Loop:
         """One update; returns how many images its global batch had."""
         begun = time.monotonic()
         micros = feed.next_update()
-        counts = self._count(micros)
+        counts = count_update(micros, self.job.ranks, self.engine.device)
+        if any(counts.asked):
+            self._save(update, feed)
+            raise Requeue(f"{self.name}: stopped after update {update} of {self.total}", counts.asked)
+        self._count_bad(counts, micros)
         waited = time.monotonic() - begun  # for the data of all ranks: they have just met
         # Anything that draws at random (dropout) draws the same after a resume.
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
@@ -157,26 +163,30 @@ class _Loop:
         stop_after = self.job.stop_after
         stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
         if stopping or updates % self.training.checkpoint_every == 0 or updates == self.total:
-            state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
-            self.checkpoints.save(self.engine, updates, {**state, **feed.state()})
+            self._save(updates, feed)
         if stopping:
             raise Stopped(
                 f"{self.name}: stopped after update {updates} of {self.total}; the same command goes on from here"
             )
+
+    def _save(self, updates: int, feed: Feed) -> None:
+        """Write a checkpoint, unless the newest one stands at this update already."""
+        if updates > self.saved:
+            state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
+            self.checkpoints.save(self.engine, updates, {**state, **feed.state()})
+            self.saved = updates
 
     def close(self) -> None:
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
 
-    def _count(self, micros: list[LoadedBatch]) -> UpdateCounts:
-        """Count the global batch. Every rank counts all ranks' bad samples: all stop alike."""
-        counts = count_update(micros, self.job.ranks, self.engine.device)
+    def _count_bad(self, counts: UpdateCounts, micros: list[LoadedBatch]) -> None:
+        """Every rank counts all ranks' bad samples: all stop alike."""
         newest = gather_lists([r for m in micros for r in m.rejected]) if counts.rejected else []
         if newest and self.job.ranks.first:
             record_rejected(self.job.recipe.run, newest)
         self.bad.count(self.training.batch_size, newest)
-        return counts
 
     def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
         speed = values["tokens"] / took
