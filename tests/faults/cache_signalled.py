@@ -1,4 +1,7 @@
-"""launch/cache.py, in which rank 1 gets SIGUSR1 when it puts its 20th batch, in its third shard: tests/faults/test_signals.py runs it."""
+"""launch/cache.py, in which rank 1 gets SIGUSR1 when it puts its 20th batch, in its third shard.
+
+Not a test: test_signals.py runs it.
+"""
 
 import os
 import signal
