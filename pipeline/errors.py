@@ -29,6 +29,10 @@ class CacheError(UserError):
     """A teacher cache is missing or incomplete, or was made from other models, data or settings."""
 
 
+class DivergedError(UserError):
+    """The loss or gradient of too many updates in a row was not finite."""
+
+
 class SampleError(Exception):
     """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 

@@ -34,7 +34,14 @@ CHANGEABLE = {
 } | {
     f"{step}.{key}"
     for step in STEPS
-    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints")
+    for key in (
+        "deepspeed",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_skipped_in_a_row",
+    )
 }
 
 

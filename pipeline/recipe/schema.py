@@ -104,6 +104,10 @@ class Training(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Maximum norm of an update's gradient; a larger one is scaled down. In verbalize it is that of each verb-FFN's
     gradient by itself. 0: no clipping. Not stated in the paper."""
+    max_skipped_in_a_row: Positive = 10
+    """Number of skipped updates in a row at which the step stops with an error. An update whose loss or gradient is not
+    finite is skipped on all ranks: weights and optimizer stay as they are, and the samples are written to
+    RUN/non_finite.jsonl."""
     checkpoint_every: Positive = 500
     """Number of updates between two checkpoints."""
     keep_checkpoints: Positive = 2

@@ -136,7 +136,7 @@ def size_of(path: Path) -> int:
 
 def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     summary, lines = done(run / name), read_metrics(run, name)
-    losses = (summary or {}).get("losses") or (_losses_of_line(lines[-1]) if lines else {})
+    losses = (summary or {}).get("losses") or _newest_losses(lines)
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
     size = size_of(run / name)
     if name == "cache":
@@ -173,6 +173,11 @@ def _format_losses(losses: Mapping[str, float]) -> str:
         group, slash, layer = name.rpartition("/")
         groups.setdefault(group or name, []).append(f"{layer}: {value:.3f}" if slash else f"{value:.3f}")
     return "\n".join(f"{group}  {'  '.join(values)}" for group, values in groups.items())
+
+
+def _newest_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Those of the last update that was not skipped."""
+    return next((_losses_of_line(line) for line in reversed(lines) if not line.get("skipped")), {})
 
 
 def _losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:

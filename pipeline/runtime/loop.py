@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
 from pipeline.runtime.metrics import Metrics
+from pipeline.runtime.non_finite import SkippedUpdates
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
@@ -95,7 +97,8 @@ def train(
     try:
         for update in range(loop.first, total):
             images = loop.run_update(update, feed)
-            check.after_update(images)
+            if images is not None:
+                check.after_update(images)
             loop.checkpoint(update + 1, feed)
     finally:
         loop.close()
@@ -117,6 +120,7 @@ class _Loop:
         self.first = self.checkpoints.newest() or 0
         self.saved = self.first
         self.bad = BadSamples(job.recipe.data.max_bad_share)
+        self.skips = SkippedUpdates(job.recipe.run, name, training.max_skipped_in_a_row, job.ranks)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
         self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
@@ -127,12 +131,13 @@ class _Loop:
         if self.first:
             state = self.checkpoints.load(self.engine, self.first)
             self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
+            self.skips.resume(state.get("skipped", self.skips.state()))
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
         updates = (self.first, self.total)
         return open_feed(self.job.recipe, self.job.ranks, self.name, self.training, dataset, updates, state)
 
-    def run_update(self, update: int, feed: Feed) -> int:
-        """One update; returns how many images its global batch had."""
+    def run_update(self, update: int, feed: Feed) -> int | None:
+        """One update; returns how many images its global batch had, None where it was skipped: see SkippedUpdates."""
         begun = time.monotonic()
         micros = feed.next_update()
         counts = count_update(micros, self.job.ranks, self.engine.device)
@@ -145,18 +150,27 @@ class _Loop:
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         rate = learning_rate(self.training, update, self.total)
         sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         values: Mapping[str, Any] = {}
         for micro, one in enumerate(micros):
             step_output = self.forward(one, MicroStep(update, micro))
             self.engine.backward(step_output.loss, counts.tokens, last=micro == len(micros) - 1)
             sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
+            losses.append(step_output.loss.detach().double())
             values = step_output.values
-        self.engine.step(rate)
-        self.averages = _averages(sums, counts.tokens)
-        own = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
+        averages, finite = _averages(sums, losses, counts.tokens)
+        moved = self.engine.step(rate, discard=not finite)
+        own: dict[str, Any] = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
         own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
-        self._report(update + 1, {**own, **values}, time.monotonic() - begun, waited)
-        return counts.images
+        if moved:
+            self.averages = averages
+            self.skips.moved()
+            own |= {**averages, **values, "gradient_norm": self.engine.gradient_norm()}
+        else:
+            self.job.say(self.skips.skipped(update + 1, micros, losses))
+            own["skipped"] = True  # and no losses, for they are not finite
+        self._report(update + 1, own, time.monotonic() - begun, waited)
+        return counts.images if moved else None
 
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
@@ -173,6 +187,7 @@ class _Loop:
         """Write a checkpoint, unless the newest one stands at this update already."""
         if updates > self.saved:
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
+            state["skipped"] = self.skips.state()
             self.checkpoints.save(self.engine, updates, {**state, **feed.state()})
             self.saved = updates
 
@@ -192,21 +207,20 @@ class _Loop:
         speed = values["tokens"] / took
         if self.metrics is not None:
             rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(waited / took, 4)}
-            self.metrics.write(
-                update, {**self.averages, **values, "gradient_norm": self.engine.gradient_norm(), **rates}
-            )
+            self.metrics.write(update, {**values, **rates})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
+        if self.skips.total:
+            shown += f"  {self.skips.total} skipped"
         self.progress.advance(f"{shown}  {speed:,.0f} tokens/s  {values['real_share']:.0%} real")
         if (notice := self.notice.after_update(waited, took, values["loader_workers"])) is not None:
             self.job.say(notice)
 
 
-def _averages(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:
-    """Averages over the response tokens of the global batch: one sum over ranks, one division."""
-    if not sums:
-        return {}
-    total = sum_over_ranks(torch.stack(list(sums.values())))
-    return dict(zip(sums, (total / max(1, tokens)).tolist(), strict=True))
+def _averages(sums: Mapping[str, Tensor], losses: Sequence[Tensor], tokens: int) -> tuple[dict[str, float], bool]:
+    """(averages over the response tokens of the global batch, whether all ranks' losses are finite): one sum."""
+    every = sum_over_ranks(torch.stack([*sums.values(), torch.stack(list(losses)).sum()]))
+    *total, loss = (every / max(1, tokens)).tolist()
+    return dict(zip(sums, total, strict=True)), math.isfinite(loss)
 
 
 def record_rejected(run: Path, rejected: list[Any]) -> None:
