@@ -26,6 +26,7 @@ CHANGEABLE = {
     "kernels",
     "gradient_checkpointing",
     "attention",
+    "hang_minutes",
     "data.workers",
     "data.memory_mb",
     "data.held_out",

@@ -245,6 +245,10 @@ class Recipe(Section):
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
+    hang_minutes: Rate = 8.0
+    """Minutes without progress, such as a micro-step, after which a rank counts as hanging: all ranks then end with an
+    error that names it and where it stands. What takes long (hashing, loading, checkpoints) may take 10 times as long.
+    Half a minute more than the longest micro-step is enough. Collectives have a limit of their own: 10 minutes each."""
     train_vision: bool = False
     """Whether stage 2 trains the student's vision tower too. It has no effect on a step with LoRA."""
     train_projector: bool = True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
+from pipeline.runtime import watch
 from pipeline.runtime.checkpoint import Checkpoints
 from pipeline.runtime.counts import UpdateCounts, count_update
 from pipeline.runtime.data.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
@@ -139,7 +140,10 @@ class _Loop:
     def run_update(self, update: int, feed: Feed) -> int | None:
         """One update; returns how many images its global batch had, None where it was skipped: see SkippedUpdates."""
         begun = time.monotonic()
+        at = f"{self.name}: update {update + 1} of {self.total}"
+        watch.doing(f"{at}, loading its micro-batches")
         micros = feed.next_update()
+        watch.doing(f"{at}, counting with all ranks")
         counts = count_update(micros, self.job.ranks, self.engine.device)
         if any(counts.asked):
             self._save(update, feed)
@@ -153,11 +157,13 @@ class _Loop:
         losses: list[Tensor] = []
         values: Mapping[str, Any] = {}
         for micro, one in enumerate(micros):
+            watch.doing(f"{at}, micro-step {micro + 1} of {len(micros)}: {one.sizes()}")
             step_output = self.forward(one, MicroStep(update, micro))
             self.engine.backward(step_output.loss, counts.tokens, last=micro == len(micros) - 1)
             sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
             losses.append(step_output.loss.detach().double())
             values = step_output.values
+        watch.doing(f"{at}, optimizer step")
         averages, finite = _averages(sums, losses, counts.tokens)
         moved = self.engine.step(rate, discard=not finite)
         own: dict[str, Any] = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
@@ -188,10 +194,12 @@ class _Loop:
         if updates > self.saved:
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
             state["skipped"] = self.skips.state()
+            watch.doing(f"{self.name}: writing the checkpoint of update {updates}", long=True)
             self.checkpoints.save(self.engine, updates, {**state, **feed.state()})
             self.saved = updates
 
     def close(self) -> None:
+        watch.doing(f"{self.name}: after its updates", long=True)
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.runtime import watch
 from pipeline.runtime.progress import say
 from pipeline.runtime.stop import Requeue, asked_to_stop
 
@@ -65,6 +66,7 @@ def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]
     with ThreadPoolExecutor(1) as pool:
         making = pool.submit(make)
         while not all(gather_lists([_is_ready(making)])):
+            watch.doing(what, long=True)
             say(f"{what}, {time.monotonic() - begun:.0f} s", ranks.first)
     return gather_lists(making.result())
 
