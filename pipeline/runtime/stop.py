@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from types import FrameType
+
+from pipeline.errors import REQUEUE_EXIT
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_GONE = 1
@@ -84,8 +88,26 @@ def who_was_asked(asked: Sequence[int]) -> str:
     return f"rank {rank} {what}{also}"
 
 
+def exit_at_signals(what: str) -> None:
+    """From now on the first SIGTERM or SIGUSR1 ends this program with REQUEUE_EXIT, its contexts closed.
+
+    For programs of one process that go on where they were ended. what: whose work is kept.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        name = signal.Signals(number).name
+        print(f"{what}: stopped: got {name}; what is written is kept, and the same command goes on from there",
+              file=sys.stderr, flush=True)  # fmt: skip
+        raise SystemExit(REQUEUE_EXIT)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
 def leave_signals_to_parent() -> None:
-    """In a loader's process: only its parent's SIGTERM ends it, for its parent needs it until the boundary.
+    """In a process that loads or computes for its parent: only its parent's SIGTERM ends it.
 
     Launchers and batch systems signal all of a job's processes.
     """
