@@ -20,7 +20,7 @@ from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.runtime.data.data_wait import WINDOW
-from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics
+from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics, read_requeue
 from pipeline.runtime.progress import size_text
 
 # Fields of a metrics.jsonl line that are not losses.
@@ -97,6 +97,8 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
         console.print(f"data:    {data}", markup=False, soft_wrap=True)
     if kernels := read_kernels(run):
         console.print(f"kernels: {kernels}", markup=False, soft_wrap=True)
+    if stopped := read_requeue(run):
+        console.print(f"stopped: {stopped}", markup=False, soft_wrap=True)
     console.print(f"next:    {following}", markup=False, soft_wrap=True)
 
 
