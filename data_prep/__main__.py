@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from data_prep.ranks import RankFailed, Ranks, start_ranks
 from data_prep.schema import REASONS, SPLITS, BadSample, DataError
 from data_prep.sources import Source, all_sources, colour, fraction, positive_int
+from data_prep.stop import REQUEUE_EXIT, Stopped, raise_at_signals
 
 if TYPE_CHECKING:
     from data_prep.plan import Plan
@@ -32,7 +34,8 @@ examples:
   python -m data_prep lint data/chat && python -m data_prep preview data/chat
 
 `python -m data_prep COMMAND --help` says more. Exit codes: 0 done; 1 bad data (too many rejects, or lint found
-something); 2 the command line or the input needs a change, as the message says.
+something); 2 the command line or the input needs a change, as the message says; 75 stopped by SIGTERM or SIGUSR1: run
+the same command again.
 """
 
 SHARD_MANUAL = """\
@@ -57,6 +60,10 @@ Show samples, evenly spread over the shards, as a contact sheet: one HTML file w
 
 example: python -m data_prep preview data/chat --count 100
 """
+
+
+ANOTHER_RANK_S = 0.5
+"""How long a rank other than 0 waits before it says that it stops: a signal to all ranks is then reported once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,6 +172,12 @@ def _on_all_ranks(argv: list[str]) -> int:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2 if getattr(error, "expected", True) else 1
+    except Stopped as stopped:
+        if ranks.rank:
+            time.sleep(ANOTHER_RANK_S)
+        print(f"{stopped}: stopped; finished shards stay, and the same command goes on", file=sys.stderr, flush=True)
+        ranks.abort(REQUEUE_EXIT)
+        return REQUEUE_EXIT
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
         ranks.abort()
@@ -291,6 +304,8 @@ def _preview(args: argparse.Namespace) -> int:
 def run() -> int:
     """The program: `python -m data_prep`, or vlsi-data."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is no error
+    if sys.argv[1:2] == ["shard"]:
+        raise_at_signals()
     return main()
 
 

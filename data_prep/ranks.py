@@ -64,8 +64,8 @@ class Ranks:
     def flush(self) -> None:
         """Wait until rank 0 has received what this rank sent."""
 
-    def abort(self) -> None:
-        """End every rank at once, after an error that the other ranks do not know of."""
+    def abort(self, code: int = 1) -> None:
+        """End every rank at once, with an exit code, after an error that the other ranks do not know of."""
 
     def raise_on_all(self, error: Exception | None) -> None:
         """All: raise RankFailed on every rank if any rank has an error."""
@@ -161,8 +161,8 @@ class _MpiRanks(Ranks):
         self._mpi.Request.Waitall(self._sent)
         self._sent = []
 
-    def abort(self) -> None:
-        self._comm.Abort(1)
+    def abort(self, code: int = 1) -> None:
+        self._comm.Abort(code)
 
 
 def _failed(rank: int, size: int, error: Exception | None) -> RankFailed | None:

@@ -173,8 +173,11 @@ def main(arguments: list[str] | None = None) -> int:
     from data_prep.schema import DataError as ShardError
     from pipeline.errors import SampleError, UserError
     from pipeline.runtime.logs import filter_logs
+    from pipeline.runtime.stop import exit_at_signals
 
     filter_logs(options.verbose)
+    if options.command in RESUMABLE:
+        exit_at_signals(options.command)
     try:
         COMMANDS[options.command](options)
     except (UserError, ShardError, SampleError) as error:
@@ -364,6 +367,8 @@ COMMANDS = {
     "cache-info": _cache_info,
     "env": _env,
 }
+RESUMABLE = ("evaluate", "answer")
+"""Commands that take long, and go on where they were ended."""
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ class CheckpointError(UserError):
     """A step's checkpoint cannot be written, or none that is there can be read."""
 
 
+class DivergedError(UserError):
+    """The loss or gradient of too many updates in a row was not finite."""
+
+
 class SampleError(Exception):
     """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 

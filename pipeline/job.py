@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from data_prep.lock import lock_file
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import write_file
-from pipeline.errors import UserError
+from pipeline.errors import REQUEUE_EXIT, UserError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
+from pipeline.runtime.first_error import report, report_failure
+from pipeline.runtime.stop import Requeue, listen
 
 if TYPE_CHECKING:
     from pipeline.runtime.ranks import Ranks
@@ -28,12 +26,8 @@ USER_ERROR, FAILURE = 2, 1
 ANOTHER_RUN = "end it; or give this job a folder of its own: --set run=FOLDER"
 """What to do, besides to wait, where two jobs want one step of one run."""
 
-ANOTHER_RANK_S = 3.0
-"""How long a rank other than 0 waits before it prints its error: an error of all ranks is then printed once, by 0."""
 LAST_RANKS_S = 15.0
 """How long a start waits for the ranks of a job that was killed: they end within seconds."""
-LAUNCHER_S = 30.0
-"""How long a rank that only lost its connection waits for the launcher to end it, with the exit code of the cause."""
 
 
 def run_steps(
@@ -45,17 +39,20 @@ def run_steps(
     only_missing: bool = False,
     verbose: bool = False,
 ) -> int:
-    """Run steps in order on this rank; returns the exit code: 0, 2 for what the user can put right, 1 for the rest."""
+    """Run steps in order on this rank; returns the exit code.
+
+    It is 0, REQUEUE_EXIT after a request to stop, 2 for what the user can put right, 1 for the rest.
+    """
+    listen()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         resolved = prepare(recipe, overrides, steps, world)
-        _run(resolved, steps, stop_after, shards, only_missing, verbose)
-        return _exit(0)
+        return _exit(_run(resolved, steps, stop_after, shards, only_missing, verbose))
     except (UserError, ShardError) as error:
-        _print_error(rank, f"rank {rank}: error: {error}" if rank else f"error: {error}")
+        report(f"error: {error}", USER_ERROR, rank, world)
         return _exit(USER_ERROR)
     except Exception as error:
-        _print_failure(rank, error)
+        report_failure(error, FAILURE, rank, world)
         return _exit(FAILURE)
 
 
@@ -70,26 +67,33 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
     return resolved
 
 
-def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
-    from pipeline.runtime import engine
+def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> int:
+    """Join the other ranks and run the steps; returns the exit code, 0 or REQUEUE_EXIT."""
+    from pipeline.runtime import engine, watch
+    from pipeline.runtime.folder import clear_requeue, write_requeue
     from pipeline.runtime.launcher import end_with_the_launcher
     from pipeline.runtime.loop import Job, Stopped
+    from pipeline.runtime.ranks import heed_stop
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
     from pipeline.vlm.attention import check_attention
 
     end_with_the_launcher()
     ranks = engine.start(verbose)
+    watch.start(ranks.rank, ranks.world, resolved.recipe.hang_minutes)
     check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
         write_file(resolved.recipe.run / "recipe.yaml", resolved.to_yaml().encode())
+        clear_requeue(resolved.recipe.run)
     for line in resolved.inherited():
         job.say(line)
     _choose_kernels(job, engine.dtype_of(job.recipe))
-    hosted = None
+    hosted, code = None, 0
     try:
         for step in steps:
+            heed_stop(f"{step}: not begun")
+            watch.doing(f"{step}: opening data and models", long=True)
             if step == "cache":  # many jobs may fill one cache
                 cache.run(job, hosted, shards, only_missing)
                 continue
@@ -100,7 +104,14 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
                     {"interact": interact, "reinforce": reinforce}[step].run(job)
     except Stopped as stopped:
         job.say(str(stopped))
+    except Requeue as stopped:
+        job.say(str(stopped))
+        code = REQUEUE_EXIT
+        if ranks.first:
+            write_requeue(resolved.recipe.run, str(stopped))
+    watch.stop()
     engine.stop()
+    return code
 
 
 @contextlib.contextmanager
@@ -141,22 +152,3 @@ def _exit(code: int) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _print_failure(rank: int, error: Exception) -> None:
-    """Print a traceback; of a connection that another rank's end broke, one line, and only if nobody ends this rank."""
-    from pipeline.runtime.ranks import lost_connection
-
-    if lost_connection(error):
-        time.sleep(LAUNCHER_S)
-        text = f"rank {rank} lost its connection to another rank, which failed before it: {str(error).splitlines()[0]}"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
-    else:
-        _print_error(rank, f"rank {rank} failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}")
-
-
-def _print_error(rank: int, text: str) -> None:
-    """Rank 0 prints at once; another rank only if the launcher has not ended it by then."""
-    if rank:
-        time.sleep(ANOTHER_RANK_S)
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -75,19 +75,23 @@ def run(program: list[str], check: int | None = 0) -> str:
 
 
 def _on_ranks(ranks: int, port: str, program: list[str], check: int | None) -> str:
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-u", program[0], f"--local_rank={rank}", *program[1:]],
-                cwd=ROOT, env=_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output, stderr=output,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        code = _wait(processes)
+        code = _wait(start_ranks(ranks, port, program, output))
         output.seek(0)
         return _checked(code, output.read(), check)
+
+
+def start_ranks(ranks: int, port: str, program: list[str], output: IO[str]) -> list[subprocess.Popen]:
+    """Start a program of the checkout on so many ranks, and leave them to the caller."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-u", program[0], f"--local_rank={rank}", *program[1:]],
+            cwd=ROOT, env=_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=output, stderr=output,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:

@@ -28,13 +28,16 @@ CHANGEABLE = {
     "kernels",
     "gradient_checkpointing",
     "attention",
+    "hang_minutes",
     "data.workers",
     "data.memory_mb",
     "data.held_out",
     "data.max_bad_share",
     "cache.batch_tokens",
 } | {
-    f"{step}.{key}" for step in STEPS for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", *CHECKPOINTING)
+    f"{step}.{key}"
+    for step in STEPS
+    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "max_skipped_in_a_row", *CHECKPOINTING)
 }
 
 

@@ -104,6 +104,10 @@ class Training(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Maximum norm of an update's gradient; a larger one is scaled down. In verbalize it is that of each verb-FFN's
     gradient by itself. 0: no clipping. Not stated in the paper."""
+    max_skipped_in_a_row: Positive = 10
+    """Number of skipped updates in a row at which the step stops with an error. An update whose loss or gradient is not
+    finite is skipped on all ranks: weights and optimizer stay as they are, and the samples are written to
+    RUN/non_finite.jsonl."""
     checkpoint_every: Positive = 500
     """Number of updates between two checkpoints. A checkpoint is 12 bytes for each trained parameter. It is copied to
     the host's memory, where there is room, and written while training goes on."""
@@ -246,6 +250,10 @@ class Recipe(Section):
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
+    hang_minutes: Rate = 8.0
+    """Minutes without progress, such as a micro-step, after which a rank counts as hanging: all ranks then end with an
+    error that names it and where it stands. What takes long (hashing, loading, checkpoints) may take 10 times as long.
+    Half a minute more than the longest micro-step is enough. Collectives have a limit of their own: 10 minutes each."""
     train_vision: bool = False
     """Whether stage 2 trains the student's vision tower too. It has no effect on a step with LoRA."""
     train_projector: bool = True

@@ -20,7 +20,7 @@ from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.runtime.data.data_wait import WINDOW
-from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics
+from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics, read_requeue
 from pipeline.runtime.progress import size_text
 
 # Fields of a metrics.jsonl line that are not losses.
@@ -97,6 +97,8 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
         console.print(f"data:    {data}", markup=False, soft_wrap=True)
     if kernels := read_kernels(run):
         console.print(f"kernels: {kernels}", markup=False, soft_wrap=True)
+    if stopped := read_requeue(run):
+        console.print(f"stopped: {stopped}", markup=False, soft_wrap=True)
     console.print(f"next:    {following}", markup=False, soft_wrap=True)
 
 
@@ -136,7 +138,7 @@ def size_of(path: Path) -> int:
 
 def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     summary, lines = done(run / name), read_metrics(run, name)
-    losses = (summary or {}).get("losses") or (_losses_of_line(lines[-1]) if lines else {})
+    losses = (summary or {}).get("losses") or _newest_losses(lines)
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
     size = size_of(run / name)
     if name == "cache":
@@ -173,6 +175,11 @@ def _format_losses(losses: Mapping[str, float]) -> str:
         group, slash, layer = name.rpartition("/")
         groups.setdefault(group or name, []).append(f"{layer}: {value:.3f}" if slash else f"{value:.3f}")
     return "\n".join(f"{group}  {'  '.join(values)}" for group, values in groups.items())
+
+
+def _newest_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Those of the last update that was not skipped."""
+    return next((_losses_of_line(line) for line in reversed(lines) if not line.get("skipped")), {})
 
 
 def _losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:

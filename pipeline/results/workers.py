@@ -24,6 +24,7 @@ import torch
 from pipeline.errors import RecipeError
 from pipeline.results.generate import run_dtype
 from pipeline.runtime.logs import filter_logs, is_filtered
+from pipeline.runtime.stop import leave_signals_to_parent
 from pipeline.vlm.placement import (
     Devices,
     available_cpu_memory,
@@ -125,6 +126,7 @@ _made: Callable[[], Callable[[Any], Any]]
 def _begin_worker(make: Callable, groups: SimpleQueue[Devices], threads: int, verbose: bool) -> None:
     global _made
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+    leave_signals_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     filter_logs(verbose)
     torch.set_num_threads(threads)

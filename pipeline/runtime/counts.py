@@ -9,6 +9,7 @@ import torch
 
 from pipeline.runtime.data.batches import LoadedBatch
 from pipeline.runtime.ranks import Ranks, sum_over_ranks
+from pipeline.runtime.stop import asked_to_stop
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class UpdateCounts:
     """Tokens of the samples."""
     computed: int
     """Tokens that the ranks' time goes into: in each micro-step, ranks x those of the largest padded micro-batch."""
+    asked: tuple[int, ...]
+    """Of each rank, what has asked it to stop (stop.asked_to_stop); all zero where nothing has."""
 
     @property
     def real_share(self) -> float:
@@ -35,9 +38,10 @@ class UpdateCounts:
 def count_update(micros: Sequence[LoadedBatch], ranks: Ranks, device: torch.device) -> UpdateCounts:
     """Count this rank's micro-batches of an update together with all others'. All ranks must call."""
     sums = torch.tensor([(m.tokens(), m.images(), len(m.rejected), m.real_tokens()) for m in micros]).sum(0)
-    computed = torch.zeros(len(micros), ranks.world, dtype=torch.long)  # each rank fills its own column
-    computed[:, ranks.rank] = torch.tensor([micro.computed_tokens() for micro in micros])
-    everything = sum_over_ranks(torch.cat([sums, computed.flatten()]).to(device)).cpu()
-    largest = everything[len(sums) :].view(-1, ranks.world).amax(1)
+    columns = torch.zeros(len(micros) + 1, ranks.world, dtype=torch.long)  # each rank fills its own
+    columns[:, ranks.rank] = torch.tensor([*(micro.computed_tokens() for micro in micros), asked_to_stop()])
+    everything = sum_over_ranks(torch.cat([sums, columns.flatten()]).to(device)).cpu()
+    *computed, asked = everything[len(sums) :].view(-1, ranks.world)
+    largest = sum(int(micro_step.max()) for micro_step in computed)
     tokens, images, rejected, real = everything[: len(sums)].tolist()
-    return UpdateCounts(tokens, images, rejected, real, int(largest.sum()) * ranks.world)
+    return UpdateCounts(tokens, images, rejected, real, largest * ranks.world, tuple(asked.tolist()))

@@ -86,7 +86,7 @@ class Engine:
         self.ranks = ranks
         self.dtype = dtype_of(recipe)
         training = section if isinstance(section, Training) else None
-        trained = [p for p in module.parameters() if p.requires_grad] if training else []
+        trained = self._trained = [p for p in module.parameters() if p.requires_grad] if training else []
         self._parts = [[p for p in part.parameters() if p.requires_grad] for part in clipped_apart]
         self._norm_of_parts: float | None = None
         self._clip = training.clip if training else 0.0
@@ -137,27 +137,57 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(local_sum * (self.ranks.world / max(1, global_count)))
 
-    def step(self, learning_rate: float) -> None:
-        """End an update, after the backward of its last micro-step: the optimizer moves with this learning rate."""
+    def step(self, learning_rate: float, discard: bool = False) -> bool:
+        """End an update, after the backward of its last micro-step: the optimizer moves with this learning rate.
+
+        Returns whether it did, alike on all ranks. It does not where the norm of a gradient is not finite, or where
+        `discard` says so: weights and optimizer states stay as they are, and the gradient is gone.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._parts:
-            self._clip_parts()
+        if discard or not self._clip_parts():
+            self._discard()
+            return False
         self._engine.step()
+        return self.stage == 0 or not self._engine.optimizer.overflow
 
     def gradient_norm(self) -> float | None:
         """Norm of the whole gradient before clipping, at the last update; None under ZeRO-0, which does not tell."""
         norm = self._norm_of_parts if self._parts else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def _clip_parts(self) -> None:
-        """Clip each part by its own norm. DeepSpeed knows only one norm for all, so it is told not to clip."""
-        shares = [[_gradient_share(p, self.stage) for p in part] for part in self._parts]
+    def _discard(self) -> None:
+        """End an update without a step. ZeRO does so where the gradient's norm is not finite, so it is told such a one.
+
+        (A gradient of NaN would not do: it would stay in ZeRO-3's buffers, where shards are padded.)
+        """
+        if self.stage == 0:
+            self._engine.zero_grad()
+            return
+        optimizer, norm = self._engine.optimizer, torch.full((), torch.inf)
+        name, told = ("_get_norm_groups", [norm]) if self.stage == 3 else ("scaled_global_norm", norm)
+        with _instead(optimizer, name, lambda *_: told):
+            self._engine.step()
+
+    def _clip_parts(self) -> bool:
+        """Clip each part by its own norm. DeepSpeed knows only one norm for all, so it is told not to clip.
+
+        Returns whether the norms are finite, as far as they are known here: ZeRO's step looks at the whole's itself.
+        """
+        parts = self._parts or ([self._trained] if self.stage == 0 else [])
+        if not parts:
+            return True
+        shares = [[_gradient_share(p, self.stage) for p in part] for part in parts]
         norms = part_norms(shares, sharded=self.stage > 0)
+        if not norms.isfinite().all():
+            return False
+        if not self._parts:
+            return True
         self._norm_of_parts = float(norms.norm())
         for part, factor in zip(self._parts, clip_factors(norms, self._clip).float(), strict=True):
             for parameter in part:
                 _scale_gradient(parameter, factor, self.stage)
+        return True
 
     def trained_state(self) -> TrainedState:
         """What a checkpoint keeps: the trained weights and the optimizer's. Frozen weights are on disk already."""
@@ -177,6 +207,7 @@ class Engine:
         for held in (getattr(optimizer, "optimizer", None), optimizer, self._engine):
             if held is not None:
                 vars(held).clear()
+        self._trained, self._parts = [], []
         for parameter in module.parameters():
             _empty(parameter)
         gc.collect()
@@ -249,6 +280,16 @@ def _quiet() -> Iterator[None]:
         if not logging.getLogger("DeepSpeed").isEnabledFor(logging.WARNING):
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
+
+
+@contextlib.contextmanager
+def _instead(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """Let an object have another method meanwhile."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def _drop(modules: list[nn.Module], module: nn.Module) -> None:

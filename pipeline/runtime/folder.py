@@ -11,6 +11,8 @@ from pipeline.recipe.schema import STEPS
 
 KERNELS = "kernels.json"
 """File of a run folder: the kernels of its newest invocation."""
+REQUEUE = "requeue.json"
+"""File of a run folder that stands there while its newest invocation is one that was asked to stop."""
 
 
 def mark_done(folder: Path, summary: dict[str, Any]) -> None:
@@ -59,6 +61,25 @@ def read_kernels(run: Path) -> str | None:
     """What `write_kernels` kept; None where nothing has run yet."""
     path = run / KERNELS
     return json.loads(path.read_text(encoding="utf-8"))["kernels"] if path.is_file() else None
+
+
+def write_requeue(run: Path, why: str) -> None:
+    """Say in the run folder that its newest invocation stopped when it was asked to, and is to be started again.
+
+    For job scripts whose launcher has its own exit code (docs/running_on_a_cluster.md).
+    """
+    write_json(run / REQUEUE, {"why": why})
+
+
+def clear_requeue(run: Path) -> None:
+    """Take back what write_requeue said: an invocation goes on."""
+    (run / REQUEUE).unlink(missing_ok=True)
+
+
+def read_requeue(run: Path) -> str | None:
+    """What `write_requeue` said; None where the newest invocation was not asked to stop, or has not stopped yet."""
+    path = run / REQUEUE
+    return json.loads(path.read_text(encoding="utf-8"))["why"] if path.is_file() else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,8 @@
-"""A rank's launcher: when it is gone, the rank ends too.
+"""A rank's launcher: when it is gone, the rank stops too.
 
-Launchers end their ranks when they fail, and when they are asked to end. Killed outright (SIGKILL, out of memory) they
-leave them behind: these would train on, hold their GPUs, and write what the next start of the job writes too.
+Launchers end their ranks when they fail, and when they are asked to end. Killed outright (SIGKILL, out of memory, and
+`deepspeed` by a SIGTERM) they leave them behind: these would train on, hold their GPUs, and write what the next start
+of the job writes too. They are asked to stop as by a signal, so that the work since the last checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import PurePath
 
 import psutil
 
+from pipeline.runtime.stop import LAUNCHER_GONE, ask_to_stop
+
 LAUNCHERS = {
     "deepspeed",
     "deepspeed.launcher.launch",
@@ -25,12 +28,17 @@ LAUNCHERS = {
 }
 """Programs and modules that start ranks and stay until these end."""
 POLL_S = 1.0
+GRACE_S = 20.0
+"""How long a rank without launcher has for the end of its update and a checkpoint."""
 ORPHANED = 1
-"""Exit code of a rank whose launcher is gone."""
+"""Exit code of a rank whose launcher is gone, and that could not stop in GRACE_S."""
 
 
 def end_with_the_launcher() -> None:
-    """End this process soon after a launcher among its ancestors has ended. Does nothing where there is none."""
+    """Ask this process to stop once a launcher among its ancestors has ended, and end it GRACE_S later.
+
+    Does nothing where there is none.
+    """
     if ancestors := launchers(psutil.Process()):
         threading.Thread(target=_watch, args=(ancestors,), daemon=True, name="launcher").start()
 
@@ -69,8 +77,10 @@ def _watch(ancestors: list[psutil.Process]) -> None:
     while all(map(_is_alive, ancestors)):
         time.sleep(POLL_S)
     rank = os.environ.get("RANK", "0")
-    print(f"rank {rank}: its launcher is gone, so it ends too; the same command goes on from the last checkpoint",
+    print(f"rank {rank}: its launcher is gone, so it stops too; the same command goes on from the last checkpoint",
           file=sys.stderr, flush=True)  # fmt: skip
+    ask_to_stop(LAUNCHER_GONE)
+    time.sleep(GRACE_S)
     os._exit(ORPHANED)
 
 

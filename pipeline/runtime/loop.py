@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
+from pipeline.runtime import watch
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.counts import UpdateCounts, count_update
 from pipeline.runtime.data.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
@@ -22,9 +24,11 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
 from pipeline.runtime.metrics import Metrics
+from pipeline.runtime.non_finite import SkippedUpdates
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
+from pipeline.runtime.stop import Requeue
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def train(
     may_be_unused, image_parts: see FirstUpdatesCheck. The last update is checkpointed too: what comes after it, such
     as an export, may fail.
 
-    Raises Stopped at --stop-after, DataError when too many samples are bad.
+    Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad.
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward)
@@ -94,7 +98,8 @@ def train(
     try:
         for update in range(loop.first, total):
             images = loop.run_update(update, feed)
-            check.after_update(images)
+            if images is not None:
+                check.after_update(images)
             loop.checkpoint(update + 1, feed)
     finally:
         loop.close()
@@ -114,9 +119,10 @@ class _Loop:
         self.engine, self.forward = engine, forward
         self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints, job.ranks)
         self.resumed_from = self.checkpoints.newest()
-        self.first = self.resumed_from.update if self.resumed_from else 0
+        self.first = self.saved = self.resumed_from.update if self.resumed_from else 0
         self.saved_at, self.waited_for_checkpoint = time.monotonic(), 0.0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
+        self.skips = SkippedUpdates(job.recipe.run, name, training.max_skipped_in_a_row, job.ranks)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
         self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
@@ -130,33 +136,53 @@ class _Loop:
         if self.resumed_from is not None:
             state = self.checkpoints.load(self.resumed_from, trained)
             self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
+            self.skips.resume(state.get("skipped", self.skips.state()))
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
         updates = (self.first, self.total)
         return open_feed(self.job.recipe, self.job.ranks, self.name, self.training, dataset, updates, state)
 
-    def run_update(self, update: int, feed: Feed) -> int:
-        """One update; returns how many images its global batch had."""
+    def run_update(self, update: int, feed: Feed) -> int | None:
+        """One update; returns how many images its global batch had, None where it was skipped: see SkippedUpdates."""
         begun = time.monotonic()
+        at = f"{self.name}: update {update + 1} of {self.total}"
+        watch.doing(f"{at}, loading its micro-batches")
         micros = feed.next_update()
-        counts = self._count(micros)
+        watch.doing(f"{at}, counting with all ranks")
+        counts = count_update(micros, self.job.ranks, self.engine.device)
+        if any(counts.asked):
+            self._save(update, feed)
+            self.checkpoints.finish()
+            raise Requeue(f"{self.name}: stopped after update {update} of {self.total}", counts.asked)
+        self._count_bad(counts, micros)
         waited = time.monotonic() - begun  # for the data of all ranks: they have just met
         # Anything that draws at random (dropout) draws the same after a resume.
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         rate = learning_rate(self.training, update, self.total)
         sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         values: Mapping[str, Any] = {}
         for micro, one in enumerate(micros):
+            watch.doing(f"{at}, micro-step {micro + 1} of {len(micros)}: {one.sizes()}")
             step_output = self.forward(one, MicroStep(update, micro))
             self.engine.backward(step_output.loss, counts.tokens, last=micro == len(micros) - 1)
             sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
+            losses.append(step_output.loss.detach().double())
             values = step_output.values
-        self.engine.step(rate)
-        self.averages = _averages(sums, counts.tokens)
-        own = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
+        watch.doing(f"{at}, optimizer step")
+        averages, finite = _averages(sums, losses, counts.tokens)
+        moved = self.engine.step(rate, discard=not finite)
+        own: dict[str, Any] = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
         own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
         own |= {"checkpoint_s": round(self.waited_for_checkpoint, 4)}
-        self._report(update + 1, {**own, **values}, time.monotonic() - begun, waited)
-        return counts.images
+        if moved:
+            self.averages = averages
+            self.skips.moved()
+            own |= {**averages, **values, "gradient_norm": self.engine.gradient_norm()}
+        else:
+            self.job.say(self.skips.skipped(update + 1, micros, losses))
+            own["skipped"] = True  # and no losses, for they are not finite
+        self._report(update + 1, own, time.monotonic() - begun, waited)
+        return counts.images if moved else None
 
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
@@ -165,9 +191,7 @@ class _Loop:
         stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
         self.checkpoints.publish()
         if stopping or self._is_due(updates):
-            state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
-            self.checkpoints.save(self.engine.trained_state(), updates, {**state, **feed.state()})
-            self.saved_at = time.monotonic()
+            self._save(updates, feed)
         if stopping or updates == self.total:
             self.checkpoints.finish()
         self.waited_for_checkpoint = time.monotonic() - begun
@@ -185,39 +209,46 @@ class _Loop:
         late = self.job.ranks.first and time.monotonic() - self.saved_at >= 60 * minutes
         return bool(sum_over_ranks(torch.tensor(float(late), device=self.engine.device)))
 
+    def _save(self, updates: int, feed: Feed) -> None:
+        """Begin a checkpoint, unless the newest one stands at this update already."""
+        if updates > self.saved:
+            state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
+            state["skipped"] = self.skips.state()
+            watch.doing(f"{self.name}: writing the checkpoint of update {updates}", long=True)
+            self.checkpoints.save(self.engine.trained_state(), updates, {**state, **feed.state()})
+            self.saved, self.saved_at = updates, time.monotonic()
+
     def close(self) -> None:
+        watch.doing(f"{self.name}: after its updates", long=True)
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
 
-    def _count(self, micros: list[LoadedBatch]) -> UpdateCounts:
-        """Count the global batch. Every rank counts all ranks' bad samples: all stop alike."""
-        counts = count_update(micros, self.job.ranks, self.engine.device)
+    def _count_bad(self, counts: UpdateCounts, micros: list[LoadedBatch]) -> None:
+        """Every rank counts all ranks' bad samples: all stop alike."""
         newest = gather_lists([r for m in micros for r in m.rejected]) if counts.rejected else []
         if newest and self.job.ranks.first:
             record_rejected(self.job.recipe.run, newest)
         self.bad.count(self.training.batch_size, newest)
-        return counts
 
     def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
         speed = values["tokens"] / took
         if self.metrics is not None:
             rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(waited / took, 4)}
-            self.metrics.write(
-                update, {**self.averages, **values, "gradient_norm": self.engine.gradient_norm(), **rates}
-            )
+            self.metrics.write(update, {**values, **rates})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
+        if self.skips.total:
+            shown += f"  {self.skips.total} skipped"
         self.progress.advance(f"{shown}  {speed:,.0f} tokens/s  {values['real_share']:.0%} real")
         if (notice := self.notice.after_update(waited, took, values["loader_workers"])) is not None:
             self.job.say(notice)
 
 
-def _averages(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:
-    """Averages over the response tokens of the global batch: one sum over ranks, one division."""
-    if not sums:
-        return {}
-    total = sum_over_ranks(torch.stack(list(sums.values())))
-    return dict(zip(sums, (total / max(1, tokens)).tolist(), strict=True))
+def _averages(sums: Mapping[str, Tensor], losses: Sequence[Tensor], tokens: int) -> tuple[dict[str, float], bool]:
+    """(averages over the response tokens of the global batch, whether all ranks' losses are finite): one sum."""
+    every = sum_over_ranks(torch.stack([*sums.values(), torch.stack(list(losses)).sum()]))
+    *total, loss = (every / max(1, tokens)).tolist()
+    return dict(zip(sums, total, strict=True)), math.isfinite(loss)
 
 
 def record_rejected(run: Path, rejected: list[Any]) -> None:

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.runtime import watch
 from pipeline.runtime.progress import say
+from pipeline.runtime.stop import Requeue, asked_to_stop
 
 Item = TypeVar("Item")
 
@@ -64,6 +66,7 @@ def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]
     with ThreadPoolExecutor(1) as pool:
         making = pool.submit(make)
         while not all(gather_lists([_is_ready(making)])):
+            watch.doing(what, long=True)
             say(f"{what}, {time.monotonic() - begun:.0f} s", ranks.first)
     return gather_lists(making.result())
 
@@ -97,14 +100,27 @@ def _is_ready(making: Future[Sequence[Any]]) -> bool:
     return making.done()
 
 
-def until_all_done(own: Iterator[Item], ranks: Ranks) -> Iterator[Item | None]:
-    """This rank's items, then None until every rank has none left. All ranks loop equally often, as ZeRO-3 needs."""
+def until_all_done(own: Iterator[Item], ranks: Ranks, where: str) -> Iterator[Item | None]:
+    """This rank's items, then None until every rank has none left. All ranks loop equally often, as ZeRO-3 needs.
+
+    Raises Requeue(where, ...) on all ranks once one of them is asked to stop.
+    """
     while True:
         item = next(own, None)
-        left = sum_over_ranks(torch.tensor(float(item is not None), device=ranks.device))
+        met = torch.zeros(1 + ranks.world, dtype=torch.long)  # how many have an item; of each, what asks it to stop
+        met[0], met[1 + ranks.rank] = item is not None, asked_to_stop()
+        left, *asked = sum_over_ranks(met.to(ranks.device)).tolist()
         if not left:
             return
+        if any(asked):
+            raise Requeue(where, asked)
         yield item
+
+
+def heed_stop(where: str) -> None:
+    """Raise Requeue(where, ...) on all ranks if one of them is asked to stop. All ranks must call."""
+    if any(asked := gather_lists([asked_to_stop()])):
+        raise Requeue(where, asked)
 
 
 def wait_for_all() -> None:

@@ -102,6 +102,8 @@ def interaction_losses(
     window = draw.matching.window(students, teachers)
     matrix = kl_matrix(targets, unembedding, signal, window)
     mean = _mean_over_ranks(matrix.values[:, :teachers], len(labels))
+    # Where it is not a number neither is the loss: the update will be skipped, and any match serves.
+    mean = torch.where(mean.isnan().any(), 0.0, mean)
     # Both read the matrix, which waits for the device: before the device gets the losses to compute.
     match = draw.matching.match(mean, draw.generator)
     entropies = draw.matching.entropies(mean, match)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -213,7 +214,9 @@ def test_an_error_of_one_rank_is_read_first_with_its_rank_and_exit_code_2(tiny_m
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if "rror" in line or "onnection" in line]
-    assert errors[0].startswith("rank 1: error: ") and folder.keys[first[0].sample] in errors[0], errors
+    assert (
+        errors[0].startswith(f"rank 1 on {socket.gethostname()}: error: ") and folder.keys[first[0].sample] in errors[0]
+    ), errors
     assert "onnection" not in done.stderr and "Traceback" not in done.stderr
 
 

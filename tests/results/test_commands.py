@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from tiny import png
 from tiny_run import write_recipe
 
 from pipeline.__main__ import main
+from pipeline.errors import REQUEUE_EXIT
 from pipeline.results.trace.terminal import printable
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +136,30 @@ def test_numbers_are_checked_by_the_command_line(capsys):
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[2Jb\n") == "a\\x1b[2Jb\\n"
+
+
+SLOW_ANSWER = """
+import sys, time
+from pipeline import __main__ as program
+def answer(_options):
+    try:
+        print("up", flush=True)
+        time.sleep(60)
+    finally:
+        print("closed", flush=True)
+program.COMMANDS["answer"] = answer
+sys.exit(program.main(["answer", "--run", "r", "--output", "o"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signalled_answer_closes_what_it_holds_and_asks_to_be_started_again(number):
+    command = [sys.executable, "-c", SLOW_ANSWER]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None and started.stdout.readline() == "up\n"
+        started.send_signal(number)
+        said, error = started.communicate(timeout=30)
+    assert (started.returncode, said) == (REQUEUE_EXIT, "closed\n")
+    assert error == (
+        f"answer: stopped: got {number.name}; what is written is kept, and the same command goes on from there\n"
+    )

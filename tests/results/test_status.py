@@ -7,7 +7,7 @@ from tiny_run import write_recipe
 
 from pipeline.errors import RecipeError
 from pipeline.results.status import show, size_of, status
-from pipeline.runtime.folder import mark_done, write_kernels
+from pipeline.runtime.folder import clear_requeue, mark_done, write_kernels, write_requeue
 
 
 @pytest.fixture
@@ -136,3 +136,19 @@ def test_a_run_with_another_run_s_stage_1_goes_on_with_stage_2(run, tmp_path):
         mark_done(run / step, {"updates": 3})
     (run / "evaluation.json").touch()
     assert status(run)[1].startswith("python -m pipeline trace")
+
+
+def test_a_run_that_was_asked_to_stop_says_so_until_it_goes_on(run, capsys):
+    write_requeue(run, "interact: stopped after update 7 of 9: rank 1 got SIGTERM")
+    show(run, *status(run))
+    assert "\nstopped: interact: stopped after update 7 of 9: rank 1 got SIGTERM\n" in capsys.readouterr().out
+    clear_requeue(run)
+    show(run, *status(run))
+    assert "stopped:" not in capsys.readouterr().out
+
+
+def test_a_skipped_update_hides_no_losses(run):
+    lines = [{"step": "verbalize", "update": 1, "teacher/1": 2.0}, {"step": "verbalize", "update": 2, "skipped": True}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    steps, _ = status(run)
+    assert steps[0].losses == {"teacher/1": 2.0} and steps[0].progress.startswith("update 2 of ")

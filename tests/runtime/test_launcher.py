@@ -14,8 +14,9 @@ from pipeline.runtime.launcher import is_launcher, launchers
 ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import time
-from pipeline.runtime.launcher import end_with_the_launcher
-end_with_the_launcher()
+from pipeline.runtime import launcher
+launcher.GRACE_S = 1.0
+launcher.end_with_the_launcher()
 print("up", flush=True)
 time.sleep(60)
 """
@@ -75,7 +76,7 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path, program, ends):
         assert bool(gone) == ends
         if ends:
             assert launcher.stderr is not None
-            assert b"rank 0: its launcher is gone, so it ends too" in launcher.stderr.read()
+            assert b"rank 0: its launcher is gone, so it stops too" in launcher.stderr.read()
     finally:
         if rank.is_running():
             rank.kill()

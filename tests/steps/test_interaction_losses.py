@@ -84,3 +84,13 @@ def _noting(function, note):
         return function(*args)
 
     return noting
+
+
+@pytest.mark.parametrize("name", ["adaptive", "argmin", "ordered_argmin"])
+def test_states_that_are_not_finite_are_matched_somehow_and_give_such_a_loss(problem, name):
+    """The loop skips the update; an error of the draw would end the run."""
+    h, head, signal, labels = problem
+    broken = h.detach().clone()
+    broken[0, 2] = math.nan
+    found = losses_of((broken, head, signal, labels), name)
+    assert not found["matched"][0].isfinite() and found["matched"][1].isfinite()

@@ -132,6 +132,11 @@ class LoadedBatch:
         """Samples of the micro-batch with at least one image."""
         return next(iter(self.batches.values())).images
 
+    def sizes(self) -> str:
+        """For messages: what a forward over it has to hold."""
+        tokens = next(iter(self.batches.values())).inputs["input_ids"]
+        return f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {self.tokens()} to predict, {self.images()} with images"
+
     def nbytes(self) -> int:
         """What its tensors take, those that models share once."""
         return sum(batch.nbytes() for batch in {id(batch): batch for batch in self.batches.values()}.values())

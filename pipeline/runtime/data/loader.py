@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pipeline.errors import DataError
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, Rejected, SampleIndex, map_unique
 from pipeline.runtime.progress import size_text
+from pipeline.runtime.stop import leave_signals_to_parent
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
 
 STALLED_S = 300
@@ -89,6 +90,7 @@ def _load(
         prefetch_factor=ahead if workers else None,
         collate_fn=functools.partial(_collate_or_error, collate),
         pin_memory=device != "cpu",
+        worker_init_fn=_begin_worker,
         timeout=STALLED_S if workers else 0,
     )
     try:
@@ -96,6 +98,10 @@ def _load(
     except OSError as error:
         raise DataError(f"no loader worker could be started: {error}; {_shared_memory(workers)}") from error
     return _checked(batches, workers)
+
+
+def _begin_worker(_worker: int) -> None:
+    leave_signals_to_parent()
 
 
 def _checked(loaded: Iterator[Any], workers: int) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
+from pipeline.runtime import watch
 from pipeline.runtime.data.batches import BadSamples, ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
@@ -43,6 +44,7 @@ from pipeline.vlm.processing import ChatEncoder
 
 NAME = "cache"
 
+STOPPED = f"{NAME}: stopped; the shards that are whole stay"
 REASONS_SAID = 5
 """How many of the reasons why shards are to be made are said."""
 
@@ -186,7 +188,9 @@ def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list
         log = _Log(job, stack, cache.path.name, samples, each * samples)
         writing = stack.enter_context(WriterThread(cache))
         written: list[WrittenBatch] = []
-        for shard_batch in until_all_done(shard_batches(windows, loaded), job.ranks):
+        for shard_batch in until_all_done(shard_batches(windows, loaded), job.ranks, STOPPED):
+            sizes = shard_batch.loaded.sizes() if shard_batch else "none left"
+            watch.doing(f"{NAME}: after {log.progress.done} samples of {samples}, a batch: {sizes}")
             log.written(written)  # now: the ranks have just met, and none is waited for
             output = teacher_pass.encode_response(
                 shard_batch.loaded if shard_batch else teacher_pass.empty_batch, codec

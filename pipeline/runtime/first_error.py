@@ -1,0 +1,52 @@
+"""The error of a failing run that its user reads first: that of the rank that failed first, with rank and host.
+
+A failing rank ends all others (watch.py). What they meet then, a lost connection, hides nothing: they do not print it.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+import traceback
+
+ALIKE_S = 1.0
+"""How long a rank other than 0 waits before it reports: an error of all ranks is then rank 0's."""
+CAUSE_S = 30.0
+"""How long a rank waits that knows no cause: for the rank that does, or the launcher, to end it."""
+LINGER_S = 5.0
+"""How long rank 0 stays after its own error: the others read of it in its process."""
+
+
+def report(text: str, code: int, rank: int, world: int) -> None:
+    """Print an error, unless another rank's came first, and tell the other ranks that this one ends, with this code."""
+    from pipeline.runtime import watch
+
+    if rank:
+        time.sleep(ALIKE_S)
+    where = f"rank {rank} on {socket.gethostname()}: " if world > 1 else ""
+    is_first = watch.failed(f"{where}{text.splitlines()[0]}", code)
+    if is_first is False or (is_first is None and rank):
+        time.sleep(CAUSE_S if is_first is False else 2 * ALIKE_S)  # meanwhile another rank's end is this one's
+    print(f"{where}{text}", file=sys.stderr, flush=True)
+    if is_first and world > 1 and rank == 0:
+        time.sleep(LINGER_S)
+
+
+def report_failure(error: Exception, code: int, rank: int, world: int) -> None:
+    """Report an error with its traceback.
+
+    One that says that another rank's end broke a connection is one line, and only if no other rank reports the cause.
+    """
+    from pipeline.runtime import watch
+    from pipeline.runtime.out_of_memory import is_out_of_memory, what_helps
+    from pipeline.runtime.ranks import lost_connection
+
+    if lost_connection(error):
+        time.sleep(CAUSE_S)
+        text = f"lost its connection to another rank, which failed before it: {str(error).splitlines()[0]}"
+    elif is_out_of_memory(error):
+        text = f"error: {what_helps(error, watch.now())}\n\n{traceback.format_exc()}"
+    else:
+        text = f"failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}"
+    report(text, code, rank, world)
