@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.data.batches import BadSamples, ChatDataset
+from pipeline.runtime.data.bad_samples import BadSamples
+from pipeline.runtime.data.batches import ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
@@ -216,15 +218,18 @@ class _Log:
             stack.callback(self.metrics.close)
 
     def written(self, done: list[WrittenBatch]) -> None:
-        """Count what all ranks have written. All ranks must call. Raises DataError when too many samples are bad."""
-        own = torch.tensor([(0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
-        for one in done:
-            if one.bad:
-                record_rejected(self.job.recipe.run, one.bad)
-            self.bad.count(one.counts()[0], one.bad)
-        read, tokens, size, shards = sum_over_ranks(own).tolist()
+        """Count what all ranks have written. All ranks must call.
+
+        Raises DataError, on all of them, when too many of all ranks' samples are bad.
+        """
+        own = torch.tensor([(0, 0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
+        read, tokens, size, shards, bad = sum_over_ranks(own).tolist()
         if read:
             self._tell(read, tokens, size, shards)
+        newest = gather_lists([rejected for one in done for rejected in one.bad]) if bad else []
+        if newest and self.job.ranks.first:
+            record_rejected(self.job.recipe.run, newest)
+        self.bad.count(read, newest)
 
     def _tell(self, read: int, tokens: int, size: int, shards: int) -> None:
         self.tokens, self.bytes, self.shards = self.tokens + tokens, self.bytes + size, self.shards + shards
@@ -237,7 +242,7 @@ class _Log:
 
 
 def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
-    if cache.finish(_fidelity):
+    if cache.finish(partial(_summary, BadSamples(job.recipe.data.max_bad_share))):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size_text(size)} in {cache.path}")
@@ -246,7 +251,13 @@ def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
         job.say(f"{NAME}: {shards - len(left)} of {shards} shards are there; other jobs make the rest")
 
 
-def _fidelity(sidecars: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's summary of what the shards' sidecars measured."""
+def _summary(bad: BadSamples, sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's summary of what the shards' sidecars measured.
+
+    Raises DataError where too many of all samples could not be used: each job has seen those of its own shards only.
+    """
+    bad.read = sum(sidecar["samples"] for sidecar in sidecars)
+    bad.rejected = sum(len(sidecar["skipped"]) for sidecar in sidecars)
+    bad.check_whole()
     first, *rest = (Fidelity.from_json(sidecar["fidelity"]) for sidecar in sidecars)
     return {"fidelity": sum(rest, first).summary()}

@@ -14,10 +14,8 @@ from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, DataError
 from pipeline.recipe.schema import Training
 from pipeline.runtime.data.batches import (
-    BadSamples,
     ChatDataset,
     DataOrder,
-    Rejected,
     SampleIndex,
     micro_batches,
 )
@@ -181,21 +179,6 @@ def test_a_worker_is_one_window_ahead(encoder, tmp_path):
     next(loaded)
     assert len(asked) == 3, "one in hand, and one each of two workers"
     assert len(list(loaded)) == 7
-
-
-def test_too_many_bad_samples_stop_the_run():
-    bad = BadSamples(0.02)
-    newest = [Rejected("k7", "000003.tar", "image cannot be decoded")]
-    bad.count(32, newest)
-    bad.count(32, newest)
-    with pytest.raises(
-        DataError, match=r"3 of 96 samples .* data.max_bad_share=0.02; the last: k7 in 000003.tar: image"
-    ):
-        bad.count(32, newest)
-    calm = BadSamples(0.02)
-    for _ in range(100):
-        calm.count(100, newest)
-    assert calm.rejected == 100 and calm.read == 10_000
 
 
 def test_learning_rate_is_warm_up_then_cosine():
