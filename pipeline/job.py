@@ -46,17 +46,22 @@ def run_steps(
     verbose: bool = False,
 ) -> int:
     """Run steps in order on this rank; returns the exit code: 0, 2 for what the user can put right, 1 for the rest."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        resolved = prepare(recipe, overrides, steps, world)
+        resolved = prepare(recipe, overrides, steps, int(os.environ.get("WORLD_SIZE", 1)))
         _run(resolved, steps, stop_after, shards, only_missing, verbose)
         return _exit(0)
     except (UserError, ShardError) as error:
+        rank = _rank()
         _print_error(rank, f"rank {rank}: error: {error}" if rank else f"error: {error}")
         return _exit(USER_ERROR)
     except Exception as error:
-        _print_failure(rank, error)
+        _print_failure(_rank(), error)
         return _exit(FAILURE)
+
+
+def _rank() -> int:
+    """This rank, as far as it is known: mpirun tells it only when the ranks meet."""
+    return int(os.environ.get("RANK", 0))
 
 
 def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world: int) -> Resolved:
@@ -80,6 +85,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
 
     end_with_the_launcher()
     ranks = engine.start(verbose)
+    check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
     check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
