@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "pipeline.recipe": ["pipeline.errors"],
     "pipeline.codec": GROUND,
     "pipeline.loss": GROUND,
-    "pipeline.cache": [*GROUND, *SHARDS, "pipeline.codec"],
+    "pipeline.cache": [*GROUND, *SHARDS, "data_prep.lock", "pipeline.codec"],  # jobs share its folder
     "pipeline.vlm": [*GROUND, *SHARDS, "pipeline.loss"],
     "pipeline.runtime": [*GROUND, *SHARDS, "pipeline.vlm"],
     "pipeline.steps.verbalize": PARTS,  # steps are no part of one another

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from data_prep.shards import write_file
-from pipeline.cache.fingerprint import file_sha256
+from pipeline.cache.hashes import file_sha256
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError
 from pipeline.signal import Unembedding

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
+from pipeline.cache.fingerprint import Mismatch, compare, text_fingerprint
+from pipeline.cache.hashes import file_sha256
 from pipeline.cache.order import order_sha256, read_order
 from pipeline.cache.paths import ASIDE, IDENTITY
 from pipeline.codec.registry import CODECS, Codec, make_codec
