@@ -29,6 +29,10 @@ class CacheError(UserError):
     """A teacher cache is missing or incomplete, or was made from other models, data or settings."""
 
 
+class StorageError(UserError):
+    """A file system does not show to one host what another has written, or cannot take what is to be written."""
+
+
 class SampleError(Exception):
     """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 

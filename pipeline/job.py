@@ -15,7 +15,7 @@ from rich.console import Console
 
 from data_prep.lock import lock_file
 from data_prep.schema import DataError as ShardError
-from data_prep.shards import write_file
+from data_prep.shards import MANIFEST, write_file
 from pipeline.errors import UserError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
@@ -79,6 +79,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     from pipeline.runtime import engine
     from pipeline.runtime.launcher import end_with_the_launcher
     from pipeline.runtime.loop import Job, Stopped
+    from pipeline.runtime.shared_files import wait_for_files
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
     from pipeline.vlm.attention import check_attention
@@ -86,6 +87,8 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     end_with_the_launcher()
     ranks = engine.start(verbose)
     check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
+    data = (resolved.recipe.data.train, resolved.recipe.reinforce.train)
+    wait_for_files(ranks, [folder / MANIFEST for folder in data if folder is not None])
     check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:

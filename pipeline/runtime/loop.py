@@ -26,6 +26,7 @@ from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
+from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class _Loop:
         self.job, self.name, self.training, self.total = job, name, training, total
         self.engine, self.forward = engine, forward
         self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints)
-        self.first = self.checkpoints.newest() or 0
+        what = f"{name}: looking for checkpoints"
+        self.first = as_first_rank_sees(job.ranks, what, self.checkpoints.newest) or 0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
@@ -124,6 +126,7 @@ class _Loop:
     def resume_and_load(self, dataset: ChatDataset) -> Feed:
         state: Mapping[str, Any] = {}
         if self.first:
+            wait_for_files(self.job.ranks, [self.checkpoints.folder])
             state = self.checkpoints.load(self.engine, self.first)
             self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")

@@ -51,7 +51,7 @@ class BadSamples:
             raise self._too_many(f"; the last: {_named(rejected[-1])}" if rejected else "")
 
     def check_whole(self) -> None:
-        """After all the data has been read once: its share is known. Raises DataError if it is above the allowed one."""
+        """After all the data has been read once. Raises DataError if the share, known now, is above the allowed one."""
         if self.rejected > max(1.0, self.largest_share * self.read):
             raise self._too_many("")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ import torch
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import folder_for
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
+from pipeline.cache.hashes import HashStore
 from pipeline.cache.layout import CacheIdentity, codec_params
+from pipeline.cache.order import ORDER
+from pipeline.cache.paths import IDENTITY
 from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, StorageError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime.data.bad_samples import BadSamples
 from pipeline.runtime.data.batches import ChatDataset
@@ -36,6 +40,7 @@ from pipeline.runtime.ranks import (
     until_all_done,
     wait_for_all,
 )
+from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files, wait_until
 from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
@@ -72,7 +77,9 @@ def run(
         if missing:
             _fill(job, teacher_pass, cache, list(missing))
     wait_for_all()
-    on_first_rank(job.ranks, f"{NAME}: writing the manifest", lambda: _finish(job, cache, len(data.shards)))
+    on_first_rank(
+        job.ranks, f"{NAME}: writing the manifest", lambda: _finish(job, cache, len(data.shards), list(missing))
+    )
 
 
 def _verbalizers(job: Job) -> dict[str, Any]:
@@ -86,14 +93,15 @@ def _verbalizers(job: Job) -> dict[str, Any]:
 
 
 def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
-    """The cache's identity. Rank 0 hashes, for all ranks."""
+    """The cache's identity. Rank 0 hashes, for all ranks, or waits for another job that hashes the same."""
     recipe, verbalized = job.recipe, verbalize["teacher"]
 
     def prints() -> list[dict[str, str]]:
         if not job.ranks.first:
             return []
-        verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
-        teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
+        hashes = HashStore(recipe.run)
+        verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"], hashes)
+        teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template), hashes)
         data = recipe.data
         of_samples = sample_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
         return [{**teacher, "verbalizers": verbalizers, **of_samples}]
@@ -105,10 +113,15 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
 
 
 def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
-    """The folder for this identity. Rank 0 looks, for all ranks."""
-    root = job.recipe.run / NAME
-    path = gather_lists([folder_for(root, identity, data) if job.ranks.first else None])[0]
-    return CacheFolder(path, identity, data, job.recipe.run / "recipe.yaml")
+    """The folder for this identity. Rank 0 looks, and begins it where there is none, for all ranks."""
+    root, recipe = job.recipe.run / NAME, job.recipe.run / "recipe.yaml"
+
+    def begin() -> Path:
+        return CacheFolder(folder_for(root, identity, data), identity, data, recipe).path
+
+    path = as_first_rank_sees(job.ranks, f"{NAME}: opening {root}", begin)
+    wait_for_files(job.ranks, [path / IDENTITY, path / ORDER])
+    return CacheFolder(path, identity, data, recipe)
 
 
 def _work(
@@ -149,6 +162,7 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
     verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
+    wait_for_files(job.ranks, [verb_ffns])
     with sharded_loading(recipe, recipe.cache) as add_to:
         teacher = load_trained(recipe.teacher, recipe, vocab, dtype_of(recipe), verb_ffns, add_to)
     module = CoHost({"teacher": teacher}).requires_grad_(False)
@@ -169,7 +183,7 @@ def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_fi
         order = find_vocabulary_order(teacher_pass)
         if job.ranks.first:
             cache.save_order(order)
-    wait_for_all()
+        wait_for_files(job.ranks, [cache.path / ORDER])
 
 
 def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list[str]) -> None:
@@ -241,7 +255,14 @@ class _Log:
             self.metrics.write(self.shards, {"cache": self.folder, **values})
 
 
-def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
+def _finish(job: Job, cache: CacheFolder, shards: int, made: list[str]) -> None:
+    """On rank 0. made: the shards of all this job's ranks, which rank 0 may see only after a while."""
+    if not wait_until(lambda: not cache.missing(made)):
+        (unseen, why), *_ = cache.missing(made).items()
+        raise StorageError(
+            f"{cache.path / unseen}: written by another rank of this job, but rank 0 sees: {why}. Expected one file "
+            "system that all hosts share; run the same command again: shards that are whole stay"
+        )
     if cache.finish(partial(_summary, BadSamples(job.recipe.data.max_bad_share))):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})

@@ -23,8 +23,10 @@ def stopping_count(read: int, share: float) -> int:
     return next(bad for bad in range(2, read + 1) if at_least(bad, read, share) < CHANCE)
 
 
-@pytest.mark.parametrize(("bad", "read", "share"), [(1, 1, "0.01"), (2, 5, "0.01"), (6, 100, "0.01"), (9, 96, "0.02"),
-                                                    (40, 60, "0.5"), (300, 400, "0.7"), (400, 400, "0.99")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bad", "read", "share"),
+    [(2, 5, "0.01"), (6, 100, "0.01"), (9, 96, "0.02"), (40, 60, "0.5"), (300, 400, "0.7"), (400, 400, "0.99")],
+)
 def test_the_tail_is_that_of_the_binomial_distribution(bad, read, share):
     expected = float(exact_tail(bad, read, Fraction(share)))
     # exp of a sum of logarithms of size ~ read * log(read): each has a rounding error of a half unit in the last place

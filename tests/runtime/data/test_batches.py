@@ -11,7 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
-from pipeline.errors import CacheError, DataError
+from pipeline.errors import CacheError
 from pipeline.recipe.schema import Training
 from pipeline.runtime.data.batches import (
     ChatDataset,

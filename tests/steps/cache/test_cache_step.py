@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from contextlib import ExitStack, contextmanager
+from threading import Timer
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from running import tiny_recipe
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
-from pipeline.errors import CacheError, DataError, SampleError
+from pipeline.errors import CacheError, DataError, SampleError, StorageError
 from pipeline.recipe.resolve import load_recipe
+from pipeline.runtime import shared_files
 from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.folder import done, mark_done, read_metrics
 from pipeline.runtime.loop import Job
@@ -196,8 +198,26 @@ def test_a_job_that_ends_while_another_completes_the_cache_leaves_its_mark(tmp_p
         return complete
 
     monkeypatch.setattr(cache, "finish", and_then_another_job_completes)
-    step._finish(job, cache, 3)
+    step._finish(job, cache, 3, [])
     assert done(job.recipe.run / "cache") == {"folder": "topk-1"}
+
+
+def test_rank_0_waits_for_the_shards_that_it_does_not_see_yet(tmp_path, data, job, monkeypatch):
+    """Over NFS another host's last shard shows late: the cache was left without a manifest, and nobody completed it."""
+    cache = cache_of(job.recipe.run / "cache" / "topk-1", data)
+    fill(cache, data, [0, 1, 2])
+    late, aside = cache.path / "000002.json", tmp_path / "late"
+    late.rename(aside)
+    monkeypatch.setattr(shared_files, "POLL_S", 0.01)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(shared_files, "WAIT_S", 0.02)
+        with pytest.raises(StorageError, match="000002.tar: written by another rank of this job, but rank 0 sees: not"):
+            step._finish(job, cache, 3, ["000002.tar"])
+    timer = Timer(0.3, lambda: aside.rename(late))
+    timer.start()
+    step._finish(job, cache, 3, ["000002.tar"])
+    timer.join()
+    assert done(job.recipe.run / "cache")["shards"] == 3
 
 
 def test_without_verbalizers_the_command_is_the_runs_own(job):
@@ -208,9 +228,9 @@ def test_without_verbalizers_the_command_is_the_runs_own(job):
 
 def test_only_rank_0_hashes(job, monkeypatch):
     hashed = []
-    monkeypatch.setattr(step, "files_fingerprint", lambda files: hashed.append(files) or "aa")
+    monkeypatch.setattr(step, "files_fingerprint", lambda files, _: hashed.append(files) or "aa")
     monkeypatch.setattr(
-        step, "teacher_fingerprints", lambda folder, template: hashed.append(folder) or {"weights": "bb"}
+        step, "teacher_fingerprints", lambda folder, template, _: hashed.append(folder) or {"weights": "bb"}
     )
     made = {}
     monkeypatch.setattr(
