@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.atomic import AtomicFile, write_file
+from data_prep.open_files import OpenFiles
 from data_prep.schema import SCHEMA_VERSION, DataError, type_name
 from data_prep.sizes import SampleSize, is_size, sample_size
 
 MANIFEST = "manifest.json"
 FORMAT = "vlsi-shards"
-OPEN_FILES = 32
-"""Shards that one reader keeps open."""
 
 _SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
@@ -268,13 +267,10 @@ class ShardFolder:
         self.has_sizes: bool = all("sizes" in entry for entry in self.manifest["shards"])
         """Whether the manifest has the size of every sample."""
         self._firsts = [shard.first for shard in self.shards]
-        self._open: dict[str, BinaryIO] = {}
+        self._files = OpenFiles(self.path)
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # an open file is of one process only
 
     def size(self, index: int) -> SampleSize:
         """A sample's size, where the manifest has it. Raises KeyError where it does not."""
@@ -316,11 +312,7 @@ class ShardFolder:
         return members
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
-        if name not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115  # stays open
-        file = self._open[name].fileno()
+        file = self._files.descriptor(name)
         missing = offset + size - os.fstat(file).st_size
         if missing > 0:  # asked before memory of the claimed size is taken
             raise ValueError(f"the file ends {missing} bytes early")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from data_prep.lock import lock_file
+from data_prep.open_files import allow_open_files
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import MANIFEST, write_file
 from pipeline.errors import UserError
@@ -85,6 +86,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     from pipeline.vlm.attention import check_attention
 
     end_with_the_launcher()
+    allow_open_files()
     ranks = engine.start(verbose)
     check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
     data = (resolved.recipe.data.train, resolved.recipe.reinforce.train)
