@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.atomic import AtomicFile, write_file
+from data_prep.atomic import AtomicFile, naming, write_file
 from data_prep.open_files import OpenFiles
 from data_prep.schema import SCHEMA_VERSION, DataError, type_name
 from data_prep.sizes import SampleSize, is_size, sample_size
@@ -108,18 +108,19 @@ class ShardWriter:
         headers = [_header(f"{key}.{suffix}", len(content)) for suffix, content in members.items()]
         self._offsets[key] = self._tar.offset
         self._sizes.append(sample_size(members))
-        for header, content in zip(headers, members.values(), strict=True):
-            self._tar.addfile(header, io.BytesIO(content))
+        with naming(self.path):
+            for header, content in zip(headers, members.values(), strict=True):
+                self._tar.addfile(header, io.BytesIO(content))
 
     def commit(self) -> ShardEntry:
         """Finish the tar, bring it to the disk and give it its name; returns the manifest entry."""
-        end = self._tar.offset
-        self._tar.close()
-        file = self._atomic.file
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        digest = _sha256(file)
-        self._atomic.commit()
+        end, file = self._tar.offset, self._atomic.file
+        with naming(self.path):
+            self._tar.close()
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest = _sha256(file)
+            self._atomic.commit()
         return _entry(self.path.name, size, digest, list(self._offsets), list(self._offsets.values()), end, self._sizes)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from data_prep.atomic import storage_fault
 from data_prep.lock import lock_file
 from data_prep.open_files import allow_open_files
 from data_prep.schema import DataError as ShardError
@@ -56,6 +57,9 @@ def run_steps(
         _print_error(rank, f"rank {rank}: error: {error}" if rank else f"error: {error}")
         return _exit(USER_ERROR)
     except Exception as error:
+        if (fault := storage_fault(error)) is not None:
+            _print_error(_rank(), f"rank {_rank()}: error: {fault}")
+            return _exit(USER_ERROR)
         _print_failure(_rank(), error)
         return _exit(FAILURE)
 
