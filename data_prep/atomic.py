@@ -23,6 +23,7 @@ ADVICE = {
     errno.EACCES: "give this user the right to it, or choose another folder",
     errno.EPERM: "give this user the right to it, or choose another folder",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.ENAMETOOLONG: "give it a shorter name",
     errno.EIO: "the disk or its connection fails: see the log of the machine (dmesg)",
     errno.ESTALE: "the file server has dropped it: see whether it is mounted there still",
     errno.ENOTCONN: "the file server is not reached: see whether it is mounted there still",

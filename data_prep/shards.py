@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from data_prep.atomic import AtomicFile, naming, write_file
 from data_prep.open_files import OpenFiles
-from data_prep.schema import SCHEMA_VERSION, DataError, type_name
+from data_prep.schema import SCHEMA_VERSION, DataError, parse_json, type_name
 from data_prep.sizes import SampleSize, is_size, sample_size
 
 MANIFEST = "manifest.json"
@@ -152,7 +152,7 @@ def describe_shard(path: Path) -> ShardEntry:
                     offsets.append(members[0].offset)
                     end = members[-1].offset_data + _padded(members[-1].size)
                     sizes.append(sample_size({_suffix(member): _content(tar, member) for member in members}))
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # the last two: a size that no file has
         raise DataError(f"{path} is not a whole tar file: {error}") from None
     if end > size or size % tarfile.RECORDSIZE:
         raise DataError(f"{path} is cut off: {size} bytes")
@@ -186,14 +186,14 @@ def read_manifest(folder: Path, format: str = FORMAT, newest: int = SCHEMA_VERSI
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
-        manifest = json.loads(content.decode())
+        manifest = parse_json(content)
         _require(manifest, {"format": str, "version": int}, "the manifest")
         found, version = manifest["format"], manifest["version"]
         if found == format and version <= newest:
             _check_manifest(manifest, content)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_no_manifest(folder, format)) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is damaged: {error}; remove it and run again what made the folder") from None
     if found != format:
         raise DataError(f"{path} has format {found!r}; expected {format!r}: this is another kind of shard folder")
@@ -296,7 +296,7 @@ class ShardFolder:
         """Read a sample; index counts through the shards, from 0. Raises IndexError, DataError."""
         members = self.read_members(index)
         try:
-            record = json.loads(members.pop("json"))
+            record = parse_json(members.pop("json"))
             numbered = sorted(members, key=lambda name: int(name.partition(".")[0]))
         except (KeyError, ValueError) as error:
             raise self._damaged(index, f"not a json and numbered images: {error!r}") from None
@@ -308,7 +308,7 @@ class ShardFolder:
         try:
             content = self._read(entry["name"], start, stop - start)
             members = dict(_members(content, self.keys[index]))
-        except (OSError, tarfile.TarError, ValueError) as error:
+        except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
             raise self._damaged(index, str(error)) from None
         return members
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images import DECODING
+from data_prep.schema import parse_json
 from pipeline.cache.hashes import HashStore
 from pipeline.errors import CacheError
 
@@ -97,10 +98,18 @@ def files_fingerprint(files: Sequence[Path], hashes: HashStore | None = None) ->
 
 
 def json_fingerprint(files: Iterable[Path]) -> str:
-    """The fingerprint of JSON files' values. Spacing, key order and the saving library's version do not matter."""
+    """The fingerprint of JSON files' values. Spacing, key order and the saving library's version do not matter.
+
+    Raises CacheError where one is damaged, or holds no object.
+    """
     contents = {}
     for file in files:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            values = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise CacheError(f"{file} is damaged: {error}; copy the model again") from None
+        if not isinstance(values, dict):
+            raise CacheError(f"{file} is damaged: expected an object, found {type(values).__name__}; copy it again")
         contents[file.name] = {key: value for key, value in values.items() if key not in INCIDENTAL}
     return text_fingerprint(json.dumps(contents, sort_keys=True, ensure_ascii=False))
 
