@@ -66,6 +66,10 @@ class DataError(Exception):
     """The run cannot go on, but the user can put it right. The message: what was expected, what found, what to do."""
 
 
+class ChangedSample(DataError):
+    """A sample's bytes are not those that were written: a disk or a copy has flipped some. The others are whole."""
+
+
 class BadSample(Exception):
     """One record cannot be used. It is recorded with its reason (a key of REASONS) and detail, and left out."""
 

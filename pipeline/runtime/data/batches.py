@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.data import Dataset
 
+from data_prep.schema import ChangedSample
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import SampleError, UserError
@@ -175,7 +176,10 @@ class ChatDataset(Dataset):
 
     def encode(self, sample: int) -> dict[str, Encoded]:
         """A sample in each model's form, nothing attached. Raises SampleError where it cannot be used."""
-        raw = self.folder.read(sample)
+        try:
+            raw = self.folder.read(sample)
+        except ChangedSample as error:  # one flipped bit costs one sample, not the job
+            raise SampleError(str(error)) from None
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):

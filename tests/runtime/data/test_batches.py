@@ -120,6 +120,19 @@ def test_an_error_in_a_worker_is_read_as_it_was_raised(encoder, tmp_path, worker
         )
 
 
+def test_a_flipped_bit_costs_one_sample_and_names_its_shard(encoder, tmp_path):
+    data = write_data(tmp_path / "train", 4)
+    shard, folder = data / "000001.tar", ShardFolder(data)
+    (_, entry) = folder.manifest["shards"]
+    flipped = bytearray(shard.read_bytes())
+    flipped[entry["offsets"][1] + 1500] ^= 4
+    shard.write_bytes(flipped)
+    (one,) = load(ChatDataset(folder, {"student": encoder}), [[SampleIndex(i) for i in range(4)]], 0, "cpu")
+    assert one.batches["student"].keys == ("s00000", "s00001", "s00002")
+    (bad,) = one.rejected
+    assert (bad.key, bad.shard) == ("s00003", "000001.tar") and "do not match their checksum" in bad.reason
+
+
 def test_models_with_one_encoder_share_a_batch(encoder, tmp_path):
     chats = ChatDataset(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
     for workers in (0, 1):
