@@ -65,13 +65,14 @@ def data_shards(folder: Path, draw: random.Random) -> Iterator[Case]:
 
     def read() -> Any:
         opened = ShardFolder(data)
-        for index in range(len(opened)):
-            for image in opened.read(index).images:
-                decode_image(image)
-        return None
+        samples = [opened.read(index) for index in range(len(opened))]
+        for image in (image for sample in samples for image in sample.images):
+            decode_image(image)
+        return [(sample.key, sample.record, sample.images) for sample in samples]
+
+    original = read()
 
     def checked() -> list[str]:
-        """Reading alone has no hash of a sample; `lint` has that of the shard."""
         return [problem.what for problem in lint([ShardFolder(data)])[0]]
 
     def with_shard(content: bytes, then: Callable[[], Any]) -> Callable[[], Any]:
@@ -82,7 +83,7 @@ def data_shards(folder: Path, draw: random.Random) -> Iterator[Case]:
         return run
 
     for what, content in (*damaged(good, draw), *hostile_tars("s00000", draw)):
-        yield Case("data shard", what, with_shard(content, read))
+        yield Case("data shard", what, with_shard(content, read), original)
         if content != good:
             yield Case("data shard, lint", what, with_shard(content, lambda: bool(checked())), original=True)
         yield Case("data shard, described", what, with_shard(content, lambda: describe_shard(shard) and None))
