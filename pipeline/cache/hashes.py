@@ -13,6 +13,7 @@ from pathlib import Path
 from data_prep.lock import lock_file
 from data_prep.schema import DataError
 from data_prep.shards import write_file
+from pipeline.errors import CacheError
 
 IN_RUN = "sha256.json"
 """A run's own store, in its folder: its jobs share it on any machine, also where users' homes are not shared."""
@@ -72,6 +73,20 @@ class HashStore:
                     store.parent.mkdir(parents=True, exist_ok=True)
                     held.enter_context(lock_file(store.with_name(name), "hashes of files", "-", WAIT_S))
             yield
+
+
+def check_sha256(path: Path, expected: str | None, repair: str) -> None:
+    """Read a file and compare. Raises CacheError, which ends in `repair`, where it is gone or was changed.
+
+    A disk that flips a bit changes neither size nor time, so what is remembered does not serve here. expected: None for
+    a file from before its hash was kept.
+    """
+    try:
+        found = expected and file_sha256(path)
+    except FileNotFoundError:
+        raise CacheError(f"{path} is gone. {repair}") from None
+    if found != expected:
+        raise CacheError(f"{path} is damaged: expected SHA-256 {expected}, found {found}. {repair}")
 
 
 def file_sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from data_prep.shards import MANIFEST, ShardFolder
 from pipeline.cache.find import open_cache
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
-from pipeline.cache.hashes import HashStore
+from pipeline.cache.hashes import HashStore, check_sha256
 from pipeline.cache.head import HEAD
 from pipeline.cache.layout import codec_params
 from pipeline.cache.order import ORDER
@@ -142,6 +143,7 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
     verb_ffns = recipe.stage_1_run / "verbalize" / "student.safetensors"
     wait_for_files(job.ranks, [verb_ffns])
+    _check(job, verb_ffns)
     with sharded_loading(recipe, recipe.interact) as add_to:
         student = student_with_verbalizers(recipe, view.cache.identity.vocab, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
@@ -155,6 +157,18 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     if recipe.interact.train_verbalizers:
         _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
+
+
+def _check(job: Job, verb_ffns: Path) -> None:
+    """Raise CacheError, on all ranks, where stage 1's verbalizers of the student are no longer as it left them."""
+    recipe = verb_ffns.parents[1] / "recipe.yaml"
+    repair = f"Bring it back, or make it again: rm -r {verb_ffns.parent} && {train_command(1, recipe)}"
+
+    def check() -> None:
+        summary = done(verb_ffns.parent) or {}
+        check_sha256(verb_ffns, summary.get("sha256", {}).get("student"), repair)
+
+    as_first_rank_sees(job.ranks, f"{NAME}: checking {verb_ffns}", check)
 
 
 def _save_verb_ffns(job: Job, engine: Engine, student: VerbalizedVLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 
@@ -11,7 +12,8 @@ import pytest
 
 from data_prep.lock import lock_file
 from pipeline.cache import hashes
-from pipeline.cache.hashes import IN_RUN, HashStore
+from pipeline.cache.hashes import IN_RUN, HashStore, check_sha256
+from pipeline.errors import CacheError
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,22 @@ def test_another_run_of_the_user_knows_them_too(tmp_path, files, hashed, home):
     HashStore(tmp_path / "other").digests(files)
     HashStore().digests(files)
     assert len(hashed) == 3 and len(json.loads(home.read_text())) == 3
+
+
+def test_a_flipped_bit_that_leaves_size_and_time_is_found(files):
+    """As a disk does it: what is remembered by size and time would not notice."""
+    good, times = hashlib.sha256(files[1].read_bytes()).hexdigest(), files[1].stat()
+    check_sha256(files[1], good, "Make it again.")
+    check_sha256(files[1], None, "of a run from before hashes were kept")
+    files[1].write_bytes(b"\x03" + files[1].read_bytes()[1:])
+    os.utime(files[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(
+        CacheError, match=f"00003.safetensors is damaged: expected SHA-256 {good}, found .*Make it again."
+    ):
+        check_sha256(files[1], good, "Make it again.")
+    files[1].unlink()
+    with pytest.raises(CacheError, match=r"00003.safetensors is gone. Make it again."):
+        check_sha256(files[1], good, "Make it again.")
 
 
 def test_a_job_that_waits_in_vain_hashes_itself(tmp_path, files, hashed, monkeypatch):

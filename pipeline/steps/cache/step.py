@@ -17,7 +17,7 @@ import torch
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import folder_for
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
-from pipeline.cache.hashes import HashStore
+from pipeline.cache.hashes import HashStore, check_sha256
 from pipeline.cache.layout import CacheIdentity, codec_params
 from pipeline.cache.order import ORDER
 from pipeline.cache.paths import IDENTITY
@@ -70,6 +70,8 @@ def run(
     missing_files, missing = _work(job, cache, data, shards, only_missing)
     if missing or missing_files:
         _say_why(job, missing)
+        if hosted is None:
+            _check_verbalizers(job, verbalize)
         engine = hosted or _load_teacher(job, verbalize["vocab"])
         teacher_pass = TeacherPass(job, engine, ChatDataset(data, made), cache.identity.layers, cache.identity.vocab)
         _prepare(job, teacher_pass, cache, missing_files)
@@ -159,10 +161,19 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
         job.say(f"{NAME}: {unsaid} more shards, for other reasons")
 
 
+def _check_verbalizers(job: Job, verbalize: dict[str, Any]) -> None:
+    """Raise CacheError, on all ranks, where the teacher's verbalizers are no longer as stage 1 left them."""
+    run = job.recipe.run
+    path, expected = run / "verbalize" / "teacher.safetensors", verbalize.get("sha256", {}).get("teacher")
+    again = train_command(1, run / "recipe.yaml", "--only", "verbalize")
+    repair = f"Bring it back, or make it again: rm -r {path.parent} && {again}"
+    as_first_rank_sees(job.ranks, f"{NAME}: checking {path}", lambda: check_sha256(path, expected, repair))
+    wait_for_files(job.ranks, [path])
+
+
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
     verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
-    wait_for_files(job.ranks, [verb_ffns])
     with sharded_loading(recipe, recipe.cache) as add_to:
         teacher = load_trained(recipe.teacher, recipe, vocab, dtype_of(recipe), verb_ffns, add_to)
     module = CoHost({"teacher": teacher}).requires_grad_(False)
