@@ -1,23 +1,65 @@
-"""Atomic writes: a file is written under another name, brought to the disk, and then renamed."""
+"""Atomic writes: a file is written under another name, brought to the disk, and then renamed.
+
+Also what to tell a user of a disk or a file system that does not take it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
 """How the name of an unfinished file ends: .000000.tar.PID-RANDOM.partial"""
 
+ADVICE = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some of your quota there, or have it raised",
+    errno.EROFS: "mount it for writing, or choose another folder",
+    errno.EACCES: "give this user the right to it, or choose another folder",
+    errno.EPERM: "give this user the right to it, or choose another folder",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EIO: "the disk or its connection fails: see the log of the machine (dmesg)",
+    errno.ESTALE: "the file server has dropped it: see whether it is mounted there still",
+    errno.ENOTCONN: "the file server is not reached: see whether it is mounted there still",
+    errno.EHOSTDOWN: "the file server is not reached: see whether it is mounted there still",
+}
+"""What to do about the errors of a disk or a file system, which no program can mend."""
+
+
+def storage_fault(error: BaseException) -> str | None:
+    """What to tell the user of an error of a disk or a file system; None of any other error."""
+    if not isinstance(error, OSError) or error.errno not in ADVICE:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{os.strerror(error.errno)}; {ADVICE[error.errno]}, and run the same command again: what is whole stays"
+    )
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError of this block name the file: one of writing to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
     atomic = AtomicFile(path)
     try:
-        atomic.file.write(content)
-        atomic.commit()
+        with naming(path):
+            atomic.file.write(content)
+            atomic.commit()
     finally:
         atomic.discard()
 
@@ -38,11 +80,7 @@ class AtomicFile:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self._own, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self._path.parent)
 
     def discard(self) -> None:
         """Remove the file if it was not committed. It is removed also where a full disk lets closing it fail."""
@@ -51,3 +89,12 @@ class AtomicFile:
                 self.file.close()
         finally:
             self._own.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk. Raises OSError."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -75,7 +75,7 @@ def _acquire(path: Path, subject: str, advice: str, until: float) -> int | None:
                 continue
             if isinstance(error, BlockingIOError):
                 raise DataError(_in_use(subject, owner, advice)) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             print(f"note: {subject} cannot be locked ({error.strerror}): let no other run write it", file=sys.stderr)
             return None

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from data_prep.atomic import storage_fault
 from data_prep.schema import DataError
 
 T = TypeVar("T")
@@ -172,4 +173,6 @@ def _failed(rank: int, size: int, error: Exception | None) -> RankFailed | None:
     where = f"rank {rank} of {size}: " if size > 1 else ""
     if isinstance(error, DataError):
         return RankFailed(f"{where}{error}", expected=True)
+    if (fault := storage_fault(error)) is not None:
+        return RankFailed(f"{where}{fault}", expected=True)
     return RankFailed(f"{''.join(traceback.format_exception(error))}{where}{error!r}", expected=False)

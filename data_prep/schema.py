@@ -15,6 +15,7 @@ and `messages` is what `processor.apply_chat_template` takes.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,8 +54,20 @@ REASONS = {
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+def parse_json(content: str | bytes) -> Any:
+    """json.loads, but JSON that is nested too deeply is a ValueError too, as all JSON that cannot be read."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 class DataError(Exception):
     """The run cannot go on, but the user can put it right. The message: what was expected, what found, what to do."""
+
+
+class ChangedSample(DataError):
+    """A sample's bytes are not those that were written: a disk or a copy has flipped some. The others are whole."""
 
 
 class BadSample(Exception):

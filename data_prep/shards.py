@@ -19,14 +19,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.atomic import AtomicFile, write_file
-from data_prep.schema import SCHEMA_VERSION, DataError, type_name
+from data_prep.atomic import AtomicFile, naming, write_file
+from data_prep.open_files import OpenFiles
+from data_prep.schema import SCHEMA_VERSION, ChangedSample, DataError, parse_json, type_name
 from data_prep.sizes import SampleSize, is_size, sample_size
+from data_prep.sums import is_sum, sample_sum, sample_sums
 
 MANIFEST = "manifest.json"
 FORMAT = "vlsi-shards"
-OPEN_FILES = 32
-"""Shards that one reader keeps open."""
 
 _SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
@@ -37,10 +37,11 @@ _SIGNED = re.compile(rb"manifest-sha256:[0-9a-f]{64}")
 
 SHARD_FIELDS = {"name": str, "samples": int, "bytes": int, "sha256": str, "keys": list, "offsets": list, "end": int}
 
+_Places = tuple[list[str], list[int], int]  # keys, offsets, end
 ShardEntry = dict[str, Any]
 """A shard in manifest.json: name, samples, bytes, sha256, keys, offsets (of each sample's first header), end.
 
-Of chats also sizes: SampleSize.to_json of each sample. Manifests from before there were sizes have none.
+Of chats also sizes, SampleSize.to_json of each sample, and sums, its checksum. Older manifests may have neither.
 """
 
 
@@ -109,19 +110,22 @@ class ShardWriter:
         headers = [_header(f"{key}.{suffix}", len(content)) for suffix, content in members.items()]
         self._offsets[key] = self._tar.offset
         self._sizes.append(sample_size(members))
-        for header, content in zip(headers, members.values(), strict=True):
-            self._tar.addfile(header, io.BytesIO(content))
+        with naming(self.path):
+            for header, content in zip(headers, members.values(), strict=True):
+                self._tar.addfile(header, io.BytesIO(content))
 
     def commit(self) -> ShardEntry:
         """Finish the tar, bring it to the disk and give it its name; returns the manifest entry."""
-        end = self._tar.offset
-        self._tar.close()
-        file = self._atomic.file
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        digest = _sha256(file)
-        self._atomic.commit()
-        return _entry(self.path.name, size, digest, list(self._offsets), list(self._offsets.values()), end, self._sizes)
+        end, file = self._tar.offset, self._atomic.file
+        with naming(self.path):
+            self._tar.close()
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest = _sha256(file)
+            sums = sample_sums(file, list(self._offsets.values()), end)
+            self._atomic.commit()
+        places = list(self._offsets), list(self._offsets.values()), end
+        return _entry(self.path.name, size, digest, places, self._sizes, sums)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
@@ -152,11 +156,12 @@ def describe_shard(path: Path) -> ShardEntry:
                     offsets.append(members[0].offset)
                     end = members[-1].offset_data + _padded(members[-1].size)
                     sizes.append(sample_size({_suffix(member): _content(tar, member) for member in members}))
-    except (tarfile.TarError, OSError) as error:
+            sums = sample_sums(file, offsets, end) if end <= size else []
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # the last two: a size that no file has
         raise DataError(f"{path} is not a whole tar file: {error}") from None
     if end > size or size % tarfile.RECORDSIZE:
         raise DataError(f"{path} is cut off: {size} bytes")
-    return _entry(path.name, size, digest, keys, offsets, end, sizes)
+    return _entry(path.name, size, digest, (keys, offsets, end), sizes, sums)
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dict[str, Any]:
@@ -186,14 +191,14 @@ def read_manifest(folder: Path, format: str = FORMAT, newest: int = SCHEMA_VERSI
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
-        manifest = json.loads(content.decode())
+        manifest = parse_json(content)
         _require(manifest, {"format": str, "version": int}, "the manifest")
         found, version = manifest["format"], manifest["version"]
         if found == format and version <= newest:
             _check_manifest(manifest, content)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_no_manifest(folder, format)) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is damaged: {error}; remove it and run again what made the folder") from None
     if found != format:
         raise DataError(f"{path} has format {found!r}; expected {format!r}: this is another kind of shard folder")
@@ -225,6 +230,9 @@ def _check_manifest(manifest: dict[str, Any], content: bytes) -> None:
         sizes = shard.get("sizes")
         if sizes is not None and not (_counts(sizes, shard["samples"]) and all(map(is_size, sizes))):
             raise ValueError(f"shard {number}: sizes are not those of its samples")
+        sums = shard.get("sums")
+        if sums is not None and not (_counts(sums, shard["samples"]) and all(map(is_sum, sums))):
+            raise ValueError(f"shard {number}: sums are not those of its samples")
     names = [shard["name"] for shard in manifest["shards"]]
     if len(set(names)) < len(names):
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
@@ -268,13 +276,10 @@ class ShardFolder:
         self.has_sizes: bool = all("sizes" in entry for entry in self.manifest["shards"])
         """Whether the manifest has the size of every sample."""
         self._firsts = [shard.first for shard in self.shards]
-        self._open: dict[str, BinaryIO] = {}
+        self._files = OpenFiles(self.path)
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # an open file is of one process only
 
     def size(self, index: int) -> SampleSize:
         """A sample's size, where the manifest has it. Raises KeyError where it does not."""
@@ -299,7 +304,7 @@ class ShardFolder:
         """Read a sample; index counts through the shards, from 0. Raises IndexError, DataError."""
         members = self.read_members(index)
         try:
-            record = json.loads(members.pop("json"))
+            record = parse_json(members.pop("json"))
             numbered = sorted(members, key=lambda name: int(name.partition(".")[0]))
         except (KeyError, ValueError) as error:
             raise self._damaged(index, f"not a json and numbered images: {error!r}") from None
@@ -307,30 +312,28 @@ class ShardFolder:
 
     def read_members(self, index: int) -> dict[str, bytes]:
         """Read a sample's members, {"json": b"...", "0.png": b"..."}, in their order. Raises IndexError, DataError."""
-        entry, _, (start, stop) = self._find(index)
+        entry, place, (start, stop) = self._find(index)
         try:
             content = self._read(entry["name"], start, stop - start)
+            if "sums" in entry and sample_sum(content) != entry["sums"][place]:
+                raise self._damaged(index, "its bytes do not match their checksum", ChangedSample)
             members = dict(_members(content, self.keys[index]))
-        except (OSError, tarfile.TarError, ValueError) as error:
+        except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
             raise self._damaged(index, str(error)) from None
         return members
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
-        if name not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115  # stays open
-        file = self._open[name].fileno()
+        file = self._files.descriptor(name)
         missing = offset + size - os.fstat(file).st_size
         if missing > 0:  # asked before memory of the claimed size is taken
             raise ValueError(f"the file ends {missing} bytes early")
         return os.pread(file, size, offset)  # pread: a forked worker shares this file's position with its parent
 
-    def _damaged(self, index: int, why: str) -> DataError:
+    def _damaged(self, index: int, why: str, kind: type[DataError] = DataError) -> DataError:
         shard = self.shards[bisect_right(self._firsts, index) - 1]
         # Whoever reads another kind of folder knows what makes it again; lint reads data shards alone.
         advice = f": python -m data_prep lint {self.path} lists what is bad; then remove it and make it again"
-        return DataError(
+        return kind(
             f"{self.path / shard.name}: cannot read sample {self.keys[index]!r}: {why}. The shard is not what the "
             f"manifest says{advice if self.manifest['format'] == FORMAT else ''}"
         )
@@ -353,12 +356,14 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
 
 
 def _entry(
-    name: str, size: int, digest: str, keys: list[str], offsets: list[int], end: int, sizes: list[SampleSize | None]
+    name: str, size: int, digest: str, places: _Places, sizes: list[SampleSize | None], sums: list[int]
 ) -> ShardEntry:
+    keys, offsets, end = places
     entry = {"name": name, "samples": len(keys), "bytes": size, "sha256": digest}
     entry |= {"keys": keys, "offsets": offsets, "end": end}
     known = [each.to_json() for each in sizes if each is not None]
-    return {**entry, "sizes": known} if len(known) == len(keys) else entry  # a teacher cache's records have none
+    # A teacher cache's records have no sizes, and checksums of their own.
+    return {**entry, "sizes": known, "sums": sums} if len(known) == len(keys) else entry
 
 
 def _suffix(member: tarfile.TarInfo) -> str:

@@ -170,6 +170,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 2 with a message for an error that the user can correct."""
     options = parse(arguments)
+    from data_prep.atomic import storage_fault
     from data_prep.schema import DataError as ShardError
     from pipeline.errors import SampleError, UserError
     from pipeline.runtime.logs import filter_logs
@@ -182,6 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[options.command](options)
     except (UserError, ShardError, SampleError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (fault := storage_fault(error)) is None:
+            raise
+        print(f"error: {fault}", file=sys.stderr)
         return 2
     return 0
 

@@ -37,6 +37,10 @@ class DivergedError(UserError):
     """The loss or gradient of too many updates in a row was not finite."""
 
 
+class StorageError(UserError):
+    """A file system does not show to one host what another has written, or cannot take what is to be written."""
+
+
 class SampleError(Exception):
     """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 

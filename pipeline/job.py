@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.atomic import storage_fault
 from data_prep.lock import lock_file
+from data_prep.open_files import allow_open_files
 from data_prep.schema import DataError as ShardError
-from data_prep.shards import write_file
+from data_prep.shards import MANIFEST, write_file
 from pipeline.errors import REQUEUE_EXIT, UserError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
@@ -44,16 +46,23 @@ def run_steps(
     It is 0, REQUEUE_EXIT after a request to stop, 2 for what the user can put right, 1 for the rest.
     """
     listen()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        resolved = prepare(recipe, overrides, steps, world)
+        resolved = prepare(recipe, overrides, steps, int(os.environ.get("WORLD_SIZE", 1)))
         return _exit(_run(resolved, steps, stop_after, shards, only_missing, verbose))
     except (UserError, ShardError) as error:
-        report(f"error: {error}", USER_ERROR, rank, world)
+        report(f"error: {error}", USER_ERROR, *_place())
         return _exit(USER_ERROR)
     except Exception as error:
-        report_failure(error, FAILURE, rank, world)
+        if (fault := storage_fault(error)) is not None:
+            report(f"error: {fault}", USER_ERROR, *_place())
+            return _exit(USER_ERROR)
+        report_failure(error, FAILURE, *_place())
         return _exit(FAILURE)
+
+
+def _place() -> tuple[int, int]:
+    """This rank and the number of ranks, as far as they are known: mpirun tells them only when the ranks meet."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world: int) -> Resolved:
@@ -74,13 +83,18 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     from pipeline.runtime.launcher import end_with_the_launcher
     from pipeline.runtime.loop import Job, Stopped
     from pipeline.runtime.ranks import heed_stop
+    from pipeline.runtime.shared_files import wait_for_files
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
     from pipeline.vlm.attention import check_attention
 
     end_with_the_launcher()
+    allow_open_files()
     ranks = engine.start(verbose)
     watch.start(ranks.rank, ranks.world, resolved.recipe.hang_minutes)
+    check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
+    data = (resolved.recipe.data.train, resolved.recipe.reinforce.train)
+    wait_for_files(ranks, [folder / MANIFEST for folder in data if folder is not None])
     check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:

@@ -10,7 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 TOPS = ["data_prep", "pipeline", "launch"]
 GROUND = ["pipeline.errors", "pipeline.commands", "pipeline.signal", "pipeline.rows", "pipeline.recipe"]
-SHARDS = ["data_prep.shards", "data_prep.schema", "data_prep.images"]  # what data_prep offers to those who read shards
+SHARDS = [
+    "data_prep.shards",
+    "data_prep.schema",
+    "data_prep.images",
+    "data_prep.atomic",
+]  # what data_prep offers to those who read shards
 PARTS = [*GROUND, *SHARDS, "pipeline.codec", "pipeline.cache", "pipeline.loss", "pipeline.vlm", "pipeline.runtime"]
 
 # The longest prefix of a module that stands here says what of this project it may import, besides itself.
@@ -25,7 +30,7 @@ MAY_IMPORT = {
     "pipeline.recipe": ["pipeline.errors"],
     "pipeline.codec": GROUND,
     "pipeline.loss": GROUND,
-    "pipeline.cache": [*GROUND, *SHARDS, "pipeline.codec"],
+    "pipeline.cache": [*GROUND, *SHARDS, "data_prep.lock", "pipeline.codec"],  # jobs share its folder
     "pipeline.vlm": [*GROUND, *SHARDS, "pipeline.loss"],
     "pipeline.runtime": [*GROUND, *SHARDS, "pipeline.vlm"],
     "pipeline.steps.verbalize": PARTS,  # steps are no part of one another

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.images import DECODING
+from data_prep.schema import parse_json
+from pipeline.cache.hashes import HashStore
 from pipeline.errors import CacheError
 
 # Files that decide how text becomes token ids, the most complete set first. The first set found is the tokenizer.
@@ -41,22 +39,23 @@ def compare(expected: Mapping[str, str], found: Mapping[str, str]) -> list[Misma
     return [Mismatch(name, value, found.get(name)) for name, value in expected.items() if found.get(name) != value]
 
 
-def model_fingerprints(folder: Path) -> dict[str, str]:
+def model_fingerprints(folder: Path, hashes: HashStore | None = None) -> dict[str, str]:
     """Fingerprints of a Hugging Face folder: weights, config, tokenizer and processor.
 
-    Raises CacheError where the folder has no safetensors weights or no tokenizer.
+    hashes: where hashes of files are remembered. Raises CacheError where the folder has no safetensors weights or no
+    tokenizer.
     """
     return {
-        "weights": weights_fingerprint(folder),
+        "weights": weights_fingerprint(folder, hashes),
         "config": json_fingerprint([folder / "config.json"]),
         "tokenizer": tokenizer_fingerprint(folder),
         "processor": json_fingerprint([folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]),
     }
 
 
-def teacher_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
+def teacher_fingerprints(folder: Path, chat_template: str, hashes: HashStore | None = None) -> dict[str, str]:
     """Everything about the teacher that affects its outputs: its folder's fingerprints and its chat template."""
-    return {**model_fingerprints(folder), "chat_template": text_fingerprint(chat_template)}
+    return {**model_fingerprints(folder, hashes), "chat_template": text_fingerprint(chat_template)}
 
 
 def sample_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:
@@ -67,11 +66,10 @@ def sample_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int
     return fingerprints
 
 
-def weights_fingerprint(folder: Path) -> str:
+def weights_fingerprint(folder: Path, hashes: HashStore | None = None) -> str:
     """The fingerprint of all *.safetensors files of a folder and their index: whole models and verbalizers.
 
-    Files are hashed in parallel. Hashes are remembered by path, size and time of change. Raises CacheError where there
-    are no such files.
+    Files are hashed in parallel, and once: see HashStore. Raises CacheError where there are no such files.
     """
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
     if not any(file.suffix == ".safetensors" for file in files):
@@ -81,7 +79,7 @@ def weights_fingerprint(folder: Path) -> str:
             f"{folder}: expected weights as *.safetensors, {found}. Convert them once: "
             "model.save_pretrained(FOLDER) with transformers writes safetensors"
         )
-    return files_fingerprint(files)
+    return files_fingerprint(files, hashes)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -93,16 +91,25 @@ def tokenizer_fingerprint(folder: Path) -> str:
     raise CacheError(f"{folder}: expected a tokenizer (tokenizer.json), found none; copy the model's tokenizer there")
 
 
-def files_fingerprint(files: Sequence[Path]) -> str:
+def files_fingerprint(files: Sequence[Path], hashes: HashStore | None = None) -> str:
     """The fingerprint of files: their names and bytes, in order. Raises OSError where one is missing."""
-    return _combine(_file_digests(files))
+    digests = (hashes or HashStore()).digests(files)
+    return _combine({file.name: digests[file] for file in files})
 
 
 def json_fingerprint(files: Iterable[Path]) -> str:
-    """The fingerprint of JSON files' values. Spacing, key order and the saving library's version do not matter."""
+    """The fingerprint of JSON files' values. Spacing, key order and the saving library's version do not matter.
+
+    Raises CacheError where one is damaged, or holds no object.
+    """
     contents = {}
     for file in files:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            values = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise CacheError(f"{file} is damaged: {error}; copy the model again") from None
+        if not isinstance(values, dict):
+            raise CacheError(f"{file} is damaged: expected an object, found {type(values).__name__}; copy it again")
         contents[file.name] = {key: value for key, value in values.items() if key not in INCIDENTAL}
     return text_fingerprint(json.dumps(contents, sort_keys=True, ensure_ascii=False))
 
@@ -117,50 +124,5 @@ def data_fingerprint(manifest: Mapping[str, Any]) -> str:
     return _combine({shard["name"]: shard["sha256"] for shard in manifest["shards"]})
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of one file's bytes."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:size])
-    return digest.hexdigest()
-
-
 def _combine(digests: Mapping[str, str]) -> str:
     return text_fingerprint("".join(f"{name} {digest}\n" for name, digest in digests.items()))
-
-
-def _file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """{file name: SHA-256}. A stored hash is used where the path, size and mtime have not changed."""
-    stats = {file: file.stat() for file in files}
-    store_keys = {file: f"{file.resolve()} {stats[file].st_size} {stats[file].st_mtime_ns}" for file in files}
-    hashes = _stored_hashes()
-    unknown = [file for file in files if store_keys[file] not in hashes]
-    if unknown:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-            new = dict(zip((store_keys[file] for file in unknown), pool.map(file_sha256, unknown), strict=True))
-        hashes |= new
-        _store_hashes(new)
-    return {file.name: hashes[store_keys[file]] for file in files}
-
-
-def _hash_store() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlsi" / "sha256.json"
-
-
-def _stored_hashes() -> dict[str, str]:
-    try:
-        stored = json.loads(_hash_store().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # never written, unreadable, or no home folder: hash again
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
-def _store_hashes(new: Mapping[str, str]) -> None:
-    """Add hashes to the store. Where it cannot be written, the only cost is to hash again next time."""
-    with contextlib.suppress(OSError, RuntimeError):
-        path = _hash_store()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(_stored_hashes() | dict(new), file)
-        os.replace(file.name, path)

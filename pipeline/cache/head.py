@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from data_prep.schema import parse_json
 from data_prep.shards import write_file
-from pipeline.cache.fingerprint import file_sha256
+from pipeline.cache.hashes import file_sha256
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError
 from pipeline.signal import Unembedding
@@ -39,7 +40,7 @@ def save_head(path: Path, unembedding: Unembedding) -> None:
 def head_sha256(path: Path) -> str | None:
     """The recorded SHA-256 of a cache's head; None where its sidecar head.json is missing or damaged."""
     try:
-        return json.loads((path / SIDECAR).read_text(encoding="utf-8"))["sha256"]
+        return parse_json((path / SIDECAR).read_bytes())["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.fingerprint import Mismatch, compare, file_sha256, text_fingerprint
+from data_prep.schema import parse_json
+from pipeline.cache.fingerprint import Mismatch, compare, text_fingerprint
+from pipeline.cache.hashes import file_sha256
 from pipeline.cache.order import order_sha256, read_order
 from pipeline.cache.paths import ASIDE, IDENTITY
 from pipeline.codec.registry import CODECS, Codec, make_codec
@@ -30,6 +32,8 @@ from pipeline.errors import CacheError
 FORMAT = "vlsi-cache"
 VERSION = 2
 RECORD = "mp"
+MOST_IDS = 2**24
+"""Ids of a vocabulary, at most: more is damage. The largest models have 262,144."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,31 @@ def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
     """Read a folder's cache.json. Raises CacheError where it is missing, damaged or of another format version."""
     file = path / IDENTITY
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_bytes())
         if values["version"] != VERSION:
             raise CacheError(
                 f"{file}: expected cache format version {VERSION}, found {values['version']}. Read it with the "
                 f"package version that wrote it, or make it again: {command_to_remake(path, recipe)}"
             )
-        return CacheIdentity(values["codec"], tuple(values["layers"]), values["vocab"], values["fingerprints"])
+        return _identity_of(values)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError(f"no teacher cache at {path}; make it: {cache_command(recipe)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{file} is damaged ({error!r}); make it again: {command_to_remake(path, recipe)}") from None
+
+
+def _identity_of(values: Mapping[str, Any]) -> CacheIdentity:
+    """Raises ValueError, KeyError or TypeError where a field is missing or is not what it should be."""
+    codec, layers, vocab, prints = (values[name] for name in ("codec", "layers", "vocab", "fingerprints"))
+    if make_codec(**codec).params.keys() | {"name"} != codec.keys():
+        raise ValueError(f"a codec's parameters are {sorted(codec)}")
+    if not (isinstance(vocab, int) and 0 < vocab <= MOST_IDS):
+        raise ValueError(f"a vocabulary has {vocab!r} ids")
+    if not (isinstance(layers, list) and layers and all(isinstance(layer, int) for layer in layers)):
+        raise ValueError(f"layers are {layers!r}")
+    if not (isinstance(prints, dict) and all(isinstance(value, str) for value in prints.values())):
+        raise ValueError("fingerprints are no texts")
+    return CacheIdentity(codec, tuple(layers), vocab, prints)
 
 
 def codec_params(recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def read_sidecars(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]
     found = {}
     for name in names:
         try:
-            sidecar = json.loads((path / name).with_suffix(".json").read_text(encoding="utf-8"))
+            sidecar = parse_json((path / name).with_suffix(".json").read_bytes())
             if sidecar["crc32"] == sidecar_crc32(sidecar):
                 found[name] = sidecar
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the shard is made again

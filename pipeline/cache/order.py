@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards import write_file
-from pipeline.cache.fingerprint import file_sha256
+from pipeline.cache.hashes import file_sha256
 from pipeline.errors import CacheError
 
 ORDER = "order.int32"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.schema import DataError
+from data_prep.schema import DataError, parse_json
 from data_prep.shards import MANIFEST, ShardFolder
 from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint
 from pipeline.cache.head import check_head, read_head
@@ -207,7 +207,7 @@ class TeacherCache:
         If there is none yet, from the sidecar files: the error message can then report the progress.
         """
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json((self.path / MANIFEST).read_bytes())
             return {shard["name"]: shard for shard in manifest["shards"]}
         except FileNotFoundError:
             return read_sidecars(self.path, sorted(file.name for file in self.path.glob("*.tar")))

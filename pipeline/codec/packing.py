@@ -144,11 +144,14 @@ def _verified_content(data: bytes, made_for: str) -> dict[str, Any]:
     try:
         expected, packed = msgpack.unpackb(data)
         found = _checksum(packed, made_for)
+        content = msgpack.unpackb(packed) if found == expected else None
     except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise ValueError(f"it does not unpack: {error!r}") from None
     if found != expected:
         raise ValueError(f"expected checksum {expected}, found {found}: changed, or of another cache")
-    return msgpack.unpackb(packed)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}; expected a map of streams")
+    return content
 
 
 def _checksum(packed: bytes, made_for: str) -> int:

@@ -55,9 +55,21 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
 
 
 def number_of_layers(folder: Path) -> int:
-    """Number of decoder layers of the language model in a Hugging Face folder, from its config.json."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int((config.get("text_config") or config)["num_hidden_layers"])
+    """Number of decoder layers of the language model in a Hugging Face folder, from its config.json.
+
+    Raises RecipeError where the file is damaged or says no such number.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        layers = (config.get("text_config") or config)["num_hidden_layers"]
+        if not isinstance(layers, int):
+            raise TypeError(f"num_hidden_layers is {layers!r:.40}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecipeError(
+            f"{path}: expected a Hugging Face config with num_hidden_layers, found {error!r}; copy the model again"
+        ) from None
+    return layers
 
 
 def target_layers(model: Model) -> tuple[int, ...]:
@@ -70,11 +82,14 @@ def target_layers(model: Model) -> tuple[int, ...]:
 def load_deepspeed_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON config. Raises RecipeError if it is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"deepspeed: no file {path}; the shipped ones are in {SHIPPED / 'ds_configs'}") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"deepspeed: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"deepspeed: {path}: expected a JSON object, found {type(config).__name__}")
+    return config
 
 
 def accumulation(training: Training, world: int) -> int:

@@ -47,6 +47,9 @@ STUDENT_OF_STAGE_1 = ("student.path", "student.layers", "verbalizer.form")
 SHIPPED = Path(__file__).parents[2]
 """The folder with ds_configs/ and recipes/: the checkout, or the folder of the installed packages."""
 
+MOST_VALUES = 10_000
+"""Values of a recipe, aliases counted as often as they stand: a hundred times what all fields together have."""
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -158,13 +161,31 @@ def _shipped(config: Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; the shipped ones are in {SHIPPED / 'recipes'}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected `key: value` lines at the top, found {type(values).__name__}")
+    return values
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    """Plain values only. Raises RecipeError where it is no YAML, or its aliases make it larger than any recipe is."""
+    try:
+        values = yaml.safe_load(text)
+    except RecursionError:
+        raise RecipeError(f"{source} is not YAML of a recipe: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise RecipeError(f"{source} is not YAML: {error}") from None
+    counted, left = 0, [values]
+    while left:
+        one, counted = left.pop(), counted + 1
+        if counted > MOST_VALUES:
+            raise RecipeError(f"{source}: expected a recipe of less than {MOST_VALUES} values; aliases make more of it")
+        left += list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
     return values
 
 
@@ -172,7 +193,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text}: expected KEY=VALUE, as in --set interact.steps=100")
-    return key.strip(), yaml.safe_load(value)
+    return key.strip(), _parse_yaml(value, f"--set {key}")
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -40,8 +40,10 @@ class Data(Section):
     """Minimum size of an image in pixels (width x height), for both models. Smaller images are scaled up with the same
     aspect ratio. Left out: the processor's own limit. Not stated in the paper."""
     max_bad_share: Share = 0.01
-    """Share of samples, from 0 to 1, that may be unusable. A step stops with an error when more of the samples read so
-    far could not be used. One bad sample is always allowed."""
+    """Share of samples, from 0 to 1, that may be unusable. A step stops with an error when more of the samples that all
+    ranks have read so far could not be used than chance explains: where data of just this share would have so many with
+    a probability below 0.001. The cache, evaluate and answer also stop at their end, when the share of all samples is
+    known to be larger. One bad sample is always allowed."""
     workers: Count | None = None
     """Data loader processes for each rank; 0: load in the training process. Left out: a rank's share of the cores at
     hand, without the one that it computes with itself; at most 8. This changes the speed, not the results."""

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Data
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.chat_template import Message
+from pipeline.vlm.config import read_config
 from pipeline.vlm.families import text_config
 from pipeline.vlm.placement import Devices, device_map
 from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate
@@ -91,7 +92,7 @@ def run_dtype(folder: Path) -> torch.dtype:
     """Dtype to run in: float32 on a CPU; on a GPU the dtype of config.json, else bfloat16."""
     if not torch.cuda.is_available():
         return torch.float32
-    return AutoConfig.from_pretrained(folder).dtype or torch.bfloat16
+    return read_config(folder).dtype or torch.bfloat16
 
 
 def placement(folder: Path, dtype: torch.dtype, devices: Devices) -> dict[str, int] | None:

@@ -13,6 +13,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ def start(verbose: bool = False) -> Ranks:
     _share_node_groups()
     if not verbose:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed(verbose=verbose)
+    # Under mpirun each rank asks MPI for its place, and DeepSpeed would overwrite a port that the user chose.
+    port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
+    deepspeed.init_distributed(distributed_port=port, verbose=verbose)
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = get_accelerator().device_name(local) if get_accelerator().device_name() != "cpu" else "cpu"
     if device != "cpu":

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_prep.schema import parse_json
 from data_prep.shards import write_file
+from pipeline.errors import DataError
 from pipeline.recipe.schema import STEPS
 
 KERNELS = "kernels.json"
@@ -21,9 +23,19 @@ def mark_done(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def done(folder: Path) -> dict[str, Any] | None:
-    """The summary of a complete step, or None."""
+    """The summary of a complete step, or None. Raises DataError where the file is damaged."""
     path = folder / "done.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        summary = parse_json(path.read_bytes())
+        if not isinstance(summary, dict):
+            raise ValueError(f"expected an object, found {type(summary).__name__}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged: {error}. Remove it, and run the step again: it goes on from its last checkpoint"
+        ) from None
+    return summary
 
 
 def begun_steps(run: Path) -> list[str]:
@@ -37,17 +49,18 @@ def trained_verb_ffns(run: Path) -> Path:
 
 
 def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, of one step or all; a last line cut short by a crash is left out."""
+    """The lines of a run's metrics.jsonl, of one step or all. What is no such line, as after a crash, is left out."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
-        if step is None or line["step"] == step:
+        is_line = isinstance(line, dict) and isinstance(line.get("step"), str) and isinstance(line.get("update"), int)
+        if is_line and (step is None or line["step"] == step):
             lines.append(line)
     return lines
 

@@ -17,7 +17,8 @@ from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime import watch
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.counts import UpdateCounts, count_update
-from pipeline.runtime.data.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
+from pipeline.runtime.data.bad_samples import BadSamples
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, derived_seed
 from pipeline.runtime.data.data_wait import DataWaitNotice
 from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.engine import Engine

@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from data_prep.shards import ShardFolder
+from data_prep.shards import MANIFEST, ShardFolder
 from pipeline.cache.find import open_cache
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
+from pipeline.cache.hashes import HashStore, check_sha256
+from pipeline.cache.head import HEAD
 from pipeline.cache.layout import codec_params
-from pipeline.cache.reader import CacheRecord
+from pipeline.cache.order import ORDER
+from pipeline.cache.paths import IDENTITY
+from pipeline.cache.reader import CacheRecord, TeacherCache
 from pipeline.cache.view import CacheView
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
@@ -30,7 +35,8 @@ from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done, trained_verb_ffns
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
-from pipeline.runtime.ranks import gather_when_ready, on_first_rank, sum_over_ranks, wait_for_all
+from pipeline.runtime.ranks import on_first_rank, sum_over_ranks, wait_for_all
+from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
@@ -138,6 +144,8 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     data = ShardFolder(recipe.data.train)
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
     verb_ffns = recipe.stage_1_run / "verbalize" / "student.safetensors"
+    wait_for_files(job.ranks, [verb_ffns])
+    _check(job, verb_ffns)
     with sharded_loading(recipe, recipe.interact) as add_to:
         student = student_with_verbalizers(recipe, view.cache.identity.vocab, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
@@ -151,6 +159,18 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     if recipe.interact.train_verbalizers:
         _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
+
+
+def _check(job: Job, verb_ffns: Path) -> None:
+    """Raise CacheError, on all ranks, where stage 1's verbalizers of the student are no longer as it left them."""
+    recipe = verb_ffns.parents[1] / "recipe.yaml"
+    repair = f"Bring it back, or make it again: rm -r {verb_ffns.parent} && {train_command(1, recipe)}"
+
+    def check() -> None:
+        summary = done(verb_ffns.parent) or {}
+        check_sha256(verb_ffns, summary.get("sha256", {}).get("student"), repair)
+
+    as_first_rank_sees(job.ranks, f"{NAME}: checking {verb_ffns}", check)
 
 
 def _save_verb_ffns(job: Job, engine: Engine, student: VerbalizedVLM) -> None:
@@ -168,17 +188,24 @@ def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Enco
 
 
 def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
-    """Open the run's cache. Raises CacheError if anything that it was made from has changed."""
+    """Open the run's cache: the one that rank 0 chooses. All ranks must call.
+
+    Raises CacheError, on all of them, if anything that it was made from has changed.
+    """
     recipe = job.recipe
     stage_1 = recipe.stage_1_run
-    verbalize = done(stage_1 / "verbalize")
+    verbalize = as_first_rank_sees(job.ranks, f"{NAME}: looking for verbalizers", lambda: done(stage_1 / "verbalize"))
     if verbalize is None:
         raise CacheError(f"no verbalizers in {stage_1 / 'verbalize'}; run: {train_command(1, stage_1 / 'recipe.yaml')}")
     what = f"{NAME}: hashing what the cache was made from"
-    (expected,) = gather_when_ready(job.ranks, what, lambda: [_expected(recipe)] if job.ranks.first else [])
+    expected = as_first_rank_sees(job.ranks, what, lambda: _expected(recipe))
     layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
-    cache = open_cache(stage_1 / "cache", data, expected, codec, layers, stage_1 / "recipe.yaml")
+    asked = (data, expected, codec, layers, stage_1 / "recipe.yaml")
+    what = f"{NAME}: choosing a cache in {stage_1 / 'cache'}"
+    path = as_first_rank_sees(job.ranks, what, lambda: open_cache(stage_1 / "cache", *asked).path)
+    wait_for_files(job.ranks, [path / name for name in (IDENTITY, MANIFEST, ORDER, HEAD)])
+    cache = TeacherCache(path, data, expected, layers, stage_1 / "recipe.yaml", codec)
     return CacheView(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
 
 
@@ -187,13 +214,14 @@ def _expected(recipe: Recipe) -> dict[str, str]:
 
     The teacher's are included if its weights are still there; stage 2 does not need them.
     """
+    hashes = HashStore(recipe.stage_1_run)
     prints = {
-        "verbalizers": files_fingerprint([recipe.stage_1_run / "verbalize" / "teacher.safetensors"]),
+        "verbalizers": files_fingerprint([recipe.stage_1_run / "verbalize" / "teacher.safetensors"], hashes),
         **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }
     if any(recipe.teacher.path.glob("*.safetensors")):
         template = str(load_processor(recipe.teacher.path).chat_template)
-        prints |= teacher_fingerprints(recipe.teacher.path, template)
+        prints |= teacher_fingerprints(recipe.teacher.path, template, hashes)
     return prints
 
 

@@ -18,6 +18,7 @@ from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank
+from pipeline.runtime.shared_files import wait_for_files
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 from pipeline.vlm.backbone import load_student, run_backbone
 from pipeline.vlm.export import copy_student
@@ -60,6 +61,7 @@ def run(job: Job) -> None:
 
         on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)
         return
+    wait_for_files(job.ranks, [begun_from])  # rank 0 may have written it just now
     chat_encoders = encoders(recipe, ["student"])
     with sharded_loading(recipe, recipe.reinforce):
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)

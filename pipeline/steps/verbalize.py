@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.hashes import HashStore
 from pipeline.recipe.checks import number_of_steps
 from pipeline.runtime.checkpoint.checkpoints import remove_checkpoints
 from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
@@ -67,9 +68,11 @@ def _save(job: Job, engine: Engine, folder: Path, summary: dict[str, object]) ->
     weights = {role: engine.gathered(engine.module.sides[role].verb_ffns) for role in ROLES}
 
     def write() -> None:
+        files = {role: folder / f"{role}.safetensors" for role in ROLES}
         for role in ROLES:
-            save_verb_ffns(weights[role], folder / f"{role}.safetensors")
-        mark_done(folder, summary)
+            save_verb_ffns(weights[role], files[role])
+        hashes = HashStore(job.recipe.run).digests(list(files.values()))  # for the cache's identity too
+        mark_done(folder, {**summary, "sha256": {role: hashes[file] for role, file in files.items()}})
         remove_checkpoints(folder)
 
     on_first_rank(job.ranks, f"{NAME}: writing the verbalizers to {folder}", write)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from pipeline.recipe.checks import target_layers
 from pipeline.recipe.schema import Data, Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
+from pipeline.vlm.config import read_config
 from pipeline.vlm.families import text_config
 from pipeline.vlm.image_size import PixelLimits
 from pipeline.vlm.processing import ChatEncoder, load_processor
@@ -84,7 +84,7 @@ def student_with_verbalizers(
 
 def vocabulary_rows(folder: Path) -> int:
     """Rows of the language head of a Hugging Face folder, padding included."""
-    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    return int(read_config(folder).get_text_config().vocab_size)
 
 
 def _with_stored(

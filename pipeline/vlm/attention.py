@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from pipeline.errors import RecipeError
+from pipeline.vlm.config import read_config
 
 SUPPORTED_BY = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 """transformers' mark on a model class for each implementation that not every family has; all have eager."""
@@ -30,7 +30,7 @@ def check_attention(attention: str, dtype: torch.dtype) -> None:
 
 def check_family_attention(attention: str, folder: Path | str) -> None:
     """Raise RecipeError if transformers cannot compute it for the family of the model in the folder."""
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     mark = SUPPORTED_BY.get(attention)
     if kind is not None and mark is not None and not getattr(kind, mark, False):

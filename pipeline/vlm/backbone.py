@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
@@ -19,6 +20,9 @@ from pipeline.recipe.schema import Recipe, StudentTraining
 from pipeline.vlm.attention import check_attention, check_family_attention
 from pipeline.vlm.families import decoder_layers, family, set_trainable
 from pipeline.vlm.lora import add_lora
+
+SHAPES = "ignore_mismatched_sizes"
+"""In transformers' error of weights that have other shapes than the config says."""
 
 
 def load_vlm(
@@ -42,10 +46,14 @@ def load_vlm(
             attn_implementation=attention,
             device_map=None if device_map is None else dict(device_map),
             output_loading_info=True,
+            trust_remote_code=False,
             use_safetensors=True,  # without it, a folder's pickles are read where it has no safetensors
         )
         model, report = loaded
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # RuntimeErrors are of many kinds: out of memory, or a lost connection to another rank.
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and SHAPES not in str(error):
+            raise
         raise RecipeError(
             f"{folder} could not be loaded as an image-text-to-text model: {error}{_found_pickles(folder)}"
         ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from pipeline.vlm.whole import whole_folder
 
 # save_pretrained writes its own; the model card describes the model that training began with.
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md"}
@@ -16,31 +17,20 @@ _NOT_COPIED = {"config.json", "generation_config.json", "README.md"}
 def save_student(model: Any, weights: dict[str, Tensor], original: Path, folder: Path) -> None:
     """Write weights (whole, on the CPU) as safetensors beside the original's tokenizer, processor and chat template.
 
-    The folder is whole or absent.
+    The folder is whole or absent. Raises OSError, naming it, where the disk does not take it.
     """
-
-    def fill(aside: Path) -> None:
+    with whole_folder(folder) as aside:
         model.save_pretrained(aside, state_dict=weights)
         for path in sorted(original.iterdir()):
             if path.is_file() and path.name not in _NOT_COPIED and not _is_weights(path):
                 shutil.copy2(path, aside / path.name)
 
-    _aside(folder, fill)
-
 
 def copy_student(original: Path, folder: Path) -> None:
     """Copy the model unchanged: the result of a run with zero updates."""
-    _aside(folder, lambda aside: shutil.copytree(original, aside, dirs_exist_ok=True))
+    with whole_folder(folder) as aside:
+        shutil.copytree(original, aside, dirs_exist_ok=True)
 
 
 def _is_weights(path: Path) -> bool:
     return ".safetensors" in path.name or path.suffix in (".bin", ".pt", ".pth", ".gguf")
-
-
-def _aside(folder: Path, fill: Callable[[Path], object]) -> None:
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    fill(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)

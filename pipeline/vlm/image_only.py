@@ -92,8 +92,8 @@ def load_image_only(folder: Path) -> ProcessorMixin | None:
     form = IMAGE_ONLY.get(settings.get("processor_class", ""))
     if form is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = AutoImageProcessor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     template = folder / "chat_template.jinja"
     own = {key: settings[key] for key in form.__init__.__code__.co_varnames if key in settings}
     own.setdefault("chat_template", template.read_text("utf-8") if template.is_file() else tokenizer.chat_template)

@@ -13,9 +13,10 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
+from pipeline.vlm.config import read_config
 from pipeline.vlm.families import family
 
 Devices = tuple[int, ...]
@@ -31,7 +32,7 @@ def empty_vlm(folder: Path, dtype: torch.dtype) -> nn.Module:
     """A model of the folder's config, without memory for its weights. Raises RecipeError if it is no VLM of ours."""
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+            model = AutoModelForImageTextToText.from_config(read_config(folder), dtype=dtype)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder} has no config of an image-text-to-text model: {error}") from error
     family(model)

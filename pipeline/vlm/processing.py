@@ -88,11 +88,14 @@ def load_processor(folder: Path | str) -> Any:
     """
     folder = Path(folder)
     try:
-        return AutoProcessor.from_pretrained(folder)
-    except (ImportError, ValueError, OSError, AttributeError, TypeError) as error:
-        processor = load_image_only(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of damaged files, transformers and tokenizers raise whatever they met
+        try:
+            processor = load_image_only(folder)
+        except Exception as another:
+            raise RecipeError(f"no processor could be built from {folder}: {another!r}") from another
         if processor is None:
-            raise RecipeError(f"no processor could be built from {folder}: {error}") from error
+            raise RecipeError(f"no processor could be built from {folder}: {error!r}") from error
         return processor
 
 

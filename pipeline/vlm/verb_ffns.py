@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.vlm.verbalizer import VerbFFN
+from pipeline.vlm.whole import whole_file
 
 Fill = Callable[[], None]
 """Gives a module its values."""
@@ -74,10 +75,8 @@ def stored_verb_ffns(
 
 def save_verb_ffns(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write verb-FFNs, {"LAYER.PART.weight": tensor}, whole or not at all: the form that stored_verb_ffns reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    save_file(dict(weights), aside)
-    aside.replace(path)
+    with whole_file(path) as aside:
+        save_file(dict(weights), aside)
 
 
 def _empty(width: int, form: str, dtype: torch.dtype, device: str = "cpu") -> VerbFFN:

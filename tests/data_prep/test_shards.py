@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_prep.schema import DataError
-from data_prep.shards import OPEN_FILES, ShardFolder, describe_shard, write_manifest, write_shard
+from data_prep.shards import ShardFolder, describe_shard, write_manifest, write_shard
 
 SAMPLES = [
     (f"key-{number}", {"json": json.dumps({"n": number}).encode(), "0.png": b"p" * number * 300, "10.jpg": b"j"})
@@ -95,15 +95,6 @@ def test_a_folder_travels_to_other_processes(folder: Path) -> None:
     assert pickle.loads(pickle.dumps(read)).read(4) == read.read(4)
     # In a process of its own: this one may have threads, and a fork of it may never end.
     subprocess.run([sys.executable, "-c", FORKED, str(folder)], cwd=Path(__file__).parents[2], check=True, timeout=120)
-
-
-def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
-    count = OPEN_FILES + 5
-    entries = [write_shard(tmp_path / f"{k}.tar", [(f"k{k}", {"json": b"{}"})]) for k in range(count)]
-    write_manifest(tmp_path, entries, format="vlsi-shards", version=1)
-    read = ShardFolder(tmp_path)
-    assert [read.read(index).key for index in [*range(count), 0]] == [f"k{k}" for k in [*range(count), 0]]
-    assert len(read._open) == OPEN_FILES
 
 
 def test_a_folder_without_manifest_says_how_to_make_one(tmp_path: Path, folder: Path) -> None:

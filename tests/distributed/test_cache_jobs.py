@@ -251,5 +251,11 @@ def test_stage_2_refuses_a_cache_of_other_verbalizers(verbalized_run, tmp_path):
     save_file({name: w + 1 for name, w in weights.items()}, path)
     said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, *where, check=1)
     assert "was made from something else (verbalizers)" in said and "expected" in said and "launch/cache.py" in said
+    copy(run, tmp_path / "flipped", "verbalize", "cache")
+    student = tmp_path / "flipped" / "verbalize" / "student.safetensors"
+    student.write_bytes(student.read_bytes()[:-1] + b"\x55")
+    flipped = ["--set", f"run={tmp_path / 'flipped'}"]
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, *flipped, check=1)
+    assert f"{student} is damaged: expected SHA-256" in said and "Traceback" not in said
     said = deepspeed(1, "train.py", "--stage", 2, "--recipe", recipe, "--set", f"run={tmp_path / 'none'}", check=1)
     assert "no verbalizers in" in said and "deepspeed launch/train.py --stage 1" in said

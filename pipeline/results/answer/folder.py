@@ -30,7 +30,7 @@ from data_prep.shards import (
 )
 from pipeline.cache.fingerprint import compare
 from pipeline.errors import DataError, RecipeError
-from pipeline.runtime.data.batches import Rejected
+from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.folder import write_json
 
 IDENTITY = "answers.json"
@@ -119,10 +119,11 @@ class AnswerFolder:
         """Numbers, from 0, of the data shards that are still to be answered."""
         return [number for number, shard in enumerate(self.data.shards) if self.done(shard) is None]
 
-    def finish(self) -> tuple[int, int]:
+    def finish(self, bad_samples: BadSamples) -> tuple[int, int]:
         """Write rejects.jsonl and the manifest, when no shard is missing. Returns (samples read, samples used).
 
-        Raises DataError where no sample at all has answers.
+        bad_samples: a new count; it gets those of all shards, whoever made them. Raises DataError where they are too
+        many, or no sample at all has answers.
         """
         all_answers = [answers for shard in self.data.shards if (answers := self.done(shard))]
         read, used = (sum(counts) for counts in zip(*((one.read, one.used) for one in all_answers), strict=True))
@@ -132,6 +133,8 @@ class AnswerFolder:
                 f"none of the {read} samples of {self.data.path} has a usable answer, so {self.path} holds no data. "
                 f"{self.path / REJECTS} has the reasons"
             )
+        bad_samples.read, bad_samples.rejected = read, read - used
+        bad_samples.check_whole()
         self._write_manifest([one.entry for one in all_answers if one.entry], read, used)
         return read, used
 

@@ -15,7 +15,7 @@ from pipeline.results.answer.plan import Plan, origin_of
 from pipeline.results.arguments import batches
 from pipeline.results.generate import load
 from pipeline.results.workers import Machine, Workers
-from pipeline.runtime.data.batches import BadSamples, Rejected
+from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.vlm.placement import Devices
 
@@ -39,7 +39,7 @@ def run(plan: Plan) -> None:
     if left:
         say(_left(plan, left))
         return
-    read, used = folder.finish()
+    read, used = folder.finish(_bad_samples(plan))
     say(f"{plan.output}: read {read} = used {used} + rejected {read - used} (listed in {plan.output / REJECTS})")
     say(f"To finetune on it, set reinforce.train: {plan.output} in a recipe; in all steps, data.train")
 
@@ -66,10 +66,7 @@ class _Job:
 
     def __init__(self, plan: Plan, folder: AnswerFolder):
         self.plan, self.folder = plan, folder
-        self.bad_samples = BadSamples(
-            plan.limits.max_bad_share,
-            listed_in=f"{plan.output / REJECTS}, --max-bad-share in python -m pipeline answer --help",
-        )
+        self.bad_samples = _bad_samples(plan)
         for shard in plan.part.of(plan.data.shards):  # so that a job that was cut off ends as if it had not been
             if (answers := folder.done(shard)) is not None:
                 self.bad_samples.count(answers.read, answers.rejected)
@@ -121,6 +118,11 @@ class _Job:
         """(key, members) of the answered samples: the record is new, the image files are the data's."""
         for index, record in answered.items():
             yield self.plan.data.keys[index], {**self.plan.data.read_members(index), "json": record}
+
+
+def _bad_samples(plan: Plan) -> BadSamples:
+    listed_in = f"{plan.output / REJECTS}, --max-bad-share in python -m pipeline answer --help"
+    return BadSamples(plan.limits.max_bad_share, listed_in)
 
 
 def _left(plan: Plan, left: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from pipeline.errors import RecipeError
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import bad_samples_of
 from pipeline.results.identity import model_identity, question_identity
-from pipeline.runtime.data.batches import Rejected
+from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.progress import say
 
 
@@ -73,4 +73,6 @@ def _read(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def _check_rejects(plan: Plan, result: Mapping[str, Any]) -> None:
     """Raise DataError where a result has more unusable samples than this command allows."""
-    bad_samples_of(plan).count(result["read"], [Rejected(**one) for one in result["rejected"]])
+    bad_samples = bad_samples_of(plan)
+    bad_samples.count(result["read"], [Rejected(**one) for one in result["rejected"]])
+    bad_samples.check_whole()

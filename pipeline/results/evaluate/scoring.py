@@ -17,7 +17,7 @@ from pipeline.recipe.schema import Data
 from pipeline.results.evaluate.answers import Exchange, Tally, is_right, last_exchange
 from pipeline.results.evaluate.plan import Plan
 from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left
-from pipeline.runtime.data.batches import BadSamples, Rejected
+from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import final_norm, text_config
@@ -80,7 +80,7 @@ def summarize(scores: Iterable[BatchScore], plan: Plan, name: str = "") -> dict[
     """One model's exact match, in total and by question type, and its perplexity. read = samples + rejected.
 
     "wrong" has the keys of the samples that it answered wrongly, so that two models can be compared sample by sample.
-    Raises DataError as soon as the share of unusable samples exceeds max_bad_share.
+    Raises DataError if the share of unusable samples exceeds max_bad_share, as soon as that is clear.
     """
     tally, nats, tokens = Tally(), 0.0, 0
     rejected: list[Rejected] = []
@@ -98,6 +98,7 @@ def summarize(scores: Iterable[BatchScore], plan: Plan, name: str = "") -> dict[
             progress.advance(f"exact match {tally.summary()['exact_match']:.1%}", by=batch.read)
     finally:
         progress.close()
+    bad_samples.check_whole()
     return {
         **tally.summary(),
         "perplexity": math.exp(min(nats / tokens, 700.0)) if tokens else None,

@@ -32,6 +32,7 @@ from pipeline.runtime.checkpoint.trained_state import TrainedState, host_copy
 from pipeline.runtime.node import rank_share
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready, sum_over_ranks
+from pipeline.runtime.shared_files import wait_for_files
 
 Result = TypeVar("Result")
 
@@ -165,6 +166,8 @@ class Checkpoints:
             index = self._of_first_rank(lambda: read_index(_path(self.folder, update)))
         except Damaged as error:
             return None, [str(error)]
+        files = [_path(self.folder, update) / file.name for file in index.files]
+        wait_for_files(self.ranks, self._of_first_rank(lambda: [file for file in files if file.is_file()]))
         own = index.files[self.ranks.rank :: self.ranks.world]
         what = f"verifying the checkpoint of update {update}"
         damage = gather_when_ready(self.ranks, what, lambda: find_damage(_path(self.folder, update), own))

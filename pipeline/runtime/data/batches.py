@@ -6,17 +6,19 @@ The order is a function of (seed, position) alone: neither the number of ranks n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import Dataset
 
+from data_prep.schema import ChangedSample
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
-from pipeline.errors import DataError, SampleError, UserError
+from pipeline.errors import SampleError, UserError
 from pipeline.recipe.schema import Training
+from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.data.cutting import cut
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded
@@ -88,21 +90,6 @@ def micro_batches(
         start = update * training.batch_size
         batch = [order[position] for position in range(start, start + training.batch_size)]
         yield [micro_step[ranks.rank] for micro_step in cut(batch, length, training, ranks.world)]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A sample that could not be used."""
-
-    key: str
-    shard: str
-    reason: str
-
-    @classmethod
-    def of(cls, folder: ShardFolder, sample: int, error: SampleError) -> Rejected:
-        """Sample number `sample` of a shard folder, and what is wrong with it."""
-        shard = next(shard.name for shard in reversed(folder.shards) if shard.first <= sample)
-        return cls(folder.keys[sample], shard, str(error))
 
 
 @dataclass(frozen=True)
@@ -194,7 +181,10 @@ class ChatDataset(Dataset):
 
     def encode(self, sample: int) -> dict[str, Encoded]:
         """A sample in each model's form, nothing attached. Raises SampleError where it cannot be used."""
-        raw = self.folder.read(sample)
+        try:
+            raw = self.folder.read(sample)
+        except ChangedSample as error:  # one flipped bit costs one sample, not the job
+            raise SampleError(str(error)) from None
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):
@@ -207,24 +197,3 @@ class ChatDataset(Dataset):
             self._kept[sample] = encoded
             self._room -= size
         return encoded
-
-
-class BadSamples:
-    """Counts what could not be used: read = used + rejected."""
-
-    def __init__(self, largest_share: float, listed_in: str = "rejects.jsonl in the run folder"):
-        """listed_in: where the user finds all of them."""
-        self.largest_share, self.listed_in, self.read, self.rejected = largest_share, listed_in, 0, 0
-
-    def count(self, read: int, rejected: Sequence[Rejected]) -> None:
-        """Add a global batch. Raises DataError when too large a share is bad; the first 100 samples are forgiven 1."""
-        self.read += read
-        self.rejected += len(rejected)
-        allowed = max(1, self.largest_share * max(self.read, 100))
-        if self.rejected > allowed:
-            newest = rejected[-1]
-            raise DataError(
-                f"{self.rejected} of {self.read} samples could not be used, more than data.max_bad_share="
-                f"{self.largest_share}; the last: {newest.key} in {newest.shard}: {newest.reason}. "
-                f"See {self.listed_in}, and python -m data_prep lint"
-            )

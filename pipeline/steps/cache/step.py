@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,17 @@ import torch
 from data_prep.shards import ShardFolder
 from pipeline.cache.find import folder_for
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
+from pipeline.cache.hashes import HashStore, check_sha256
 from pipeline.cache.layout import CacheIdentity, codec_params
+from pipeline.cache.order import ORDER
+from pipeline.cache.paths import IDENTITY
 from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, StorageError
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime import watch
-from pipeline.runtime.data.batches import BadSamples, ChatDataset
+from pipeline.runtime.data.bad_samples import BadSamples
+from pipeline.runtime.data.batches import ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
@@ -35,6 +41,7 @@ from pipeline.runtime.ranks import (
     until_all_done,
     wait_for_all,
 )
+from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files, wait_until
 from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
@@ -65,6 +72,8 @@ def run(
     missing_files, missing = _work(job, cache, data, shards, only_missing)
     if missing or missing_files:
         _say_why(job, missing)
+        if hosted is None:
+            _check_verbalizers(job, verbalize)
         engine = hosted or _load_teacher(job, verbalize["vocab"])
         teacher_pass = TeacherPass(job, engine, ChatDataset(data, made), cache.identity.layers, cache.identity.vocab)
         _prepare(job, teacher_pass, cache, missing_files)
@@ -72,7 +81,9 @@ def run(
         if missing:
             _fill(job, teacher_pass, cache, list(missing))
     wait_for_all()
-    on_first_rank(job.ranks, f"{NAME}: writing the manifest", lambda: _finish(job, cache, len(data.shards)))
+    on_first_rank(
+        job.ranks, f"{NAME}: writing the manifest", lambda: _finish(job, cache, len(data.shards), list(missing))
+    )
 
 
 def _verbalizers(job: Job) -> dict[str, Any]:
@@ -86,14 +97,15 @@ def _verbalizers(job: Job) -> dict[str, Any]:
 
 
 def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
-    """The cache's identity. Rank 0 hashes, for all ranks."""
+    """The cache's identity. Rank 0 hashes, for all ranks, or waits for another job that hashes the same."""
     recipe, verbalized = job.recipe, verbalize["teacher"]
 
     def prints() -> list[dict[str, str]]:
         if not job.ranks.first:
             return []
-        verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"])
-        teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template))
+        hashes = HashStore(recipe.run)
+        verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"], hashes)
+        teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template), hashes)
         data = recipe.data
         of_samples = sample_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
         return [{**teacher, "verbalizers": verbalizers, **of_samples}]
@@ -105,10 +117,15 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
 
 
 def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
-    """The folder for this identity. Rank 0 looks, for all ranks."""
-    root = job.recipe.run / NAME
-    path = gather_lists([folder_for(root, identity, data) if job.ranks.first else None])[0]
-    return CacheFolder(path, identity, data, job.recipe.run / "recipe.yaml")
+    """The folder for this identity. Rank 0 looks, and begins it where there is none, for all ranks."""
+    root, recipe = job.recipe.run / NAME, job.recipe.run / "recipe.yaml"
+
+    def begin() -> Path:
+        return CacheFolder(folder_for(root, identity, data), identity, data, recipe).path
+
+    path = as_first_rank_sees(job.ranks, f"{NAME}: opening {root}", begin)
+    wait_for_files(job.ranks, [path / IDENTITY, path / ORDER])
+    return CacheFolder(path, identity, data, recipe)
 
 
 def _work(
@@ -146,6 +163,16 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
         job.say(f"{NAME}: {unsaid} more shards, for other reasons")
 
 
+def _check_verbalizers(job: Job, verbalize: dict[str, Any]) -> None:
+    """Raise CacheError, on all ranks, where the teacher's verbalizers are no longer as stage 1 left them."""
+    run = job.recipe.run
+    path, expected = run / "verbalize" / "teacher.safetensors", verbalize.get("sha256", {}).get("teacher")
+    again = train_command(1, run / "recipe.yaml", "--only", "verbalize")
+    repair = f"Bring it back, or make it again: rm -r {path.parent} && {again}"
+    as_first_rank_sees(job.ranks, f"{NAME}: checking {path}", lambda: check_sha256(path, expected, repair))
+    wait_for_files(job.ranks, [path])
+
+
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
     verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
@@ -169,7 +196,7 @@ def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_fi
         order = find_vocabulary_order(teacher_pass)
         if job.ranks.first:
             cache.save_order(order)
-    wait_for_all()
+        wait_for_files(job.ranks, [cache.path / ORDER])
 
 
 def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list[str]) -> None:
@@ -220,15 +247,18 @@ class _Log:
             stack.callback(self.metrics.close)
 
     def written(self, done: list[WrittenBatch]) -> None:
-        """Count what all ranks have written. All ranks must call. Raises DataError when too many samples are bad."""
-        own = torch.tensor([(0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
-        for one in done:
-            if one.bad:
-                record_rejected(self.job.recipe.run, one.bad)
-            self.bad.count(one.counts()[0], one.bad)
-        read, tokens, size, shards = sum_over_ranks(own).tolist()
+        """Count what all ranks have written. All ranks must call.
+
+        Raises DataError, on all of them, when too many of all ranks' samples are bad.
+        """
+        own = torch.tensor([(0, 0, 0, 0, 0), *(one.counts() for one in done)], device=self.job.ranks.device).sum(0)
+        read, tokens, size, shards, bad = sum_over_ranks(own).tolist()
         if read:
             self._tell(read, tokens, size, shards)
+        newest = gather_lists([rejected for one in done for rejected in one.bad]) if bad else []
+        if newest and self.job.ranks.first:
+            record_rejected(self.job.recipe.run, newest)
+        self.bad.count(read, newest)
 
     def _tell(self, read: int, tokens: int, size: int, shards: int) -> None:
         self.tokens, self.bytes, self.shards = self.tokens + tokens, self.bytes + size, self.shards + shards
@@ -240,8 +270,15 @@ class _Log:
             self.metrics.write(self.shards, {"cache": self.folder, **values})
 
 
-def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
-    if cache.finish(_fidelity):
+def _finish(job: Job, cache: CacheFolder, shards: int, made: list[str]) -> None:
+    """On rank 0. made: the shards of all this job's ranks, which rank 0 may see only after a while."""
+    if not wait_until(lambda: not cache.missing(made)):
+        (unseen, why), *_ = cache.missing(made).items()
+        raise StorageError(
+            f"{cache.path / unseen}: written by another rank of this job, but rank 0 sees: {why}. Expected one file "
+            "system that all hosts share; run the same command again: shards that are whole stay"
+        )
+    if cache.finish(partial(_summary, BadSamples(job.recipe.data.max_bad_share))):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size_text(size)} in {cache.path}")
@@ -250,7 +287,13 @@ def _finish(job: Job, cache: CacheFolder, shards: int) -> None:
         job.say(f"{NAME}: {shards - len(left)} of {shards} shards are there; other jobs make the rest")
 
 
-def _fidelity(sidecars: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's summary of what the shards' sidecars measured."""
+def _summary(bad: BadSamples, sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's summary of what the shards' sidecars measured.
+
+    Raises DataError where too many of all samples could not be used: each job has seen those of its own shards only.
+    """
+    bad.read = sum(sidecar["samples"] for sidecar in sidecars)
+    bad.rejected = sum(len(sidecar["skipped"]) for sidecar in sidecars)
+    bad.check_whole()
     first, *rest = (Fidelity.from_json(sidecar["fidelity"]) for sidecar in sidecars)
     return {"fidelity": sum(rest, first).summary()}

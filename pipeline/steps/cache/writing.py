@@ -13,7 +13,8 @@ from pipeline.cache.writer import CacheFolder, CacheWriter
 from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.data.batches import LoadedBatch, Rejected, SampleIndex
+from pipeline.runtime.data.bad_samples import Rejected
+from pipeline.runtime.data.batches import LoadedBatch, SampleIndex
 from pipeline.runtime.data.loader import WINDOW
 from pipeline.steps.cache.estimate import on_disk
 from pipeline.steps.cache.teacher_pass import TeacherOutput
@@ -71,11 +72,11 @@ class WrittenBatch:
     """Bytes that its records take on disk."""
     bad: list[Rejected]
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """(samples read, response tokens, bytes, shards that it completed)."""
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """(samples read, response tokens, bytes, shards that it completed, bad samples)."""
         loaded = self.shard_batch.loaded
         read = len(loaded.batches["teacher"].keys) + len(loaded.rejected)
-        return read, loaded.tokens(), self.bytes, int(self.shard_batch.last)
+        return read, loaded.tokens(), self.bytes, int(self.shard_batch.last), len(self.bad)
 
 
 class WriterThread:

@@ -11,13 +11,11 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
-from pipeline.errors import CacheError, DataError
+from pipeline.errors import CacheError
 from pipeline.recipe.schema import Training
 from pipeline.runtime.data.batches import (
-    BadSamples,
     ChatDataset,
     DataOrder,
-    Rejected,
     SampleIndex,
     micro_batches,
 )
@@ -122,6 +120,19 @@ def test_an_error_in_a_worker_is_read_as_it_was_raised(encoder, tmp_path, worker
         )
 
 
+def test_a_flipped_bit_costs_one_sample_and_names_its_shard(encoder, tmp_path):
+    data = write_data(tmp_path / "train", 4)
+    shard, folder = data / "000001.tar", ShardFolder(data)
+    (_, entry) = folder.manifest["shards"]
+    flipped = bytearray(shard.read_bytes())
+    flipped[entry["offsets"][1] + 1500] ^= 4
+    shard.write_bytes(flipped)
+    (one,) = load(ChatDataset(folder, {"student": encoder}), [[SampleIndex(i) for i in range(4)]], 0, "cpu")
+    assert one.batches["student"].keys == ("s00000", "s00001", "s00002")
+    (bad,) = one.rejected
+    assert (bad.key, bad.shard) == ("s00003", "000001.tar") and "do not match their checksum" in bad.reason
+
+
 def test_models_with_one_encoder_share_a_batch(encoder, tmp_path):
     chats = ChatDataset(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
     for workers in (0, 1):
@@ -181,21 +192,6 @@ def test_a_worker_is_one_window_ahead(encoder, tmp_path):
     next(loaded)
     assert len(asked) == 3, "one in hand, and one each of two workers"
     assert len(list(loaded)) == 7
-
-
-def test_too_many_bad_samples_stop_the_run():
-    bad = BadSamples(0.02)
-    newest = [Rejected("k7", "000003.tar", "image cannot be decoded")]
-    bad.count(32, newest)
-    bad.count(32, newest)
-    with pytest.raises(
-        DataError, match=r"3 of 96 samples .* data.max_bad_share=0.02; the last: k7 in 000003.tar: image"
-    ):
-        bad.count(32, newest)
-    calm = BadSamples(0.02)
-    for _ in range(100):
-        calm.count(100, newest)
-    assert calm.rejected == 100 and calm.read == 10_000
 
 
 def test_learning_rate_is_warm_up_then_cosine():

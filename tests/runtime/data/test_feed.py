@@ -17,8 +17,8 @@ from data_prep.shards import MANIFEST, ShardFolder, write_manifest
 from pipeline.errors import DataError, SampleError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.data.batches import ChatDataset
 from pipeline.runtime.counts import count_update
+from pipeline.runtime.data.batches import ChatDataset
 from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.data.lengths import LengthModel
 from pipeline.runtime.data.loader import WAITING_BYTES, batches_ahead, waiting_room

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import resource
 from contextlib import ExitStack, contextmanager
+from threading import Timer
 
 import pytest
-from random_teacher_pass import TOKENS, cache_of, encode_response, shard_batches
+import torch
+from random_teacher_pass import TOKENS, cache_of, encode_response, loaded, shard_batches
 from running import tiny_recipe
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, DataError, SampleError, StorageError
 from pipeline.recipe.resolve import load_recipe
+from pipeline.runtime import shared_files
+from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.folder import done, mark_done, read_metrics
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
 from pipeline.steps.cache import step
 from pipeline.steps.cache.estimate import SizeEstimate
 from pipeline.steps.cache.step import _Log
-from pipeline.steps.cache.writing import WriterThread
+from pipeline.steps.cache.writing import ShardBatch, WriterThread, WrittenBatch
 
 
 @pytest.fixture
@@ -110,6 +114,40 @@ def test_all_ranks_count_together(tmp_path, data, job, monkeypatch):
     assert [line["update"] for line in read_metrics(job.recipe.run, "cache")] == [3]
 
 
+def test_bad_samples_are_counted_over_all_ranks(tmp_path, data, job, monkeypatch):
+    """Two bad samples of this rank's four are two of 200 for the job; eleven stop every rank, whosever they are.
+
+    The share of each rank alone stopped it, and the others waited for it in the next collective.
+    """
+    both = SampleError("image cannot be decoded")
+    first = data.shards[0]
+    bad = [Rejected.of(data, index, both) for index in (0, 1)]
+    batch = ShardBatch(first.name, loaded(data.keys[2:4], tuple(bad)), True)
+    written = [WrittenBatch(batch, 1, bad)]
+    others: list[Rejected] = []
+    own = torch.tensor(written[0].counts())
+
+    def summed(counts):
+        return counts + torch.tensor([196, 0, 0, 0, 0] if torch.equal(counts, own) else [0, 0, 0, 0, 9])
+
+    monkeypatch.setattr(step, "sum_over_ranks", summed)
+    monkeypatch.setattr(step, "gather_lists", lambda items: [*items, *others])
+    with ExitStack() as stack:
+        log = _Log(job, stack, "some-1", 12, SizeEstimate(1.0, 1.0))
+        log.written(written)
+        assert (log.bad.read, log.bad.rejected) == (200, 2)
+        others += [Rejected(f"other{number}", "000002.tar", "no picture") for number in range(9)]
+        with pytest.raises(DataError, match="11 of 200 samples .*; the last: other8 in 000002.tar: no picture"):
+            log.written([])
+    assert len((job.recipe.run / "rejects.jsonl").read_text().splitlines()) == 11, "rank 0 lists those of all ranks"
+
+
+def test_a_cache_that_many_jobs_made_is_not_finished_with_too_many_bad_samples(tmp_path, data):
+    sidecars = [{"samples": 100, "skipped": {f"{shard}{n}": "broken" for n in range(2)}} for shard in range(2)]
+    with pytest.raises(DataError, match="4 of 200 samples could not be used, more than data.max_bad_share=0.01"):
+        step._summary(BadSamples(0.01), sidecars)
+
+
 def test_the_reasons_why_shards_are_made_are_said_the_rarest_first(job, capsys):
     absent = {f"{number:06d}.tar": "not made yet" for number in range(100)}
     step._say_why(job, absent | {"000007.tar": "changed: expected SHA-256 aa, found bb"})
@@ -160,8 +198,26 @@ def test_a_job_that_ends_while_another_completes_the_cache_leaves_its_mark(tmp_p
         return complete
 
     monkeypatch.setattr(cache, "finish", and_then_another_job_completes)
-    step._finish(job, cache, 3)
+    step._finish(job, cache, 3, [])
     assert done(job.recipe.run / "cache") == {"folder": "topk-1"}
+
+
+def test_rank_0_waits_for_the_shards_that_it_does_not_see_yet(tmp_path, data, job, monkeypatch):
+    """Over NFS another host's last shard shows late: the cache was left without a manifest, and nobody completed it."""
+    cache = cache_of(job.recipe.run / "cache" / "topk-1", data)
+    fill(cache, data, [0, 1, 2])
+    late, aside = cache.path / "000002.json", tmp_path / "late"
+    late.rename(aside)
+    monkeypatch.setattr(shared_files, "POLL_S", 0.01)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(shared_files, "WAIT_S", 0.02)
+        with pytest.raises(StorageError, match="000002.tar: written by another rank of this job, but rank 0 sees: not"):
+            step._finish(job, cache, 3, ["000002.tar"])
+    timer = Timer(0.3, lambda: aside.rename(late))
+    timer.start()
+    step._finish(job, cache, 3, ["000002.tar"])
+    timer.join()
+    assert done(job.recipe.run / "cache")["shards"] == 3
 
 
 def test_without_verbalizers_the_command_is_the_runs_own(job):
@@ -172,9 +228,9 @@ def test_without_verbalizers_the_command_is_the_runs_own(job):
 
 def test_only_rank_0_hashes(job, monkeypatch):
     hashed = []
-    monkeypatch.setattr(step, "files_fingerprint", lambda files: hashed.append(files) or "aa")
+    monkeypatch.setattr(step, "files_fingerprint", lambda files, _: hashed.append(files) or "aa")
     monkeypatch.setattr(
-        step, "teacher_fingerprints", lambda folder, template: hashed.append(folder) or {"weights": "bb"}
+        step, "teacher_fingerprints", lambda folder, template, _: hashed.append(folder) or {"weights": "bb"}
     )
     made = {}
     monkeypatch.setattr(

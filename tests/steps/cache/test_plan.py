@@ -8,7 +8,7 @@ from tiny import write_data
 from data_prep.shards import ShardFolder
 from launch.cache import parse, shard_range
 from pipeline.runtime.data import loader
-from pipeline.runtime.data.batches import Rejected
+from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.data.loader import WINDOW
 from pipeline.steps.cache.writing import plan
 
