@@ -88,9 +88,9 @@ timed "evaluate" python -m pipeline evaluate "${MODELS[@]}" --against "${STUDENT
 # 6. Which training samples have a wrong answer, from the cache alone.
 timed "suspects" python -m pipeline cache-info "$RUNS/demo" --suspects --limit 8
 
-# 7. What each layer says about one held-out picture.
+# 7. What each layer says about one held-out picture. Leaves runs/trace.html.
 SAMPLE=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"][0]["keys"][0])' "$SHARDS/held_out/manifest.json")
-! wanted interaction || timed "trace" python -m pipeline trace --run "$RUNS/demo-interaction" --sample "$SAMPLE"
+! wanted interaction || timed "trace" python -m pipeline trace --run "$RUNS/demo-interaction" --sample "$SAMPLE" --page "$RUNS/trace.html"
 
 printf '\ntime (%s wrong answers in training, seed %s)\n' "$NOISE" "$SEED"
 printf '  %s\n' "${TIMES[@]}" "$(printf '%-15s %4d s' total $SECONDS)"
@@ -102,4 +102,5 @@ printf '  %-28s %s\n' \
   "$RUNS/demo-interaction/" "the student of interaction to the end" \
   "$RUNS/demo-finetuned/" "the student finetuned on the given answers" \
   "$RUNS/demo-answers/" "the student finetuned on the teacher's answers" \
+  "$RUNS/trace.html" "the trace as a page: open it in a browser; docs/reading_a_trace.md" \
   "$RUNS/demo/evaluation.json" "the table above as numbers; what it shows beyond this seed: docs/evidence.md"
