@@ -5,13 +5,14 @@
   python -m pipeline evaluate --run runs/demo
   python -m pipeline answer --run runs/demo --output data/answered
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
+  python -m pipeline report runs/demo
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
 plan says what a recipe will need, before anything is started. status shows which steps are done and what to run next.
 evaluate compares models on held-out data. answer lets a model answer the questions of a shard folder. trace shows what
-each layer of a model predicts. cache-info shows what a teacher cache holds, and how close it is to the teacher. env
-prints what a bug report needs.
+each layer of a model predicts. report writes a page about one run or several. cache-info shows what a teacher cache
+holds, and how close it is to the teacher. env prints what a bug report needs.
 `python -m pipeline COMMAND --help` describes one command in full. Runs are made by launch/train.py, data by
 python -m data_prep.
 """
@@ -120,6 +121,18 @@ said of a sample in the cache is shown by cache-info --sample, without the teach
 layer of each model.
 """
 
+REPORT = """Write a page about one run, or about several side by side: what was done, how it went, and what came of it.
+
+  python -m pipeline report runs/demo                                       # runs/demo/report.html
+  python -m pipeline report runs/demo runs/other --output report.html
+
+It is read from the run's files alone, without a model, so also from a run that is still going or has died: the steps,
+the losses of each layer over time, the matches and the entropy of their draw, the KL of student to teacher layers, the
+cache's size and fidelity, speed and waiting for data, the evaluation with intervals, rejected samples with reasons, and
+the recipe with the origin of each value. Of several runs first what differs in their recipes, then all in one plot. The
+page is one file that opens offline.
+"""
+
 CACHE_INFO = """Show what a teacher cache was made from, its progress, its size, and how close it is to the teacher.
 
   python -m pipeline cache-info runs/demo
@@ -165,6 +178,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
         (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
         (_add_trace, "trace", "what each layer predicts for one question", TRACE),
+        (_add_report, "report", "a page about one run, or several side by side", REPORT),
         (_add_cache_info, "cache-info", "what a teacher cache holds, and how close it is to the teacher", CACHE_INFO),
         (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
     ):
@@ -298,6 +312,13 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this JSON file")
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page (default: report.html in the folder of the one run)"
+    )
+
+
 def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache's folder, a run's cache/ or a run's folder")
     parser.add_argument("--verify", action="store_true", help="hash every shard and decode every record")
@@ -359,6 +380,12 @@ def _trace(options: argparse.Namespace) -> None:
     run(Asked(**{name: getattr(options, name) for name in names}))
 
 
+def _report(options: argparse.Namespace) -> None:
+    from pipeline.results.report.run import run
+
+    run(options.runs, options.output)
+
+
 def _cache_info(options: argparse.Namespace) -> None:
     from pipeline.results.cache import info
 
@@ -380,6 +407,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "answer": _answer,
     "trace": _trace,
+    "report": _report,
     "cache-info": _cache_info,
     "env": _env,
 }

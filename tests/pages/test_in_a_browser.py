@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+from pipeline.results.report.facts import RunFacts
+from pipeline.results.report.page import write_report
+from pipeline.results.status import StepStatus
 from pipeline.results.trace.layers import Candidate, LayerTrace, ModelTrace, Reading, Token, TokenPrediction
 from pipeline.results.trace.matches import Matches
 from pipeline.results.trace.page import About, Traced, write_page
@@ -160,6 +163,33 @@ CONTRASTS = """() => {
     return (Math.max(...two) + .05) / (Math.min(...two) + .05);
   });
 }"""
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_a_report_shows_its_figures_and_fits_the_screen(browser, tmp_path, size):
+    lines = [
+        {"step": "interact", "update": n, "layer/1": 1.0 / n, "last": 1.0, "match": [n % 3 + 1], "update_s": 1.0,
+         "kl": [[1, 1, 0.1], [1, 2, 0.2], [1, 3, 0.3]], "draw_entropy": [1.0], "tokens_per_s": 5.0}
+        for n in range(1, 9)
+    ]  # fmt: skip
+    steps = [StepStatus("interact", "begun", "update 8 of 90", {}, 0)]
+    facts = RunFacts(
+        "run", tmp_path, f"run: {HOSTILE}\n", steps, HOSTILE, "", HOSTILE,
+        {"verbalize": [], "interact": lines, "reinforce": []}, None, {}, [(HOSTILE, 1, HOSTILE)],
+    )  # fmt: skip
+    write_report(tmp_path / "report.html", [facts])
+    context = browser.new_context(viewport=size, offline=True)
+    page, problems = context.new_page(), []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.title() == "Report: run" and HOSTILE in page.locator("main").inner_text()
+    for figure in page.locator("figure svg").all():
+        box = figure.bounding_box()
+        assert box["width"] > 150 and box["x"] + box["width"] <= size["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    context.close()
+    assert problems == []
 
 
 def test_a_page_of_300_tokens_and_30_layers_answers_at_once(browser, tmp_path):

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import re
-
-import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from pipeline.results.pages.svg import BLUE, INK, inline
 from pipeline.results.trace.matches import Matches
 
-INK = "#010203"
-"""Stands for the page's own text colour, light or dark, which an SVG inside it may take over."""
-BLUE = "#3b82c4"
-"""Legible on both."""
 WIDEST = 8.0
 """Width of a line in points where a layer had the same match in every update."""
 
 
-def match_figure(matches: Matches) -> str:
+def match_figure(matches: Matches) -> Markup:
     """An SVG element: student layers on the left, teacher layers on the right, deeper ones higher."""
     teachers = sorted({layer for shares in matches.shares.values() for layer in shares})
     height = {layer: _spread(place, len(teachers)) for place, layer in enumerate(teachers)}
@@ -35,21 +29,9 @@ def match_figure(matches: Matches) -> str:
     for teacher, right in height.items():
         axes.text(1.03, right, f"teacher {teacher}", ha="left", va="center", color=INK)
     axes.set(xlim=(-0.5, 1.5), ylim=(-0.08, 1.08))
-    return _inline(figure)
+    return inline(figure, "which teacher layers each student layer was matched to")
 
 
 def _spread(place: int, count: int) -> float:
     """Places from 0 to 1, evenly; a single one in the middle."""
     return place / (count - 1) if count > 1 else 0.5
-
-
-def _inline(figure: Figure) -> str:
-    """The figure as an element for a page: text as text, in the page's colour, without an XML header."""
-    written = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "match"}):
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    svg = written.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(
-        "<svg", '<svg role="img" aria-label="which teacher layers each student layer was matched to"', 1
-    )

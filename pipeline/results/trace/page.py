@@ -7,15 +7,12 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from data_prep.shards import write_file
 from pipeline.results.evaluate.answers import is_right
+from pipeline.results.pages.render import render
 from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.layers import ModelTrace, Reading, Token, TokenPrediction
 from pipeline.results.trace.matches import Matches
@@ -52,29 +49,26 @@ def write_page(path: Path, traced: Traced, about: About, index: bool = False) ->
     """Write the page of one question, whole or not at all. index: an index.html lies beside it."""
     divergent = max((one.divergence for t in traced.traces for layer in t.layers for one in layer.along), default=0.0)
     scale = max(divergent, 1e-6)
-    page = (
-        _templates()
-        .get_template("question.html")
-        .render(
-            question=traced.question,
-            pictures=[_picture(image) for image in traced.question.images],
-            traces=traced.traces,
-            along_expected=traced.along_expected and traced.question.expected is not None,
-            lens=about.lens,
-            missing=about.missing,
-            matches=about.matches,
-            match_figure=Markup(match_figure(about.matches)) if about.matches else "",  # made from numbers
-            most_divergent=scale,
-            index=index,
-            found=_details(traced.traces),
-            at=_place,
-            shown=shown_token,
-            rounded=_rounded,
-            finished=lambda one: bool(one.answer) and one.answer[-1].ends,
-            shades=lambda reading: _shades(reading, scale),
-        )
+    page = render(
+        "trace.html",
+        question=traced.question,
+        pictures=[_picture(image) for image in traced.question.images],
+        traces=traced.traces,
+        along_expected=traced.along_expected and traced.question.expected is not None,
+        lens=about.lens,
+        missing=about.missing,
+        matches=about.matches,
+        match_figure=match_figure(about.matches) if about.matches else "",
+        most_divergent=scale,
+        index=index,
+        found=_details(traced.traces),
+        at=_place,
+        shown=shown_token,
+        rounded=_rounded,
+        finished=lambda one: bool(one.answer) and one.answer[-1].ends,
+        shades=lambda reading: _shades(reading, scale),
     )
-    write_file(path, page.encode())
+    write_file(path, page)
 
 
 def write_index(path: Path, pages: Mapping[str, Traced], about: About) -> None:
@@ -96,12 +90,8 @@ def write_index(path: Path, pages: Mapping[str, Traced], about: About) -> None:
         for name in names
     ]
     models = [one.name for one in next(iter(pages.values())).traces]
-    page = (
-        _templates()
-        .get_template("index.html")
-        .render(rows=rows, names=models, compared=compared, missing=about.missing)
-    )
-    write_file(path, page.encode())
+    page = render("traces.html", rows=rows, names=models, compared=compared, missing=about.missing)
+    write_file(path, page)
 
 
 def change(traces: Sequence[ModelTrace]) -> float | None:
@@ -137,17 +127,6 @@ def visible(text: str) -> str:
 def file_name(key: str, number: int) -> str:
     """A page's file name for a sample's key, which may hold anything: its plain characters behind its number."""
     return f"{number:05d}_{re.sub(r'[^A-Za-z0-9_-]+', '-', key)[:60]}.html"
-
-
-@cache
-def _templates() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def _picture(image: bytes) -> dict[str, Any]:
