@@ -35,14 +35,15 @@ demo: $(STAMP)  ## the whole story on 2 CPU cores, about 5 minutes; SEED=0 NOISE
 demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; ARGS='--pair puzzles --device cuda'
 	@$(RUN) python -m demo.build_models $(ARGS)
 
-test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'
-	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+# Whole files go to one of two processes: what a file's tests share is made once.
+test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'; JOBS=2 processes, 0: none but its own
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n $(or $(JOBS),2) --dist loadfile $(ARGS)
 
 # Other processors round otherwise: torch's own kernels without vector instructions and with AVX2, and MKL's oldest ones.
 test-numerics: $(STAMP)  ## the tests of numbers once more under other kernels: ATen default and avx2, MKL compatible
 	@for kernels in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 "MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41"; do \
 	  echo "== $$kernels"; \
-	  $(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $$kernels python -m pytest -q \
+	  $(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $$kernels python -m pytest -q -n $(or $(JOBS),2) --dist loadfile \
 	    tests/loss tests/codec tests/cache tests/vlm tests/results $(ARGS) || exit 1; \
 	done
 

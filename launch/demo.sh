@@ -45,7 +45,7 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_
 LAUNCH=(deepspeed -q --num_accelerators "$RANKS")
 MPI=(mpirun -n "$RANKS")
 [ "$RANKS" -gt 1 ] || MPI=()  # one rank needs no MPI
-TIMES=()
+TIMES=() REPORTED=()
 MODELS=(--model teacher="demo/models/$DATA/teacher" --model untouched="demo/models/$DATA/student")
 
 timed() { # NAME COMMAND...: show the command as one would type it, run it, keep its time
@@ -61,6 +61,7 @@ stage_2() { # NAME RUN VALUES...: train one of the students, if it is wanted
   wanted "$1" || return 0
   timed "$1" "${LAUNCH[@]}" launch/train.py --stage 2 --recipe $RECIPE --set "${RECIPE_VALUES[@]}" run="$RUNS/$2" "${@:3}"
   MODELS+=(--model "$1=$RUNS/$2/student")
+  REPORTED+=("$RUNS/$2")
 }
 
 rm -rf "$RUNS/demo" "$RUNS/demo-interaction" "$RUNS/demo-finetuned" "$RUNS/demo-answers" "$SHARDS" "$SHARDS-answers"
@@ -88,9 +89,12 @@ timed "evaluate" python -m pipeline evaluate "${MODELS[@]}" --against "${STUDENT
 # 6. Which training samples have a wrong answer, from the cache alone.
 timed "suspects" python -m pipeline cache-info "$RUNS/demo" --suspects --limit 8
 
-# 7. What each layer says about one held-out picture.
+# 7. What each layer says about one held-out picture. Leaves runs/trace.html.
 SAMPLE=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"][0]["keys"][0])' "$SHARDS/held_out/manifest.json")
-! wanted interaction || timed "trace" python -m pipeline trace --run "$RUNS/demo-interaction" --sample "$SAMPLE"
+! wanted interaction || timed "trace" python -m pipeline trace --run "$RUNS/demo-interaction" --sample "$SAMPLE" --page "$RUNS/trace.html"
+
+# 8. How the runs went, side by side. Leaves runs/report.html.
+timed "report" python -m pipeline report "${REPORTED[@]}" --output "$RUNS/report.html"
 
 printf '\ntime (%s wrong answers in training, seed %s)\n' "$NOISE" "$SEED"
 printf '  %s\n' "${TIMES[@]}" "$(printf '%-15s %4d s' total $SECONDS)"
@@ -102,4 +106,6 @@ printf '  %-28s %s\n' \
   "$RUNS/demo-interaction/" "the student of interaction to the end" \
   "$RUNS/demo-finetuned/" "the student finetuned on the given answers" \
   "$RUNS/demo-answers/" "the student finetuned on the teacher's answers" \
+  "$RUNS/trace.html" "the trace as a page: open it in a browser; docs/reading_a_trace.md" \
+  "$RUNS/report.html" "losses, matches, speed and evaluation of the runs, as a page" \
   "$RUNS/demo/evaluation.json" "the table above as numbers; what it shows beyond this seed: docs/evidence.md"

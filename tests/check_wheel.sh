@@ -52,4 +52,8 @@ vlsi status runs/demo
 vlsi status runs/demo | grep -q 'next: .*evaluate'
 vlsi env | grep -E 'version|commit|transformers|recipes'
 [ -f runs/demo/student/model.safetensors ]
+vlsi trace --run runs/demo --limit 2 --max-new-tokens 4 --page traces
+[ -f traces/index.html ]
+vlsi report runs/demo
+[ -f runs/demo/report.html ]
 say "the wheel works by itself"

@@ -31,3 +31,11 @@ def batches(indices: range, size: int) -> Iterator[range]:
     """The indices, `size` at a time."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
+
+
+def named_model(text: str) -> tuple[str, Path]:
+    """Split 'NAME=DIR' or 'DIR'; a '/' before the '=' means that the '=' belongs to the folder name."""
+    name, equals, folder = text.partition("=")
+    if equals and name and folder and "/" not in name:
+        return name, Path(folder)
+    return Path(text).resolve().name, Path(text)

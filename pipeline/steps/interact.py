@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
 NAME = "interact"
+KL_EVERY = 50
+"""Updates between two of which the KL of all candidates is logged: reading it waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,10 @@ def _forward(engine: Engine, interact: Interact, seed: int, view: CacheView, lay
             supervised = losses["deep_supervision"]
             loss = loss + interact.deep_supervision_weight * supervised.sum()
             sums |= {f"supervised/{layer}": value for layer, value in zip(layers, supervised, strict=True)}
-        return StepOutput(loss, sums, _drawn(losses, view.layers))
+        values = _drawn(losses, view.layers)
+        if micro_step.update % KL_EVERY == 0:
+            values["kl"] = _candidates(losses["kl"], layers, view.layers)
+        return StepOutput(loss, sums, values)
 
     return forward
 
@@ -262,6 +268,16 @@ def _drawn(losses: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, list
     """The match as teacher layers, and the entropy of each draw where there was one."""
     entropy = [round(value, 4) for value in losses["entropy"].tolist()]
     return {"match": _teacher_layers(losses["match"], layers), **({"draw_entropy": entropy} if entropy else {})}
+
+
+def _candidates(kl: Tensor, student: tuple[int, ...], teacher: tuple[int, ...]) -> list[tuple[int, int, float]]:
+    """(student layer, teacher layer, KL in nat a token) of each pair in the search range. Waits for the device."""
+    return [
+        (student[row], teacher[column], round(value, 4))
+        for row, values in enumerate(kl.tolist())
+        for column, value in enumerate(values)
+        if isfinite(value)
+    ]
 
 
 def _teacher_layers(match: Tensor, layers: tuple[int, ...]) -> list[int | None]:

@@ -149,7 +149,15 @@ def test_a_second_run_uses_the_first_one_s_stage_1_and_a_preset_ends_it_with_int
     ours = load_file(run / "student" / "model.safetensors")
     left = load_file(run / "interact" / "student" / "model.safetensors")
     assert all(torch.equal(ours[name], left[name]) for name in left)
-    assert not lines(run, "reinforce") and all(len(line["draw_entropy"]) == 2 for line in lines(run, "interact"))
+    followed = lines(run, "interact")
+    assert not lines(run, "reinforce") and all(len(line["draw_entropy"]) == 2 for line in followed)
+    assert ["kl" in line for line in followed] == [True, *[False] * (len(followed) - 1)]
+    pairs = {(student, teacher): value for student, teacher, value in followed[0]["kl"]}
+    assert set(pairs) == {(1, teacher) for teacher in (1, 2, 3)} | {(2, teacher) for teacher in (2, 3, 4)}
+    one_micro_step = followed[0]["micro_steps"] == 1
+    for place, student in enumerate((1, 2)):
+        matched = pairs[student, followed[0]["match"][place]]
+        assert not one_micro_step or matched == pytest.approx(followed[0][f"layer/{student}"], abs=1e-4)
 
 
 def test_deep_supervision_without_the_teacher_trains_up_to_the_last_target_layer_alone(stage_1, tiny_models, tmp_path):

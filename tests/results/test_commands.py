@@ -102,7 +102,7 @@ def test_students_are_shown_where_the_teacher_fails(made, tmp_path, capsys):
 
 def test_trace_refuses_what_does_not_fit_before_it_loads_anything(made, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.results.workers.available_cpu_memory", lambda: 1000)
-    monkeypatch.setattr("pipeline.results.trace.terminal.load", None)
+    monkeypatch.setattr("pipeline.results.trace.models.load", None)
     assert main(["trace", "--run", str(made.run), "--sample", "s00003"]) == 2
     assert f"error: {made.root}/teacher: there is no GPU, and 1 x" in capsys.readouterr().err
 
@@ -113,7 +113,7 @@ def test_trace_refuses_what_does_not_fit_before_it_loads_anything(made, capsys, 
         (["status", "nowhere"], "nowhere is no run"),
         (["evaluate", "--model", "nowhere", "--data", "held_out"], "no model in nowhere"),
         (["evaluate", "--model", "teacher", "--data", "nowhere"], "manifest.json"),
-        (["trace", "--run", "run"], "either --image FILE and --question TEXT, or --sample KEY"),
+        (["trace", "--run", "run"], "--image FILE and --question TEXT"),
         (["trace", "--run", "run", "--image", "nowhere", "--question", "?"], "--image nowhere: no such file"),
         (["trace", "--run", "run", "--sample", "nobody"], "not among the 10 keys of"),
         (["trace", "--run", "empty", "--sample", "s00001"], "nothing to trace yet"),

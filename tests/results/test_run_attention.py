@@ -11,7 +11,7 @@ import transformers as tf
 from pipeline.__main__ import main
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
-from pipeline.results.trace.terminal import load_traced_model, traced_models
+from pipeline.results.trace.models import load_traced_model, run_models
 
 
 @pytest.fixture
@@ -50,5 +50,6 @@ def test_what_cannot_be_had_is_refused(run, asked, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = load_recipe(run / "recipe.yaml", ["attention=flash_attention_2"]).recipe
     with pytest.raises(RecipeError, match="flash_attention_2 needs a GPU"):
-        load_traced_model(traced_models(run, recipe)[0][0], run, recipe)
+        traced = run_models(run, recipe)
+        load_traced_model(traced.models[0], traced.limits, traced.attention)
     assert not asked

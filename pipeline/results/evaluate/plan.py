@@ -12,7 +12,7 @@ from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data, Recipe
-from pipeline.results.arguments import open_non_empty, run_recipe
+from pipeline.results.arguments import named_model, open_non_empty, run_recipe
 from pipeline.results.generate import require_model
 from pipeline.runtime.progress import say
 
@@ -58,7 +58,7 @@ def make_plan(
     **sizes: Any,
 ) -> Plan:
     """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
-    named = dict(_split_model_argument(text) for text in models)
+    named = dict(named_model(text) for text in models)
     if len(named) < len(models):
         raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
     if without_teacher and run is None:
@@ -90,14 +90,6 @@ def make_plan(
     return Plan(
         named, open_non_empty(data), limits=limits, baseline=baseline_data, output=output, against=against, **sizes
     )
-
-
-def _split_model_argument(text: str) -> tuple[str, Path]:
-    """Split 'NAME=DIR' or 'DIR'; a '/' before the '=' means that the '=' belongs to the folder name."""
-    name, equals, folder = text.partition("=")
-    if equals and name and folder and "/" not in name:
-        return name, Path(folder)
-    return Path(text).resolve().name, Path(text)
 
 
 def _run_models(run: Path, recipe: Recipe, without_teacher: bool) -> dict[str, Path]:

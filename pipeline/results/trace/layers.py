@@ -1,7 +1,7 @@
 """Predictions of each target layer, through its verbalizer, for one question (paper, Figure 3).
 
-L target layers and the last layer, T tokens of an answer, d width. A model may lie on several devices: a verb-FFN then
-lies on its layer's, and its output goes to the language head's.
+L target layers and the last layer, T tokens of an answer, d width, K candidates. A model may lie on several devices: a
+verb-FFN then lies on its layer's, and its output goes to the language head's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,27 @@ from pipeline.vlm.families import decoder_layers, final_norm
 from pipeline.vlm.processing import TOKEN_KEYS
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
+CANDIDATES = 10
+"""Most likely tokens that are kept of each distribution."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer."""
+
+    id: int
+    text: str
+    ends: bool
+    """Whether the token ends the turn."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token with the probability that a layer gives it."""
+
+    text: str
+    probability: float
+
 
 @dataclass(frozen=True)
 class TokenPrediction:
@@ -31,6 +52,18 @@ class TokenPrediction:
     probability: float
     ends: bool
     """Whether the token ends the turn."""
+    candidates: tuple[Candidate, ...]
+    """The most likely tokens, this one first."""
+
+
+@dataclass(frozen=True)
+class Reading(TokenPrediction):
+    """A prediction at a position of an answer that is the input."""
+
+    of_answer: float
+    """Probability of the answer's own token."""
+    divergence: float
+    """KL of the model's last layer from this one, KL(last || this), in nat."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +72,8 @@ class LayerTrace:
 
     layer: int
     """Layer number, from 1. The deepest is the model's last layer, which uses the model's own head, no verbalizer."""
-    along: tuple[TokenPrediction, ...]
-    """[T] predictions at each position of the model's final answer, with that answer as input."""
+    along: tuple[Reading, ...]
+    """[T] predictions at each position of the answer that is read, with that answer as input."""
     free: tuple[TokenPrediction, ...]
     """The layer's own greedy answer: its own tokens are fed back, until its end of turn."""
     text: str
@@ -53,6 +86,8 @@ class ModelTrace:
 
     name: str
     layers: tuple[LayerTrace, ...]
+    read: tuple[Token, ...]
+    """[T] the answer that all layers read along: the model's own, or one that was given."""
 
     @property
     def answer(self) -> tuple[TokenPrediction, ...]:
@@ -60,37 +95,49 @@ class ModelTrace:
         return self.layers[-1].free
 
 
-def trace(name: str, vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], max_new_tokens: int) -> ModelTrace:
-    """Generate every layer's own answer to a prompt, then predict with all layers along the last layer's answer.
+def trace(
+    name: str,
+    vlm: Vlm,
+    side: VerbalizedVLM,
+    prompt: Mapping[str, Tensor],
+    max_new_tokens: int,
+    read: Sequence[int] | None = None,
+) -> ModelTrace:
+    """Generate every layer's own answer to a prompt, then predict with all layers along an answer.
 
-    Costs one generation per layer, with the model's key-value cache, and one more forward for the predictions along.
+    read: ids of that answer; None: the last layer's own. Costs one generation per layer, with the model's key-value
+    cache, and one more forward for the predictions along.
     """
     free = {layer: generate_from_layer(vlm, side, prompt, layer, max_new_tokens) for layer in side.all_layers()}
-    answer = [prediction.token for prediction in free[side.depth]]
-    along = predict_along(vlm, side, prompt, answer)
+    ids = [prediction.token for prediction in free[side.depth]] if read is None else list(read)
+    along = predict_along(vlm, side, prompt, ids)
     return ModelTrace(
         name,
         tuple(
             LayerTrace(layer, predictions, free[layer], decode_text(vlm, [one.token for one in free[layer]]))
             for layer, predictions in zip(side.all_layers(), along, strict=True)
         ),
+        tuple(Token(token, vlm.tokenizer.decode([token]), token in vlm.stop_ids()) for token in ids),
     )
 
 
 @torch.inference_mode()
 def predict_along(
     vlm: Vlm, side: VerbalizedVLM, prompt: Mapping[str, Tensor], answer: Sequence[int]
-) -> list[tuple[TokenPrediction, ...]]:
-    """Each layer's most likely token at the T positions that predict the answer, with the answer itself as input."""
+) -> list[tuple[Reading, ...]]:
+    """Each layer's most likely tokens at the T positions that predict the answer, with the answer itself as input."""
     inputs = move(_append_answer(prompt, answer), vlm.device, vlm.dtype)
     begin = prompt["input_ids"].shape[1] - 1
     positions = torch.arange(begin, begin + len(answer), device=vlm.device)
     hidden = run_backbone(vlm.model, inputs, side.all_layers(), positions)
     verbalized = side.verbalize_states(hidden).to(side.head.weight.device)
-    tokens, probabilities = side.head(_top1, verbalized)
+    labels = torch.tensor(list(answer), device=verbalized.device)
     return [
-        tuple(_prediction(vlm, token, p) for token, p in zip(*row, strict=True))
-        for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
+        tuple(
+            Reading(**vars(_prediction(vlm, ids, probabilities)), of_answer=given, divergence=divergence)
+            for ids, probabilities, given, divergence in zip(*map(Tensor.tolist, layer), strict=True)
+        )
+        for layer in side.head(_read, verbalized, labels=labels)
     ]
 
 
@@ -103,7 +150,7 @@ def generate_from_layer(
         (ids,) = greedy(vlm, prompt, max_new_tokens, LogitsProcessorList([processor]))
     finally:
         processor.close()
-    return tuple(_prediction(vlm, token, p) for token, p in zip(ids, processor.probabilities, strict=True))
+    return tuple(_prediction(vlm, *found) for found in processor.found[: len(ids)])
 
 
 class _LayerGeneration(LogitsProcessor):
@@ -114,7 +161,8 @@ class _LayerGeneration(LogitsProcessor):
 
     def __init__(self, side: VerbalizedVLM, layer: int, banned_ids: list[int]):
         self.side, self.layer, self.banned_ids = side, layer, banned_ids
-        self.probabilities: list[float] = []
+        self.found: list[tuple[list[int], list[float]]] = []
+        """The K most likely ids and their probabilities, a token of the answer after the other."""
         self._hook = decoder_layers(side.backbone)[layer - 1].register_forward_hook(self._store_hidden)
 
     def _store_hidden(self, _module: Any, _inputs: Any, output: Any) -> None:
@@ -125,9 +173,11 @@ class _LayerGeneration(LogitsProcessor):
         side, hidden = self.side, self._hidden
         verbalized = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
         logits = side.head(_logits, final_norm(side.backbone)(verbalized).to(side.head.weight.device))
-        probabilities = logits.softmax(-1)
+        logits = logits.float()
+        total = logits.logsumexp(-1)  # the banned ids' part included: probabilities are the layer's own
         logits[:, self.banned_ids] = float("-inf")
-        self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
+        best = (logits - total)[0].exp().topk(min(CANDIDATES, logits.shape[-1]))
+        self.found.append((best.indices.tolist(), best.values.tolist()))
         # Rows of the head that only pad the vocabulary are never generated.
         padding_rows = scores.shape[-1] - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, padding_rows), value=float("-inf")).to(scores.device)
@@ -140,10 +190,19 @@ def _logits(verbalized: Tensor, unembedding: Unembedding) -> Tensor:
     return unembedding.logits(verbalized)
 
 
-def _top1(verbalized: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
-    """[L + 1, T, d] -> ids and probabilities, each [L + 1, T]; logits exist for one layer at a time."""
-    best = [unembedding.logits(layer).softmax(-1).max(-1) for layer in verbalized]
-    return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
+def _read(verbalized: Tensor, unembedding: Unembedding, labels: Tensor) -> list[tuple[Tensor, ...]]:
+    """[L + 1, T, d] -> a layer each: ids [T, K] and probabilities [T, K], probability of the label [T], KL [T].
+
+    Logits exist for the last layer and one more at a time.
+    """
+    last = unembedding.logits(verbalized[-1]).float().log_softmax(-1)
+    found: list[tuple[Tensor, ...]] = []
+    for states in verbalized:
+        log_probs = unembedding.logits(states).float().log_softmax(-1)
+        best = log_probs.exp().topk(min(CANDIDATES, log_probs.shape[-1]))
+        divergence = (last.exp() * (last - log_probs)).sum(-1).clamp_min(0.0)
+        found.append((best.indices, best.values, log_probs.gather(1, labels[:, None])[:, 0].exp(), divergence))
+    return found
 
 
 def _append_answer(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
@@ -156,5 +215,7 @@ def _append_answer(prompt: Mapping[str, Tensor], answer: Sequence[int]) -> dict[
     }
 
 
-def _prediction(vlm: Vlm, token: int, probability: float) -> TokenPrediction:
-    return TokenPrediction(token, vlm.tokenizer.decode([token]), probability, token in vlm.stop_ids())
+def _prediction(vlm: Vlm, ids: Sequence[int], probabilities: Sequence[float]) -> TokenPrediction:
+    """From the K most likely ids, the first one first."""
+    candidates = [Candidate(vlm.tokenizer.decode([token]), p) for token, p in zip(ids, probabilities, strict=True)]
+    return TokenPrediction(ids[0], candidates[0].text, probabilities[0], ids[0] in vlm.stop_ids(), tuple(candidates))

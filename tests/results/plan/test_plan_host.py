@@ -18,24 +18,25 @@ def batches(step, ranks, *overrides, **changes):
     return host_memory(recipe, step, [], zero, ranks, 1, samples).batches / PINNED, sample
 
 
+UPDATE = ("reinforce.batch_size=256", "reinforce.micro_batch_size=4")
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_update_is_at_hand_and_another_and_two_micro_batches_wait(workers):
     """32 samples a rank, in micro-batches of 4: 8 at hand, 10 ahead, as whole micro-batches of each worker."""
-    found, sample = batches("reinforce", 8, f"data.workers={workers}", "reinforce.batch_size=256",
-                            "reinforce.micro_batch_size=4")  # fmt: skip
+    found, sample = batches("reinforce", 8, f"data.workers={workers}", *UPDATE)
     ahead = workers * -(-10 // workers)
     assert found == pytest.approx(sample * (32 + 4 * ahead), rel=1e-6)
 
 
 def test_large_pictures_wait_within_the_loaders_bound():
-    found, sample = batches("reinforce", 8, "data.workers=2", "reinforce.batch_size=256", "reinforce.micro_batch_size=4",
-                            pixel_bytes=400 * 2**20)  # fmt: skip
+    found, sample = batches("reinforce", 8, "data.workers=2", *UPDATE, pixel_bytes=400 * 2**20)
     at_hand = 32 * sample
     assert at_hand < found <= at_hand + max(WAITING_BYTES, 2 * 4 * sample) * (1 + 1e-6)
 
 
 def test_without_workers_nothing_waits():
-    found, sample = batches("reinforce", 8, "data.workers=0", "reinforce.batch_size=256")
+    found, sample = batches("reinforce", 8, "data.workers=0", *UPDATE)
     assert found == pytest.approx(32 * sample, rel=1e-6)
 
 

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from pipeline.recipe.schema import Data
 from pipeline.results.generate import Vlm, greedy, load
 from pipeline.results.trace.layers import generate_from_layer, predict_along, trace
+from pipeline.results.trace.models import expected_ids
+from pipeline.results.trace.questions import Question
 from pipeline.vlm.families import decoder_layers, final_norm, lm_head
 from pipeline.vlm.processing import TOKEN_KEYS
 from pipeline.vlm.verb_ffns import initial_verb_ffns
@@ -90,6 +92,48 @@ def test_reading_along_equals_the_naive_way_at_every_layer(trained):
         assert torch.allclose(
             torch.tensor([prediction.probability for prediction in along]), expected.amax(-1), atol=1e-6
         )
+
+
+def test_a_reading_has_the_ten_likeliest_tokens_the_answers_probability_and_the_divergence(trained):
+    """Against the naive distributions in float64; the last layer is 0 nat from itself."""
+    vlm, side = trained
+    prompt, answer = prompt_of(vlm), [80, 13, 256]
+    begin = prompt["input_ids"].shape[1] - 1
+    every = [
+        naive(vlm, side, extended(prompt, answer), layer)[begin : begin + 3].double() for layer in side.all_layers()
+    ]
+    for along, expected in zip(predict_along(vlm, side, prompt, answer), every, strict=True):
+        divergence = (every[-1] * (every[-1].log() - expected.log())).sum(-1)
+        for position, reading in enumerate(along):
+            best = expected[position].topk(10)
+            assert [one.text for one in reading.candidates] == [
+                vlm.tokenizer.decode([i]) for i in best.indices.tolist()
+            ]
+            assert [one.probability for one in reading.candidates] == pytest.approx(best.values.tolist(), abs=1e-6)
+            assert reading.of_answer == pytest.approx(float(expected[position, answer[position]]), abs=1e-6)
+            assert reading.divergence == pytest.approx(float(divergence[position]), abs=1e-4)
+            assert (reading.text, reading.probability) == (
+                reading.candidates[0].text,
+                reading.candidates[0].probability,
+            )
+
+
+def test_banned_ids_are_no_candidates_of_a_layers_own_answer(trained):
+    vlm, side = trained
+    texts = {vlm.tokenizer.decode([token]) for token in vlm.placeholder_ids()}
+    for prediction in generate_from_layer(vlm, side, prompt_of(vlm), 1, 4):
+        assert len(prediction.candidates) == 10 and not texts & {one.text for one in prediction.candidates}
+
+
+def test_an_answer_that_is_given_is_read_as_training_reads_it(trained):
+    """The ids of the chat template's rendering, its end of turn included: those that carry the loss."""
+    vlm, side = trained
+    question = Question("k", [turn("user", "<image>", "what comes next?")], [png(seed=5)], "ab cd")
+    ids = expected_ids(vlm, question, "ab cd")
+    chat = [*question.messages, turn("assistant", "ab cd")]
+    assert ids == vlm.encoder("k", chat, question.images).response_ids.tolist()
+    found = trace("it", vlm, side, prompt_of(vlm), 2, ids)
+    assert [token.id for token in found.read] == ids and "".join(token.text for token in found.read).startswith("ab cd")
 
 
 def test_each_layers_own_answer_equals_feeding_back_its_own_tokens(trained):

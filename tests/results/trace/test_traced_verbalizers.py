@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_run import write_verb_ffns
 
 from pipeline.recipe.resolve import load_recipe
-from pipeline.results.trace.terminal import load_traced_model, traced_models
+from pipeline.results.trace.models import load_traced_model, run_models
 from pipeline.runtime.folder import trained_verb_ffns
 
 
@@ -25,8 +25,9 @@ def run(made, tmp_path) -> Path:
 def traced(run: Path, *settings: str) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """({model: values of its verb-FFNs}, what is left out)."""
     recipe = load_recipe(run / "recipe.yaml", settings).recipe
-    found, missing = traced_models(run, recipe)
-    return {one.name: load_traced_model(one, run, recipe)[1].verb_ffns.state_dict() for one in found}, missing
+    found = run_models(run, recipe)
+    loaded = {one.name: load_traced_model(one, found.limits)[1] for one in found.models}
+    return {name: side.verb_ffns.state_dict() for name, side in loaded.items()}, list(found.missing)
 
 
 def same(found: dict[str, torch.Tensor], path: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Pages that open anywhere, offline: their templates, and pictures inside them."""

@@ -1,0 +1,1 @@
+"""`python -m pipeline report`: what one run or several did, as a page."""

@@ -1,0 +1,158 @@
+"""A run's report, or that of several side by side, as one page that opens offline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from data_prep.shards import write_file
+from pipeline.results.cache.info import MEASURES
+from pipeline.results.environment import environment
+from pipeline.results.evaluate.comparison import sentences
+from pipeline.results.pages.render import render
+from pipeline.results.report.facts import RunFacts, bytes_text, differences
+from pipeline.results.report.figures import curves, kl_maps, match_map, shares
+from pipeline.results.trace.figure import match_figure
+from pipeline.results.trace.matches import read_matches
+
+NOT_LOSSES = {
+    "update",
+    "time",
+    "learning_rate",
+    "tokens",
+    "micro_steps",
+    "real_share",
+    "loader_workers",
+    "tokens_per_s",
+}
+NOT_LOSSES |= {"update_s", "data_wait", "gradient_norm", "checkpoint_s"}
+"""Numbers of a metrics.jsonl line that are no losses."""
+SPEED = {"tokens_per_s": "tokens/s", "data_wait": "share of the time", "real_share": "share of the tokens"}
+"""What is shown of a step's speed, with its unit."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under a heading."""
+
+    title: str
+    text: str
+    figures: Sequence[Markup]
+
+
+def write_report(path: Path, runs: Sequence[RunFacts]) -> None:
+    """Write the page, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    evaluated = _evaluations(runs)
+    page = render(
+        "report.html",
+        runs=runs,
+        differences=differences(runs) if len(runs) > 1 else [],
+        together=list(_together(runs)) if len(runs) > 1 else [],
+        sections={run.name: list(_sections(run)) for run in runs},
+        evaluations=evaluated,
+        comparisons=_comparisons(runs),
+        measures=MEASURES,
+        bytes_text=bytes_text,
+        written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        project=environment()["project"],
+    )
+    write_file(path, page)
+
+
+def loss_series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Loss -> (updates, values)."""
+    names = [name for name, value in lines[-1].items() if isinstance(value, float) and name not in NOT_LOSSES]
+    return {name: _series(lines, name) for name in names}
+
+
+def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    found = [(line["update"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+    return [update for update, _ in found], [value for _, value in found]
+
+
+def _sections(run: RunFacts) -> Iterator[Section]:
+    for step, lines in run.lines.items():
+        if not lines:
+            continue
+        figures = [curves(series, title, "nat a token") for title, series in _grouped(step, loss_series(lines))]
+        yield Section(f"{step}: losses", f"{len(lines)} updates so far.", figures)
+    if lines := [line for line in run.lines["interact"] if line.get("match")]:
+        yield _matching(run, lines)
+    if speeds := list(_speeds(run)):
+        yield Section("Speed", "Of one rank's clock; waiting for data is part of each update.", speeds)
+
+
+def _grouped(step: str, series: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Losses of one kind in one figure: `teacher/3` belongs to `teacher`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, values in series.items():
+        group, slash, layer = name.rpartition("/")
+        groups.setdefault(group if slash else "", {})[f"layer {layer}" if slash else name] = values
+    for group, members in groups.items():
+        yield f"{step}, {group or 'whole model'}", members
+
+
+def _matching(run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> Section:
+    students = sorted(int(name.removeprefix("layer/")) for name in lines[-1] if name.startswith("layer/"))
+    figures = [match_map(lines, students)]
+    if (matches := read_matches(run.folder)) is not None:
+        figures.append(match_figure(matches))
+    if (maps := kl_maps(lines)) is not None:
+        figures.append(maps)
+    if drawn := [line for line in lines if line.get("draw_entropy")]:
+        updates = [line["update"] for line in drawn]
+        entropies = {
+            f"student {student}": (updates, [line["draw_entropy"][place] for line in drawn])
+            for place, student in enumerate(students)
+        }
+        figures.append(curves(entropies, "entropy of the draw", "nat"))
+    text = (
+        "Which teacher layer each student layer followed. An entropy of ln n says that a draw among n layers took "
+        "no notice of their KL; 0 that it had no choice."
+    )
+    return Section("Matching", text, figures)
+
+
+def _speeds(run: RunFacts) -> Iterator[Markup]:
+    for name, unit in SPEED.items():
+        series = {step: _series(lines, name) for step, lines in run.lines.items() if lines}
+        series = {step: found for step, found in series.items() if found[0]}
+        if series:
+            yield curves(series, name.replace("_", " ").replace("per s", "per second"), unit)
+    if run.hours:
+        yield shares(run.hours, "time in updates", "hours")
+
+
+def _together(runs: Sequence[RunFacts]) -> Iterator[Section]:
+    """Each step's losses, one figure a loss, a line a run."""
+    for step in runs[0].lines:
+        series = {run.name: loss_series(run.lines[step]) for run in runs if run.lines[step]}
+        if len(series) < 2:
+            continue
+        names = dict.fromkeys(name for found in series.values() for name in found)
+        of_all = {name: {run: found[name] for run, found in series.items() if name in found} for name in names}
+        figures = [curves(lines, f"{step}, {name}", "nat a token") for name, lines in of_all.items()]
+        yield Section(f"{step}, several runs", "", figures)
+
+
+def _evaluations(runs: Sequence[RunFacts]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(run, model, its results)."""
+    return [(run.name, model, results) for run in runs for model, results in run.evaluation.items()]
+
+
+def _comparisons(runs: Sequence[RunFacts]) -> list[str]:
+    """Sentences that compare models on the same samples: with `untouched`, and the runs' distilled students."""
+    found = []
+    for run in runs:
+        if "untouched" in run.evaluation:
+            found += [f"{run.name}: {line}" for line in sentences(run.evaluation, "untouched")]
+    distilled = {run.name: run.evaluation["distilled"] for run in runs if "distilled" in run.evaluation}
+    if len(distilled) > 1 and len({one.get("data") for one in distilled.values()}) == 1:
+        found += sentences(distilled, next(iter(distilled)))
+    return found

@@ -1,0 +1,138 @@
+"""`python -m pipeline trace`: trace questions through models; in the terminal, as pages, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_prep.shards import write_file
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipe.resolve import load_recipe
+from pipeline.results.arguments import run_recipe
+from pipeline.results.trace import terminal
+from pipeline.results.trace.layers import ModelTrace
+from pipeline.results.trace.matches import read_matches
+from pipeline.results.trace.models import TracedModels, lens_models, run_models, trace_models
+from pipeline.results.trace.page import About, Traced, file_name, write_index, write_page
+from pipeline.results.trace.questions import Question, question_from_data, question_from_file, questions_from_data
+from pipeline.runtime.progress import say
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line."""
+
+    run: Path | None
+    models: Sequence[str]
+    """[NAME=]DIR of models without a run."""
+    image: Path | None
+    question: str | None
+    answer: str | None
+    sample: str | None
+    limit: int | None
+    data: Path | None
+    max_new_tokens: int
+    without_teacher: bool
+    page: Path | None
+    json: Path | None
+
+
+def run(asked: Asked) -> None:
+    """Trace what is asked for, and print or write it.
+
+    Where a model cannot be traced, or it takes too long, what the smaller ones before it said is given all the same.
+    Raises RecipeError for a command line that does not say what to trace, before a model is loaded.
+    """
+    models, data, matches = _models(asked)
+    questions = _questions(asked, data)
+    # Many questions, and those whose answer was given, are compared along one answer for all models.
+    along_expected = asked.limit is not None or asked.answer is not None
+    done: dict[str, list[ModelTrace | None]] = {}
+    try:
+        for model, traces in trace_models(models, questions, asked.max_new_tokens, along_expected):
+            done[model.name] = traces
+    finally:
+        if done:
+            of_all = zip(*(done[model.name] for model in models.models if model.name in done), strict=True)
+            traced = [
+                Traced(question, [one for one in traces if one is not None], along_expected)
+                for question, traces in zip(questions, of_all, strict=True)
+                if None not in traces
+            ]
+            _give(asked, traced, About(asked.run is None, models.missing, matches))
+
+
+def _models(asked: Asked):
+    """What to trace, the data that samples come from, and the run's matches."""
+    if (asked.run is None) == (not asked.models):
+        raise RecipeError("give what to trace: --run RUN, or --model [NAME=]DIR for a model without a run")
+    if asked.run is None:
+        found: TracedModels = lens_models(asked.models, asked.data)
+        return found, asked.data, None
+    recipe = load_recipe(run_recipe(asked.run)).recipe
+    found = run_models(asked.run, recipe, asked.without_teacher)
+    return found, asked.data or recipe.data.held_out, read_matches(asked.run)
+
+
+def _questions(asked: Asked, data: Path | None) -> list[Question]:
+    about_image = asked.image is not None and asked.question is not None
+    ways = [about_image, asked.sample is not None, asked.limit is not None]
+    if sum(ways) != 1 or (not about_image and (asked.image or asked.question or asked.answer)):
+        raise RecipeError(
+            "give a question: --image FILE and --question TEXT (and --answer TEXT), --sample KEY, or --limit N for many"
+        )
+    if asked.limit is not None:
+        if asked.page is None:
+            raise RecipeError("--limit N writes a page for each question: name their folder with --page FOLDER")
+        return questions_from_data(data, asked.limit)
+    if asked.sample is not None:
+        return [question_from_data(data, asked.sample)]
+    return [question_from_file(asked.image, asked.question, asked.answer)]  # type: ignore[arg-type]  # about_image
+
+
+def _give(asked: Asked, traced: Sequence[Traced], about: About) -> None:
+    if asked.limit is None:
+        (one,) = traced
+        terminal.show(one.traces, one.question, about.missing, one.along_expected)
+        if asked.page is not None:
+            asked.page.parent.mkdir(parents=True, exist_ok=True)
+            write_page(asked.page, one, about)
+            say(f"page: {asked.page}")
+    elif asked.page is not None:
+        _write_pages(asked.page, traced, about)
+    if asked.json is not None:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        write_file(asked.json, json.dumps(_as_json(traced, about), indent=1, ensure_ascii=False).encode())
+        say(f"JSON: {asked.json}")
+
+
+def _write_pages(folder: Path, traced: Sequence[Traced], about: About) -> None:
+    if not traced:
+        raise DataError("no sample could be traced: the lines above say why")
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {file_name(one.question.key, number): one for number, one in enumerate(traced)}
+    for name, one in pages.items():
+        write_page(folder / name, one, about, index=True)
+    write_index(folder / "index.html", pages, about)
+    say(f"{len(pages)} pages: {folder / 'index.html'}")
+
+
+def _as_json(traced: Iterable[Traced], about: About) -> dict:
+    """As docs/reading_a_trace.md describes it: the traces' own fields, without the pictures."""
+    return {
+        "logit_lens": about.lens,
+        "left_out": list(about.missing),
+        "matches": None if about.matches is None else asdict(about.matches),
+        "questions": [
+            {
+                "key": one.question.key,
+                "question": one.question.text,
+                "expected": one.question.expected,
+                "along_expected": one.along_expected,
+                "models": [asdict(trace) for trace in one.traces],
+            }
+            for one in traced
+        ],
+    }

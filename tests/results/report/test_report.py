@@ -1,0 +1,117 @@
+"""Reports: of a run that is done, that has died, that has hardly begun, and of two side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.results.report.facts import differences, read_run
+from pipeline.results.report.figures import POINTS, curves, kl_maps
+from pipeline.results.report.page import loss_series
+
+HOSTILE = "</pre><script>alert(1)</script>"
+
+
+def interact_line(update: int) -> dict:
+    return {
+        "step": "interact", "update": update, "time": 1e9 + update, "layer/1": 0.5 / update, "layer/2": 0.25,
+        "last": 1.5, "learning_rate": 1e-3, "tokens": 10, "tokens_per_s": 100.0, "update_s": 36.0, "data_wait": 0.1,
+        "real_share": 0.9, "gradient_norm": 1.0, "match": [1 + update % 2, 3], "draw_entropy": [0.69, 0.0],
+        "kl": [[1, 1, 0.5], [1, 2, 0.25], [2, 3, 0.125]],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A run whose interaction died after five updates, in the middle of a line, with two bad samples."""
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run)
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(interact_line(update)) + "\n" for update in range(1, 6)) + '{"step": "interact", "upda'
+    )
+    rejects = [{"key": key, "shard": "0", "reason": HOSTILE} for key in ("a", "b")] + [{"key": "c", "reason": "torn"}]
+    (run / "rejects.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rejects) + '{"key": "d')
+    result = {"exact_match": 0.25, "low": 0.1, "high": 0.5, "samples": 8, "read": 8, "perplexity": 2.0, "data": "d"}
+    wrong = list("abcdef")
+    evaluation = {
+        "untouched": result | {"wrong": wrong},
+        "distilled": result | {"exact_match": 0.5, "wrong": wrong[:4]},
+    }
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return run
+
+
+def page_of(*arguments: object) -> str:
+    assert main(["report", *map(str, arguments)]) == 0
+    return open(arguments[-1] if "--output" in arguments else f"{arguments[0]}/report.html").read()
+
+
+def test_the_page_says_what_the_files_say(run):
+    text = page_of(run)
+    for expected in ("0.05", "25.0 %", "10.0 to 50.0", "update 5 of 3", "torn", "data: {train: "):
+        assert expected in text, expected
+    facts = read_run(run)
+    assert facts.hours == {"interact": pytest.approx(5 * 36 / 3600)}
+    assert facts.rejects == [(HOSTILE, 2, "a"), ("torn", 1, "c")]
+    assert len(facts.lines["interact"]) == 5 and not facts.lines["reinforce"] and facts.cache is None
+    assert text.count("<svg") == 10, "2 of losses; match map, lines, KL, entropy; tokens, data wait, real share, time"
+
+
+def test_text_from_files_is_escaped_and_nothing_is_loaded(run):
+    text = page_of(run)
+    assert "<script>alert(1)" not in text and "&lt;script&gt;alert(1)" in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text) and not re.search(r"url\((?!#)", text)
+
+
+def test_a_run_that_has_hardly_begun_has_a_report(made, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(made.recipe, run)
+    assert "next" in page_of(run)
+
+
+def test_two_runs_show_their_difference_first_and_their_curves_together(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"run: {run}", f"run: {other}") + "seed: 7\n")
+    assert ("seed", ["-", "7"]) in differences([read_run(run), read_run(other)])
+    output = tmp_path / "both.html"
+    text = page_of(run, other, "--output", output)
+    assert text.index("What differs") < text.index("several runs") < text.index("<h2>run</h2>")
+    assert "run: distilled answers 25.0 points more than untouched" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "RUN"], "two of the runs have one name"),
+        (["RUN", "OTHER"], "needs --output"),
+        (["nowhere"], "is no run"),
+    ],
+)
+def test_what_cannot_be_reported(run, tmp_path, capsys, arguments, message):
+    shutil.copytree(run, tmp_path / "other")
+    paths = {"RUN": run, "OTHER": tmp_path / "other"}
+    assert main(["report", *(str(paths.get(one, one)) for one in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_losses_are_told_from_other_numbers():
+    assert set(loss_series([interact_line(1), interact_line(2)])) == {"layer/1", "layer/2", "last"}
+
+
+def test_a_long_curve_is_thinned_to_means():
+    svg = curves({"loss": (range(10_000), [1.0] * 10_000)}, "t", "nat")
+    longest = max(re.findall(r' d="(M[^"]*)"', svg), key=len)
+    assert len(re.findall("[ML] ", longest)) <= POINTS
+
+
+def test_kl_maps_need_lines_that_have_them():
+    without = {name: value for name, value in interact_line(1).items() if name != "kl"}
+    assert kl_maps([without]) is None
+    assert "update 3" in kl_maps([interact_line(update) for update in range(1, 6)])
