@@ -25,6 +25,8 @@ from pathlib import Path
 
 from pipeline.results.argument_types import part, positive, share
 from pipeline.results.plan import arguments as plan
+from pipeline.results.report import arguments as report
+from pipeline.results.trace import arguments as trace
 
 STATUS = """Show which steps of a run are begun or done, their last losses, disk usage, and the command to run next.
 
@@ -95,44 +97,6 @@ batches of a shard, each in a process of its own; a model that is too large for 
 dtype of their config.json, else in bfloat16.
 """
 
-TRACE = """Show what each target layer of a model predicts on the way to an answer (paper, Figure 3).
-
-  python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
-  python -m pipeline trace --run runs/demo --sample 000017
-  python -m pipeline trace --run runs/demo --sample 000017 --data shards/train --page trace.html
-  python -m pipeline trace --run runs/demo --limit 20 --page traces
-  python -m pipeline trace --model Qwen2-VL-2B --image tiles.png --question "what comes next?" --page trace.html
-
-With --run the models are the teacher, the untouched student and the distilled student. The distilled student uses the
-untouched student's verbalizers, which are not trained again. There are two kinds of tables:
-
-  freely      each layer's own greedy answer: its own most likely token is fed back, until its end-of-turn token
-  read along  an answer is the input; for each of its positions the table has the layer's most likely token and its
-              probability. The answer is the model's own final one; with --answer and --limit the expected one
-
-With --page the same becomes an HTML page that opens offline, with the ten likeliest tokens of each cell and the layers
-that were matched; docs/reading_a_trace.md explains it. With --limit there is a page for each question and an index of
-them, those first that changed most between the untouched and the distilled student. With --model no run is needed:
-every layer is read through the logit lens, the model's own norm and head without trained verbalizers.
-
-A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, last,
-spread over the GPUs at hand if one is too small; with --without-teacher only the students do. What the teacher's layers
-said of a sample in the cache is shown by cache-info --sample, without the teacher. Time: one generation for each target
-layer of each model.
-"""
-
-REPORT = """Write a page about one run, or about several side by side: what was done, how it went, and what came of it.
-
-  python -m pipeline report runs/demo                                       # runs/demo/report.html
-  python -m pipeline report runs/demo runs/other --output report.html
-
-It is read from the run's files alone, without a model, so also from a run that is still going or has died: the steps,
-the losses of each layer over time, the matches and the entropy of their draw, the KL of student to teacher layers, the
-cache's size and fidelity, speed and waiting for data, the evaluation with intervals, rejected samples with reasons, and
-the recipe with the origin of each value. Of several runs first what differs in their recipes, then all in one plot. The
-page is one file that opens offline.
-"""
-
 CACHE_INFO = """Show what a teacher cache was made from, its progress, its size, and how close it is to the teacher.
 
   python -m pipeline cache-info runs/demo
@@ -177,8 +141,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         (_add_status, "status", "progress of a run, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
         (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
-        (_add_trace, "trace", "what each layer predicts for one question", TRACE),
-        (_add_report, "report", "a page about one run, or several side by side", REPORT),
+        (trace.add_arguments, "trace", "what each layer predicts on the way to an answer", trace.TEXT),
+        (report.add_arguments, "report", "a page about one run, or several side by side", report.TEXT),
         (_add_cache_info, "cache-info", "what a teacher cache holds, and how close it is to the teacher", CACHE_INFO),
         (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
     ):
@@ -292,42 +256,6 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_trace(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument(
-        "--model", action="append", default=[], metavar="[NAME=]DIR", dest="models",
-        help="instead of a run: a Hugging Face VLM folder, read through the logit lens; repeat for each model",
-    )  # fmt: skip
-    parser.add_argument("--without-teacher", action="store_true", help="trace the run's students only")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="an image")
-    parser.add_argument("--question", metavar="TEXT", help="a question about the image")
-    parser.add_argument("--answer", metavar="TEXT", help="read along this answer, not along each model's own")
-    parser.add_argument("--sample", metavar="KEY", help="instead of an image: the last question of this sample")
-    parser.add_argument(
-        "--limit", type=positive, metavar="N", help="instead: the first N samples, read along their answers"
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="SHARDS", help="shard folder of the samples (default: the recipe's data.held_out)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=32, metavar="N", help="maximum answer length in tokens (default: 32)"
-    )
-    parser.add_argument(
-        "--page",
-        type=Path,
-        metavar="FILE",
-        help="write an HTML page that opens offline; with --limit a folder",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this JSON file")
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page (default: report.html in the folder of the one run)"
-    )
-
-
 def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache's folder, a run's cache/ or a run's folder")
     parser.add_argument("--verify", action="store_true", help="hash every shard and decode every record")
@@ -379,22 +307,6 @@ def _answer(options: argparse.Namespace) -> None:
     run(plan)
 
 
-def _trace(options: argparse.Namespace) -> None:
-    from pipeline.results.trace.run import Asked, run
-
-    names = (
-        "run", "models", "image", "question", "answer", "sample", "limit", "data", "max_new_tokens", "without_teacher",
-        "page", "json",
-    )  # fmt: skip
-    run(Asked(**{name: getattr(options, name) for name in names}))
-
-
-def _report(options: argparse.Namespace) -> None:
-    from pipeline.results.report.run import run
-
-    run(options.runs, options.output)
-
-
 def _cache_info(options: argparse.Namespace) -> None:
     from pipeline.results.cache import info
 
@@ -415,8 +327,8 @@ COMMANDS = {
     "status": _status,
     "evaluate": _evaluate,
     "answer": _answer,
-    "trace": _trace,
-    "report": _report,
+    "trace": trace.run,
+    "report": report.run,
     "cache-info": _cache_info,
     "env": _env,
 }

@@ -83,7 +83,7 @@ def test_two_runs_show_their_difference_first_and_their_curves_together(run, tmp
     output = tmp_path / "both.html"
     text = page_of(run, other, "--output", output)
     assert text.index("What differs") < text.index("several runs") < text.index("<h2>run</h2>")
-    assert "run: distilled answers 25.0 points more than untouched" in text
+    assert "run: distilled and untouched differ by 25.0 points: within chance on 8 samples." in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""The command line of `report`. It imports nothing heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+TEXT = """Write a page about one run, or about several side by side: what was done, how it went, and what came of it.
+
+  python -m pipeline report runs/demo                                       # runs/demo/report.html
+  python -m pipeline report runs/demo runs/other --output report.html
+
+It is read from the run's files alone, without a model, so also from a run that is still going or has died: the steps,
+the losses of each layer over time, the matches and the entropy of their draw, the KL of student to teacher layers, the
+cache's size and fidelity, speed and waiting for data, the evaluation with intervals, rejected samples with reasons, and
+the recipe with the origin of each value. Of several runs first what differs in their recipes, then all in one plot. The
+page is one file that opens offline.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `report`."""
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page (default: report.html in the folder of the one run)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the report that the command line asks for."""
+    from pipeline.results.report import run as command
+
+    command.run(options.runs, options.output)
