@@ -1,4 +1,4 @@
-"""A real step that two ranks began, ended by one under another ZeRO stage, past two damaged checkpoints."""
+"""A real step, with LoRA, that two ranks began, ended by one under another ZeRO stage, past two damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tiny
 from running import ROOT, deepspeed, tiny_recipe
 
 from pipeline.results.status import status
+from pipeline.runtime.checkpoint.files import read_index
 from pipeline.runtime.folder import read_metrics
 
 KIND, UPDATES, STOPPED = "qwen2_vl", 5, 4
@@ -20,13 +21,15 @@ def ended(tiny_models, tmp_path_factory):
     """The run's folder, its metrics when two ranks stopped, the names of their checkpoints, and what one rank said."""
     folder = tmp_path_factory.mktemp("elsewhere")
     data = tiny.write_data(folder / "data", 24, shards=2)
-    training = {"steps": UPDATES, "keep_checkpoints": 3, "checkpoint_minutes": 0.000001}
+    training = {"steps": UPDATES, "keep_checkpoints": 3, "checkpoint_minutes": 0.000001, "lora_rank": 4}
     recipe = tiny_recipe(folder, tiny_models, KIND, data, interact={"steps": 0}, reinforce=training)
     run = folder / "run"
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--stop-after", STOPPED)
     assert set(status(run)[0][-1].losses) == {"cross_entropy"}, "what else a line has is no loss"
     before, checkpoints = read_metrics(run, "reinforce"), run / "reinforce" / "checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
+    saved = read_index(checkpoints / "update_000000002").parameters
+    assert saved and all("lora_" in name for name in saved), "what is frozen is not saved"
     _flip_a_bit(checkpoints / "update_000000004" / "rank_00001.safetensors")
     (checkpoints / "update_000000003" / "rank_00000.safetensors").unlink()
     other = ["--set", f"deepspeed={ROOT / 'ds_configs' / 'zero2.json'}"]

@@ -62,14 +62,12 @@ class TrainedState:
 
     def __init__(self, module: nn.Module, optimizer: Any, stage: int, ranks: Ranks):
         """optimizer: DeepSpeed's around AdamW, or AdamW itself under ZeRO 0. stage: the ZeRO stage."""
-        self._wrapper, self._adamw, self._stage, self._ranks = (
-            optimizer,
-            getattr(optimizer, "optimizer", optimizer),
-            stage,
-            ranks,
-        )
+        self._stage, self._ranks = stage, ranks
+        self._wrapper, self._adamw = optimizer, getattr(optimizer, "optimizer", optimizer)
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._flats = {0: self._whole, 3: self._shares}.get(stage, self._fragments)()
+        if others := {flat.key.dtype for flat in self._flats} - {torch.float32}:
+            raise TypeError(f"DeepSpeed's masters are {others}; a checkpoint keeps float32")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -88,7 +86,7 @@ class TrainedState:
             return
         for index, flat in enumerate(self._flats):
             with self._in_memory(index, changes=False):
-                state = self._adamw.state.get(flat.key) or _new_state(flat.key, 0.0)
+                state = self._adamw.state.get(flat.key) or _new_state(flat.key)
                 for span, at in flat.spans:
                     values = {kind: _flattened(flat.key, state, kind).narrow(0, at, span.length) for kind in KINDS}
                     yield Piece(span, float(state["step"]), values)
@@ -112,7 +110,7 @@ class TrainedState:
                 parameter.copy_(flat.key)  # itself, but where the weights are in bfloat16
 
     def _fill(self, flat: _Flat, read: Callable[[Span], Piece]) -> None:
-        state, steps = _new_state(flat.key, 0.0), [0.0]
+        state, steps = _new_state(flat.key), [0.0]
         for span, at in flat.spans:
             piece = read(span)
             steps.append(piece.step)
@@ -157,10 +155,10 @@ class TrainedState:
             self._wrapper._release_swap_buffers(index)
 
 
-def _new_state(key: Tensor, step: float) -> dict[str, Tensor]:
-    """AdamW's state of a tensor, in the form of its fused kernel."""
+def _new_state(key: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor that it has not moved yet, in the form of its fused kernel."""
     moments = {kind: torch.zeros_like(key, requires_grad=False) for kind in MOMENTS}
-    return {"step": torch.tensor(step, dtype=torch.float32, device=key.device), **moments}
+    return {"step": torch.zeros((), dtype=torch.float32, device=key.device), **moments}
 
 
 def _flattened(key: Tensor, state: Mapping[str, Tensor], kind: str) -> Tensor:
