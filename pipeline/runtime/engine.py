@@ -167,10 +167,15 @@ class Engine:
         if self.stage == 0:
             self._engine.zero_grad()
             return
-        optimizer, norm = self._engine.optimizer, torch.full((), torch.inf)
-        name, told = ("_get_norm_groups", [norm]) if self.stage == 3 else ("scaled_global_norm", norm)
-        with _instead(optimizer, name, lambda *_: told):
+        optimizer, norm = self._engine.optimizer, torch.full((), torch.inf, device=self.device)
+        value: Any
+        name, value = ("_get_norm_groups", [norm]) if self.stage == 3 else ("scaled_global_norm", norm)
+        if hasattr(optimizer, "get_grads_for_norm"):  # ZeRO 1 in bfloat16 has an optimizer of its own
+            name, value = "get_grads_for_norm", ([norm], {})
+        with _instead(optimizer, name, lambda *_, **__: value):
             self._engine.step()
+        if not optimizer.overflow:
+            raise RuntimeError(f"DeepSpeed took a step that was to be discarded: {type(optimizer).__name__}.{name}")
 
     def _clip_parts(self) -> bool:
         """Clip each part by its own norm. DeepSpeed knows only one norm for all, so it is told not to clip.
@@ -287,7 +292,8 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _instead(owner: Any, name: str, method: Any) -> Iterator[None]:
-    """Let an object have another method meanwhile."""
+    """Let an object have another method meanwhile. Raises AttributeError where it has none of that name."""
+    getattr(owner, name)
     setattr(owner, name, method)
     try:
         yield

@@ -20,12 +20,11 @@ LINGER_S = 5.0
 
 def report(text: str, code: int, rank: int, world: int) -> None:
     """Print an error, unless another rank's came first, and tell the other ranks that this one ends, with this code."""
-    from pipeline.runtime import watch
-
     if rank:
         time.sleep(ALIKE_S)
     where = f"rank {rank} on {socket.gethostname()}: " if world > 1 else ""
-    is_first = watch.failed(f"{where}{text.splitlines()[0]}", code)
+    watch = sys.modules.get("pipeline.runtime.watch")  # it imports torch: an error of the recipe does not wait for that
+    is_first = watch.failed(f"{where}{text.splitlines()[0]}", code) if watch else None
     if is_first is False or (is_first is None and rank):
         time.sleep(CAUSE_S if is_first is False else 2 * ALIKE_S)  # meanwhile another rank's end is this one's
     print(f"{where}{text}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ LAUNCHERS = {
 }
 """Programs and modules that start ranks and stay until these end."""
 POLL_S = 1.0
-GRACE_S = 20.0
+GRACE_S = 60.0
 """How long a rank without launcher has for the end of its update and a checkpoint."""
 ORPHANED = 1
 """Exit code of a rank whose launcher is gone, and that could not stop in GRACE_S."""

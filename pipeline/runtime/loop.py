@@ -156,19 +156,8 @@ class _Loop:
             raise Requeue(f"{self.name}: stopped after update {update} of {self.total}", counts.asked)
         self._count_bad(counts, micros)
         waited = time.monotonic() - begun  # for the data of all ranks: they have just met
-        # Anything that draws at random (dropout) draws the same after a resume.
-        torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         rate = learning_rate(self.training, update, self.total)
-        sums: dict[str, Tensor] = {}
-        losses: list[Tensor] = []
-        values: Mapping[str, Any] = {}
-        for micro, one in enumerate(micros):
-            watch.doing(f"{at}, micro-step {micro + 1} of {len(micros)}: {one.sizes()}")
-            step_output = self.forward(one, MicroStep(update, micro))
-            self.engine.backward(step_output.loss, counts.tokens, last=micro == len(micros) - 1)
-            sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
-            losses.append(step_output.loss.detach().double())
-            values = step_output.values
+        sums, losses, values = self._micro_steps(at, update, micros, counts.tokens)
         watch.doing(f"{at}, optimizer step")
         averages, finite = _averages(sums, losses, counts.tokens)
         moved = self.engine.step(rate, discard=not finite)
@@ -184,6 +173,24 @@ class _Loop:
             own["skipped"] = True  # and no losses, for they are not finite
         self._report(update + 1, own, time.monotonic() - begun, waited)
         return counts.images if moved else None
+
+    def _micro_steps(
+        self, at: str, update: int, micros: list[LoadedBatch], tokens: int
+    ) -> tuple[dict[str, Tensor], list[Tensor], Mapping[str, Any]]:
+        """Forward and backward of each micro-batch: (sums over them, their losses, the last one's values)."""
+        # Anything that draws at random (dropout) draws the same after a resume.
+        torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
+        sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        values: Mapping[str, Any] = {}
+        for micro, one in enumerate(micros):
+            watch.doing(f"{at}, micro-step {micro + 1} of {len(micros)}: {one.sizes()}")
+            step_output = self.forward(one, MicroStep(update, micro))
+            self.engine.backward(step_output.loss, tokens, last=micro == len(micros) - 1)
+            sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
+            losses.append(step_output.loss.detach().double())
+            values = step_output.values
+        return sums, losses, values
 
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -75,7 +75,7 @@ class Watch:
     def __init__(
         self, store: Any, rank: int, world: int, hang_s: float, beat_s: float, end: Callable[[Failure, bool], None]
     ):
-        """store: of all ranks; another thread may use it meanwhile, so it must be a clone.
+        """store: of all ranks, by a connection that nothing else uses: an operation on one waits for the other.
 
         end: called with the failure that ends all ranks, and whether this rank is the first to say it.
         """
@@ -97,8 +97,7 @@ class Watch:
 
     def doing(self, what: str, long: bool = False) -> None:
         """Say what the main thread is about to do. long: whether it may take LONG times hang_minutes."""
-        own = self._own
-        self._own = Beat(own.rank, own.host, own.process, own.born, own.beats, own.changes + 1, what, long)
+        self._own = replace(self._own, changes=self._own.changes + 1, doing=what, long=long)
 
     @property
     def now(self) -> str:
@@ -220,7 +219,8 @@ def _connect() -> dist.Store:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
-    return dist.PrefixStore("vlsi/watch", own)
+    # torchrun keeps its store when it starts ranks again: what failed before must not end these.
+    return dist.PrefixStore(f"vlsi/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", own)
 
 
 def doing(what: str, long: bool = False) -> None:

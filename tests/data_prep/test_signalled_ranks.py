@@ -14,6 +14,9 @@ from running import ROOT, run
 from data_prep.stop import REQUEUE_EXIT
 from pipeline import errors
 
+STARTS_WITHIN_S = 200
+"""On a machine that others use as well: beside seven more jobs on two cores it took over 120."""
+
 
 def test_a_signal_on_one_rank_ends_all_and_keeps_finished_shards(tmp_path: Path):
     assert REQUEUE_EXIT == errors.REQUEUE_EXIT
@@ -24,7 +27,7 @@ def test_a_signal_on_one_rank_ends_all_and_keeps_finished_shards(tmp_path: Path)
     ]  # fmt: skip
     with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + STARTS_WITHIN_S
             while len(list(tmp_path.glob("data/train/*.tar"))) < 3:
                 assert started.poll() is None and time.monotonic() < deadline
                 time.sleep(0.01)

@@ -13,6 +13,9 @@ from tiny import write_data
 
 from pipeline.runtime.folder import read_metrics
 
+STARTS_WITHIN_S = 200
+"""On a machine that others use as well: beside seven more jobs on two cores it took over 120."""
+
 
 def test_a_stopped_rank_is_named_with_where_it_stands(tmp_path: Path, tiny_models):
     data = write_data(tmp_path / "data", 24)
@@ -21,7 +24,7 @@ def test_a_stopped_rank_is_named_with_where_it_stands(tmp_path: Path, tiny_model
     with tempfile.TemporaryFile("w+") as output:
         ranks = start_ranks(2, str(free_port()), program, output)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + STARTS_WITHIN_S
             while len(read_metrics(tmp_path / "run")) < 3:
                 assert all(one.poll() is None for one in ranks) and time.monotonic() < deadline
                 time.sleep(0.05)

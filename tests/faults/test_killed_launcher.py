@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import write_data
 
 from data_prep.lock import lock_file
-from pipeline.runtime.folder import read_metrics
+from pipeline.runtime.folder import read_metrics, read_requeue
 
 ENDS_WITHIN_S = 30
 
@@ -56,6 +56,10 @@ def test_no_rank_is_left_behind(recipe, place):
     for one in alive:
         one.kill()
     assert not [one for one in ranks if one in alive]
+    run = recipe.parent / "run"
+    last = read_metrics(run)[-1]["update"]
+    assert (run / "verbalize" / "checkpoints" / f"update_{last:09d}" / "whole").is_file(), "no update is lost"
+    assert "lost its launcher" in (read_requeue(run) or "")
 
 
 def test_a_run_whose_launchers_were_killed_ends_bitwise_as_another(recipe, tmp_path):

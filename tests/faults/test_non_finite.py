@@ -25,6 +25,8 @@ from pipeline.runtime.ranks import Ranks
 CONFIGS = [
     ("zero0", "fp32", False),
     ("zero0", "fp32", True),
+    ("zero1", "bf16", False),
+    ("zero1", "bf16", True),
     ("zero2", "fp32", True),
     ("zero2", "bf16", False),
     ("zero3", "fp32", False),

@@ -16,6 +16,8 @@ from pipeline.errors import REQUEUE_EXIT
 from pipeline.runtime.folder import read_metrics, read_requeue
 
 UPDATES = 16
+STARTS_WITHIN_S = 200
+"""On a machine that others use as well: beside seven more jobs on two cores it took over 120."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def signalled(recipe: Path) -> str:
     with tempfile.TemporaryFile("w+") as output:
         ranks = start_ranks(2, str(free_port()), verbalize(recipe), output)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + STARTS_WITHIN_S
             while len(updates_done(run)) < 2:
                 assert all(one.poll() is None for one in ranks) and time.monotonic() < deadline
                 time.sleep(0.02)

@@ -1,0 +1,69 @@
+"""Who prints an error, when, and in which words."""
+
+import socket
+
+import pytest
+import torch.distributed as dist
+
+from pipeline.runtime import first_error, watch
+from pipeline.runtime.first_error import report, report_failure
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What was waited for, in s, instead of waiting."""
+    found = []
+    monkeypatch.setattr(first_error.time, "sleep", found.append)
+    return found
+
+
+def test_alone_an_error_is_printed_as_it_is(waits, capsys):
+    report("error: no shards", 2, rank=0, world=1)
+    assert (capsys.readouterr().err, waits) == ("error: no shards\n", [])
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_first", "expected"),
+    [
+        (0, True, [first_error.LINGER_S]),  # the others read of it in this process
+        (3, True, [first_error.ALIKE_S]),
+        (0, None, []),
+        (
+            3,
+            None,
+            [first_error.ALIKE_S, 2 * first_error.ALIKE_S],
+        ),  # the launcher ends it meanwhile, if rank 0 failed too
+        (0, False, [first_error.CAUSE_S]),  # the one that was first ends it meanwhile
+    ],
+)
+def test_the_first_prints_and_tells_the_others(waits, capsys, monkeypatch, rank, is_first, expected):
+    told = []
+    monkeypatch.setattr(watch, "failed", lambda *failure: told.append(failure) or is_first)
+    report("error: no shards\nand more", 2, rank, world=4)
+    assert capsys.readouterr().err == f"rank {rank} on {HOST}: error: no shards\nand more\n"
+    assert told == [(f"rank {rank} on {HOST}: error: no shards", 2)]
+    assert waits == expected
+
+
+def test_a_lost_connection_is_one_line_and_waits_for_its_cause(waits, capsys):
+    report_failure(dist.DistNetworkError("Connection reset by peer\nstack"), 1, rank=0, world=2)
+    said = capsys.readouterr().err
+    assert said == (
+        f"rank 0 on {HOST}: lost its connection to another rank, which failed before it: Connection reset by peer\n"
+    )
+    assert waits == [first_error.CAUSE_S]
+
+
+def test_too_little_memory_and_other_errors_keep_their_traceback(waits, capsys):
+    for error, begins in (
+        (MemoryError(), "error: out of memory at the start: MemoryError. What needs less: "),
+        (KeyError("x"), "failed: KeyError: 'x'\n"),
+    ):
+        try:
+            raise error
+        except Exception as caught:
+            report_failure(caught, 1, rank=0, world=1)
+        said = capsys.readouterr().err
+        assert said.startswith(begins) and "Traceback" in said
