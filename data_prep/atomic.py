@@ -30,11 +30,15 @@ ADVICE = {
     errno.EHOSTDOWN: "the file server is not reached: see whether it is mounted there still",
 }
 """What to do about the errors of a disk or a file system, which no program can mend."""
+OF_SOCKETS_TOO = {errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.EHOSTDOWN}
+"""Numbers of those that are of a file only where the error names one."""
 
 
 def storage_fault(error: BaseException) -> str | None:
     """What to tell the user of an error of a disk or a file system; None of any other error."""
     if not isinstance(error, OSError) or error.errno not in ADVICE:
+        return None
+    if error.filename is None and error.errno in OF_SOCKETS_TOO:
         return None
     where = f"{error.filename}: " if error.filename else ""
     return (

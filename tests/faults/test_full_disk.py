@@ -108,6 +108,7 @@ def test_every_storage_fault_has_its_advice(tmp_path):
         assert said.endswith("and run the same command again: what is whole stays")
     assert storage_fault(FileNotFoundError(errno.ENOENT, "No such file")) is None
     assert storage_fault(ValueError("28")) is None
+    assert storage_fault(OSError(errno.ENOTCONN, "Transport endpoint is not connected")) is None, "of a socket"
 
 
 def test_a_job_on_a_read_only_or_full_run_folder_says_so(tmp_path, tiny_models):
