@@ -6,6 +6,7 @@ LAUNCH=${LAUNCH:-launch}  # the folder of train.py and cache.py
 [ -v in_container ] || in_container=()  # for one that a program starts (Apptainer): apptainer exec --nv IMAGE
 [ -v overrides ] || overrides=()        # values of the recipe: --set KEY=VALUE
 REQUEUE_EXIT=75                         # pipeline.errors.REQUEUE_EXIT
+WARNED_EARLY=138                        # ended by SIGUSR1: SLURM's warning came before the program could take it
 LAST_RANKS_S=60                         # how long the other ranks may take to end once one has
 
 command -v deepspeed >/dev/null || [ "${#in_container[@]}" != 0 ] || export PATH="$PWD/.venv/bin:$PATH"
@@ -18,8 +19,8 @@ export MASTER_ADDR
 or_requeue() { # COMMAND...: ranks that were asked to end write a checkpoint and exit with 75; then the job comes back
   local code=0
   "$@" || code=$?
-  if [ "$code" = "$REQUEUE_EXIT" ]; then
-    echo "the ranks were asked to end and have checkpointed (exit code 75): job $SLURM_JOB_ID goes back to the queue"
+  if [ "$code" = "$REQUEUE_EXIT" ] || [ "$code" = "$WARNED_EARLY" ]; then
+    echo "the ranks were asked to end (exit code $code): job $SLURM_JOB_ID goes back to the queue"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 120  # SLURM ends this script; to end by itself would be to fail
   fi

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +93,13 @@ def test_a_task_of_an_array_reads_its_part(tmp_path, tasks, code, expected):
     assert ("launch/preflight.py" in output) == (code == 0)  # the first step of a job that has work
 
 
-def test_ranks_that_have_checkpointed_bring_their_job_back(tmp_path):
-    output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(REQUEUE_EXIT))
+@pytest.mark.parametrize("left_with", [REQUEUE_EXIT, 128 + signal.SIGUSR1])
+def test_ranks_that_were_asked_to_end_bring_their_job_back(tmp_path, left_with):
+    output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(left_with))
     assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15  # ended by SLURM, not by itself
 
 
-@pytest.mark.parametrize("code", [1, 2, 137])
+@pytest.mark.parametrize("code", [1, 2, 137, 143])
 def test_ranks_that_have_failed_do_not(tmp_path, code):
     output, found = run_script(tmp_path, "stage2.sbatch", CODE=str(code))
     assert found == code and "requeue" not in output
