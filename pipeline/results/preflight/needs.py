@@ -18,6 +18,9 @@ from pipeline.runtime.folder import done
 ANY_MEMORY = 1.0
 """GiB of a GPU: what a step needs does not depend on what there is."""
 
+MEASURED = 32
+"""Samples whose lengths are taken for all: an image takes up to 0.2 s, and ranks wait."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -36,7 +39,8 @@ class Needs:
 def needs(recipe: Recipe, steps: Sequence[str], gpus: int, gpus_per_node: int) -> Needs:
     """Raises RecipeError where the data, the tokenizer or a model's config.json is missing."""
     vision = vision_of(planned_model("student", recipe.student))
-    planned = Planned(recipe, describe_samples(recipe, Given(), vision.patches_per_token, vision.patch_numbers))
+    samples = describe_samples(recipe, Given(), vision.patches_per_token, vision.patch_numbers, MEASURED)
+    planned = Planned(recipe, samples)
     machine = Machine(gpus, ANY_MEMORY, gpus_per_node)
     plans = {step: planned.plan(step, machine) for step in steps if step in planned.steps}
     return Needs(
