@@ -30,7 +30,7 @@ or_requeue() { # COMMAND...: ranks that were asked to end write a checkpoint and
 # Not --kill-on-bad-exit=1: it would kill the other ranks as soon as the first has left with 75, and their 137 would win.
 ranks() { # PROGRAM ARGUMENT...: a Python program, on every rank
   or_requeue srun --kill-on-bad-exit=0 --wait="$LAST_RANKS_S" "${srun_options[@]}" \
-    "$LAUNCH/slurm/as_rank.sh" "${in_container[@]}" python "$@"
+    bash "$LAUNCH/slurm/as_rank.sh" "${in_container[@]}" python "$@"
 }
 
 once() { # COMMAND...: on the first node only

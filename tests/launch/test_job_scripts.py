@@ -20,7 +20,7 @@ from shard_range import shard_range  # noqa: E402  (a script beside the job scri
 
 # Drops srun's own options and as_rank.sh; runs shard_range.py, shows what ranks would run, and ends as told.
 SRUN = """#!/usr/bin/env bash
-while [[ "$1" == --* || "$1" == */as_rank.sh ]]; do shift; done
+while [[ "$1" == --* || "$1" == bash || "$1" == */as_rank.sh ]]; do shift; done
 case "$*" in
   *shard_range.py*) exec "$@" ;;
   *) echo "$@"; case "$*" in *preflight*) exit 0 ;; *) exit "${CODE:-0}" ;; esac ;;
