@@ -190,10 +190,16 @@ def duration_text(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{int(seconds)} s"
 
 
-def _shard_progress(root: Path, planned: int | str) -> str:
-    """Progress of the cache that was begun last."""
-    cache = newest(root)
-    return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
+def _shard_progress(root: Path, of: int | str) -> str:
+    """Progress of the cache that was begun last; and the time left, at the pace from its first shard to its newest."""
+    if (cache := newest(root)) is None:
+        return ""
+    made = sorted(path.stat().st_mtime for path in cache.glob("*.tar"))
+    text = f"{len(made)} of {of} shards"
+    if len(made) < 2 or not isinstance(of, int) or len(made) >= of:
+        return text
+    each = (made[-1] - made[0]) / (len(made) - 1)
+    return f"{text}, {duration_text((of - len(made)) * each)} left"
 
 
 def planned(recipe: Recipe, name: str) -> int | str:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -158,6 +159,20 @@ def test_watch_goes_on_until_it_is_interrupted(slurm, run, capsys, monkeypatch):
         if len(looks) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("pipeline.results.status.time", SimpleNamespace(sleep=sleep))  # subprocess sleeps, too
     assert main(["status", str(run), "--watch"]) == 0
     assert "done" in capsys.readouterr().out and looks == [10.0, 10.0]
+
+
+def test_a_cache_says_how_long_the_rest_takes(made, tmp_path, monkeypatch):
+    """Ten shards, four of them made, 600 s from the first to the fourth, by however many jobs."""
+    folder = tmp_path / "run"
+    write_recipe(folder, made.root)
+    cache = folder / "cache" / "sampled-1"
+    cache.mkdir(parents=True)
+    (cache / "cache.json").touch()
+    for number in range(4):
+        (cache / f"{number:06d}.tar").touch()
+        os.utime(cache / f"{number:06d}.tar", (10_000 + 200 * number, 10_000 + 200 * number))
+    monkeypatch.setattr("pipeline.results.status.planned", lambda recipe, name: 10)
+    assert status(folder)[0][1].progress == "4 of 10 shards, 20 min left"
