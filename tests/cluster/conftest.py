@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,11 @@ def two_hosts(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def slurm(two_hosts, tmp_path_factory):
+def slurm(two_hosts):
     """Environment variables with which sbatch finds a SLURM of the two hosts."""
-    environment = two_hosts | {"SLURM_DIR": str(tmp_path_factory.mktemp("slurm"))}
+    # Always the same folder: it has the process ids of a SLURM that a killed test left behind.
+    environment = two_hosts | {"SLURM_DIR": f"{tempfile.gettempdir()}/vlsi-test-slurm"}
+    subprocess.run([SLURM, "down"], env=environment, check=True, timeout=120)
     try:
         started = subprocess.run([SLURM, "up", "2"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
         environment["SLURM_CONF"] = started.stdout.strip().partition("=")[2]

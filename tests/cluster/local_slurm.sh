@@ -52,11 +52,11 @@ start_node() { # NAME: its daemon, on the machine itself or on a host of two_hos
 }
 
 wait_until_idle() { # NODE_COUNT
-  for _ in $(seq 60); do
+  for _ in $(seq 120); do
     [ "$(sinfo --noheader --Node --format=%T 2>/dev/null | grep -c '^idle$')" = "$1" ] && return
     sleep 0.5
   done
-  die "the nodes did not become idle within 30 s; see $DIR/slurmctld.log and $DIR/slurmd-*.log"
+  die "the nodes did not become idle within 60 s; see $DIR/slurmctld.log and $DIR/slurmd-*.log"
 }
 
 stop() { # end process $1 and wait for it
