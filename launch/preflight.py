@@ -85,6 +85,7 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     from pipeline.results.preflight.together import JOINING, share_folder, sum_together
     from pipeline.runtime import engine
     from pipeline.runtime.folder import done
+    from pipeline.runtime.node import loader_workers, rank_share
     from pipeline.runtime.ranks import gather_lists
 
     recipe = load_recipe(options.recipe, options.overrides).recipe
@@ -97,9 +98,10 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     deadline.at = "summing over all ranks"
     summed = sum_together(ranks)
     deadline.at = "planning what the recipe needs"
+    workers = max(gather_lists([loader_workers(recipe.data.workers, rank_share())]))
     findings = []
     if ranks.first:
-        problems, needed = _needs(options, steps, facts)
+        problems, needed = _needs(options, steps, facts, workers)
         findings = [*judge(facts, needed), summed, *problems]
         print("\n".join(map(str, findings)), flush=True)
     (right,) = gather_lists([all(finding.right for finding in findings)] if ranks.first else [])
@@ -107,7 +109,9 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     return right
 
 
-def _needs(options: argparse.Namespace, steps: list[str], facts: list[Facts]) -> tuple[list[Finding], Needs | None]:
+def _needs(
+    options: argparse.Namespace, steps: list[str], facts: list[Facts], workers: int
+) -> tuple[list[Finding], Needs | None]:
     """(what is wrong with the recipe itself, what it needs or None)."""
     from pipeline.errors import UserError
     from pipeline.job import prepare
@@ -117,6 +121,8 @@ def _needs(options: argparse.Namespace, steps: list[str], facts: list[Facts]) ->
     per_node = max(sum(f.host == fact.host for f in facts) for fact in facts)
     try:
         recipe = prepare(options.recipe, options.overrides, steps, len(facts)).recipe
+        # As many loader workers as these machines have cores for: the plan counts with the most there may be.
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
         found = Finding("recipe", True, f"{options.recipe}: {', '.join(steps) or 'all is done'}")
         return [found], needs(recipe, steps, len(facts), per_node)
     except UserError as error:

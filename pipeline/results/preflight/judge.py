@@ -11,6 +11,8 @@ from pipeline.runtime.progress import size_text
 
 SHOWN = 4
 """Hosts that a line names."""
+SURE = 0.8
+"""Share of what the plan says that a step certainly needs: a plan is an estimate, and must not stop a job that fits."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,11 @@ def _room(
     what: str, facts: Sequence[Facts], free: Callable[[Facts], int | None], need: tuple[int, str], mend: str
 ) -> Finding:
     size, step = need
-    rooms = {f.host: room for f in facts if (room := free(f)) is not None}
-    for f in facts:  # the GPU of a host that has least
+    rooms: dict[str, int] = {}  # of a host's GPUs, the one that has least
+    for f in facts:
         if (room := free(f)) is not None:
-            rooms[f.host] = min(rooms[f.host], room)
-    short = [host for host, room in rooms.items() if room < size]
+            rooms[f.host] = min(room, rooms.get(f.host, room))
+    short = [host for host, room in rooms.items() if room < SURE * size]
     least = min(rooms.values(), default=0)
     wanted = f"{size_text(size)} needed{f' by {step}' if step else ''}"
     text = f"{size_text(least)} free, {wanted}" + (f", on {_names(short)}" if short else "")

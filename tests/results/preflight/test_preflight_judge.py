@@ -49,10 +49,10 @@ def test_like_machines_with_room_are_right():
          r"no /d/manifest.json \(No such file\) on node2; mount it there, or correct data.train in the recipe"),
         ({"paths": SEEN | {"student.path": "c3"}}, "student.path", r"another file on node2; .*that all nodes share"),
         ({"unwritable": "/r cannot be written (Read-only)"}, "run", r"/r cannot be written \(Read-only\) on node2"),
-        ({"disk_free": 40 * GB}, "disk", r"40.0 GB free, 50.0 GB needed, on node2; make room.*--set run=FOLDER"),
+        ({"disk_free": 39 * GB}, "disk", r"39.0 GB free, 50.0 GB needed, on node2; make room.*--set run=FOLDER"),
         ({"memory": 9 * GB}, "memory", r"9.0 GB free, 100.0 GB needed by cache, on node2; lower data.workers"),
         ({"shared_memory": 10**6}, "/dev/shm", r"1.0 MB free, 2.0 GB needed by cache, on node2; .*--shm-size"),
-        ({"device_free": 60 * GB}, "GPU memory", r"60.0 GB free, 70.0 GB needed by verbalize, on node2; end what else"),
+        ({"device_free": 50 * GB}, "GPU memory", r"50.0 GB free, 70.0 GB needed by verbalize, on node2; end what else"),
         ({"device_problem": "uncorrectable ECC error"}, "devices",
          r"H100 1 of node2: uncorrectable ECC error; .*--exclude=node2"),
         ({"device": "A100"}, "devices", r"H100 on node1, node2, A100 on node2"),
@@ -77,6 +77,10 @@ def test_many_hosts_are_not_all_named():
 def test_where_the_plan_cannot_tell_the_rest_is_judged():
     assert wrong(ranks(memory=0, disk_free=0), None) == []
     assert [finding.what for finding in wrong(ranks(commit="0a1b"), None)] == ["commit"]
+
+
+def test_a_plan_is_an_estimate_and_stops_no_job_that_may_fit():
+    assert wrong(ranks(memory=81 * GB, device_free=57 * GB, disk_free=41 * GB)) == []
 
 
 def test_a_processor_has_no_gpu_memory():
