@@ -3,10 +3,15 @@
 set -euo pipefail
 PATH="$PATH:/usr/sbin:/sbin"
 
-if command -v slurmctld slurmd sbatch munged sshd ssh pdsh ip nsenter >/dev/null; then
+missing=()
+for program in slurmctld slurmd sbatch munged sshd ssh pdsh ip nsenter; do
+  command -v "$program" >/dev/null || missing+=("$program")
+done
+
+if [ "${#missing[@]}" = 0 ]; then
   echo "packages for tests/cluster: there already"
 elif [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-  echo "packages for tests/cluster: not installed (needs root and apt-get); those tests will be skipped"
+  echo "packages for tests/cluster: ${missing[*]} not installed (needs root and apt-get); those tests will be skipped"
 else
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
