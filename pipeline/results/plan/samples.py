@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_prep.schema import DataError
 from data_prep.shards import ShardFolder, read_manifest
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Recipe
@@ -56,9 +57,12 @@ def describe_samples(
     """The data's numbers: the command line's, else measured on data.train.
 
     patches_per_token, patch_numbers: of the student's image encoder. most: samples that are measured. Raises
-    RecipeError for what neither can tell.
+    RecipeError for what neither can tell, and where data.train cannot be read.
     """
-    found, origins = _measure(recipe, given, most)
+    try:
+        found, origins = _measure(recipe, given, most)
+    except DataError as error:
+        raise RecipeError(f"data.train: {error}") from None
     values = {"count": given.samples, "tokens": given.tokens, "response": given.response, "image": given.image}
     flags = {"count": "--samples", "tokens": "--tokens-per-sample", "response": "--response-tokens"}
     flags["image"] = "--image-tokens"

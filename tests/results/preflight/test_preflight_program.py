@@ -9,7 +9,7 @@ import pytest
 from running import ROOT, deepspeed, python, tiny_recipe
 from tiny import write_data
 
-from pipeline.errors import REQUEUE_EXIT
+from pipeline.errors import REQUEUE_EXIT, RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.results.preflight.needs import needs
 from pipeline.results.preflight.together import JOINING, Deadline, share_folder
@@ -83,6 +83,12 @@ def test_a_job_that_is_asked_to_end_before_it_began_may_be_started_again(recipe)
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False)
     assert done.returncode == REQUEUE_EXIT
+
+
+def test_a_damaged_manifest_is_the_datas_fault(recipe, tmp_path):
+    (tmp_path / "data" / "manifest.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"data.train: .*manifest.json"):
+        needs(load_recipe(recipe).recipe, ["verbalize"], 2, 2)
 
 
 def test_the_disk_must_hold_what_is_still_to_be_written(recipe):
