@@ -16,7 +16,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu ladder \
+.PHONY: help setup lock demo demo-models test test-cluster test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu ladder \
   lint types clean
 
 help:  ## list the targets
@@ -38,6 +38,10 @@ demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; AR
 # Whole files go to one of two processes: what a file's tests share is made once.
 test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'; JOBS=2 processes, 0: none but its own
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n $(or $(JOBS),2) --dist loadfile $(ARGS)
+
+test-cluster: $(STAMP)  ## a real SLURM of two nodes and two hosts on this machine, 4 minutes; needs root and Debian's packages
+	@bash tests/install_debian.sh
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster $(ARGS)
 
 # Other processors round otherwise: torch's own kernels without vector instructions and with AVX2, and MKL's oldest ones.
 test-numerics: $(STAMP)  ## the tests of numbers once more under other kernels: ATen default and avx2, MKL compatible

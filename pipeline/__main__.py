@@ -31,6 +31,10 @@ from pipeline.results.trace import arguments as trace
 STATUS = """Show which steps of a run are begun or done, their last losses, disk usage, and the command to run next.
 
   python -m pipeline status runs/demo
+  python -m pipeline status runs/demo --watch
+
+For a step that trains it also says how long the rest takes at the pace of its newest updates. Where launch.submit has
+put the run into SLURM, its jobs are shown too: queued, running, requeued or failed, and why.
 """
 
 EVALUATE = """Measure exact match of greedy answers and perplexity on held-out data, for one or several models.
@@ -183,6 +187,7 @@ def _manual(make, **settings):
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--watch", action="store_true", help="renew it every 10 seconds, until Ctrl-C")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -278,9 +283,12 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from pipeline.results.status import show, status
+    from pipeline.results.status import show, status, watch
 
-    show(options.run, *status(options.run))
+    if options.watch:
+        watch(options.run)
+    else:
+        show(options.run, *status(options.run))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,14 +154,6 @@ def _choose_kernels(job, dtype) -> None:
 
 
 def _exit(code: int) -> int:
-    """End the process at once under a launcher; elsewhere return the exit code.
+    from pipeline.runtime.launcher import leave
 
-    After a failure other ranks may be waiting in a collective for this one. After success, a thread of the
-    communication library now and then outlives the process group and aborts the interpreter on its way out ("terminate
-    called without an active exception", seen on gloo): all work is done by then, but the next job would not start.
-    """
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return leave(code)

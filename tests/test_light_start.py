@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
         ["pipeline", "cache-info"],
         ["pipeline", "env"],
     ]
-    + [[f"launch/{program}.py"] for program in ("train", "cache")],
+    + [[f"launch/{program}.py"] for program in ("train", "cache", "submit", "preflight")],
     ids=lambda command: "-".join(Path(word).name for word in command),
 )
 def test_help_answers_without_importing_torch(command):

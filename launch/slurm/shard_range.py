@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
+from pipeline.errors import RecipeError
+from pipeline.recipe.resolve import load_recipe
 
 
 def shard_range(shards: int, task: int, tasks: int) -> str:
@@ -25,10 +26,18 @@ def main() -> int:
     """Read the recipe and its data's manifest, print the range."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="the run's recipe; its data.train names the shards")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="of the recipe"
+    )
     parser.add_argument("--task", type=int, required=True, help="this task, from 0")
     parser.add_argument("--tasks", type=int, required=True, help="how many tasks there are")
     args = parser.parse_args()
-    manifest = Path(yaml.safe_load(args.recipe.read_text(encoding="utf-8"))["data"]["train"]) / "manifest.json"
+    try:
+        data = load_recipe(args.recipe, args.overrides).recipe.data.train
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    manifest = data / "manifest.json"
     if not manifest.is_file():
         print(f"no {manifest}: first make the shards that {args.recipe} names as data.train", file=sys.stderr)
         return 2

@@ -24,19 +24,24 @@ def environment() -> dict[str, Any]:
     What cannot be found is a text that says why.
     """
     return {
-        "project": {"version": _version(PROJECT), "commit": _commit(), "folder": str(SHIPPED)},
+        "project": {"version": _version(PROJECT), "commit": commit(), "folder": str(SHIPPED)},
         "system": {
             "python": sys.version.split()[0],
             "executable": sys.executable,
             "platform": platform.platform(),
             "cores": os.cpu_count(),
         },
-        "packages": {name: _version(name) for name in _requirements()},
+        "packages": packages(),
         "devices": _attempt(_devices),
         "kernels": _attempt(_kernels),
         "mpi": _attempt(_mpi),
         "shipped": {"recipes": str(SHIPPED / "recipes"), "ds_configs": str(SHIPPED / "ds_configs")},
     }
+
+
+def packages() -> dict[str, str]:
+    """Versions of the direct requirements, including those of extras."""
+    return {name: _version(name) for name in _requirements()}
 
 
 def show(as_json: bool) -> None:
@@ -65,7 +70,6 @@ def _version(name: str) -> str:
 
 
 def _requirements() -> list[str]:
-    """Names of the direct requirements, including those of extras."""
     try:
         lines = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
@@ -73,7 +77,7 @@ def _requirements() -> list[str]:
     return sorted({re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines})
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout that this code runs from, followed by + if files differ from it."""
     if not (SHIPPED / ".git").exists() or shutil.which("git") is None:
         return "not known: no git checkout"

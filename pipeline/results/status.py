@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from data_prep.schema import DataError
 from data_prep.shards import read_manifest
@@ -19,6 +22,8 @@ from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
+from pipeline.results import jobs_table
+from pipeline.results.jobs import FOLDER, read_jobs
 from pipeline.runtime.data.data_wait import WINDOW
 from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics, read_requeue
 from pipeline.runtime.progress import size_text
@@ -26,6 +31,8 @@ from pipeline.runtime.progress import size_text
 # Fields of a metrics.jsonl line that are not losses.
 _NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
 _NOT_LOSSES |= {"gradient_norm", "real_share", "checkpoint_s"}
+REFRESH_S = 10.0
+"""Between two looks of `watch`: SLURM's controller should not be asked more often."""
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
 
 
@@ -49,7 +56,8 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
 
     Raises RecipeError if the folder is not a run: it does not exist, or holds files but no recipe.yaml.
     """
-    if not run.is_dir() or (any(run.iterdir()) and not (run / "recipe.yaml").is_file()):
+    others = {path.name for path in run.iterdir()} - {FOLDER} if run.is_dir() else set()
+    if not run.is_dir() or (others and not (run / "recipe.yaml").is_file()):
         raise RecipeError(
             f"{run} is no run: expected the folder that a recipe names as `run`, with recipe.yaml in it; found "
             + ("other files" if run.is_dir() else "no such folder")
@@ -79,8 +87,23 @@ def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
 
 
 def show(run: Path, steps: list[StepStatus], following: str) -> None:
-    """Print the steps, the sizes and the next command."""
-    console = Console(highlight=False)
+    """Print the steps, the sizes, the jobs and the next command."""
+    Console(highlight=False, soft_wrap=True).print(render(run, steps, following))
+
+
+def watch(run: Path) -> None:
+    """Print the status and renew it every REFRESH_S seconds, until the user interrupts."""
+    console = Console(highlight=False, soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            shown = render(run, *status(run))
+            console.clear()
+            console.print(shown)
+            time.sleep(REFRESH_S)
+
+
+def render(run: Path, steps: list[StepStatus], following: str) -> RenderableType:
+    """The steps, the sizes, the jobs and the next command."""
     table = Table(title=str(run), title_justify="left")
     for heading in ("step", "state", "progress", "last losses (nat a token)"):
         table.add_column(heading)
@@ -88,18 +111,18 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
     for step in steps:
         size = size_text(step.size) if step.size else ""
         table.add_row(step.name, step.state, step.progress, _format_losses(step.losses), size)
-    console.print(table)
     parts = [f"{name} {size_text(size)}" for name, size in _other_parts(run)]
-    console.print(f"on disk: {', '.join([*parts, f'total {size_text(size_of(run))}'])}", markup=False, soft_wrap=True)
-    if preset := preset_of(run):
-        console.print(f"preset:  {preset}", markup=False, soft_wrap=True)
-    if data := data_of(run):
-        console.print(f"data:    {data}", markup=False, soft_wrap=True)
-    if kernels := read_kernels(run):
-        console.print(f"kernels: {kernels}", markup=False, soft_wrap=True)
-    if stopped := read_requeue(run):
-        console.print(f"stopped: {stopped}", markup=False, soft_wrap=True)
-    console.print(f"next:    {following}", markup=False, soft_wrap=True)
+    lines = {
+        "on disk:": ", ".join([*parts, f"total {size_text(size_of(run))}"]),
+        "preset: ": preset_of(run),
+        "data:   ": data_of(run),
+        "kernels:": read_kernels(run) or "",
+        "stopped:": read_requeue(run) or "",
+        "next:   ": following,
+    }
+    shown = [Text(f"{name} {text}") for name, text in lines.items() if text]
+    jobs = read_jobs(run)
+    return Group(table, *([jobs_table.render(jobs)] if jobs else []), *shown)
 
 
 def preset_of(run: Path) -> str:
@@ -142,21 +165,45 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
     size = size_of(run / name)
     if name == "cache":
-        progress = _shard_progress(run / name, _planned(recipe, name)) if begun else ""
+        progress = _shard_progress(run / name, planned(recipe, name)) if begun else ""
     elif summary is not None:
         progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
-        progress = f"update {lines[-1]['update']} of {_planned(recipe, name)}" if lines else ""
+        progress = _update_progress(lines, planned(recipe, name)) if lines else ""
     return StepStatus(name, state, progress, losses, size)
 
 
-def _shard_progress(root: Path, planned: int | str) -> str:
-    """Progress of the cache that was begun last."""
-    cache = newest(root)
-    return f"{len(list(cache.glob('*.tar')))} of {planned} shards" if cache else ""
+def _update_progress(lines: list[dict[str, Any]], of: int | str) -> str:
+    """How far a step is, and how long the rest takes at the pace of its newest updates."""
+    update, newest_lines = lines[-1]["update"], [line for line in lines[-WINDOW:] if "update_s" in line]
+    text = f"update {update} of {of}"
+    if not newest_lines or not isinstance(of, int):
+        return text
+    left = (of - update) * sum(line["update_s"] for line in newest_lines) / len(newest_lines)
+    return f"{text}, {duration_text(left)} left"
 
 
-def _planned(recipe: Recipe, name: str) -> int | str:
+def duration_text(seconds: float) -> str:
+    """93784 -> "26 h 03 min"; below an hour minutes, below a minute seconds."""
+    minutes = int(seconds) // 60
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes else f"{int(seconds)} s"
+
+
+def _shard_progress(root: Path, of: int | str) -> str:
+    """Progress of the cache that was begun last; and the time left, at the pace from its first shard to its newest."""
+    if (cache := newest(root)) is None:
+        return ""
+    made = sorted(path.stat().st_mtime for path in cache.glob("*.tar"))
+    text = f"{len(made)} of {of} shards"
+    if len(made) < 2 or not isinstance(of, int) or len(made) >= of:
+        return text
+    each = (made[-1] - made[0]) / (len(made) - 1)
+    return f"{text}, {duration_text((of - len(made)) * each)} left"
+
+
+def planned(recipe: Recipe, name: str) -> int | str:
     """Number of updates or cache shards of the complete step; "?" if the training data is not available."""
     training = getattr(recipe, name)
     if getattr(training, "steps", None) is not None:

@@ -1,4 +1,4 @@
-"""A rank's launcher: when it is gone, the rank stops too.
+"""A rank and its launcher: how a rank leaves, and that it stops too when its launcher is gone.
 
 Launchers end their ranks when they fail, and when they are asked to end. Killed outright (SIGKILL, out of memory, and
 `deepspeed` by a SIGTERM) they leave them behind: these would train on, hold their GPUs, and write what the next start
@@ -32,6 +32,24 @@ GRACE_S = 60.0
 """How long a rank without launcher has for the end of its update and a checkpoint."""
 ORPHANED = 1
 """Exit code of a rank whose launcher is gone, and that could not stop in GRACE_S."""
+
+
+def leave(code: int) -> int:
+    """End the process at once under a launcher; elsewhere return the exit code.
+
+    After a failure other ranks may be waiting in a collective for this one. After success, a thread of the
+    communication library now and then outlives the process group and aborts the interpreter on its way out ("terminate
+    called without an active exception", seen on gloo): all work is done by then, but the next job would not start.
+    Under mpirun a rank that succeeds takes its leave of MPI first: mpirun takes one that does not for a failure.
+    """
+    if "RANK" not in os.environ:
+        return code
+    mpi = sys.modules.get("mpi4py.MPI")
+    if code == 0 and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end_with_the_launcher() -> None:

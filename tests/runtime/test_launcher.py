@@ -1,6 +1,7 @@
 """Ranks end with their launcher, and with nothing else."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,3 +87,17 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path, program, ends):
 
 def test_a_process_without_launcher_is_left_alone():
     assert launchers(psutil.Process(os.getpid())) == []
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_mpirun_ends_with_the_code_its_ranks_leave_with(code):
+    """Ranks that had called MPI_Init and left by os._exit(0) were taken for failed: mpirun ended with 1."""
+    beside = Path(sys.executable).with_name("mpirun")
+    program = str(beside) if beside.is_file() else shutil.which("mpirun")
+    if program is None:
+        pytest.skip("no mpirun: pip install 'vlsi[mpi]'")
+    rank = f"from mpi4py import MPI; from pipeline.runtime.launcher import leave; leave({code})"
+    root = {"RANK": "0", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [program, "-n", "2", "--oversubscribe", sys.executable, "-c", rank]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | root, capture_output=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr.decode()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_prep.schema import DataError
 from data_prep.shards import ShardFolder, read_manifest
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Recipe
@@ -50,12 +51,18 @@ class Given:
     image: float | None = None
 
 
-def describe_samples(recipe: Recipe, given: Given, patches_per_token: float, patch_numbers: int) -> Samples:
+def describe_samples(
+    recipe: Recipe, given: Given, patches_per_token: float, patch_numbers: int, most: int = MEASURED_SAMPLES
+) -> Samples:
     """The data's numbers: the command line's, else measured on data.train.
 
-    patches_per_token, patch_numbers: of the student's image encoder. Raises RecipeError for what neither can tell.
+    patches_per_token, patch_numbers: of the student's image encoder. most: samples that are measured. Raises
+    RecipeError for what neither can tell, and where data.train cannot be read.
     """
-    found, origins = _measure(recipe, given)
+    try:
+        found, origins = _measure(recipe, given, most)
+    except DataError as error:
+        raise RecipeError(f"data.train: {error}") from None
     values = {"count": given.samples, "tokens": given.tokens, "response": given.response, "image": given.image}
     flags = {"count": "--samples", "tokens": "--tokens-per-sample", "response": "--response-tokens"}
     flags["image"] = "--image-tokens"
@@ -90,7 +97,7 @@ def describe_samples(recipe: Recipe, given: Given, patches_per_token: float, pat
     )
 
 
-def _measure(recipe: Recipe, given: Given) -> tuple[dict[str, float], dict[str, str]]:
+def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float], dict[str, str]]:
     """What data.train tells: the number of samples from its manifest, the lengths from its first samples."""
     folder, student = recipe.data.train, recipe.student.path
     if not (folder / "manifest.json").is_file():
@@ -99,14 +106,14 @@ def _measure(recipe: Recipe, given: Given) -> tuple[dict[str, float], dict[str, 
     found: dict[str, float] = {"count": manifest["samples"], "shards": len(manifest["shards"])}
     if None not in (given.tokens, given.response, given.image) or not (student / "tokenizer.json").is_file():
         return found, {"count": f"{folder}/manifest.json"}
-    lengths = _lengths(recipe, folder)
-    return found | lengths, dict.fromkeys(("count", *lengths), f"{MEASURED_SAMPLES} samples of {folder}")
+    lengths = _lengths(recipe, folder, most)
+    return found | lengths, dict.fromkeys(("count", *lengths), f"{most} samples of {folder}")
 
 
-def _lengths(recipe: Recipe, folder: Path) -> dict[str, float]:
+def _lengths(recipe: Recipe, folder: Path, most: int) -> dict[str, float]:
     """Mean and largest lengths of a part of the samples, encoded as the student gets them."""
     data, encoder = ShardFolder(folder), chat_encoder(recipe.student.path, recipe.data)
-    count = min(MEASURED_SAMPLES, len(data))
+    count = min(most, len(data))
     columns: dict[str, list[float]] = {"tokens": [], "response": [], "image": [], "pixel_bytes": []}
     for number in range(count):
         raw = data.read(number * len(data) // count)

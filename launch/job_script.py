@@ -1,0 +1,103 @@
+"""A job's sbatch script: the plain script of launch/slurm/ with this run's header and the site's lines in front."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.chain import SCRIPTS, ChainJob
+from launch.site_file import Container, Site
+from pipeline.results.jobs import FOLDER
+
+SLURM_SCRIPTS = Path(__file__).parent / "slurm"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all jobs of a chain share."""
+
+    run: Path
+    recipe: Path
+    overrides: Sequence[str]
+    partition: str | None
+    site: Site
+    python: Path
+    """The interpreter of jobs without a container."""
+    folder: Path
+    """Where the jobs start; relative paths of the recipe begin there."""
+    data_arguments: Sequence[str] = ()
+
+
+def script_path(run: Path, job: ChainJob) -> Path:
+    """Where a job's script lies in the run folder."""
+    return run / FOLDER / f"{job.name}.sbatch"
+
+
+def output_pattern(run: Path, job: ChainJob) -> Path:
+    """Where its output goes; SLURM puts numbers for %A, %a and %j."""
+    return run / FOLDER / f"{job.name}-{'%A_%a' if job.tasks else '%j'}.out"
+
+
+def render(job: ChainJob, time: str, request: Request) -> str:
+    """The script. It may be read, changed and submitted by hand with sbatch."""
+    plain = (SLURM_SCRIPTS / SCRIPTS[job.name]).read_text(encoding="utf-8").splitlines()
+    last_option = max(i for i, line in enumerate(plain) if line.startswith("#SBATCH"))
+    heading = [
+        "#!/usr/bin/env bash",
+        f"# Written by launch.submit for {request.run}, from {SLURM_SCRIPTS / SCRIPTS[job.name]}",
+        *(f"#SBATCH {option}" for option in options(job, time, request)),
+    ]
+    site = ["", f"# From the site file and the command line of launch.submit: {job.machines}", *_settings(job, request)]
+    return "\n".join([*heading, *site, *plain[last_option + 1 :]]) + "\n"
+
+
+def options(job: ChainJob, time: str, request: Request) -> list[str]:
+    """sbatch's options."""
+    site = request.site
+    partition = request.partition or site.partition
+    named = {"account": site.account, "qos": site.qos, "partition": partition}
+    found = [f"--job-name=vlsi-{job.name}", *(f"--{name}={value}" for name, value in named.items() if value)]
+    found += [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks}", f"--cpus-per-task={job.cpus}"]
+    found += [f"--gpus-per-node={job.gpus}"] if job.gpus else []
+    found += [f"--array=0-{job.tasks - 1}"] if job.tasks else []
+    found += [f"--time={time}", f"--chdir={request.folder}", f"--output={output_pattern(request.run, job)}"]
+    found += ["--open-mode=append", "--requeue"]
+    # evaluate and data go on from whole files, not from a checkpoint: nothing is to be told to them.
+    found += [f"--signal=USR1@{site.warning_s}"] if job.name in ("stage1", "cache", "stage2") else []
+    return [*found, *site.sbatch]
+
+
+def _settings(job: ChainJob, request: Request) -> list[str]:
+    site = request.site
+    lines = [f"module load {shlex.quote(module)}" for module in site.modules]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    lines += _container_lines(site.container, request.folder) if site.container else [_path_line(request.python)]
+    lines.append(f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}")
+    lines += _variables(job, request)
+    return lines
+
+
+def _variables(job: ChainJob, request: Request) -> list[str]:
+    if job.name == "data":
+        return [f"set -- {shlex.join(request.data_arguments)}"]
+    if job.name == "evaluate":
+        return [f"RUN={shlex.quote(str(request.run))}"]
+    lines = [f"RECIPE={shlex.quote(str(request.recipe))}"]
+    return [*lines, f"overrides=(--set {shlex.join(request.overrides)})"] if request.overrides else lines
+
+
+def _path_line(python: Path) -> str:
+    return f'export PATH={shlex.quote(str(python.parent))}:"$PATH"'
+
+
+def _container_lines(container: Container, folder: Path) -> list[str]:
+    mounts = [str(folder), *container.mounts]
+    if container.runtime == "apptainer":
+        binds = [word for mount in mounts for word in ("--bind", mount)]
+        command = ["apptainer", "exec", "--nv", *binds, *container.options, container.image]
+        return [f"in_container=({shlex.join(command)})"]
+    both = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+    command = [f"--container-image={container.image}", f"--container-mounts={both}", f"--container-workdir={folder}"]
+    return [f"srun_options=({shlex.join([*command, *container.options])})"]

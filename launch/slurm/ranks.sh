@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# Sourced by the job scripts: `ranks PROGRAM ...` runs a Python program as the job's ranks, `once COMMAND ...` a command
+# on the first node. What launch/submit.py writes above it may set: LAUNCH, srun_options, in_container, overrides.
+LAUNCH=${LAUNCH:-launch}  # the folder of train.py and cache.py
+[ -v srun_options ] || srun_options=()  # for a container that srun starts (Enroot): --container-image=...
+[ -v in_container ] || in_container=()  # for one that a program starts (Apptainer): apptainer exec --nv IMAGE
+[ -v overrides ] || overrides=()        # values of the recipe: --set KEY=VALUE
+REQUEUE_EXIT=75                         # pipeline.errors.REQUEUE_EXIT
+WARNED_EARLY=138                        # ended by SIGUSR1: SLURM's warning came before the program could take it
+ANSWER_S=60
+LAST_RANKS_S=60                         # how long the other ranks may take to end once one has
+
+command -v deepspeed >/dev/null || [ "${#in_container[@]}" != 0 ] || export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # srun no longer takes it from sbatch since SLURM 22.05
+# Here, not on the ranks: inside a container there may be no scontrol.
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_ADDR
+
+or_requeue() { # COMMAND...: ranks that were asked to end write a checkpoint and exit with 75; then the job comes back
+  local code=0
+  "$@" || code=$?
+  case "$code" in
+    0) return 0 ;;
+    "$REQUEUE_EXIT" | "$WARNED_EARLY") echo "the ranks were asked to end (exit code $code)" ;;
+    *)
+      if every_node_answers; then return "$code"; fi
+      echo "exit code $code, and not every node of the job runs as much as 'true': a node is gone"
+      ;;
+  esac
+  echo "job $SLURM_JOB_ID goes back to the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 120  # SLURM ends this script; to end by itself would be to fail
+}
+
+every_node_answers() { # SLURM itself notices a dead node after minutes only, when the ranks have failed for it long since
+  timeout "$ANSWER_S" srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true
+}
+
+# Not --kill-on-bad-exit=1: it would kill the other ranks as soon as the first has left with 75, and their 137 would win.
+ranks() { # PROGRAM ARGUMENT...: a Python program, on every rank
+  or_requeue srun --kill-on-bad-exit=0 --wait="$LAST_RANKS_S" "${srun_options[@]}" \
+    bash "$LAUNCH/slurm/as_rank.sh" "${in_container[@]}" python "$@"
+}
+
+once() { # COMMAND...: on the first node only
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${in_container[@]}" "$@"
+}

@@ -1,0 +1,1 @@
+"""`python -m launch.preflight`: whether the machines of a job are fit for it, before anything is loaded."""

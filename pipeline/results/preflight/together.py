@@ -1,0 +1,133 @@
+"""What ranks find out together: who is there, whether they share a folder, how fast they sum."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from pipeline.results.preflight.judge import Finding
+from pipeline.runtime.progress import size_text
+from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks, wait_for_all
+
+LIMIT_S = 55.0
+"""How long all of it may take."""
+SEEN_S = 10.0
+"""How long a file that one rank wrote may take to be seen by another: file systems cache what a folder holds."""
+ELEMENTS = 8 * 2**20
+"""Of the float32 tensor that is summed: 32 MiB."""
+TIMES = 3
+
+
+class Deadline:
+    """Ends this process with what it stood at, and exit code `code`, if it has not been called off by then."""
+
+    def __init__(self, code: int, limit_s: float = LIMIT_S):
+        self.at, self._code = "starting", code
+        self.timer = threading.Timer(limit_s, self._end, [limit_s])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def call_off(self) -> None:
+        """All is done."""
+        self.timer.cancel()
+
+    def _end(self, limit_s: float) -> None:
+        text = _who_is_missing() if self.at == JOINING else "the other ranks, or the disk, do not answer"
+        where = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+        print(f"WRONG {where}: {self.at} for {limit_s:.0f} s; {text}", file=sys.stderr, flush=True)
+        os._exit(self._code)
+
+
+JOINING = "waiting for the other ranks"
+
+
+def _who_is_missing() -> str:
+    """On the machine that the ranks meet at: which hosts have come. Elsewhere: where this rank tried to go."""
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    world = os.environ.get("WORLD_SIZE", "?")
+    if os.environ.get("RANK", "0") == "0":
+        came = Counter(
+            line.raddr.ip
+            for line in psutil.net_connections("tcp")
+            if line.status == psutil.CONN_ESTABLISHED and line.laddr.port == port and line.raddr
+        )
+        hosts = ", ".join(f"{ip} ({number})" for ip, number in came.items()) or "none"
+        return (
+            f"{world} ranks are to meet at {address}:{port}; connections are there from {hosts}. Look at the hosts "
+            "that are not named: do they resolve this address, and does a firewall let them through?"
+        )
+    try:
+        with socket.create_connection((address, port), timeout=3):
+            answer = "it answers, so look at the ranks that do not say this"
+    except OSError as error:
+        answer = (
+            f"it does not answer ({error}): MASTER_ADDR must be a name or address of rank 0 that this host resolves"
+        )
+    return f"{world} ranks are to meet at {address}:{port}; {answer}"
+
+
+def share_folder(folder: Path, ranks: Ranks) -> str:
+    """Why this rank cannot use a folder with the others; empty where it can. Every rank writes, all are seen.
+
+    Leaves nothing behind but the folder. All ranks must call.
+    """
+    (token,) = gather_lists([secrets.token_hex(4)] if ranks.first else [])
+    own = folder / f".preflight-{token}-{ranks.rank}"
+    problem = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own.write_text("seen")
+    except OSError as error:
+        problem = f"{folder} cannot be written ({error.strerror})"
+    wrote = [rank for rank, why in enumerate(gather_lists([problem])) if not why]
+    unseen = _unseen([folder / f".preflight-{token}-{rank}" for rank in wrote])
+    wait_for_all()
+    with contextlib.suppress(OSError):  # there is none
+        own.unlink()
+    if not problem and unseen:
+        problem = f"{folder} does not show what rank {unseen[0].name.rpartition('-')[2]} wrote into it"
+    return problem
+
+
+def _unseen(files: list[Path]) -> list[Path]:
+    end = time.monotonic() + SEEN_S
+    while unseen := [file for file in files if not file.is_file()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return unseen
+
+
+def sum_together(ranks: Ranks) -> Finding:
+    """A sum over all ranks: right, and how fast. Bytes a second that each rank sends and receives in a ring."""
+    if ranks.world == 1:
+        return Finding("all-reduce", True, "one rank, nothing to sum")
+    values = torch.empty(ELEMENTS, device=ranks.device)
+    took = []
+    for _ in range(TIMES + 1):  # the first one also makes the connections
+        values.fill_(ranks.rank + 1)
+        wait_for_all()
+        begun = time.monotonic()
+        sum_over_ranks(values)
+        total = float(values[-1])  # waits for the device
+        took.append(time.monotonic() - begun)
+    expected = ranks.world * (ranks.world + 1) / 2
+    right = all(gather_lists([bool((values == expected).all())]))
+    speed = 2 * (ranks.world - 1) / ranks.world * values.nbytes / max(gather_lists([min(took[1:])]))
+    text = f"{size_text(values.nbytes)} over {ranks.world} ranks by {dist.get_backend()}, {speed / 1e9:.2f} GB/s a rank"
+    if right:
+        return Finding("all-reduce", True, text)
+    return Finding(
+        "all-reduce", False, f"{text}: expected {expected:g}, found {total:g}", "test the network's adapters"
+    )

@@ -1,0 +1,218 @@
+"""launch.submit: the scripts it writes, what it leaves out, what it asks for and what it refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from running import tiny_recipe
+from tiny import write_data
+
+from launch import submit
+from launch.job_times import seconds
+from pipeline.results.jobs import read_jobs
+from pipeline.runtime.folder import mark_done
+
+# Each call's arguments become a line of calls.txt; the id is the line's number.
+SBATCH = """#!/usr/bin/env bash
+echo "$@" >> "$(dirname "$0")/calls.txt"
+[ -z "${FAIL:-}" ] || [[ "$*" != *$FAIL* ]] || { echo "sbatch: error: Invalid qos specification" >&2; exit 1; }
+wc -l < "$(dirname "$0")/calls.txt"
+"""
+SQUEUE = """#!/usr/bin/env bash
+cat "$(dirname "$0")/queue.txt" 2>/dev/null
+"""
+ASKED = ["--nodes", "4", "--time", "24:00:00"]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's commands; the folder that they lie in."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_data(tmp_path / "data", 3, shards=3)
+    values = {
+        "run": str(tmp_path / "run"),
+        "data": {"train": str(tmp_path / "data"), "held_out": str(tmp_path / "held_out")},
+        "teacher": {"path": "t"},
+        "student": {"path": "s"},
+    }
+    values |= {step: {"steps": 3, "batch_size": 4} for step in ("verbalize", "interact", "reinforce")}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def script(tmp_path, name):
+    return (tmp_path / "run" / "jobs" / f"{name}.sbatch").read_text()
+
+
+def run(recipe, *more):
+    return submit.main(["--recipe", str(recipe), *ASKED, *more])
+
+
+def test_each_job_follows_the_one_before(slurm, recipe, tmp_path, capsys):
+    assert run(recipe, "--partition", "gpu") == 0
+    calls = (slurm / "calls.txt").read_text().splitlines()
+    assert [Path(call.split()[-1]).stem for call in calls] == ["stage1", "cache", "stage2", "evaluate"]
+    assert "--dependency" not in calls[0]
+    for before, call in enumerate(calls[1:], start=1):
+        assert f"--dependency=afterok:{before} --kill-on-invalid-dep=yes" in call
+    assert [(job.name, job.id) for job in read_jobs(tmp_path / "run")] == [
+        ("stage1", "1"), ("cache", "2"), ("stage2", "3"), ("evaluate", "4"),
+    ]  # fmt: skip
+    assert "python -m pipeline status" in capsys.readouterr().out
+
+
+def test_the_scripts_are_the_plain_ones_with_this_runs_header(recipe, tmp_path, capsys):
+    assert run(recipe, "--partition", "gpu", "--set", "seed=3", "teacher.layers=[1, 2]", "--dry-run") == 0
+    for name in ("stage1", "cache", "stage2", "evaluate"):
+        text = script(tmp_path, name)
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+        assert {"--requeue", "--time=24:00:00", "--partition=gpu", "--gpus-per-node=8"} <= set(options)
+        assert len({option.partition("=")[0] for option in options}) == len(options)  # none of the plain script's left
+        assert ("--signal=USR1@600" in options) == (name != "evaluate")
+    stage1 = script(tmp_path, "stage1")
+    assert "#SBATCH --nodes=4\n" in stage1 and "#SBATCH --array" not in stage1
+    assert f"RECIPE={recipe}\noverrides=(--set seed=3 'teacher.layers=[1, 2]')\n" in stage1
+    plain = (Path(submit.__file__).parent / "slurm" / "stage1.sbatch").read_text()
+    assert stage1.endswith(plain.partition("\nset -euo pipefail\n")[2])
+    assert "#SBATCH --nodes=1\n" in script(tmp_path, "cache") and "#SBATCH --array=0-3\n" in script(tmp_path, "cache")
+    assert "without --dry-run" in capsys.readouterr().out and read_jobs(tmp_path / "run") == []
+
+
+def test_a_site_file_reaches_every_job(recipe, tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "account: lab\nqos: long\npartition: h100\nsbatch: [--constraint=ib]\nmodules: [cuda/12.8]\nwarning_s: 300\n"
+        "environment: {NCCL_SOCKET_IFNAME: ib0, MESSAGE: 'two words'}\n"
+        "container: {runtime: apptainer, image: /images/vlsi.sif, mounts: [/data]}\n"
+    )
+    assert run(recipe, "--site", str(site), "--dry-run") == 0
+    text = script(tmp_path, "stage2")
+    for option in ("account=lab", "qos=long", "partition=h100", "constraint=ib", "signal=USR1@300"):
+        assert f"#SBATCH --{option}\n" in text
+    assert "module load cuda/12.8\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
+    inside = f"in_container=(apptainer exec --nv --bind {os.getcwd()} --bind /data /images/vlsi.sif)\n"
+    assert inside in text and str(Path(sys.executable).parent) not in text
+    site.write_text("container: {runtime: enroot, image: lab/vlsi:1, mounts: ['/data', '/a:/b']}\n")
+    assert run(recipe, "--site", str(site), "--dry-run") == 0
+    text = script(tmp_path, "stage2")
+    assert f"--container-image=lab/vlsi:1 --container-mounts={os.getcwd()}:{os.getcwd()},/data:/data,/a:/b" in text
+
+
+def test_a_site_file_with_a_slip_is_refused_whole(recipe, tmp_path, capsys):
+    site = tmp_path / "site.yaml"
+    site.write_text("acount: lab\nwarning_s: 5\ncontainer: {runtime: docker, image: x, mount: []}\n")
+    assert run(recipe, "--site", str(site), "--dry-run") == 2
+    said = capsys.readouterr().err
+    assert "4 problem(s) in the site file" in said
+    assert "'acount'; did you mean 'account'?" in said and "'container.mount'; did you mean 'mounts'?" in said
+    assert "warning_s: " in said and "container.runtime: " in said
+
+
+def test_what_is_done_is_left_out(slurm, recipe, tmp_path, capsys):
+    folder = tmp_path / "run"
+    mark_done(folder / "verbalize", {"updates": 3})
+    mark_done(folder / "cache", {"folder": "sampled-1", "shards": 2, "bytes": 1})
+    assert run(recipe) == 0
+    assert [job.name for job in read_jobs(folder)] == ["cache", "stage2", "evaluate"]  # a third shard has come
+    mark_done(folder / "cache", {"folder": "sampled-1", "shards": 3, "bytes": 1})
+    assert run(recipe) == 0
+    assert [job.name for job in read_jobs(folder)] == ["stage2", "evaluate"]
+    mark_done(folder / "reinforce", {"updates": 3})
+    (folder / "student").mkdir()
+    (folder / "student" / "config.json").touch()
+    (folder / "evaluation.json").touch()
+    capsys.readouterr()
+    assert run(recipe) == 0 and "nothing to do: all is done" in capsys.readouterr().out
+
+
+def test_data_is_made_first_where_it_is_asked_for(slurm, recipe, tmp_path, capsys):
+    (tmp_path / "data" / "manifest.json").unlink()
+    assert run(recipe) == 2
+    assert "and no job is asked to make it; add what python -m data_prep shard takes" in capsys.readouterr().err
+    assert run(recipe, "--data-ranks", "16", "--", "--source", "llava", "--input", "my file.json") == 0
+    text = script(tmp_path, "data")
+    assert "#SBATCH --ntasks-per-node=16\n" in text and "--gpus-per-node" not in text
+    assert "set -- --source llava --input 'my file.json'\n" in text
+
+
+def test_times_come_from_the_command_line_or_the_plan_or_are_asked_for(recipe, tmp_path, capsys):
+    asked = ["--recipe", str(recipe), "--nodes", "4", "--dry-run"]
+    assert submit.main(asked) == 2  # no models here, so no plan
+    assert "the plan cannot tell the times" in (said := capsys.readouterr().err)
+    assert "Add --time stage1=HH:MM:SS --time cache=HH:MM:SS --time stage2=HH:MM:SS" in said
+    stages = ["--time", "stage1=1-00:00:00", "--time", "cache=90", "--time", "stage2=12:00:00"]
+    assert submit.main([*asked, *stages]) == 2
+    assert "no plan tells how long evaluate takes; add --time evaluate=HH:MM:SS" in capsys.readouterr().err
+    assert submit.main([*asked, *stages, "--time", "4:00:00"]) == 0
+    assert "#SBATCH --time=1-00:00:00\n" in script(tmp_path, "stage1")
+    assert "#SBATCH --time=4:00:00\n" in script(tmp_path, "evaluate")
+    with pytest.raises(SystemExit):
+        submit.main([*asked, "--time", "stage3=4:00:00"])
+    assert "JOB of data, stage1, cache, stage2, evaluate, found 'stage3=4:00:00'" in capsys.readouterr().err
+
+
+def test_the_plans_hours_follow_the_machines(tmp_path, tiny_models):
+    """The scripts once had fixed times: 12 h for a stage 1 that takes 15 on four times the machines."""
+    path = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", write_data(tmp_path / "data", 16), verbalize={"steps": 10**7})
+    (tmp_path / "site.yaml").write_text("gpu_tflops: 0.0005")  # computing, not the network, takes the time
+    hours = {}
+    for nodes in (1, 4):
+        asked = ["--recipe", str(path), "--nodes", str(nodes), "--site", str(tmp_path / "site.yaml"), "--dry-run"]
+        assert submit.main(asked) == 0
+        (line,) = [line for line in script(tmp_path, "stage1").splitlines() if line.startswith("#SBATCH --time=")]
+        hours[nodes] = int(line.partition("=")[2].removesuffix(":00:00"))
+    assert 3.9 < hours[1] / hours[4] < 4.1
+
+
+def test_a_time_that_leaves_no_room_for_the_warning_is_refused(recipe, capsys):
+    """SLURM would send the signal at once, and the job would only ever go back to the queue."""
+    assert submit.main(["--recipe", str(recipe), "--nodes", "4", "--time", "15", "--dry-run"]) == 2
+    assert "--time stage1=15: expected at least twice the 600 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:10", 95410)],
+)
+def test_a_time_is_read_as_sbatch_reads_it(time, expected):
+    assert seconds(time) == expected
+
+
+def test_a_second_chain_on_a_run_is_refused(slurm, recipe, capsys):
+    assert run(recipe) == 0
+    (slurm / "queue.txt").write_text("\x1f".join(["2_0", "RUNNING", "None", "0", "1:00", "0", "\n"]))
+    assert run(recipe) == 2
+    assert "has jobs in the queue already: cache 2_0 (RUNNING). Wait for them, or end them: scancel 2_0" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_slurm_refuses_is_said_with_what_is_in_the_queue(slurm, recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FAIL", "stage2")
+    assert run(recipe) == 2
+    said = capsys.readouterr().err
+    assert "SLURM refused the job stage2: sbatch: error: Invalid qos specification" in said
+    assert "--site" in said and said.strip().endswith("scancel 1 2")
+    assert [job.name for job in read_jobs(tmp_path / "run")] == ["stage1", "cache"]
+
+
+def test_without_slurm_other_ways_are_named(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert run(recipe) == 2
+    assert "no sbatch here" in (said := capsys.readouterr().err) and "--dry-run" in said and "--hostfile" in said
