@@ -30,7 +30,10 @@ def run(job: Job) -> Engine | None:
         job.say(f"{NAME}: already done, in {folder}")
         return None
     chat_encoders = encoders(recipe, ROLES)
-    vocab = shared_vocabulary(recipe, chat_encoders)
+    common = shared_vocabulary(recipe, chat_encoders)
+    if (note := common.describe()) is not None:
+        job.say(f"{NAME}: {note}")
+    vocab = common.size
     with sharded_loading(recipe, recipe.verbalize) as add_to:
         sides = {
             role: load_untrained(

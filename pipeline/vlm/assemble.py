@@ -17,7 +17,7 @@ from pipeline.vlm.image_size import PixelLimits
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verb_ffns import AddTo, initial_verb_ffns, stored_verb_ffns, whole_beside
 from pipeline.vlm.verbalizer import VerbalizedVLM
-from pipeline.vlm.vocabulary import common_vocabulary
+from pipeline.vlm.vocabulary import CommonVocabulary, common_vocabulary
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -45,8 +45,8 @@ def chat_encoder(folder: Path, data: Data, dtype: torch.dtype = torch.float32) -
     return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels), dtype)
 
 
-def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
-    """Size of the common vocabulary of both models. Raises RecipeError where their tokenizers differ."""
+def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> CommonVocabulary:
+    """The common vocabulary of both models. Raises RecipeError where an id means different tokens to them."""
     rows = [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)]
     return common_vocabulary(made["teacher"].processor.tokenizer, made["student"].processor.tokenizer, *rows)
 
