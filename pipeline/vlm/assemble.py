@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from pipeline.recipe.checks import target_layers
 from pipeline.recipe.schema import Data, Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
-from pipeline.vlm.families import text_config
 from pipeline.vlm.image_size import PixelLimits
+from pipeline.vlm.parts import text_config
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verb_ffns import AddTo, initial_verb_ffns, stored_verb_ffns, whole_beside
 from pipeline.vlm.verbalizer import VerbalizedVLM
@@ -55,7 +55,7 @@ def load_untrained(
     model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int, add_to: AddTo = whole_beside
 ) -> VerbalizedVLM:
     """A backbone with untrained verbalizers on its target layers. Under ZeRO-3: inside sharded_loading, its add_to."""
-    backbone, layers = load_vlm(model.path, dtype, recipe.attention), target_layers(model)
+    backbone, layers = load_vlm(model.path, dtype, recipe.attention, parts=model.parts), target_layers(model)
     width, form = int(text_config(backbone).hidden_size), recipe.verbalizer.form
     ffns = initial_verb_ffns(layers, width, form, dtype, seed, add_to(backbone))
     return VerbalizedVLM(backbone, layers, ffns, vocab)
@@ -68,7 +68,7 @@ def load_trained(
 
     Raises RecipeError if they are for other layers or another form.
     """
-    backbone = load_vlm(model.path, dtype, recipe.attention)
+    backbone = load_vlm(model.path, dtype, recipe.attention, parts=model.parts)
     return _with_stored(backbone, model, recipe, vocab, dtype, verb_ffns, add_to)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.recipe.schema import ModelParts, Recipe, StudentTraining
 from pipeline.vlm.attention import check_attention, check_family_attention
-from pipeline.vlm.families import decoder_layers, family, set_trainable
 from pipeline.vlm.lora import add_lora
+from pipeline.vlm.parts import decoder_layers, lm_head, parts_of, recognise, set_trainable
 
 
 def load_vlm(
@@ -26,12 +26,13 @@ def load_vlm(
     dtype: torch.dtype,
     attention: str = "sdpa",
     device_map: Mapping[str, Any] | None = None,
+    parts: ModelParts | None = None,
 ) -> nn.Module:
     """Load a Hugging Face VLM folder. Inside sharded_loading, ZeRO-3 shards it as it loads.
 
     attention: as in the recipe. device_map: {module name: device} to load onto, "" for the whole model; None: onto the
-    CPU. Raises RecipeError if the attention cannot be had here, before anything is loaded; also if the folder is no
-    VLM, its family is unknown, or its weights do not fit its config.
+    CPU. parts: those that the recipe names. Raises RecipeError if the attention cannot be had here, before anything is
+    loaded; also if the folder is no VLM, a part of it is not recognised, or its weights do not fit its config.
     """
     check_attention(attention, dtype)
     try:
@@ -49,7 +50,7 @@ def load_vlm(
     absent = sorted(report.get("missing_keys") or ())
     if absent:
         raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
-    family(model)
+    recognise(model, parts)
     _forget_unused_renamings(model)
     return model
 
@@ -59,7 +60,7 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
 
     Parameters that train require gradients; LoRA adapters are added.
     """
-    model: Any = load_vlm(folder, dtype, recipe.attention)
+    model: Any = load_vlm(folder, dtype, recipe.attention, parts=recipe.student.parts)
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
     else:
@@ -83,8 +84,21 @@ def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[i
     # that gradient checkpointing runs again, without the hook: so they are gathered behind the model.
     late = torch.is_grad_enabled()
     with _captured(model, layers, (lambda hidden: hidden) if late else gather) as states:
-        model.model(**inputs, use_cache=False)  # type: ignore[operator]  # the model without its head
+        _run_body(model, inputs)
     return [gather(states[layer]) if late else states[layer] for layer in layers]
+
+
+def _run_body(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Run the model without its head; where the two are one module, the head sees a single token of the batch."""
+    body = parts_of(model).body
+    if body:
+        model.get_submodule(body)(**inputs, use_cache=False)
+        return
+    handle = lm_head(model).register_forward_pre_hook(lambda _head, hidden: (hidden[0][:1, :1], *hidden[1:]))
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
 
 
 def _forget_unused_renamings(model: Any) -> None:

@@ -8,7 +8,7 @@ from tiny import KINDS, MORE_KINDS, chats
 from torch.nn import functional as F
 
 from pipeline.vlm.backbone import load_vlm, run_backbone
-from pipeline.vlm.families import decoder_layers, final_norm, image_parts, set_trainable
+from pipeline.vlm.parts import decoder_layers, final_norm, image_parts, set_trainable
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 from pipeline.vlm.verb_ffns import initial_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM, VerbFFN

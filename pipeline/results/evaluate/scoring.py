@@ -20,7 +20,7 @@ from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left
 from pipeline.runtime.data.batches import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress
 from pipeline.vlm.backbone import run_backbone
-from pipeline.vlm.families import final_norm, text_config
+from pipeline.vlm.parts import final_norm, text_config
 from pipeline.vlm.placement import Devices
 from pipeline.vlm.processing import Encoded, collate
 from pipeline.vlm.verbalizer import LanguageHead

@@ -26,7 +26,7 @@ from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPredictio
 from pipeline.results.workers import Machine, free_memory
 from pipeline.runtime.folder import done, trained_verb_ffns
 from pipeline.vlm.assemble import vocabulary_rows
-from pipeline.vlm.families import decoder_layers, text_config
+from pipeline.vlm.parts import decoder_layers, text_config
 from pipeline.vlm.placement import Devices
 from pipeline.vlm.verb_ffns import stored_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
