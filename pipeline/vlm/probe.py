@@ -36,6 +36,8 @@ from pipeline.vlm.parts import (
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
 from pipeline.vlm.structure import not_recognised
 
+ANSWER = "A cat."
+"""The response of the probe's chats."""
 SCALES = re.compile(r"(logits?|lm_head|output)_?(scale|scaling|multiplier)$")
 """Fields of a text config that scale the logits in some family: by themselves or by their inverse."""
 CAPS = re.compile(r"(final_)?logits?_soft_?cap(ping)?$")
@@ -56,7 +58,6 @@ class _Seen:
     """Image parts that took no part in it."""
 
 
-@torch.no_grad()
 def check_parts(model: nn.Module, encoder: ChatEncoder, layers: Sequence[int], device: Any, dtype: torch.dtype) -> None:
     """Check a loaded model's parts on a probe, and keep what it does to its logits.
 
@@ -64,7 +65,12 @@ def check_parts(model: nn.Module, encoder: ChatEncoder, layers: Sequence[int], d
     the same modules on the same probe. Two forwards of three short chats. Raises RecipeError naming the first part
     that is not what it was taken for.
     """
-    batch = probe(encoder).to(device, dtype)
+    check_on(model, probe(encoder).to(device, dtype), layers)
+
+
+@torch.no_grad()
+def check_on(model: nn.Module, batch: Batch, layers: Sequence[int]) -> None:
+    """As check_parts, on a probe that probe_batch has made, moved to the model's device."""
     was = model.training
     model.eval()
     try:
@@ -80,21 +86,32 @@ def check_parts(model: nn.Module, encoder: ChatEncoder, layers: Sequence[int], d
 
 
 def probe(encoder: ChatEncoder) -> Batch:
-    """Three rows: a chat with an image, the same with another last word, a chat of text.
-
-    The first two have the same tokens up to the last that is predicted: their states must be equal there.
-    """
+    """The probe of a model's own processor. Raises RecipeError where its response tokens are not the response."""
     long = copy.copy(encoder)
     long.max_length = 2**31  # the probe must not be cut where a recipe's chats are
     question = [{"type": "text", "text": "What is in it?"}]
     image = long("probe", _chat([{"type": "image"}, *question]), [_png()])
     text = long("probe", _chat(question), [])
+    for sample in (image, text):
+        said = encoder.processor.tokenizer.decode(sample.response_ids)
+        if not said.strip().startswith(ANSWER):
+            raise RecipeError(
+                f"the tokens of the response {ANSWER!r} read {said!r}: this model's processor changes the text of a "
+                "chat after its template, so the response cannot be found in it"
+            )
+    return probe_batch(image, text)
+
+
+def probe_batch(image: Encoded, text: Encoded) -> Batch:
+    """Three rows: a chat with an image, the same with another last response token, a chat of text.
+
+    The first two have the same tokens up to the last that is predicted: their states must be equal there.
+    """
     return collate([image, _with_another_end(image), text], image, pad_id=0)
 
 
 def _chat(question: list[dict[str, str]]) -> list[Message]:
-    answer = [{"type": "text", "text": "A cat."}]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
 
 
 def _png() -> bytes:

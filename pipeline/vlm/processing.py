@@ -175,7 +175,8 @@ class ChatEncoder:
                     return_mm_token_type_ids=True,
                 )
             )
-        replaced = (features.pop("text_replacement_offsets", None) or [[]])[0]
+        replaced = features.pop("text_replacement_offsets", ())
+        replaced = replaced[0] if len(replaced) else []  # InternVL's are a tensor where there is none
         if len(replaced) != len(pictures):
             raise SampleError(f"the chat template keeps the places of {len(replaced)} of {len(pictures)} images")
         return features, replaced

@@ -125,8 +125,12 @@ def _norm(model: Any, layers: str, named: str | None) -> str:
 
 def _head(model: Any, named: str | None) -> str:
     part = model.get_output_embeddings() if named is None else model.get_submodule(_existing(model, "head", named))
-    if not isinstance(part, nn.Linear):
-        raise not_recognised(model, "head", f"expected a linear layer, found {type(part).__name__}")
+    config = model.config.get_text_config()
+    width, rows = getattr(config, "hidden_size", 0), getattr(config, "vocab_size", 0)
+    if not isinstance(part, nn.Linear) or part.in_features != width or part.out_features < rows:
+        sizes = f" from {part.in_features} to {part.out_features}" if isinstance(part, nn.Linear) else ""
+        found = type(part).__name__ + sizes
+        raise not_recognised(model, "head", f"expected a linear layer from {width} to {rows} or more, found {found}")
     return name_of(model, part) or ""
 
 
