@@ -99,7 +99,7 @@ class _SmolVLM(SmolVLMProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = None
 
-    def apply_chat_template(self, conversation, chat_template=None, **options):
+    def apply_chat_template(self, conversation, chat_template=None, **options):  # type: ignore[override]
         """Without asking the video processor how many frames a video has."""
         return ProcessorMixin.apply_chat_template(self, conversation, chat_template, **options)
 
