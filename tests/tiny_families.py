@@ -216,7 +216,7 @@ def _ovis2(layers: int, width: int):
     return config, tf.Ovis2Processor(images, tokenizer, image_seq_length=4, chat_template=template)
 
 
-MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
 HYBRID = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_conv_kernel_dim": 2, "full_attention_interval": 2,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ModelParts, Recipe, StudentTraining
@@ -37,13 +37,14 @@ def load_vlm(
     check_attention(attention, dtype)
     try:
         check_family_attention(attention, folder)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            device_map=None if device_map is None else dict(device_map),
-            output_loading_info=True,
-        )
+        with _whole_shapes():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=None if device_map is None else dict(device_map),
+                output_loading_info=True,
+            )
         model, report = loaded
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder} could not be loaded as an image-text-to-text model: {error}") from error
@@ -99,6 +100,27 @@ def _run_body(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         model(**inputs, use_cache=False)
     finally:
         handle.remove()
+
+
+@contextmanager
+def _whole_shapes() -> Iterator[None]:
+    """While a model loads, let transformers see the whole shape of a parameter that ZeRO-3 has cut to nothing.
+
+    transformers 5.24 transposes a family's experts (Qwen3-VL's) unless the file's have the parameter's shape already,
+    and cuts others at its sizes: under ZeRO-3 it would transpose what is right as it is, silently where it is square.
+    """
+
+    def get_parameter(model: nn.Module, name: str) -> Tensor:
+        parameter = nn.Module.get_parameter(model, name)
+        shape = getattr(parameter, "ds_shape", None)
+        return parameter if shape is None else torch.empty(shape, dtype=parameter.dtype, device="meta")
+
+    assert "get_parameter" not in vars(PreTrainedModel), "transformers has its own: see whether it knows ZeRO-3 now"
+    PreTrainedModel.get_parameter = get_parameter  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del PreTrainedModel.get_parameter
 
 
 def _forget_unused_renamings(model: Any) -> None:

@@ -106,7 +106,7 @@ def _layers(model: Any, named: str | None) -> str:
         raise not_recognised(model, "decoder", f"{prefix or 'the model'} holds no list of its {depth} decoder layers")
     least = min(name.count(".") for name, _ in lists)
     outer = [name for name, _ in lists if name.count(".") == least]
-    preferred = [name for name in outer if name.endswith("layers")] or outer
+    preferred = [name for name in outer if name.rpartition(".")[2] == "layers"] or outer
     if len(preferred) > 1:
         raise not_recognised(model, "decoder", f"{' and '.join(preferred)} are both lists of {depth} layers")
     return preferred[0]
@@ -125,6 +125,8 @@ def _norm(model: Any, layers: str, named: str | None) -> str:
 
 def _head(model: Any, named: str | None) -> str:
     part = model.get_output_embeddings() if named is None else model.get_submodule(_existing(model, "head", named))
+    if part is None:  # no accessor; transformers' own name for it
+        part = next((inner for name, inner in model.named_modules() if name.rpartition(".")[2] == "lm_head"), None)
     config = model.config.get_text_config()
     width, rows = getattr(config, "hidden_size", 0), getattr(config, "vocab_size", 0)
     if not isinstance(part, nn.Linear) or part.in_features != width or part.out_features < rows:
