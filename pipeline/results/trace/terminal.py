@@ -165,7 +165,8 @@ def load_traced_model(
     traced_model: TracedModel, run: Path, recipe: Recipe, devices: Devices = ()
 ) -> tuple[Vlm, VerbalizedVLM]:
     """Load a model with its trained verbalizers. Raises RecipeError if they do not fit each other."""
-    vlm = load(traced_model.backbone, recipe.data, devices, recipe.attention)
+    role = recipe.teacher if traced_model.name == "teacher" else recipe.student
+    vlm = load(traced_model.backbone, recipe.data, devices, recipe.attention, role.parts)
     layers = target_layers(Model(path=traced_model.backbone, layers=traced_model.layers))
     width = int(text_config(vlm.model).hidden_size)
     ffns = stored_verb_ffns(traced_model.verb_ffns, layers, width, recipe.verbalizer.form, vlm.dtype)
