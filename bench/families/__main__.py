@@ -50,6 +50,7 @@ def try_family(kind: str) -> Tried:
             return Tried(kind, "not tried", f"its config still has {weights:,} weights when shrunk")
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config).eval()
+        _move_constants(model)
     except Exception as error:  # whatever transformers raises
         return Tried(kind, "not tried", f"no small model: {_short(error)}")
     try:
@@ -67,6 +68,14 @@ def try_family(kind: str) -> Tried:
     except Exception as error:
         return Tried(kind, "not tried", f"the probe does not run: {_short(error)}")
     return Tried(kind, "verified", _needed(model, parts))
+
+
+@torch.no_grad()
+def _move_constants(model: torch.nn.Module) -> None:
+    """What starts at 0 or 1 everywhere, as norms do, would hide an offset, or another norm in its place."""
+    for weight in model.parameters():
+        if weight.is_floating_point() and weight.numel() > 1 and weight.min() == weight.max():
+            weight.add_(torch.randn_like(weight) * 0.1)
 
 
 def _needed(model: torch.nn.Module, parts: Parts) -> str:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, SampleError
 from pipeline.signal import Unembedding
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.chat_template import Message
@@ -86,12 +86,20 @@ def check_on(model: nn.Module, batch: Batch, layers: Sequence[int]) -> None:
 
 
 def probe(encoder: ChatEncoder) -> Batch:
-    """The probe of a model's own processor. Raises RecipeError where its response tokens are not the response."""
+    """The probe of a model's own processor.
+
+    Raises RecipeError where the processor refuses it, or its response tokens are not the response.
+    """
     long = copy.copy(encoder)
     long.max_length = 2**31  # the probe must not be cut where a recipe's chats are
     question = [{"type": "text", "text": "What is in it?"}]
-    image = long("probe", _chat([{"type": "image"}, *question]), [_png()])
-    text = long("probe", _chat(question), [])
+    try:
+        image = long("probe", _chat([{"type": "image"}, *question]), [_png()])
+        text = long("probe", _chat(question), [])
+    except SampleError as error:
+        raise RecipeError(
+            f"this model's processor must take chats with an image and chats without, and it does not: {error}"
+        ) from error
     for sample in (image, text):
         said = encoder.processor.tokenizer.decode(sample.response_ids)
         if not said.strip().startswith(ANSWER):
@@ -227,14 +235,15 @@ def _check_layers(model: nn.Module, captured: dict[int, Tensor], seen: _Seen, ba
 
 
 def _check_causal(model: nn.Module, states: Sequence[Tensor], batch: Batch) -> None:
-    """No position sees the token that it predicts: the first two rows differ in the last response token alone."""
+    """No position sees the token that it predicts, and no chat another: two rows differ in their last token alone."""
     first, second = batch.counts[:2]
     for state in states:
         error = _error(state[first : first + second], state[:first])
         if not error <= 1:
             raise RecipeError(
-                f"model_type '{model.config.model_type}' sees the response that it is to predict: its attention is "  # type: ignore[union-attr]
-                f"not causal there, {_times(error)}. Its processor must mark the response (token_type_ids)"
+                f"model_type '{model.config.model_type}' computes two chats differently before the token in which they "  # type: ignore[union-attr]
+                f"differ, {_times(error)}: it sees the response that it is to predict, which its processor must mark "
+                "(token_type_ids), or one chat of a batch changes another"
             )
 
 

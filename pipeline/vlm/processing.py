@@ -92,7 +92,10 @@ def load_processor(folder: Path | str) -> Any:
     except (ImportError, ValueError, OSError, AttributeError, TypeError) as error:
         processor = load_image_only(folder)
         if processor is None:
-            raise RecipeError(f"no processor could be built from {folder}: {error}") from error
+            reason = " ".join(str(error).split())  # transformers' runs over several lines
+            if "torchvision" in reason.lower():
+                reason += " Install the one that belongs to this torch: pip install torchvision"
+            raise RecipeError(f"no processor could be built from {folder}: {reason}") from error
         return processor
 
 

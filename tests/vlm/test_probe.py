@@ -6,15 +6,16 @@ import math
 
 import pytest
 import torch
-from tiny import chats
-from tiny_families import FAMILIES, write_family
+import transformers as tf
+from tiny import CHAT, chats
+from tiny_families import FAMILIES, _tokenizer, write_family
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ModelParts
 from pipeline.steps.reinforce import Finetuned
 from pipeline.vlm.backbone import load_vlm, run_backbone
 from pipeline.vlm.parts import LogitRule, image_parts, logit_rule, may_be_unused, parts_of, recognise, set_trainable
-from pipeline.vlm.probe import check_on, check_parts, probe_batch
+from pipeline.vlm.probe import check_on, check_parts, probe, probe_batch
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 
 TARGETS = (1, 2)
@@ -135,6 +136,18 @@ def test_attention_that_sees_the_response_is_refused(tmp_path):
     image.inputs["token_type_ids"] = image.response[None].long()
     with pytest.raises(RecipeError, match="sees the response that it is to predict"):
         check_on(model, probe_batch(image, text), TARGETS)
+
+
+def test_a_processor_that_takes_no_chat_of_text_is_refused(tmp_path):
+    """PaliGemma's; it also puts a token behind the images, after the template, so that no span of the text is right."""
+    tokenizer = _tokenizer(image_token="<image>")
+    tokenizer.bos_token = "<|im_start|>"
+    images = tf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    template = CHAT.replace("IMAGE", "<image>")
+    encoder = ChatEncoder(tf.PaliGemmaProcessor(images, tokenizer, chat_template=template), 512)
+    with pytest.raises(RecipeError, match="must take chats with an image and chats without.* are expected"):
+        probe(encoder)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
