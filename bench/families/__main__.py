@@ -29,6 +29,23 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 LARGEST = 300_000_000
 """Weights of a model that is still shrunk enough to be built."""
 
+EXPLANATION = """
+Each model is built from its family's default config, shrunk, with random weights, and run on a chat with
+random pixels and on one of text, as `pipeline/vlm/probe.py` does with each model that is loaded.
+*verified*: its parts are what they were taken for. *refused*: the pipeline says so at load, with its reason.
+*not tried*: this command could make no small model, or no image for it; a real one may still work.
+
+The pipeline encodes chats with the model's own processor, which this sweep does without. Tiny models with
+their processors go through both stages, export, `evaluate` and `trace` on two ranks under ZeRO-3 in the tests:
+qwen2_vl, llava_onevision, gemma3 and qwen3_vl_moe in every run; qwen3_5, idefics3, smolvlm, llava_next,
+internvl and ovis2 with `make test ARGS='-m families tests/distributed/test_whole_families.py'`.
+
+Without torchvision transformers builds no processor of cohere2_vision, lfm2_vl, llama4 and mistral3; the error
+says what to install. Those of Qwen's families, llava_onevision, internvl and smolvlm are then built without
+their video part.
+""".strip().splitlines()
+"""What the page says above its table."""
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -111,10 +128,7 @@ def page(tried: list[Tried]) -> str:
         f"Made by `make families` on {datetime.date.today()}, with transformers {transformers.__version__} and torch "
         f"{torch.__version__}: **{count} of {len(tried)}** image-text-to-text families of transformers are verified.",
         "",
-        "Each model is built from its family's default config, shrunk, with random weights, and run on a chat with",
-        "random pixels and on one of text, as `pipeline/vlm/probe.py` does with each model that is loaded.",
-        "*verified*: its parts are what they were taken for. *refused*: the pipeline says so at load, with its reason.",
-        "*not tried*: this command could make no small model, or no image for it; a real one may still work.",
+        *EXPLANATION,
         "",
         "| family | outcome | what it needed, or why not |",
         "| --- | --- | --- |",

@@ -122,7 +122,8 @@ def vision_of(model: PlannedModel) -> Vision:
     config: Any = model.module.config.vision_config  # type: ignore[union-attr]
 
     def first(*names: str) -> int:  # families call the same size by different names
-        return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))
+        size = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+        return int(size[0] if isinstance(size, (list, tuple)) else size)  # InternVL: [height, width]
 
     width = first("embed_dim", "hidden_size")
     inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else first("intermediate_size")
