@@ -16,7 +16,8 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-cluster test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu ladder \
+.PHONY: help setup lock demo demo-models test test-cluster test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
+  families ladder \
   lint types clean
 
 help:  ## list the targets
@@ -71,6 +72,9 @@ bench-losses: peers  ## the losses beside their matrix products, dense torch and
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)
 	@$(RUN) python -m bench.steps.batches
+
+families: $(STAMP)  ## which model families are taken, from shrunk configs, into docs/families.md; ARGS='gemma3 llava'
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m bench.families $(ARGS)
 
 # A machine that is there for minutes has no time, and often no network, for .venv: check.sh takes what python it has.
 check-gpu:  ## kernels, tests, demo, losses, whole steps on a GPU in MINUTES=8, into OUT=; DEVICE=cpu: its twin (docs/check_gpu.md)

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 from data_prep.shards import FORMAT, shard_name, write_manifest, write_shard
 from demo.vocabulary import IMAGE_SETTINGS, MERGE, WORDS, build_tokenizer, write_processor
 from pipeline.recipe.resolve import load_recipe
-from pipeline.vlm.families import final_norm
+from pipeline.vlm.parts import final_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {"fp32": ROOT / "ds_configs" / "zero0.json", "bf16": ROOT / "ds_configs" / "zero2.json"}

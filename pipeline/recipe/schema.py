@@ -53,6 +53,25 @@ class Data(Section):
     changes the speed, not the results."""
 
 
+class ModelParts(Section):
+    """Names of a model's modules, as `model.named_modules()` has them, for a model whose parts are not recognised.
+
+    Parts are found by structure and checked on a probe before anything is trained; an error there names the field.
+    """
+
+    decoder: str | None = None
+    """The module that holds the list of the decoder layers, such as model.language_model. Left out: found."""
+    norm: str | None = None
+    """The norm between the last decoder layer and the language head. Left out: found beside the layers."""
+    head: str | None = None
+    """The language head, a linear layer. Left out: the model's own output embeddings."""
+    vision: tuple[str, ...] | None = None
+    """The modules that encode images; train_vision is about these. Left out: found."""
+    projector: tuple[str, ...] | None = None
+    """The modules that map encoded images into the decoder; train_projector is about these. They may lie inside a
+    module of vision. Left out: found."""
+
+
 class Model(Section):
     """One of the two vision-language models."""
 
@@ -62,6 +81,8 @@ class Model(Section):
     """Target layers: the decoder layers that get a verbalizer, counted from 1, in increasing order. The last layer
     cannot be one: it uses the model's own head. The teacher needs more target layers than the student. Left out: every
     4th layer from 2 on, as in the paper (2, 6, ..., 26 of 28 layers; 2, 6, ..., 78 of 80)."""
+    parts: ModelParts = ModelParts()
+    """Where the model's parts are, for a model whose structure does not tell. Left out: found by structure."""
 
 
 class Verbalizer(Section):

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.errors import RecipeError, SampleError
-from pipeline.recipe.schema import Data
+from pipeline.recipe.schema import Data, ModelParts
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.chat_template import Message
 from pipeline.vlm.config import read_config
-from pipeline.vlm.families import text_config
+from pipeline.vlm.parts import text_config
 from pipeline.vlm.placement import Devices, device_map
+from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate
 
 
@@ -66,18 +67,26 @@ class Vlm:
         return prompt
 
 
-def load(folder: Path, data: Data, devices: Devices = (), attention: str = "sdpa") -> Vlm:
+def load(
+    folder: Path,
+    data: Data,
+    devices: Devices = (),
+    attention: str = "sdpa",
+    parts: ModelParts | None = None,
+) -> Vlm:
     """Load a Hugging Face folder for inference onto devices, under a recipe's limits on data and with its attention.
 
-    Without devices onto the CPU. Raises RecipeError if the folder has no model, the devices have no room for it, or its
-    attention cannot be had here.
+    Without devices onto the CPU. parts: those that the recipe names. Raises RecipeError if the folder has no model, the
+    devices have no room for it, its attention cannot be had here, or a part of it is not what it was taken for.
     """
     require_model(folder)
     encoder = chat_encoder(folder, data)
     encoder.check()
     dtype = run_dtype(folder) if devices else torch.float32
-    model: Any = load_vlm(folder, dtype, attention, placement(folder, dtype, devices)).eval()
-    return Vlm(model, encoder, model.get_input_embeddings().weight.device, dtype)
+    model: Any = load_vlm(folder, dtype, attention, placement(folder, dtype, devices), parts).eval()
+    device = model.get_input_embeddings().weight.device
+    check_parts(model, encoder, (), device, dtype)
+    return Vlm(model, encoder, device, dtype)
 
 
 def require_model(folder: Path) -> None:

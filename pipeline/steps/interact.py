@@ -41,7 +41,8 @@ from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
-from pipeline.vlm.families import decoder_layers, family, image_parts
+from pipeline.vlm.parts import decoder_layers, image_parts, may_be_unused
+from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import Batch, Encoded, load_processor
 from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
@@ -153,10 +154,11 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
         student = student_with_verbalizers(recipe, view.cache.identity.vocab, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(module(student, head), recipe, recipe.interact, job.ranks)
+    check_parts(student.backbone, chat_encoders["student"], student.layers, engine.device, engine.dtype)
     dataset = ChatDataset(data, chat_encoders, partial(_attach, view), recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.interact, len(dataset))
     forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
-    unused = (*family(student.backbone).may_be_unused, *_unreached(student, recipe.interact))
+    unused = (*may_be_unused(student.backbone), *_unreached(student, recipe.interact))
     images = image_parts(student.backbone)
     averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images)
     if recipe.interact.train_verbalizers:

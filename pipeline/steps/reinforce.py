@@ -22,7 +22,8 @@ from pipeline.runtime.shared_files import wait_for_files
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 from pipeline.vlm.backbone import load_student, run_backbone
 from pipeline.vlm.export import copy_student
-from pipeline.vlm.families import family, final_norm, image_parts
+from pipeline.vlm.parts import final_norm, image_parts, may_be_unused
+from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import Batch
 from pipeline.vlm.verbalizer import LanguageHead
 
@@ -67,10 +68,11 @@ def run(job: Job) -> None:
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
     name, loss = loss_of(recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from), loss), recipe, recipe.reinforce, job.ranks)
+    check_parts(backbone, chat_encoders["student"], (), engine.device, engine.dtype)
     data = ShardFolder(recipe.reinforce.train or recipe.data.train)
     dataset = ChatDataset(data, chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.reinforce, len(dataset))
-    forward, unused, images = _forward(engine, name), family(backbone).may_be_unused, image_parts(backbone)
+    forward, unused, images = _forward(engine, name), may_be_unused(backbone), image_parts(backbone)
     averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images)
     finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
 

@@ -17,6 +17,7 @@ from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank
 from pipeline.vlm.assemble import encoders, load_untrained, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
+from pipeline.vlm.probe import check_parts
 from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
@@ -31,7 +32,10 @@ def run(job: Job) -> Engine | None:
         job.say(f"{NAME}: already done, in {folder}")
         return None
     chat_encoders = encoders(recipe, ROLES)
-    vocab = shared_vocabulary(recipe, chat_encoders)
+    common = shared_vocabulary(recipe, chat_encoders)
+    if (note := common.describe()) is not None:
+        job.say(f"{NAME}: {note}")
+    vocab = common.size
     with sharded_loading(recipe, recipe.verbalize) as add_to:
         sides = {
             role: load_untrained(
@@ -42,6 +46,8 @@ def run(job: Job) -> Engine | None:
     # No verb-FFN has a part in another's loss: one norm for all would let the worst hold up the rest.
     apart = [block for side in sides.values() for block in side.verb_ffns.values()]
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks, clipped_apart=apart)
+    for role, side in sides.items():
+        check_parts(side.backbone, chat_encoders[role], side.layers, engine.device, engine.dtype)
     dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)

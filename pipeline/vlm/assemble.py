@@ -12,12 +12,12 @@ from pipeline.recipe.checks import target_layers
 from pipeline.recipe.schema import Data, Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.config import read_config
-from pipeline.vlm.families import text_config
 from pipeline.vlm.image_size import PixelLimits
+from pipeline.vlm.parts import text_config
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verb_ffns import AddTo, initial_verb_ffns, stored_verb_ffns, whole_beside
 from pipeline.vlm.verbalizer import VerbalizedVLM
-from pipeline.vlm.vocabulary import common_vocabulary
+from pipeline.vlm.vocabulary import CommonVocabulary, common_vocabulary
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -45,8 +45,8 @@ def chat_encoder(folder: Path, data: Data, dtype: torch.dtype = torch.float32) -
     return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels), dtype)
 
 
-def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
-    """Size of the common vocabulary of both models. Raises RecipeError where their tokenizers differ."""
+def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> CommonVocabulary:
+    """The common vocabulary of both models. Raises RecipeError where an id means different tokens to them."""
     rows = [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)]
     return common_vocabulary(made["teacher"].processor.tokenizer, made["student"].processor.tokenizer, *rows)
 
@@ -55,7 +55,7 @@ def load_untrained(
     model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int, add_to: AddTo = whole_beside
 ) -> VerbalizedVLM:
     """A backbone with untrained verbalizers on its target layers. Under ZeRO-3: inside sharded_loading, its add_to."""
-    backbone, layers = load_vlm(model.path, dtype, recipe.attention), target_layers(model)
+    backbone, layers = load_vlm(model.path, dtype, recipe.attention, parts=model.parts), target_layers(model)
     width, form = int(text_config(backbone).hidden_size), recipe.verbalizer.form
     ffns = initial_verb_ffns(layers, width, form, dtype, seed, add_to(backbone))
     return VerbalizedVLM(backbone, layers, ffns, vocab)
@@ -68,7 +68,7 @@ def load_trained(
 
     Raises RecipeError if they are for other layers or another form.
     """
-    backbone = load_vlm(model.path, dtype, recipe.attention)
+    backbone = load_vlm(model.path, dtype, recipe.attention, parts=model.parts)
     return _with_stored(backbone, model, recipe, vocab, dtype, verb_ffns, add_to)
 
 

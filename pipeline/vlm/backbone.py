@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.recipe.schema import ModelParts, Recipe, StudentTraining
 from pipeline.vlm.attention import check_attention, check_family_attention
-from pipeline.vlm.families import decoder_layers, family, set_trainable
 from pipeline.vlm.lora import add_lora
+from pipeline.vlm.parts import decoder_layers, lm_head, parts_of, recognise, set_trainable
 
 SHAPES = "ignore_mismatched_sizes"
 """In transformers' error of weights that have other shapes than the config says."""
@@ -30,25 +30,27 @@ def load_vlm(
     dtype: torch.dtype,
     attention: str = "sdpa",
     device_map: Mapping[str, Any] | None = None,
+    parts: ModelParts | None = None,
 ) -> nn.Module:
     """Load a Hugging Face VLM folder. Inside sharded_loading, ZeRO-3 shards it as it loads.
 
     attention: as in the recipe. device_map: {module name: device} to load onto, "" for the whole model; None: onto the
-    CPU. Raises RecipeError if the attention cannot be had here, before anything is loaded; also if the folder is no
-    VLM, its family is unknown, or its weights do not fit its config.
+    CPU. parts: those that the recipe names. Raises RecipeError if the attention cannot be had here, before anything is
+    loaded; also if the folder is no VLM, a part of it is not recognised, or its weights do not fit its config.
     """
     check_attention(attention, dtype)
     try:
         check_family_attention(attention, folder)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            device_map=None if device_map is None else dict(device_map),
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,  # without it, a folder's pickles are read where it has no safetensors
-        )
+        with _whole_shapes():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=None if device_map is None else dict(device_map),
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,  # without it, a folder's pickles are read where it has no safetensors
+            )
         model, report = loaded
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         # RuntimeErrors are of many kinds: out of memory, or a lost connection to another rank.
@@ -60,7 +62,7 @@ def load_vlm(
     absent = sorted(report.get("missing_keys") or ())
     if absent:
         raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
-    family(model)
+    recognise(model, parts)
     _forget_unused_renamings(model)
     return model
 
@@ -81,7 +83,7 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
 
     Parameters that train require gradients; LoRA adapters are added.
     """
-    model: Any = load_vlm(folder, dtype, recipe.attention)
+    model: Any = load_vlm(folder, dtype, recipe.attention, parts=recipe.student.parts)
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
     else:
@@ -105,8 +107,42 @@ def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[i
     # that gradient checkpointing runs again, without the hook: so they are gathered behind the model.
     late = torch.is_grad_enabled()
     with _captured(model, layers, (lambda hidden: hidden) if late else gather) as states:
-        model.model(**inputs, use_cache=False)  # type: ignore[operator]  # the model without its head
+        _run_body(model, inputs)
     return [gather(states[layer]) if late else states[layer] for layer in layers]
+
+
+def _run_body(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Run the model without its head; where the two are one module, the head sees a single token of the batch."""
+    body = parts_of(model).body
+    if body:
+        model.get_submodule(body)(**inputs, use_cache=False)
+        return
+    handle = lm_head(model).register_forward_pre_hook(lambda _head, hidden: (hidden[0][:1, :1], *hidden[1:]))
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _whole_shapes() -> Iterator[None]:
+    """While a model loads, let transformers see the whole shape of a parameter that ZeRO-3 has cut to nothing.
+
+    transformers 5.24 transposes a family's experts (Qwen3-VL's) unless the file's have the parameter's shape already,
+    and cuts others at its sizes: under ZeRO-3 it would transpose what is right as it is, silently where it is square.
+    """
+
+    def get_parameter(model: nn.Module, name: str) -> Tensor:
+        parameter = nn.Module.get_parameter(model, name)
+        shape = getattr(parameter, "ds_shape", None)
+        return parameter if shape is None else torch.empty(shape, dtype=parameter.dtype, device="meta")
+
+    assert "get_parameter" not in vars(PreTrainedModel), "transformers has its own: see whether it knows ZeRO-3 now"
+    PreTrainedModel.get_parameter = get_parameter  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del PreTrainedModel.get_parameter
 
 
 def _forget_unused_renamings(model: Any) -> None:

@@ -8,16 +8,19 @@ object of __init__, so each class writes out its own.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
+    InternVLProcessor,
     LlavaOnevisionProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
+    SmolVLMProcessor,
 )
 from transformers.processing_utils import ProcessorMixin
 
@@ -64,6 +67,43 @@ class _LlavaOnevision(LlavaOnevisionProcessor):
         self.video_processor = None
 
 
+class _InternVL(InternVLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None):
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+        self.image_seq_length = image_seq_length
+        self.start_image_token, self.end_image_token = tokenizer.start_image_token, tokenizer.end_image_token
+        self.start_image_token_id = tokenizer.start_image_token_id
+        self.end_image_token_id = tokenizer.end_image_token_id
+        self.image_token, self.video_token = tokenizer.context_image_token, tokenizer.video_token
+        self.image_token_id = tokenizer.context_image_token_id
+        either = f"(?P<image>{re.escape(self.image_token)})|(?P<video>{re.escape(self.video_token)})"
+        self.multimodal_pattern = re.compile(either)
+
+
+class _SmolVLM(SmolVLMProcessor):
+    """Without num2words too, which writes out the times of a video's frames."""
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_len=169, chat_template=None):
+        names = {
+            "fake_image_token": "<fake_token_around_image>",
+            "image_token": "<image>",
+            "end_of_utterance_token": "<end_of_utterance>",
+            "global_image_token": "<global-img>",
+            "video_token": "<video>",
+        }
+        for name, token in names.items():
+            setattr(self, name, getattr(tokenizer, name, token))
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_seq_len = image_seq_len
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+
+    def apply_chat_template(self, conversation, chat_template=None, **options):  # type: ignore[override]
+        """Without asking the video processor how many frames a video has."""
+        return ProcessorMixin.apply_chat_template(self, conversation, chat_template, **options)
+
+
 def _qwen_tokens(processor: Any, tokenizer: Any) -> None:
     names = {
         "image_token": "<|image_pad|>",
@@ -81,6 +121,8 @@ IMAGE_ONLY: dict[str, type[ProcessorMixin]] = {
     "Qwen2_5_VLProcessor": _Qwen25VL,
     "Qwen3VLProcessor": _Qwen3VL,
     "LlavaOnevisionProcessor": _LlavaOnevision,
+    "InternVLProcessor": _InternVL,
+    "SmolVLMProcessor": _SmolVLM,
 }
 for _name, _form in IMAGE_ONLY.items():
     _form.__name__ = _form.__qualname__ = _name  # saved folders carry the public class's name

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
-from pipeline.vlm.families import decoder_layers
+from pipeline.vlm.parts import decoder_layers
 
 
 def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:

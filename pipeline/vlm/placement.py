@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
 from pipeline.vlm.config import read_config
-from pipeline.vlm.families import family
+from pipeline.vlm.parts import parts_of
 
 Devices = tuple[int, ...]
 """CUDA devices of one copy of a model; (): the CPU."""
@@ -35,7 +35,6 @@ def empty_vlm(folder: Path, dtype: torch.dtype) -> nn.Module:
             model = AutoModelForImageTextToText.from_config(read_config(folder), dtype=dtype)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder} has no config of an image-text-to-text model: {error}") from error
-    family(model)
     return model
 
 
@@ -82,8 +81,8 @@ def device_map(folder: Path, dtype: torch.dtype, memory: Mapping[int, int]) -> d
     does.
     """
     model: Any = empty_vlm(folder, dtype)
-    tower = model.get_submodule(family(model).vision_tower)
-    whole = sorted({*model._no_split_modules, type(tower).__name__})
+    towers = {type(model.get_submodule(name)).__name__ for name in parts_of(model).vision}
+    whole = sorted({*model._no_split_modules, *towers})
     room = {device: int(PART_SHARE * free) for device, free in memory.items()}
     balanced = get_balanced_memory(model, max_memory=dict(room), no_split_module_classes=whole)
     found = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)

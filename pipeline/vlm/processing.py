@@ -95,7 +95,10 @@ def load_processor(folder: Path | str) -> Any:
         except Exception as another:
             raise RecipeError(f"no processor could be built from {folder}: {another!r}") from another
         if processor is None:
-            raise RecipeError(f"no processor could be built from {folder}: {error!r}") from error
+            reason = " ".join(str(error).split())  # transformers' runs over several lines
+            if "torchvision" in reason.lower():
+                reason += " Install the one that belongs to this torch: pip install torchvision"
+            raise RecipeError(f"no processor could be built from {folder}: {type(error).__name__}: {reason}") from error
         return processor
 
 
@@ -178,7 +181,8 @@ class ChatEncoder:
                     return_mm_token_type_ids=True,
                 )
             )
-        replaced = (features.pop("text_replacement_offsets", None) or [[]])[0]
+        replaced = features.pop("text_replacement_offsets", ())
+        replaced = replaced[0] if len(replaced) else []  # InternVL's are a tensor where there is none
         if len(replaced) != len(pictures):
             raise SampleError(f"the chat template keeps the places of {len(replaced)} of {len(pictures)} images")
         return features, replaced

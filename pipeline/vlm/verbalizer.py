@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.signal import Unembedding
-from pipeline.vlm.families import final_norm, lm_head, unembedding
+from pipeline.vlm.parts import final_norm, lm_head, unembedding
 
 
 class VerbFFN(nn.Module):

@@ -23,7 +23,7 @@ from pipeline.recipe.checks import target_layers
 from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.engine import Engine, sharded_loading, start, stop
 from pipeline.vlm.backbone import load_vlm
-from pipeline.vlm.families import text_config
+from pipeline.vlm.parts import text_config
 from pipeline.vlm.verb_ffns import initial_verb_ffns, stored_verb_ffns
 
 

@@ -168,7 +168,7 @@ def live_losses(recipe, run: Path) -> dict[str, float]:
     raw = [data.read(order[position].sample) for position in range(recipe.interact.batch_size)]
     encoded = [encoder(one.key, one.record["messages"], one.images) for one in raw]
     batch = collate(encoded, encoder.filler(), encoder.processor.tokenizer.pad_token_id)
-    vocab = shared_vocabulary(recipe, encoders(recipe, ["teacher", "student"]))
+    vocab = shared_vocabulary(recipe, encoders(recipe, ["teacher", "student"])).size
     verbalized, heads = {}, {}
     for role in ("teacher", "student"):
         verb_ffns = run / "verbalize" / f"{role}.safetensors"

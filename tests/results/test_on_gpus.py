@@ -13,7 +13,7 @@ from pipeline.results.evaluate.scoring import response_loss
 from pipeline.results.generate import Vlm, load
 from pipeline.results.trace.layers import trace
 from pipeline.vlm.backbone import load_vlm
-from pipeline.vlm.families import decoder_layers
+from pipeline.vlm.parts import decoder_layers
 from pipeline.vlm.placement import device_map, weight_bytes
 from pipeline.vlm.verb_ffns import initial_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM

@@ -10,7 +10,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Data
 from pipeline.results.generate import greedy, load
 from pipeline.vlm.backbone import load_vlm, run_backbone
-from pipeline.vlm.families import family
+from pipeline.vlm.parts import parts_of
 from pipeline.vlm.placement import check_fits_cpu, device_groups, device_map, weight_bytes
 
 GB = 10**9
@@ -64,7 +64,8 @@ def test_a_map_names_every_weight_once_and_cuts_no_layer(tmp_path, kind):
         (device,) = [device for part, device in found.items() if f"{name}.".startswith(f"{part}.")]
         held[device] += weight.nbytes
     assert sum(held.values()) == size and min(held.values()) > 0.2 * size
-    whole = (family(model).vision_tower, *(f"{family(model).decoder}.layers.{layer}" for layer in range(6)))
+    parts = parts_of(model)
+    whole = (*parts.vision, *(f"{parts.layers}.{layer}" for layer in range(6)))
     assert not any(part.startswith(f"{name}.") for part in found for name in whole)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from running import tiny_recipe
 from tiny import KINDS, MORE_KINDS, chats, png, turn
+from transformers.utils import is_torchvision_available
 
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.resolve import load_recipe
@@ -183,3 +187,14 @@ def _chat():
 def test_no_processor(tmp_path):
     with pytest.raises(RecipeError, match="no processor could be built from"):
         load_processor(tmp_path)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_a_processor_that_needs_torchvision_says_what_to_install(tiny_models, tmp_path):
+    """Mistral 3's: transformers has no form of it without."""
+    shutil.copytree(tiny_models["llava", "student"], tmp_path, dirs_exist_ok=True)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    with pytest.raises(RecipeError, match="no processor could be built .*: pip install torchvision") as refused:
+        load_processor(tmp_path)
+    assert "\n" not in str(refused.value).strip()

@@ -68,7 +68,8 @@ def _evaluate_one(plan: Plan, name: str, groups: Sequence[Devices]) -> dict[str,
     folder = plan.models[name]
     identity = identity_of(plan, name) if plan.output is not None else None  # hashing takes a while
     rows = list(batches(plan.indices(), plan.batch_size))
-    make = functools.partial(load_scorer, folder, plan.limits, plan.data, plan.max_new_tokens, plan.attention)
+    settings = (plan.limits, plan.data, plan.max_new_tokens, plan.attention, plan.parts.get(name))
+    make = functools.partial(load_scorer, folder, *settings)
     with Workers(make, groups[: len(rows)]) as workers:
         summary = summarize(workers.map(rows), plan, name)
     found = {"model": str(folder), **summary, "data": str(plan.data.path)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from data_prep.shards import ShardFolder
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
-from pipeline.recipe.schema import Data, Recipe
+from pipeline.recipe.schema import Data, ModelParts, Recipe
 from pipeline.results.arguments import named_model, open_non_empty, run_recipe
 from pipeline.results.generate import require_model
 from pipeline.runtime.progress import say
@@ -38,6 +38,8 @@ class Plan:
     """Name of the model that the others are compared with."""
     attention: str = "sdpa"
     """How the models compute their attention, as in the run's recipe."""
+    parts: Mapping[str, ModelParts] = field(default_factory=dict)
+    """Parts that the run's recipe names, of its models by their names."""
     processes: int | None = None
     """Largest number of processes that hold a model; None: as many as the GPUs have room for, one on a CPU."""
 
@@ -67,7 +69,12 @@ def make_plan(
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
         limits, sizes["attention"] = recipe.data, recipe.attention
-        named = _run_models(run, recipe, without_teacher) | named
+        of_run = _run_models(run, recipe, without_teacher)
+        of_role = {
+            name: recipe.teacher if name == "teacher" else recipe.student for name in of_run.keys() - named.keys()
+        }
+        sizes["parts"] = {name: model.parts for name, model in of_role.items()}
+        named = of_run | named
         data = data or recipe.data.held_out
         baseline, output = baseline or recipe.data.train, output or run / "evaluation.json"
     if not named:

@@ -13,14 +13,14 @@ import torch
 from data_prep.shards import ShardFolder
 from pipeline.errors import SampleError
 from pipeline.loss.linear_ce import token_log_probs
-from pipeline.recipe.schema import Data
+from pipeline.recipe.schema import Data, ModelParts
 from pipeline.results.evaluate.answers import Exchange, Tally, is_right, last_exchange
 from pipeline.results.evaluate.plan import Plan
 from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left
 from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress
 from pipeline.vlm.backbone import run_backbone
-from pipeline.vlm.families import final_norm, text_config
+from pipeline.vlm.parts import final_norm, text_config
 from pipeline.vlm.placement import Devices
 from pipeline.vlm.processing import Encoded, collate
 from pipeline.vlm.verbalizer import LanguageHead
@@ -70,10 +70,16 @@ class Scorer:
 
 
 def load_scorer(
-    folder: Path, limits: Data, data: ShardFolder, max_new_tokens: int, attention: str, devices: Devices
+    folder: Path,
+    limits: Data,
+    data: ShardFolder,
+    max_new_tokens: int,
+    attention: str,
+    parts: ModelParts | None,
+    devices: Devices,
 ) -> Scorer:
-    """Load a model onto devices, to score samples with it."""
-    return Scorer(load(folder, limits, devices, attention), data, max_new_tokens)
+    """Load a model onto devices, to score samples with it; parts: those that a recipe names."""
+    return Scorer(load(folder, limits, devices, attention, parts), data, max_new_tokens)
 
 
 def summarize(scores: Iterable[BatchScore], plan: Plan, name: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pipeline.loss.chunks import (
 )
 from pipeline.results.plan.models import PlannedModel, Vision, vision_of
 from pipeline.results.plan.traced import Footprint, footprint
-from pipeline.vlm.families import decoder_layers, final_norm, text_config
+from pipeline.vlm.parts import decoder_layers, final_norm, text_config
 from pipeline.vlm.verbalizer import VerbFFN
 
 WIDE = 4

@@ -14,9 +14,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import target_layers
-from pipeline.recipe.schema import Model, StudentTraining
-from pipeline.vlm.families import decoder_layers, family, image_parts, lm_head, set_trainable, text_config
+from pipeline.recipe.schema import Model, ModelParts, StudentTraining
 from pipeline.vlm.lora import add_lora
+from pipeline.vlm.parts import (
+    decoder_layers,
+    image_parts,
+    lm_head,
+    parts_of,
+    recognise,
+    set_trainable,
+    text_config,
+)
 from pipeline.vlm.verbalizer import VerbFFN
 
 
@@ -114,13 +122,14 @@ def vision_of(model: PlannedModel) -> Vision:
     config: Any = model.module.config.vision_config  # type: ignore[union-attr]
 
     def first(*names: str) -> int:  # families call the same size by different names
-        return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))
+        size = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+        return int(size[0] if isinstance(size, (list, tuple)) else size)  # InternVL: [height, width]
 
     width = first("embed_dim", "hidden_size")
     inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else first("intermediate_size")
     patch = first("patch_size")
     channels = int(getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3)
-    projector = sum(_matrix_elements(model.module.get_submodule(name)) for name in family(model.module).projectors)
+    projector = sum(_matrix_elements(model.module.get_submodule(name)) for name in parts_of(model.module).projectors)
     tower = sum(_matrix_elements(model.module.get_submodule(name)) for name in _outermost(image_parts(model.module)))
     return Vision(
         blocks=first("depth", "num_hidden_layers"),
@@ -135,12 +144,13 @@ def vision_of(model: PlannedModel) -> Vision:
 
 def planned_model(role: str, model: Model) -> PlannedModel:
     """A recipe's model from its config.json. Raises RecipeError where there is none, or where its family is unknown."""
-    return PlannedModel(role, _on_meta(model.path), target_layers(model))
+    return PlannedModel(role, _on_meta(model.path, model.parts), target_layers(model))
 
 
 def planned_student(model: Model, training: StudentTraining, train_vision: bool, train_projector: bool) -> PlannedModel:
     """The student with what a step of stage 2 trains: adapters, or its own weights."""
     module = _build(_config(model.path))
+    recognise(module, model.parts)
     if training.lora_rank:
         with torch.device("meta"):
             add_lora(module, training.lora_rank, training.lora_alpha, seed=0)
@@ -172,9 +182,9 @@ def _outermost(names: tuple[str, ...]) -> list[str]:
 
 
 @lru_cache
-def _on_meta(folder: Path) -> nn.Module:
+def _on_meta(folder: Path, parts: ModelParts) -> nn.Module:
     module = _build(_config(folder))
-    family(module)
+    recognise(module, parts)
     return module.requires_grad_(False).eval()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline.recipe.schema import Recipe, StudentTraining
 from pipeline.results.plan.models import PlannedModel, Vision, vision_of
 from pipeline.results.plan.samples import Samples
-from pipeline.vlm.families import text_config
+from pipeline.vlm.parts import text_config
 
 
 @dataclass(frozen=True)

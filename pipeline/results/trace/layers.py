@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from pipeline.results.generate import Vlm, decode_text, greedy, move
 from pipeline.signal import Unembedding
 from pipeline.vlm.backbone import run_backbone
-from pipeline.vlm.families import decoder_layers, final_norm
+from pipeline.vlm.parts import decoder_layers, final_norm
 from pipeline.vlm.processing import TOKEN_KEYS
 from pipeline.vlm.verbalizer import VerbalizedVLM
 

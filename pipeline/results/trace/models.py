@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.checks import number_of_layers, target_layers
-from pipeline.recipe.schema import Data, Model, Recipe
+from pipeline.recipe.schema import Data, Model, ModelParts, Recipe
 from pipeline.results.arguments import named_model
 from pipeline.results.generate import Vlm, load, require_model
 from pipeline.results.trace.layers import ModelTrace, trace
@@ -20,7 +20,7 @@ from pipeline.results.workers import Machine, free_memory
 from pipeline.runtime.folder import done, trained_verb_ffns
 from pipeline.runtime.progress import say
 from pipeline.vlm.assemble import vocabulary_rows
-from pipeline.vlm.families import decoder_layers, text_config
+from pipeline.vlm.parts import decoder_layers, text_config
 from pipeline.vlm.placement import Devices
 from pipeline.vlm.verb_ffns import stored_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
@@ -40,6 +40,8 @@ class TracedModel:
     """Ids that predictions are taken over."""
     form: str = "residual"
     """verbalizer.form of the recipe."""
+    parts: ModelParts | None = None
+    """Those that the recipe names."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,22 @@ def run_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> Trac
     teacher, student = (stage_1 / "verbalize" / f"{role}.safetensors" for role in ("teacher", "student"))
     again = recipe.interact.train_verbalizers and recipe.interact.steps != 0
     distilled = (2, trained_verb_ffns(run)) if again else (1, student)
-    wanted = [  # name, model, its layers, stage that makes it, verbalizers, stage that makes them
-        ("teacher", recipe.teacher.path, recipe.teacher.layers, 1, teacher, 1),
-        ("untouched", recipe.student.path, recipe.student.layers, 1, student, 1),
-        ("distilled", run / "student", recipe.student.layers, 2, distilled[1], distilled[0]),
+    wanted = [  # name, model's folder, its section of the recipe, stage that makes it, verbalizers, their stage
+        ("teacher", recipe.teacher.path, recipe.teacher, 1, teacher, 1),
+        ("untouched", recipe.student.path, recipe.student, 1, student, 1),
+        ("distilled", run / "student", recipe.student, 2, distilled[1], distilled[0]),
     ]
     vocab = (done(stage_1 / "verbalize") or {}).get("vocab")
     found, missing = [], []
-    for name, folder, layers, stage, verb_ffns, verb_stage in wanted[1:] if without_teacher else wanted:
+    for name, folder, role, stage, verb_ffns, verb_stage in wanted[1:] if without_teacher else wanted:
         if not verb_ffns.is_file():
             stage, missing_file = verb_stage, verb_ffns
         elif not (folder / "config.json").is_file():
             missing_file = folder / "config.json"
         else:
-            targets = target_layers(Model(path=folder, layers=layers))
-            form = recipe.verbalizer.form
-            found.append(TracedModel(name, folder, targets, verb_ffns, vocab or vocabulary_rows(folder), form))
+            targets = target_layers(Model(path=folder, layers=role.layers))
+            ids, form = vocab or vocabulary_rows(folder), recipe.verbalizer.form
+            found.append(TracedModel(name, folder, targets, verb_ffns, ids, form, role.parts))
             continue
         make = train_command(stage, (stage_1 if stage == 1 else run) / "recipe.yaml")
         missing.append(f"{name} is left out: no {missing_file}; {make}")
@@ -151,7 +153,7 @@ def load_traced_model(
     model: TracedModel, limits: Data, attention: str = "sdpa", devices: Devices = ()
 ) -> tuple[Vlm, VerbalizedVLM]:
     """Load a model with its verbalizers. Raises RecipeError if they do not fit each other."""
-    vlm = load(model.backbone, limits, devices, attention)
+    vlm = load(model.backbone, limits, devices, attention, model.parts)
     if model.verb_ffns is None:
         ffns = nn.ModuleDict({str(layer): nn.Identity() for layer in model.layers})
     else:

@@ -47,6 +47,7 @@ from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
 from pipeline.vlm.assemble import encoders, load_trained
 from pipeline.vlm.cohost import CoHost
+from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import ChatEncoder
 
 NAME = "cache"
@@ -74,7 +75,7 @@ def run(
         _say_why(job, missing)
         if hosted is None:
             _check_verbalizers(job, verbalize)
-        engine = hosted or _load_teacher(job, verbalize["vocab"])
+        engine = hosted or _load_teacher(job, verbalize["vocab"], made["teacher"])
         teacher_pass = TeacherPass(job, engine, ChatDataset(data, made), cache.identity.layers, cache.identity.vocab)
         _prepare(job, teacher_pass, cache, missing_files)
         _, missing = _work(job, cache, data, shards, only_missing) if missing_files else (missing_files, missing)
@@ -173,13 +174,15 @@ def _check_verbalizers(job: Job, verbalize: dict[str, Any]) -> None:
     wait_for_files(job.ranks, [path])
 
 
-def _load_teacher(job: Job, vocab: int) -> Engine:
+def _load_teacher(job: Job, vocab: int, encoder: ChatEncoder) -> Engine:
     recipe = job.recipe
     verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
     with sharded_loading(recipe, recipe.cache) as add_to:
         teacher = load_trained(recipe.teacher, recipe, vocab, dtype_of(recipe), verb_ffns, add_to)
     module = CoHost({"teacher": teacher}).requires_grad_(False)
-    return Engine(module, recipe, recipe.cache, job.ranks)
+    engine = Engine(module, recipe, recipe.cache, job.ranks)
+    check_parts(teacher.backbone, encoder, teacher.layers, engine.device, engine.dtype)
+    return engine
 
 
 def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str]) -> None:

@@ -8,8 +8,8 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Interact, Model
 from pipeline.results.plan.models import planned_model, planned_student
 from pipeline.vlm.backbone import load_vlm
-from pipeline.vlm.families import set_trainable
 from pipeline.vlm.lora import add_lora
+from pipeline.vlm.parts import set_trainable
 
 
 def test_the_papers_counts_come_out():
