@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import write_data
 
 from pipeline.errors import REQUEUE_EXIT
+from pipeline.runtime.checkpoint.files import INDEX
 from pipeline.runtime.folder import read_metrics, read_requeue
 
 UPDATES = 16
@@ -66,7 +67,7 @@ def signalled(recipe: Path) -> str:
 def test_a_signal_on_one_rank_checkpoints_on_all(recipe):
     said, run = signalled(recipe), recipe.parent / "run"
     last = updates_done(run)[-1]
-    assert last < UPDATES and (run / "verbalize" / "checkpoints" / f"update_{last:09d}" / "whole").is_file()
+    assert last < UPDATES and (run / "verbalize" / "checkpoints" / f"update_{last:09d}" / INDEX).is_file()
     line = (
         f"verbalize: stopped after update {last} of {UPDATES}: rank 1 got SIGTERM; the same command goes on from here"
     )
