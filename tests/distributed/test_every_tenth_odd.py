@@ -206,6 +206,9 @@ def test_an_error_of_one_rank_is_read_first_with_its_rank_and_exit_code_2(tiny_m
     with (data / entry["name"]).open("r+b") as shard:
         shard.seek(entry["offsets"][place])
         shard.write(b"\0" * 512)
+    # As a manifest from before there were sums: with them a changed sample is rejected, and ends no job.
+    older = [{name: value for name, value in shard.items() if name != "sums"} for shard in folder.manifest["shards"]]
+    write_manifest(data, older, format=FORMAT, version=1, split="train")
     done = subprocess.run(
         [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "2", "--master_port", "29871",
          "launch/train.py", "--stage", "2", "--recipe", str(recipe)],
