@@ -228,8 +228,8 @@ def _gather_at_once(parts: Sequence[nn.Module]) -> None:
         if any(parameter.requires_grad for parameter in part.parameters()):
             raise RecipeError(
                 f"ZeRO-3 cannot train {type(part).__name__}, which reads weights of its parts without calling them "
-                "(linear attention): DeepSpeed loses them before the backward pass. Use deepspeed: ds_configs/zero2.json "
-                "for interact and reinforce"
+                "(linear attention): DeepSpeed loses them before the backward pass. Use ds_configs/zero2.json "
+                "in interact.deepspeed and reinforce.deepspeed"
             )
         deepspeed.utils.set_z3_leaf_module(part, True)
 
