@@ -89,6 +89,14 @@ def name_of(model: nn.Module, part: object) -> str | None:
     return next((name for name, module in model.named_modules() if module is part), None)
 
 
+def gathered_whole(model: nn.Module) -> list[nn.Module]:
+    """Modules that read the weight of a part without calling it, as linear attention does with its convolution.
+
+    ZeRO-3 gathers a weight for the module that is called; these must have all of theirs gathered at once.
+    """
+    return [part for part in model.modules() if any(isinstance(child, nn.Conv1d) for child in part.children())]
+
+
 def _layers(model: Any, named: str | None) -> str:
     """Name of the list of as many decoder layers as the config has: in the decoder, wherever it keeps them."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
