@@ -207,8 +207,8 @@ def test_an_error_of_one_rank_is_read_first_with_its_rank_and_exit_code_2(tiny_m
         shard.seek(entry["offsets"][place])
         shard.write(b"\0" * 512)
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "2", "--master_port", str(free_port()),
-         "launch/train.py", "--stage", "2", "--recipe", str(recipe)],
+        [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "2",
+         "--master_port", str(free_port()), "launch/train.py", "--stage", "2", "--recipe", str(recipe)],
         cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
