@@ -88,6 +88,8 @@ def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
 def lost_connection(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone. The cause is in that rank's own message."""
     names = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+    if "EADDRINUSE" in str(error):  # another job has the port: no rank has failed
+        return False
     return isinstance(error, (dist.DistError, ConnectionError)) or (
         isinstance(error, RuntimeError) and any(name in str(error) for name in names)
     )

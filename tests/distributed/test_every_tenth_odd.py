@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from PIL import Image
-from running import ROOT, cache_folder, deepspeed, python, run, tiny_recipe
+from running import ROOT, cache_folder, deepspeed, free_port, python, run, tiny_recipe
 from tiny import png, turn
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest, write_shard
@@ -210,8 +210,8 @@ def test_an_error_of_one_rank_is_read_first_with_its_rank_and_exit_code_2(tiny_m
     older = [{name: value for name, value in shard.items() if name != "sums"} for shard in folder.manifest["shards"]]
     write_manifest(data, older, format=FORMAT, version=1, split="train")
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "2", "--master_port", "29871",
-         "launch/train.py", "--stage", "2", "--recipe", str(recipe)],
+        [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "2",
+         "--master_port", str(free_port()), "launch/train.py", "--stage", "2", "--recipe", str(recipe)],
         cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip

@@ -67,3 +67,9 @@ def test_too_little_memory_and_other_errors_keep_their_traceback(waits, capsys):
             report_failure(caught, 1, rank=0, world=1)
         said = capsys.readouterr().err
         assert said.startswith(begins) and "Traceback" in said
+
+
+def test_a_port_in_use_is_no_lost_connection(waits, capsys):
+    report_failure(dist.DistNetworkError("failed to listen, name: EADDRINUSE"), 1, rank=0, world=2)
+    assert f"rank 0 on {HOST}: failed: DistNetworkError: failed to listen" in capsys.readouterr().err
+    assert first_error.CAUSE_S not in waits
