@@ -37,8 +37,8 @@ random pixels and on one of text, as `pipeline/vlm/probe.py` does with each mode
 
 The pipeline encodes chats with the model's own processor, which this sweep does without. Tiny models with
 their processors go through both stages, export, `evaluate` and `trace` on two ranks under ZeRO-3 in the tests:
-qwen2_vl, llava_onevision, gemma3 and qwen3_vl_moe in every run; qwen3_5, idefics3, smolvlm, llava_next,
-internvl and ovis2 with `make test ARGS='-m families tests/distributed/test_whole_families.py'`.
+qwen2_vl, llava_onevision, gemma3 and qwen3_vl_moe in every run; qwen3_5 (stage 2 under ZeRO-2), idefics3, smolvlm,
+llava_next, internvl and ovis2 with `make test ARGS='-m families tests/distributed/test_whole_families.py'`.
 
 Without torchvision transformers builds no processor of cohere2_vision, lfm2_vl, llama4 and mistral3; the error
 says what to install. Those of Qwen's families, llava_onevision, internvl and smolvlm are then built without

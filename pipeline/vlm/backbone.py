@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ModelParts, Recipe, StudentTraining
@@ -137,12 +138,19 @@ def _whole_shapes() -> Iterator[None]:
         shape = getattr(parameter, "ds_shape", None)
         return parameter if shape is None else torch.empty(shape, dtype=parameter.dtype, device="meta")
 
-    assert "get_parameter" not in vars(PreTrainedModel), "transformers has its own: see whether it knows ZeRO-3 now"
-    PreTrainedModel.get_parameter = get_parameter  # type: ignore[assignment,method-assign]
+    def with_whole_shapes(converter: WeightConverter, *args: Any, **options: Any) -> Any:
+        PreTrainedModel.get_parameter = get_parameter  # type: ignore[assignment,method-assign]
+        try:
+            return convert(converter, *args, **options)
+        finally:  # at once: tying weights asks for the parameter itself
+            del PreTrainedModel.get_parameter
+
+    convert = WeightConverter.convert
+    WeightConverter.convert = with_whole_shapes  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        del PreTrainedModel.get_parameter
+        WeightConverter.convert = convert  # type: ignore[method-assign]
 
 
 def _forget_unused_renamings(model: Any) -> None:
