@@ -34,7 +34,7 @@ def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str
     console.print(Columns(tables, padding=(0, 3)))
     console.print(Text("last: the model itself, without a verbalizer; [end]: end of turn; bold: as the top row"))
     for line in missing:
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
 
 
 def printable(text: str) -> str:
