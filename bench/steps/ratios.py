@@ -93,7 +93,8 @@ def student_steps(prepared: PreparedRun, live: bool = True) -> TimedCalls:
         "interact": partial(_update, engine, interaction(view), loaded),
     }
     if live:
-        teacher = _LiveTeacher(cache._load_teacher(prepared.job, prepared.vocab), view.layers)
+        encoder = encoders(prepared.recipe, ["teacher"])["teacher"]
+        teacher = _LiveTeacher(cache.load_teacher(prepared.job, prepared.vocab, encoder), view.layers)
         live_batch = replace(loaded, attached=[loaded.batches["student"]])
         runs["interact_live"] = partial(_update, engine, interaction(teacher), live_batch)
     return runs
@@ -125,9 +126,10 @@ def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
 def cache_passes(prepared: PreparedRun, scratch: Path) -> TimedCalls:
     """One pass over the data: "forward" of the teacher alone, "forward_and_heads", or "cache", written to `scratch`."""
     identity, codec = prepared.view.cache.identity, prepared.view.cache.codec
-    engine = cache._load_teacher(prepared.job, prepared.vocab)
+    made = encoders(prepared.recipe, ["teacher"])
+    engine = cache.load_teacher(prepared.job, prepared.vocab, made["teacher"])
     teacher = engine.module.sides["teacher"]
-    dataset = ChatDataset(prepared.data, encoders(prepared.recipe, ["teacher"]))
+    dataset = ChatDataset(prepared.data, made)
     teacher_pass = TeacherPass(prepared.job, engine, dataset, identity.layers, identity.vocab)
     shards = [shard.name for shard in prepared.data.shards]
     windows = writing.plan(prepared.data, shards, 0, 1)

@@ -75,7 +75,7 @@ def run(
         _say_why(job, missing)
         if hosted is None:
             _check_verbalizers(job, verbalize)
-        engine = hosted or _load_teacher(job, verbalize["vocab"], made["teacher"])
+        engine = hosted or load_teacher(job, verbalize["vocab"], made["teacher"])
         teacher_pass = TeacherPass(job, engine, ChatDataset(data, made), cache.identity.layers, cache.identity.vocab)
         _prepare(job, teacher_pass, cache, missing_files)
         _, missing = _work(job, cache, data, shards, only_missing) if missing_files else (missing_files, missing)
@@ -174,7 +174,8 @@ def _check_verbalizers(job: Job, verbalize: dict[str, Any]) -> None:
     wait_for_files(job.ranks, [path])
 
 
-def _load_teacher(job: Job, vocab: int, encoder: ChatEncoder) -> Engine:
+def load_teacher(job: Job, vocab: int, encoder: ChatEncoder) -> Engine:
+    """An engine that holds the teacher with its verbalizers, frozen and checked. All ranks must call."""
     recipe = job.recipe
     verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
     with sharded_loading(recipe, recipe.cache) as add_to:
