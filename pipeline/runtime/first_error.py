@@ -10,8 +10,12 @@ import sys
 import time
 import traceback
 
+from pipeline.runtime import stop
+
 ALIKE_S = 1.0
 """How long a rank other than 0 waits before it reports: an error of all ranks is then rank 0's."""
+UNMET_S = 10.0
+"""The same before the ranks have met: rank 0 may still be importing its libraries."""
 CAUSE_S = 30.0
 """How long a rank waits that knows no cause: for the rank that does, or the launcher, to end it."""
 LINGER_S = 5.0
@@ -25,8 +29,10 @@ def report(text: str, code: int, rank: int, world: int) -> None:
     where = f"rank {rank} on {socket.gethostname()}: " if world > 1 else ""
     watch = sys.modules.get("pipeline.runtime.watch")  # it imports torch: an error of the recipe does not wait for that
     is_first = watch.failed(f"{where}{text.splitlines()[0]}", code) if watch else None
-    if is_first is False or (is_first is None and rank):
-        time.sleep(CAUSE_S if is_first is False else 2 * ALIKE_S)  # meanwhile another rank's end is this one's
+    may_be_known = is_first is False or (is_first is None and rank)
+    # Meanwhile another rank's end is this one's, or the launcher asks it to end.
+    if may_be_known and stop.wait_for_request(CAUSE_S if is_first is False else UNMET_S):
+        return
     print(f"{where}{text}", file=sys.stderr, flush=True)
     if is_first and world > 1 and rank == 0:
         time.sleep(LINGER_S)
@@ -42,7 +48,8 @@ def report_failure(error: Exception, code: int, rank: int, world: int) -> None:
     from pipeline.runtime.ranks import lost_connection
 
     if lost_connection(error):
-        time.sleep(CAUSE_S)
+        if stop.wait_for_request(CAUSE_S):
+            return
         text = f"lost its connection to another rank, which failed before it: {str(error).splitlines()[0]}"
     elif is_out_of_memory(error):
         text = f"error: {what_helps(error, watch.now())}\n\n{traceback.format_exc()}"

@@ -38,6 +38,7 @@ class _Note:
 
     def __init__(self) -> None:
         self.asked_by = 0
+        self.asked = threading.Event()
         self._terminated_at: float | None = None
 
     def take(self, number: int) -> None:
@@ -49,7 +50,12 @@ class _Note:
             if self._terminated_at is not None and now - self._terminated_at > REPEAT_S:
                 os._exit(128 + number)
             self._terminated_at = self._terminated_at or now
-        self.asked_by = self.asked_by or number
+        self.ask(number)
+
+    def ask(self, by: int) -> None:
+        """Keep what asked first."""
+        self.asked_by = self.asked_by or by
+        self.asked.set()
 
 
 _note = _Note()
@@ -71,7 +77,12 @@ def listen() -> None:
 
 def ask_to_stop(by: int) -> None:
     """Ask this process to stop, as a signal does."""
-    _note.asked_by = _note.asked_by or by
+    _note.ask(by)
+
+
+def wait_for_request(seconds: float) -> bool:
+    """Wait until something asks this process to stop, so long at most; returns whether it did."""
+    return _note.asked.wait(seconds)
 
 
 def asked_to_stop() -> int:

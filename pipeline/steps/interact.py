@@ -250,7 +250,7 @@ def _forward(engine: Engine, interact: Interact, seed: int, view: CacheView, lay
             loss = loss + interact.deep_supervision_weight * supervised.sum()
             sums |= {f"supervised/{layer}": value for layer, value in zip(layers, supervised, strict=True)}
         values = _drawn(losses, view.layers)
-        if micro_step.update % KL_EVERY == 0:
+        if micro_step.update % KL_EVERY == 0 and "kl" in losses:  # another module's losses may have none
             values["kl"] = _candidates(losses["kl"], layers, view.layers)
         return StepOutput(loss, sums, values)
 

@@ -12,6 +12,7 @@ from running import free_port, start_ranks, tiny_recipe
 from tiny import write_data
 
 from pipeline.runtime.folder import read_metrics
+from pipeline.runtime.watch import BEAT_S
 
 STARTS_WITHIN_S = 200
 """On a machine that others use as well: beside seven more jobs on two cores it took over 120."""
@@ -28,6 +29,7 @@ def test_a_stopped_rank_is_named_with_where_it_stands(tmp_path: Path, tiny_model
             while len(read_metrics(tmp_path / "run")) < 3:
                 assert all(one.poll() is None for one in ranks) and time.monotonic() < deadline
                 time.sleep(0.05)
+            time.sleep(2 * BEAT_S)  # what a rank does is known from its beats
             ranks[1].send_signal(signal.SIGSTOP)
             code = ranks[0].wait(timeout=90)
         finally:

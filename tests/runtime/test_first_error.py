@@ -16,7 +16,17 @@ def waits(monkeypatch):
     """What was waited for, in s, instead of waiting."""
     found = []
     monkeypatch.setattr(first_error.time, "sleep", found.append)
+    monkeypatch.setattr(first_error.stop, "wait_for_request", lambda seconds: bool(found.append(seconds)))
     return found
+
+
+def test_a_rank_that_is_asked_to_end_leaves_the_word_to_the_one_that_failed_first(monkeypatch, capsys):
+    """DeepSpeed's launcher ends the ranks of one that failed by SIGTERM, which is a request since listen()."""
+    monkeypatch.setattr(first_error.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(first_error.stop, "wait_for_request", lambda seconds: True)
+    report("error: no shards", 2, rank=1, world=2)
+    report_failure(dist.DistNetworkError("Connection reset by peer"), 1, rank=1, world=2)
+    assert capsys.readouterr().err == ""
 
 
 def test_alone_an_error_is_printed_as_it_is(waits, capsys):
@@ -33,7 +43,7 @@ def test_alone_an_error_is_printed_as_it_is(waits, capsys):
         (
             3,
             None,
-            [first_error.ALIKE_S, 2 * first_error.ALIKE_S],
+            [first_error.ALIKE_S, first_error.UNMET_S],
         ),  # the launcher ends it meanwhile, if rank 0 failed too
         (0, False, [first_error.CAUSE_S]),  # the one that was first ends it meanwhile
     ],

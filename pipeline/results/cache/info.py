@@ -67,7 +67,8 @@ def run(
 def show(cache: CacheOnDisk) -> None:
     """Print a cache's identity, state, sizes, speed and fidelity."""
     console = Console(highlight=False)
-    console.print(_two_columns(str(cache.path), identity(cache)))
+    console.print(str(cache.path), markup=False, soft_wrap=True)  # unbroken, to be copied
+    console.print(_two_columns(None, identity(cache)))
     console.print()
     console.print(_two_columns("on disk", contents(cache)))
     console.print()
@@ -161,7 +162,7 @@ def _show_list(folders: Sequence[Path]) -> None:
     Console(highlight=False).print(table)
 
 
-def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
+def _two_columns(title: str | None, rows: Mapping[str, str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # fold: no digit of a fingerprint is lost on a narrow terminal

@@ -83,7 +83,7 @@ def made(tmp_path_factory) -> Path:
         write_recipe(root / codec, root)
         write_cache(root / codec, root, codec)
         (cache,) = find_caches(root / codec)
-        line = {"step": "cache", "shard": "000000.tar"}
+        line = {"step": "cache", "update": 1, "shard": "000000.tar"}
         lines = [
             {**line, "cache": name, "tokens_per_s": speed} for name, speed in ((cache.name, 200.0), ("other", 9.0))
         ]
