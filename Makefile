@@ -49,7 +49,8 @@ test-numerics: $(STAMP)  ## the tests of numbers once more under other kernels: 
 	@for kernels in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 "MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41"; do \
 	  echo "== $$kernels"; \
 	  $(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $$kernels python -m pytest -q -n $(or $(JOBS),2) --dist loadfile \
-	    tests/loss tests/codec tests/cache tests/vlm tests/results $(ARGS) || exit 1; \
+	    tests/loss tests/codec tests/cache tests/vlm tests/results/evaluate tests/results/trace/test_trace.py \
+	    tests/results/test_generate.py $(ARGS) || exit 1; \
 	done
 
 matrix:  ## the tests on every Python and transformers that docs/installation.md names, as far as the machine has them
