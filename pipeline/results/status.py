@@ -226,10 +226,11 @@ def _format_losses(losses: Mapping[str, float]) -> str:
 
 def _newest_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Those of the last update that was not skipped."""
-    return next((_losses_of_line(line) for line in reversed(lines) if not line.get("skipped")), {})
+    return next((losses_of_line(line) for line in reversed(lines) if not line.get("skipped")), {})
 
 
-def _losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:
+def losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:
+    """The losses of a line of metrics.jsonl, in nat a token."""
     return {name: value for name, value in line.items() if name not in _NOT_LOSSES and isinstance(value, float)}
 
 

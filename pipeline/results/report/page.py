@@ -17,21 +17,10 @@ from pipeline.results.evaluate.comparison import sentences
 from pipeline.results.pages.render import render
 from pipeline.results.report.facts import RunFacts, bytes_text, differences
 from pipeline.results.report.figures import curves, kl_maps, match_map, shares
+from pipeline.results.status import losses_of_line
 from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.matches import read_matches
 
-NOT_LOSSES = {
-    "update",
-    "time",
-    "learning_rate",
-    "tokens",
-    "micro_steps",
-    "real_share",
-    "loader_workers",
-    "tokens_per_s",
-}
-NOT_LOSSES |= {"update_s", "data_wait", "gradient_norm", "checkpoint_s"}
-"""Numbers of a metrics.jsonl line that are no losses."""
 SPEED = {"tokens_per_s": "tokens/s", "data_wait": "share of the time", "real_share": "share of the tokens"}
 """What is shown of a step's speed, with its unit."""
 
@@ -67,7 +56,7 @@ def write_report(path: Path, runs: Sequence[RunFacts]) -> None:
 
 def loss_series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
     """Loss -> (updates, values)."""
-    names = [name for name, value in lines[-1].items() if isinstance(value, float) and name not in NOT_LOSSES]
+    names = dict.fromkeys(name for line in lines for name in losses_of_line(line))  # a skipped update has none
     return {name: _series(lines, name) for name in names}
 
 

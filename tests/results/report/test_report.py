@@ -20,7 +20,8 @@ def interact_line(update: int) -> dict:
     return {
         "step": "interact", "update": update, "time": 1e9 + update, "layer/1": 0.5 / update, "layer/2": 0.25,
         "last": 1.5, "learning_rate": 1e-3, "tokens": 10, "tokens_per_s": 100.0, "update_s": 36.0, "data_wait": 0.1,
-        "real_share": 0.9, "gradient_norm": 1.0, "match": [1 + update % 2, 3], "draw_entropy": [0.69, 0.0],
+        "real_share": 0.9, "gradient_norm": 1.0, "checkpoint_s": 0.0,
+        "match": [1 + update % 2, 3], "draw_entropy": [0.69, 0.0],
         "kl": [[1, 1, 0.5], [1, 2, 0.25], [2, 3, 0.125]],
     }  # fmt: skip
 
@@ -102,7 +103,8 @@ def test_what_cannot_be_reported(run, tmp_path, capsys, arguments, message):
 
 
 def test_losses_are_told_from_other_numbers():
-    assert set(loss_series([interact_line(1), interact_line(2)])) == {"layer/1", "layer/2", "last"}
+    skipped = {"step": "interact", "update": 3, "checkpoint_s": 0.1, "skipped": True}
+    assert set(loss_series([interact_line(1), interact_line(2), skipped])) == {"layer/1", "layer/2", "last"}
 
 
 def test_a_long_curve_is_thinned_to_means():
