@@ -19,7 +19,6 @@ from pipeline.vlm.lora import add_lora
 from pipeline.vlm.parts import (
     decoder_layers,
     image_parts,
-    lm_head,
     parts_of,
     recognise,
     set_trainable,
@@ -74,18 +73,9 @@ class PlannedModel:
         """Number of parameters."""
         return sum(tensor.numel() for tensor in self.module.parameters())
 
-    def vision_elements(self) -> int:
-        """Number of parameters that only images reach: the vision tower and the projectors."""
-        inside = [self.module.get_submodule(name) for name in image_parts(self.module)]
-        return sum({id(p): p.numel() for part in inside for p in part.parameters()}.values())
-
     def decoder_elements(self) -> int:
         """Elements of the decoder layers' matrices, which each token is multiplied with."""
         return _matrix_elements(decoder_layers(self.module))
-
-    def head_is_tied(self) -> bool:
-        """Whether the language head is the embedding itself."""
-        return lm_head(self.module).weight is self.module.get_input_embeddings().weight  # type: ignore[operator]
 
     def verb_ffns(self, form: str, trained: bool) -> list[Parameter]:
         """The parameters of the verb-FFNs of all target layers."""
