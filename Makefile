@@ -1,5 +1,5 @@
 # Every target sets itself up: the first `make demo` installs into .venv, later ones start at once.
-# SEED=, NOISE=, DATA= and SIZE= go to launch/demo.sh: make hands variables given on its command line down.
+# SEED=, NOISE=, DATA= and the other settings of launch/demo.sh reach it: make hands variables given on its command line down.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,7 +16,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps ladder \
+.PHONY: help setup lock demo demo-models test test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu ladder \
   lint types clean
 
 help:  ## list the targets
@@ -65,6 +65,11 @@ bench-losses: peers  ## the losses beside their matrix products, dense torch and
 
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)
+	@$(RUN) python -m bench.steps.batches
+
+# A machine that is there for minutes has no time, and often no network, for .venv: check.sh takes what python it has.
+check-gpu:  ## kernels, tests, demo, losses, whole steps on a GPU in MINUTES=8, into OUT=; DEVICE=cpu: its twin (docs/check_gpu.md)
+	@PYTHON="$(PYTHON)" bash bench/gpu/check.sh
 
 ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|smoke, hours; ARGS='--cells X'
 	@$(RUN) python -m bench.ladder --scale $(or $(SCALE),cpu) $(ARGS)

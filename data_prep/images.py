@@ -68,6 +68,11 @@ def image_suffix(content: bytes) -> str:
     return _with_image(content, _suffix)
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """(width, height) in pixels from the file's header, so before it is turned. Raises as decode_image does."""
+    return _with_image(content, lambda image: image.size)
+
+
 def convert_image(content: bytes, background: str) -> bytes:
     """An image file of 8 bits and without transparency, as PNG; unchanged where the file is that already.
 

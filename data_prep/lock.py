@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from data_prep.schema import DataError
 
 LOCK = ".lock"
 """In the output folder while a run writes it; holds the process and its host."""
+
+POLL_S = 0.2
 
 ANOTHER_OUTPUT = (
     "give another --output. Where one launcher started both, it is not MPI: use mpirun -n N, or srun --mpi=pmix"
@@ -37,14 +40,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_file(path: Path, subject: str, advice: str) -> Iterator[None]:
+def lock_file(path: Path, subject: str, advice: str, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock that stands at `path` while it is held. Its folder must be there.
+
+    wait_s: how long to wait for another process that holds it; a killed job's last processes may need a moment.
 
     The lock is the operating system's (flock), so it ends with its process, however that ends; a file that a killed
     process left behind locks nothing. Raises DataError, with both processes, where another one holds it. The message
     says that `subject` is being written and, besides to wait, what to do: `advice`.
     """
-    file = _acquire(path, subject, advice)
+    file = _acquire(path, subject, advice, time.monotonic() + wait_s)
     try:
         if file is not None:
             os.ftruncate(file, 0)
@@ -56,8 +61,8 @@ def lock_file(path: Path, subject: str, advice: str) -> Iterator[None]:
             os.close(file)
 
 
-def _acquire(path: Path, subject: str, advice: str) -> int | None:
-    """The locked file; None where the file system has no locks."""
+def _acquire(path: Path, subject: str, advice: str, until: float) -> int | None:
+    """The locked file; None where the file system has no locks. until: in time.monotonic()'s seconds."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -65,6 +70,9 @@ def _acquire(path: Path, subject: str, advice: str) -> int | None:
         except OSError as error:
             owner = os.pread(file, 1000, 0).decode(errors="replace")
             os.close(file)
+            if isinstance(error, BlockingIOError) and time.monotonic() < until:
+                time.sleep(POLL_S)
+                continue
             if isinstance(error, BlockingIOError):
                 raise DataError(_in_use(subject, owner, advice)) from None
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):

@@ -15,17 +15,20 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.atomic import AtomicFile, write_file
 from data_prep.schema import SCHEMA_VERSION, DataError, type_name
+from data_prep.sizes import SampleSize, is_size, sample_size
 
 MANIFEST = "manifest.json"
 FORMAT = "vlsi-shards"
 OPEN_FILES = 32
 """Shards that one reader keeps open."""
 
+_SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 
 UNSIGNED = "manifest-sha256:" + "0" * 64
@@ -35,7 +38,10 @@ _SIGNED = re.compile(rb"manifest-sha256:[0-9a-f]{64}")
 SHARD_FIELDS = {"name": str, "samples": int, "bytes": int, "sha256": str, "keys": list, "offsets": list, "end": int}
 
 ShardEntry = dict[str, Any]
-"""A shard in manifest.json: name, samples, bytes, sha256, keys, offsets (of each sample's first header), end."""
+"""A shard in manifest.json: name, samples, bytes, sha256, keys, offsets (of each sample's first header), end.
+
+Of chats also sizes: SampleSize.to_json of each sample. Manifests from before there were sizes have none.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self._offsets: dict[str, int] = {}
+        self._sizes: list[SampleSize | None] = []
         self._atomic = AtomicFile(path)
         # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its
         # own and does not say where a sample starts. USTAR has room for nothing but what is set here: no times, no
@@ -101,6 +108,7 @@ class ShardWriter:
             raise ValueError(f"key {key!r} comes twice in one shard")
         headers = [_header(f"{key}.{suffix}", len(content)) for suffix, content in members.items()]
         self._offsets[key] = self._tar.offset
+        self._sizes.append(sample_size(members))
         for header, content in zip(headers, members.values(), strict=True):
             self._tar.addfile(header, io.BytesIO(content))
 
@@ -113,7 +121,7 @@ class ShardWriter:
         file.seek(0)
         digest = _sha256(file)
         self._atomic.commit()
-        return _entry(self.path.name, size, digest, list(self._offsets), list(self._offsets.values()), end)
+        return _entry(self.path.name, size, digest, list(self._offsets), list(self._offsets.values()), end, self._sizes)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
@@ -131,23 +139,24 @@ def describe_shard(path: Path) -> ShardEntry:
     """Make the manifest entry of a shard on disk, by reading it. Raises DataError where it is no whole tar."""
     keys: list[str] = []
     offsets: list[int] = []
+    sizes: list[SampleSize | None] = []
     end = 0
     try:
         with open(path, "rb") as file:
             digest, size = _sha256(file), file.tell()
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key = member.name.partition(".")[0]
-                    if not keys or keys[-1] != key:
-                        keys.append(key)
-                        offsets.append(member.offset)
-                    end = member.offset_data + _padded(member.size)
+                for key, group in groupby(tar, lambda member: member.name.partition(".")[0]):
+                    members = list(group)
+                    keys.append(key)
+                    offsets.append(members[0].offset)
+                    end = members[-1].offset_data + _padded(members[-1].size)
+                    sizes.append(sample_size({_suffix(member): _content(tar, member) for member in members}))
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path} is not a whole tar file: {error}") from None
     if end > size or size % tarfile.RECORDSIZE:
         raise DataError(f"{path} is cut off: {size} bytes")
-    return _entry(path.name, size, digest, keys, offsets, end)
+    return _entry(path.name, size, digest, keys, offsets, end, sizes)
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry], **fields: Any) -> dict[str, Any]:
@@ -204,6 +213,8 @@ def _check_manifest(manifest: dict[str, Any], content: bytes) -> None:
     _require(manifest, {"samples": int, "bytes": int, "shards": list}, "the manifest")
     for number, shard in enumerate(manifest["shards"]):
         _require(shard, SHARD_FIELDS, f"shard {number}")
+        if not _SHARD.fullmatch(shard["name"]):  # who mirrors a folder writes files of these names
+            raise ValueError(f"shard {number}: {shard['name']!r} is not the name of a shard, such as 000000.tar")
         if not len(shard["keys"]) == len(shard["offsets"]) == shard["samples"]:
             raise ValueError(f"shard {number}: keys and offsets do not match its samples")
         places = [*shard["offsets"], shard["end"]]
@@ -211,6 +222,16 @@ def _check_manifest(manifest: dict[str, Any], content: bytes) -> None:
             raise ValueError(f"shard {number}: a key is no text, or an offset no number")
         if places != sorted(places) or places[0] < 0:
             raise ValueError(f"shard {number}: the offsets do not rise")
+        sizes = shard.get("sizes")
+        if sizes is not None and not (_counts(sizes, shard["samples"]) and all(map(is_size, sizes))):
+            raise ValueError(f"shard {number}: sizes are not those of its samples")
+    names = [shard["name"] for shard in manifest["shards"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+
+
+def _counts(found: Any, samples: int) -> bool:
+    return isinstance(found, list) and len(found) == samples
 
 
 def _require(found: Any, fields: dict[str, type], where: str) -> None:
@@ -244,6 +265,8 @@ class ShardFolder:
             size = {name: entry[name] for name in ("name", "samples", "bytes", "sha256")}
             self.shards.append(ShardInfo(**size, first=len(self.keys)))
             self.keys += entry["keys"]
+        self.has_sizes: bool = all("sizes" in entry for entry in self.manifest["shards"])
+        """Whether the manifest has the size of every sample."""
         self._firsts = [shard.first for shard in self.shards]
         self._open: dict[str, BinaryIO] = {}
 
@@ -252,6 +275,25 @@ class ShardFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # an open file is of one process only
+
+    def size(self, index: int) -> SampleSize:
+        """A sample's size, where the manifest has it. Raises KeyError where it does not."""
+        entry, place, _ = self._find(index)
+        return SampleSize.from_json(entry["sizes"][place])
+
+    def nbytes(self, index: int) -> int:
+        """Bytes that a sample takes in its shard."""
+        _, _, (start, stop) = self._find(index)
+        return stop - start
+
+    def _find(self, index: int) -> tuple[ShardEntry, int, tuple[int, int]]:
+        """The shard's manifest entry, the sample's number in it, and its bytes there: (first, end)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.path}")
+        shard = bisect_right(self._firsts, index) - 1
+        entry, place = self.manifest["shards"][shard], index - self._firsts[shard]
+        offsets = entry["offsets"]
+        return entry, place, (offsets[place], offsets[place + 1] if place + 1 < len(offsets) else entry["end"])
 
     def read(self, index: int) -> RawSample:
         """Read a sample; index counts through the shards, from 0. Raises IndexError, DataError."""
@@ -265,13 +307,9 @@ class ShardFolder:
 
     def read_members(self, index: int) -> dict[str, bytes]:
         """Read a sample's members, {"json": b"...", "0.png": b"..."}, in their order. Raises IndexError, DataError."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.path}")
-        shard = bisect_right(self._firsts, index) - 1
-        entry, place = self.manifest["shards"][shard], index - self._firsts[shard]
-        bounds = [*entry["offsets"], entry["end"]]
+        entry, _, (start, stop) = self._find(index)
         try:
-            content = self._read(entry["name"], bounds[place], bounds[place + 1] - bounds[place])
+            content = self._read(entry["name"], start, stop - start)
             members = dict(_members(content, self.keys[index]))
         except (OSError, tarfile.TarError, ValueError) as error:
             raise self._damaged(index, str(error)) from None
@@ -282,11 +320,11 @@ class ShardFolder:
             if len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
             self._open[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115  # stays open
-        # pread: a forked worker shares this file's position with its parent
-        content = os.pread(self._open[name].fileno(), size, offset)
-        if len(content) < size:
-            raise ValueError(f"the file ends {size - len(content)} bytes early")
-        return content
+        file = self._open[name].fileno()
+        missing = offset + size - os.fstat(file).st_size
+        if missing > 0:  # asked before memory of the claimed size is taken
+            raise ValueError(f"the file ends {missing} bytes early")
+        return os.pread(file, size, offset)  # pread: a forked worker shares this file's position with its parent
 
     def _damaged(self, index: int, why: str) -> DataError:
         shard = self.shards[bisect_right(self._firsts, index) - 1]
@@ -301,11 +339,9 @@ class ShardFolder:
 def _members(content: bytes, key: str) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in tar:
-            found, _, suffix = member.name.partition(".")
-            file = tar.extractfile(member) if member.isreg() else None  # a link may point anywhere
-            if found != key or file is None:
+            if member.name.partition(".")[0] != key or not member.isreg():
                 raise ValueError(f"found {member.name!r} in its place")
-            yield suffix, file.read()
+            yield _suffix(member), _content(tar, member)
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
@@ -316,9 +352,22 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     return header
 
 
-def _entry(name: str, size: int, digest: str, keys: list[str], offsets: list[int], end: int) -> ShardEntry:
+def _entry(
+    name: str, size: int, digest: str, keys: list[str], offsets: list[int], end: int, sizes: list[SampleSize | None]
+) -> ShardEntry:
     entry = {"name": name, "samples": len(keys), "bytes": size, "sha256": digest}
-    return {**entry, "keys": keys, "offsets": offsets, "end": end}
+    entry |= {"keys": keys, "offsets": offsets, "end": end}
+    known = [each.to_json() for each in sizes if each is not None]
+    return {**entry, "sizes": known} if len(known) == len(keys) else entry  # a teacher cache's records have none
+
+
+def _suffix(member: tarfile.TarInfo) -> str:
+    return member.name.partition(".")[2]
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member) if member.isreg() else None  # a link may point anywhere
+    return file.read() if file else b""
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -1,5 +1,6 @@
-"""Inspect the results of a run.
+"""Plan a run, and inspect its results.
 
+  python -m pipeline plan --recipe recipes/NAME.yaml --gpus 64 --gpu-memory 80
   python -m pipeline status runs/demo
   python -m pipeline evaluate --run runs/demo
   python -m pipeline answer --run runs/demo --output data/answered
@@ -7,9 +8,10 @@
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
-status shows which steps are done and what to run next. evaluate compares models on held-out data. answer lets a model
-answer the questions of a shard folder. trace shows what each layer of a model predicts. cache-info shows what a teacher
-cache holds, and how close it is to the teacher. env prints what a bug report needs.
+plan says what a recipe will need, before anything is started. status shows which steps are done and what to run next.
+evaluate compares models on held-out data. answer lets a model answer the questions of a shard folder. trace shows what
+each layer of a model predicts. cache-info shows what a teacher cache holds, and how close it is to the teacher. env
+prints what a bug report needs.
 `python -m pipeline COMMAND --help` describes one command in full. Runs are made by launch/train.py, data by
 python -m data_prep.
 """
@@ -20,6 +22,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline.results.argument_types import part, positive, share
+from pipeline.results.plan import arguments as plan
+
 STATUS = """Show which steps of a run are begun or done, their last losses, disk usage, and the command to run next.
 
   python -m pipeline status runs/demo
@@ -28,11 +33,19 @@ STATUS = """Show which steps of a run are begun or done, their last losses, disk
 EVALUATE = """Measure exact match of greedy answers and perplexity on held-out data, for one or several models.
 
   python -m pipeline evaluate --run runs/demo
+  python -m pipeline evaluate --run runs/demo --without-teacher
   python -m pipeline evaluate --run runs/demo --model finetuned=runs/plain/student --against finetuned
   python -m pipeline evaluate --model Qwen2-VL-2B --data shards/held_out --limit 500 --output evaluation.json
   python -m pipeline evaluate --model teacher=models/72b --model student=models/2b --data shards/held_out
 
-With --run: the run's teacher, its untouched student and its distilled student, on the recipe's data.held_out.
+With --run: the run's teacher, its untouched student and its distilled student, on the recipe's data.held_out. The
+smallest model comes first. --output is written after each, whole or not at all, and the same command goes on after an
+interruption: a result that is there already is kept while the model, the data and the settings are the same. The batch
+size and the number of processes are no such settings: they change rounding errors only. Results of other models on the
+same questions stay in the file and in the table. To measure again, remove the file.
+
+On GPUs, as many copies of a model work side by side as there is room for, each in a process of its own; a model that is
+too large for one GPU is spread over several. --processes N sets a lower number, and on a CPU the number.
 
 Exact match: each model answers the last question of each chat greedily, with all earlier turns as input. An answer is
 correct if it equals the reference answer after both are normalised: Unicode NFKC, lower case, white space collapsed and
@@ -75,8 +88,10 @@ share exceeds --max-bad-share, the command stops.
 
 Each shard appears whole or not at all; the same command continues after an interruption. With --part I/N the process
 answers every N-th shard, starting with the I-th: N processes or SLURM array tasks share the work without knowing of one
-another, and the last to end writes the manifest. Models run in float32 on a CPU. On a GPU they run in the dtype of
-their config.json, else in bfloat16.
+another, and the last to end writes the manifest. On GPUs, as many copies of the model as there is room for share the
+batches of a shard, each in a process of its own; a model that is too large for one GPU is spread over several.
+--processes N sets a lower number, and on a CPU the number. Models run in float32 on a CPU. On a GPU they run in the
+dtype of their config.json, else in bfloat16.
 """
 
 TRACE = """Show what each target layer of a run's models predicts for one question, side by side (paper, Figure 3).
@@ -92,8 +107,10 @@ student's verbalizers, which are not trained again. There are two kinds of table
   read along  the model's own final answer is the input; for each of its positions the table has the layer's most
               likely token and its probability
 
-A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, so
-its memory is needed. Time: one generation for each target layer of each model.
+A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, last,
+spread over the GPUs at hand if one is too small; with --without-teacher only the students do. What the teacher's layers
+said of a sample in the cache is shown by cache-info --sample, without the teacher. Time: one generation for each target
+layer of each model.
 """
 
 CACHE_INFO = """Show what a teacher cache was made from, its progress, its size, and how close it is to the teacher.
@@ -136,6 +153,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = _manual(argparse.ArgumentParser, prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, name, summary, text in (
+        (plan.add_arguments, "plan", "what a recipe will need: memory, disk, network, hours", plan.TEXT),
         (_add_status, "status", "progress of a run, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
         (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
@@ -180,6 +198,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: evaluate its teacher and students")
     parser.add_argument(
+        "--without-teacher", action="store_true",
+        help="do not evaluate the run's teacher; a result of it that --output has already is still shown",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", metavar="NAME", help="say for each other model whether it differs from this one, sample by sample"
     )
     parser.add_argument(
@@ -189,17 +211,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--baseline-data", type=Path, metavar="SHARDS",
         help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=_positive, metavar="N", help="read only the first N samples")
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples per batch (default: 32)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N samples")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="samples per batch (default: 32)")
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="maximum answer length in tokens (default: 64)",
     )
     parser.add_argument(
-        "--max-bad-share", type=_share, metavar="SHARE",
+        "--max-bad-share", type=share, metavar="SHARE",
         help="stop if a larger share of samples cannot be used (default: the run's data.max_bad_share, else 0.01)",
     )  # fmt: skip
     parser.add_argument(
@@ -208,6 +230,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write all results to this JSON file (default with --run: RUN/evaluation.json)",
     )
+    _add_processes(parser)
 
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
@@ -216,22 +239,32 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="shard folder (default: the run's data.train)")
     parser.add_argument("--output", type=Path, required=True, metavar="SHARDS_OUT", help="shard folder to write")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N",
+        "--max-new-tokens", type=positive, default=64, metavar="N",
         help="an answer that has not ended by then is rejected (default: 64)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples per batch (default: 32)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="samples per batch (default: 32)")
     parser.add_argument(
-        "--max-bad-share", type=_share, metavar="SHARE",
+        "--max-bad-share", type=share, metavar="SHARE",
         help="stop if a larger share of samples is rejected (default: the run's data.max_bad_share, else 0.01)",
     )  # fmt: skip
     parser.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N",
+        "--part", type=part, default=(1, 1), metavar="I/N",
         help="answer only every N-th shard, starting with the I-th, from 1 (default: all)",
+    )  # fmt: skip
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", type=positive, metavar="N",
+        help="work with N copies of the model at most, each in a process with its own GPUs (default: as many as the "
+        "GPUs have room for; without a GPU, 1)",
     )  # fmt: skip
 
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--without-teacher", action="store_true", help="trace the students only")
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image")
     parser.add_argument("--question", metavar="TEXT", help="a question about the image")
     parser.add_argument("--sample", metavar="KEY", help="instead of an image: the last question of this sample")
@@ -240,7 +273,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=32,
         metavar="N",
         help="maximum answer length in tokens (default: 32)",
@@ -254,7 +287,7 @@ def _add_cache_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suspects", action="store_true", help="show instead the samples whose answer the teacher finds least likely"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="number of suspects shown (default: 20)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="number of suspects shown (default: 20)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all suspects, ranked, to this JSONL file")
     parser.add_argument(
         "--tokenizer",
@@ -268,29 +301,6 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
-    return int(text)
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 2/8, found {text!r}")
-    return int(number), int(count)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
-    return share
-
-
 def _status(options: argparse.Namespace) -> None:
     from pipeline.results.status import show, status
 
@@ -299,11 +309,13 @@ def _status(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.results.evaluate import scoreboard
-    from pipeline.results.evaluate.evaluation import evaluate, make_plan
+    from pipeline.results.evaluate.evaluation import evaluate
+    from pipeline.results.evaluate.plan import make_plan
 
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
-        options.against, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        options.against, options.without_teacher, limit=options.limit, batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)
 
@@ -314,7 +326,7 @@ def _answer(options: argparse.Namespace) -> None:
 
     plan = make_plan(
         options.model, options.run, options.data, options.output, options.max_bad_share, options.part,
-        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     run(plan)
 
@@ -322,7 +334,10 @@ def _answer(options: argparse.Namespace) -> None:
 def _trace(options: argparse.Namespace) -> None:
     from pipeline.results.trace import terminal
 
-    terminal.run(options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens)
+    terminal.run(
+        options.run, options.image, options.question, options.sample, options.data, options.max_new_tokens,
+        options.without_teacher,
+    )  # fmt: skip
 
 
 def _cache_info(options: argparse.Namespace) -> None:
@@ -341,6 +356,7 @@ def _env(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "plan": plan.run,
     "status": _status,
     "evaluate": _evaluate,
     "answer": _answer,

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+REQUEUE_EXIT = 75
+"""Exit code of a job that was asked to end (SIGTERM, SIGUSR1) and has written its checkpoint: start it again. It is
+sysexits' EX_TEMPFAIL; 1 is a crash and 2 an error that starting again will not mend."""
+
 
 class UserError(Exception):
     """Base class. The message is all that the user sees.

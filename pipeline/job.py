@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from data_prep.lock import lock_file
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import write_file
 from pipeline.errors import UserError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
 
+if TYPE_CHECKING:
+    from pipeline.runtime.ranks import Ranks
+
 USER_ERROR, FAILURE = 2, 1
+
+ANOTHER_RUN = "end it; or give this job a folder of its own: --set run=FOLDER"
+"""What to do, besides to wait, where two jobs want one step of one run."""
 
 ANOTHER_RANK_S = 3.0
 """How long a rank other than 0 waits before it prints its error: an error of all ranks is then printed once, by 0."""
+LAST_RANKS_S = 15.0
+"""How long a start waits for the ranks of a job that was killed: they end within seconds."""
 LAUNCHER_S = 30.0
 """How long a rank that only lost its connection waits for the launcher to end it, with the exit code of the cause."""
 
@@ -61,28 +72,61 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
 
 def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> None:
     from pipeline.runtime import engine
+    from pipeline.runtime.launcher import end_with_the_launcher
     from pipeline.runtime.loop import Job, Stopped
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
+    from pipeline.vlm.attention import check_attention
 
+    end_with_the_launcher()
     ranks = engine.start(verbose)
+    check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
         write_file(resolved.recipe.run / "recipe.yaml", resolved.to_yaml().encode())
     for line in resolved.inherited():
         job.say(line)
+    _choose_kernels(job, engine.dtype_of(job.recipe))
     hosted = None
     try:
         for step in steps:
-            if step == "verbalize":
-                hosted = verbalize.run(job)
-            elif step == "cache":
+            if step == "cache":  # many jobs may fill one cache
                 cache.run(job, hosted, shards, only_missing)
-            else:
-                {"interact": interact, "reinforce": reinforce}[step].run(job)
+                continue
+            with _alone(resolved.recipe.run, step, ranks):
+                if step == "verbalize":
+                    hosted = verbalize.run(job)
+                else:
+                    {"interact": interact, "reinforce": reinforce}[step].run(job)
     except Stopped as stopped:
         job.say(str(stopped))
     engine.stop()
+
+
+@contextlib.contextmanager
+def _alone(run: Path, step: str, ranks: Ranks) -> Iterator[None]:
+    """Hold the lock of a run's step, on rank 0. Raises ShardError where another job that lives holds it."""
+    from pipeline.runtime.ranks import on_first_rank
+
+    with contextlib.ExitStack() as held:
+        lock = lock_file(run / f".{step}.lock", f"{step} of {run}", ANOTHER_RUN, wait_s=LAST_RANKS_S)
+        on_first_rank(ranks, f"{step}: waiting for another job to end", lambda: held.enter_context(lock))
+        yield
+
+
+def _choose_kernels(job, dtype) -> None:
+    """Each rank checks the kernels that it could use; then all use the same. Rank 0 keeps it for `status`."""
+    from pipeline.loss import kernels
+    from pipeline.runtime.folder import write_kernels
+    from pipeline.runtime.ranks import gather_lists
+
+    asked, _ = kernels.setting(job.recipe.kernels)
+    found = gather_lists([kernels.find(asked, job.ranks.device, dtype)])
+    choice = kernels.settle(found, job.recipe.kernels)
+    kernels.use(choice)
+    job.say(f"{'warning: ' if choice.failed else ''}kernels: {choice}")
+    if job.ranks.first:
+        write_kernels(job.recipe.run, str(choice))
 
 
 def _exit(code: int) -> int:

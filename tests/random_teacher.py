@@ -41,7 +41,7 @@ def round_trip(codec, hidden, head, u=None, **options):
     """Encode hidden states to a record's bytes and back: the codec's unpacked arrays."""
     tokens, layers = hidden.shape[:2]
     record = pack_record(np.arange(tokens), pack_streams(codec, hidden, head, u, **options))
-    return codec.unpack(unpack_record(record)[1], tokens, layers)
+    return codec.unpack(unpack_record(record, codec.token_bytes(layers))[1], tokens, layers)
 
 
 def sampled_codec(vocab=V, points=64):

@@ -56,7 +56,7 @@ def deepspeed(ranks: int, script: str, *arguments: object, check: int | None = 0
     the others are ended when one fails, as it does: this saves its four seconds.
     """
     program = [f"launch/{script}", *map(str, arguments)]
-    port = str(_free_port())
+    port = str(free_port())
     if not launcher:
         return _on_ranks(ranks, port, program, check)
     start = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", str(ranks)]
@@ -117,11 +117,13 @@ def _checked(code: int, output: str, check: int | None) -> str:
 def _environment() -> dict[str, str]:
     # The venv's own ninja and mpirun first, whatever shell the tests were started from.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env.setdefault("DS_ACCELERATOR", "cpu")
     return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

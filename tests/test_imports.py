@@ -117,7 +117,7 @@ def test_a_planted_circle_is_caught(tmp_path):
         ("pipeline.cache.reader", "def f():\n    from ..vlm import families", "pipeline.vlm.families"),
         ("pipeline.steps.interact", "from . import reinforce", "pipeline.steps.reinforce"),
         ("pipeline.steps.interact", "from deepspeed import zero", "deepspeed"),
-        ("pipeline.runtime.batches", "from pipeline.steps.interact import x", "pipeline.steps.interact"),
+        ("pipeline.runtime.data.batches", "from pipeline.steps.interact import x", "pipeline.steps.interact"),
         ("pipeline.codec.sampled", "from pipeline.cache import reader", "pipeline.cache.reader"),
         ("pipeline.cache.reader", "from pipeline.cache.layout import _flat", "pipeline.cache.layout._flat"),
     ],

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
     [["data_prep"], ["data_prep", "shard"], ["data_prep", "lint"], ["data_prep", "preview"]]
     + [
         ["pipeline"],
+        ["pipeline", "plan"],
         ["pipeline", "evaluate"],
         ["pipeline", "answer"],
         ["pipeline", "trace"],

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import turn
 
 from data_prep.shards import FORMAT, write_manifest, write_shard
-from pipeline.vlm.verbalizer import initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
 
 LAYERS = {"teacher": (1, 2, 3), "student": (1, 2)}
 DEPTH = {"teacher": 5, "student": 3}

@@ -23,7 +23,7 @@ from bench.cache.conversations import Conversation, conversations
 from bench.cache.language_model import PACKAGE, bench_cache, smollm2
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.signal import Unembedding
-from pipeline.vlm.verbalizer import initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from pipeline.signal import Signal, Unembedding
 
 RATE_TOKENS = 64
 ROUNDS = 5
+MOST_TOKEN_BYTES = 2**20
+"""More than a token takes in any of the compared codecs."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def rates(outputs: LayerOutputs, codecs: Mapping[str, Codec]) -> dict[str, dict[
         return pack_record(labels, codec.pack(encoded(codec, hidden, head)))
 
     def decode(codec: Codec, record: bytes) -> Signal:
-        tokens, streams = unpack_record(record)
+        tokens, streams = unpack_record(record, MOST_TOKEN_BYTES)
         return codec.decode(join_arrays([codec.unpack(streams, len(tokens), layers)]), head)
 
     forms: dict[tuple[str, str], Callable[[], object]] = {
@@ -153,7 +155,8 @@ def _through_records(
     """The same for another system's packed records: each stream through zstd, without a container."""
     packed = [pack_record(tokens, codec.pack(arrays)) for _, tokens, arrays in records]
     layers = outputs.teacher.shape[1]
-    unpacked = [codec.unpack(streams, len(tokens), layers) for tokens, streams in map(unpack_record, packed)]
+    records_of = [unpack_record(record, MOST_TOKEN_BYTES) for record in packed]
+    unpacked = [codec.unpack(streams, len(tokens), layers) for tokens, streams in records_of]
     return codec.decode(join_arrays(unpacked)), sum(map(len, packed)), 0
 
 

@@ -25,7 +25,8 @@ from pipeline.codec.registry import Codec
 from pipeline.codec.sampled import Sampled, every_nth
 from pipeline.loss.sparse_kl import column_kl
 from pipeline.signal import HiddenSignal, Signal, Unembedding
-from pipeline.vlm.verbalizer import VerbFFN, initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
+from pipeline.vlm.verbalizer import VerbFFN
 
 BATCH = 256
 UPDATES = 36

@@ -15,7 +15,7 @@ from data_prep.shards import write_file
 from pipeline.job import prepare
 from pipeline.loss.matching import uniform_columns
 from pipeline.runtime import engine
-from pipeline.runtime.batches import derived_seed
+from pipeline.runtime.data.batches import derived_seed
 from pipeline.runtime.loop import Job
 from pipeline.signal import HiddenSignal, Signal
 from pipeline.steps import interact, reinforce

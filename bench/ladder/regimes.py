@@ -37,13 +37,15 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
         return
     matplotlib.rcParams["svg.hashsalt"] = "ladder"
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 3 * len(panels), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(panels), figsize=(1.5 + 3 * len(panels), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (label, (field, present)) in zip(axes[0], panels.items(), strict=True):
         _panel(axis, field, present)
         axis.set_xlabel(label)
     axes[0][0].set_ylabel("exact match, held out")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(panels), fontsize=8
+    )
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -9,7 +9,6 @@ exists) is compared on all student layers. Weights are frozen unless an entry sa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -150,22 +149,45 @@ def compare_dense(case: Case, threads: int) -> tuple[dict[str, Any], dict[str, d
     return entry, peer_entries(layer, seconds, absent)
 
 
+def interaction_over_peers(layer: Problem) -> dict[str, dict[str, Any]]:
+    """Other packages' divergences of one student layer, over our time for it."""
+    peers, absent = peer_forms(layer)
+    seconds = interleaved({"ours": without_old_gradients(layer, interaction), **peers}, FEW_ROUNDS)
+    return peer_entries(layer, seconds, absent)
+
+
 def peer_forms(layer: Problem) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """(other packages' forms that can be timed here, {entry: reason} for those that cannot)."""
+    h, weight, hidden = layer.h[0], layer.weight, layer.hidden
     forms: dict[str, Callable[[], object]] = {}
     absent: dict[str, str] = {}
-    h, weight, hidden = layer.h[0], layer.weight, layer.hidden
-    try:
-        trl = trl_pair(h, weight, hidden)
-        forms |= {"trl_forward": partial(trl, False), "trl_both": without_old_gradients(layer, lambda _: trl(True))}
-    except ImportError as error:
-        absent["trl_chunked"] = f"not installed: {error}"
-    try:
-        liger = liger_pair(h, weight, hidden)
+    trl, why = tried(lambda: partial(trl_pair(h, weight, hidden), False))
+    if trl is None:
+        absent["trl_chunked"] = why
+    else:
+        both = partial(trl_pair(h, weight, hidden), True)
+        forms |= {"trl_forward": trl, "trl_both": without_old_gradients(layer, lambda _: both())}
+    liger, why = tried(lambda: liger_pair(h, weight, hidden))
+    if liger is None:
+        absent["liger_chunked"] = why
+    else:
         forms["liger_both"] = without_old_gradients(layer, lambda _: liger())
-    except ImportError as error:
-        absent["liger_chunked"] = f"not installed: {error}"
     return forms, absent
+
+
+def tried(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object] | None, str]:
+    """(another package's form once it has run, or None; why it cannot run here).
+
+    Its kernels may not fit the device, its memory, or the installed Triton: that must not end our own measurement.
+    """
+    try:
+        form = make()
+        form()
+    except ImportError as error:
+        return None, f"not installed: {error}"
+    except Exception as error:
+        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return form, ""
 
 
 def peer_entries(layer: Problem, seconds: dict[str, list[float]], absent: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -218,8 +240,10 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
             "floor": products(problem, 1, trained),
             "ours": without_old_gradients(problem, work),
         }
+        absent: dict[str, str] = {}
         if work is cross_entropy:
-            forms |= {"naive": without_old_gradients(problem, dense_cross_entropy), **fused_forms(problem)}
+            fused, absent = fused_forms(problem)
+            forms |= {"naive": without_old_gradients(problem, dense_cross_entropy), **fused}
         seconds = interleaved(forms, FEW_ROUNDS)
         peak = {"ours": peak_mib(partial(prepared, case, threads, work, trained))}
         entries[name] = {
@@ -227,6 +251,7 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
             "products": 3 if trained else 2,
             "seconds": {form: statistics.median(times) for form, times in seconds.items()},
             "peak_mib": peak,
+            "peers_not_run": absent,
         }
         if work is cross_entropy:
             peak["naive"] = peak_mib(partial(prepared, case, threads, dense_cross_entropy, trained))
@@ -238,14 +263,19 @@ def compare_one_layer(case: Case, threads: int) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def fused_forms(problem: Problem) -> dict[str, Callable[[], object]]:
-    """Other packages' fused cross-entropy, if there is a GPU and they are installed."""
+def fused_forms(problem: Problem) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """(other packages' fused cross-entropy, {name: reason} for those that cannot run here)."""
+    if not ON_GPU:
+        return {}, dict.fromkeys(FUSED, "its kernels are Triton's and need a GPU")
     forms: dict[str, Callable[[], object]] = {}
-    for name, make in FUSED.items() if ON_GPU else ():
-        with contextlib.suppress(ImportError):
-            run = make(problem.h[0], problem.weight, problem.labels)
+    absent: dict[str, str] = {}
+    for name, make in FUSED.items():
+        run, why = tried(partial(make, problem.h[0], problem.weight, problem.labels))
+        if run is None:
+            absent[name] = why
+        else:
             forms[name] = without_old_gradients(problem, lambda _, run=run: run())  # type: ignore[misc]
-    return forms
+    return forms, absent
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -261,8 +291,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     for name, entry in entries.items():
         if "not_run" in entry:
             console.print(f"{name}: not run, {entry['not_run']}")
-    if not ON_GPU:
-        console.print(f"{', '.join(FUSED)}: not run, their kernels are Triton's and need a GPU")
+        for peer, why in entry.get("peers_not_run", {}).items():
+            console.print(f"{peer} beside {name}: not run, {why}")
 
 
 def main() -> None:

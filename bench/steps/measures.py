@@ -69,7 +69,7 @@ def measure(name: str, rounds: int, updates: int, ranks: Ranks) -> dict[str, Any
         }
         entry |= _ratios(recipe, ranks, folder / "written", rounds)
         if updates:
-            waits = {f"{workers}_workers": _data_wait(recipe, workers, updates) for workers in (1, 2)}
+            waits = {f"{workers}_workers": data_wait(recipe, workers, updates) for workers in (1, 2)}
             entry["data_wait_share"] = waits
         if name == "demo":
             entry["start_up"] = start_up(recipe)
@@ -136,7 +136,7 @@ def _free(ranks: Ranks) -> None:
         torch.cuda.empty_cache()
 
 
-def _data_wait(recipe: Path, workers: int, updates: int) -> float:
+def data_wait(recipe: Path, workers: int, updates: int) -> float:
     """Share of stage 2a's time spent on waiting for its loader."""
     run = load_recipe(recipe).recipe.run
     shutil.rmtree(run / "interact", ignore_errors=True)

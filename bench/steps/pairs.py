@@ -136,6 +136,20 @@ RANDOM_PAIRS["real-0.5b-cpu"] = replace(
 Its image encoder has a quarter of a real one's blocks, which reduces both sides of each ratio and makes the goals
 harder.
 """
+RANDOM_PAIRS["tiny"] = replace(
+    RANDOM_PAIRS["small"],
+    teacher=Size(layers=4, width=64, inner=128, heads=4, kv_heads=2, rows=1024),
+    student=Size(layers=3, width=48, inner=96, heads=3, kv_heads=3, rows=1024),
+    tower=Tower(blocks=1, width=32, heads=2, patch=14),
+    teacher_layers=(1, 2, 3),
+    student_layers=(1, 2),
+    precision="bf16",
+    image_side=4,
+    words=(4, 8),
+    micro_batch=4,
+    samples=8,
+)
+"""For the code's sake: its figures mean nothing."""
 DEMO_SAMPLES, DEMO_BATCH = 192, 16
 
 

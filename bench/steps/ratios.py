@@ -20,10 +20,10 @@ from pipeline.cache.view import CacheView
 from pipeline.cache.writer import CacheFolder
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.data.loader import load
 from pipeline.runtime.engine import Engine, dtype_of
 from pipeline.runtime.folder import done
-from pipeline.runtime.loader import load
 from pipeline.runtime.loop import Job, MicroStep, StepOutput
 from pipeline.runtime.ranks import Ranks
 from pipeline.signal import HiddenSignal, Signal, Unembedding
@@ -32,7 +32,7 @@ from pipeline.steps.cache import step as cache
 from pipeline.steps.cache import writing
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.verbalize import ROLES
-from pipeline.vlm.assemble import encoders, load_verbalized, student_with_verbalizers
+from pipeline.vlm.assemble import encoders, load_untrained, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.cohost import CoHost
 
@@ -87,7 +87,7 @@ def student_steps(prepared: PreparedRun, live: bool = True) -> TimedCalls:
         part = _PartOfEngine(engine, "interaction")
         return interact._forward(part, recipe.interact, recipe.seed, teacher, student.layers)  # type: ignore[arg-type]
 
-    finetune = reinforce._forward(_PartOfEngine(engine, "finetuned"))  # type: ignore[arg-type]
+    finetune = reinforce._forward(_PartOfEngine(engine, "finetuned"), "cross_entropy")  # type: ignore[arg-type]
     runs: TimedCalls = {
         "finetune": partial(_update, engine, finetune, loaded),
         "interact": partial(_update, engine, interaction(view), loaded),
@@ -103,12 +103,13 @@ def verbalize_steps(prepared: PreparedRun) -> TimedCalls:
     """Stage 1a's step ("verbalize"), and "forwards": the two frozen backbones alone, without heads."""
     recipe = prepared.recipe
     sides = {
-        role: load_verbalized(
+        role: load_untrained(
             getattr(recipe, role), recipe, prepared.vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
         )
         for role in ROLES
     }
-    engine = Engine(CoHost(sides), recipe, recipe.verbalize, prepared.job.ranks)
+    apart = [block for side in sides.values() for block in side.verb_ffns.values()]
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, prepared.job.ranks, clipped_apart=apart)
     engine.module.train()
     loaded = prepared.load(ChatDataset(prepared.data, encoders(recipe, ROLES)))
     batches = {role: batch.to(engine.device, engine.dtype) for role, batch in loaded.batches.items()}

@@ -120,8 +120,9 @@ class TeacherCache:
         key = self._folder.keys[index]
         try:
             members = self._folder.read_members(index)
-            tokens, streams = unpack_record(members[RECORD], self._made_for)
-            return CacheRecord(key, tokens, self.codec.unpack(streams, len(tokens), len(self.layers)))
+            layers = len(self.layers)
+            tokens, streams = unpack_record(members[RECORD], self.codec.token_bytes(layers), self._made_for)
+            return CacheRecord(key, tokens, self.codec.unpack(streams, len(tokens), layers))
         except (DataError, ValueError, KeyError) as error:
             raise CacheError(
                 f"{self.path}: record '{key}' is damaged: {error}. Put it right: {self._repair()}"

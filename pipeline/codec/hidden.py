@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import raw_arrays, raw_stream
+from pipeline.codec.packing import raw_arrays, raw_stream, to_device
 from pipeline.signal import HiddenSignal, Unembedding
+
+MOST_WIDTH = 65_536
+"""Width of a state that is unpacked: several times that of today's largest models."""
 
 
 class Hidden:
@@ -46,6 +49,10 @@ class Hidden:
         """One record's hidden states -> one stream of raw numbers."""
         return {f"hidden.{self.dtype}": raw_stream(arrays["hidden"], self.dtype)}
 
+    def token_bytes(self, layers: int) -> int:
+        """A state of each layer, as wide as any model's. The true width is known where the head is."""
+        return layers * MOST_WIDTH * getattr(torch, self.dtype).itemsize
+
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """-> {"hidden": [T, J, d]}, bfloat16 as its bits. Raises ValueError where the size does not fit T and J."""
         return raw_arrays(streams, tokens, layers)
@@ -57,7 +64,7 @@ class Hidden:
         device: torch.device | str = "cpu",
     ) -> HiddenSignal:
         """Unpacked arrays -> a signal. Raises ValueError without the teacher's head (TeacherCache.unembedding)."""
-        return HiddenSignal(self._states(arrays).to(device), _required(unembedding))
+        return HiddenSignal(to_device(self._states(arrays), device), _required(unembedding))
 
     def empty(
         self, layers: int, unembedding: Unembedding | None = None, device: torch.device | str = "cpu"

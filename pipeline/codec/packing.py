@@ -25,6 +25,8 @@ from torch import Tensor
 from pipeline.errors import SampleError
 
 TOKENS, SKIPPED = "tokens", "skipped"
+MOST_TOKENS = 2**20
+"""Response tokens of a record. No more are unpacked, whatever a damaged or hostile record claims."""
 LEVEL = 6
 """zstd compression level. Higher levels cost time and gain nothing, because the streams are nearly random."""
 
@@ -37,6 +39,14 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     """A tensor as a CPU array. bfloat16 becomes its bits in uint16."""
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def to_device(array: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """A CPU array as a tensor on a device. The copy does not wait for a GPU: its source is page-locked."""
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def raw_stream(array: np.ndarray, dtype: str) -> bytes:
@@ -78,20 +88,36 @@ def pack_skipped(reason: str, made_for: str = "") -> bytes:
     return _with_checksum({SKIPPED: reason}, made_for)
 
 
-def unpack_record(data: bytes, made_for: str = "") -> tuple[np.ndarray, dict[str, bytes]]:
+def unpack_record(data: bytes, token_bytes: int, made_for: str = "") -> tuple[np.ndarray, dict[str, bytes]]:
     """The bytes of one record -> its response token ids [T] int32 and its codec's streams.
 
-    Raises SampleError where the sample was skipped. Raises ValueError where any byte changed, or where the record
-    belongs to another cache.
+    token_bytes: the most bytes that one token's distributions can take (Codec.token_bytes). A record that claims more
+    is refused before it is decompressed.
+
+    Raises SampleError where the sample was skipped. Raises ValueError where any byte changed, where the record belongs
+    to another cache, or where it would be larger than its tokens can be.
     """
     record = _verified_content(data, made_for)
     if SKIPPED in record:
         raise SampleError(f"skipped when the teacher cache was made: {record[SKIPPED]}")
-    decompressor = zstandard.ZstdDecompressor()
-    streams = {name: decompressor.decompress(frame) for name, frame in record.items()}
-    name = next(name for name in streams if name.startswith(f"{TOKENS}."))
-    tokens = raw_array(streams.pop(name), name.partition(".")[2], -1).astype(np.int32)
-    return tokens, streams
+    name = next((name for name in record if name.startswith(f"{TOKENS}.")), None)
+    if name is None:
+        raise ValueError("it has no tokens")
+    frame, dtype = record.pop(name), name.partition(".")[2]
+    tokens = raw_array(_decompress({name: frame}, 4 * MOST_TOKENS)[name], dtype, -1).astype(np.int32)
+    return tokens, _decompress(record, token_bytes * len(tokens))
+
+
+def _decompress(frames: Mapping[str, bytes], most: int) -> dict[str, bytes]:
+    """{name: frame} -> {name: stream}. Raises ValueError where the streams together are larger than `most` bytes."""
+    try:
+        claimed = sum(zstandard.get_frame_parameters(frame).content_size for frame in frames.values())
+        if claimed > most:  # an unknown size claims 2^64 - 1
+            raise ValueError(f"its streams claim {claimed:,} bytes; expected at most {most:,}")
+        decompressor = zstandard.ZstdDecompressor()
+        return {name: decompressor.decompress(frame) for name, frame in frames.items()}
+    except (zstandard.ZstdError, TypeError) as error:
+        raise ValueError(f"it does not decompress: {error}") from None
 
 
 def join_arrays(arrays: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -49,6 +49,10 @@ class Codec(Protocol):
         """One record's arrays, as `encode` returned them -> named streams of bytes, not yet compressed."""
         ...
 
+    def token_bytes(self, layers: int) -> int:
+        """The most bytes of streams that one token of so many layers takes."""
+        ...
+
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """Streams -> arrays [T, J, n] of narrow dtypes, cheap to pass between processes. n may differ between records.
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import narrowest, raw_array, raw_stream
+from pipeline.codec.packing import narrowest, raw_array, raw_stream, to_device
 from pipeline.codec.systematic import draw_points
 from pipeline.rows import row_states
 from pipeline.signal import SparseSignal, Unembedding
@@ -65,11 +65,11 @@ class Sampled:
     def encode(self, hidden: Tensor, unembedding: Unembedding, uniform: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
         """[T, J, d] and u [T, J] -> {"ranks": [T, J, N] int32 ascending, "entropy": [T, J] float32, nats}."""
         tokens, layers, _ = hidden.shape
-        order, u = torch.from_numpy(self.order).to(hidden.device), uniform.to(hidden.device).reshape(-1).split(chunk)
+        order, u = (to_device(array, hidden.device) for array in (self.order, uniform))
         products = unembedding.weight.new_empty(min(chunk, tokens * layers), unembedding.vocab)
         drawn = [
             draw_points(unembedding.products(states, products[: len(states)]), unembedding, order, u_chunk, self.points)
-            for states, u_chunk in zip(row_states(hidden, chunk), u, strict=True)
+            for states, u_chunk in zip(row_states(hidden, chunk), u.reshape(-1).split(chunk), strict=True)
         ]
         ranks, entropy = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return {"ranks": ranks.view(tokens, layers, self.points), "entropy": entropy.view(tokens, layers)}
@@ -97,6 +97,10 @@ class Sampled:
             "counts": raw_stream(large, "uint16"),
             "entropy": raw_stream(np.rint(share * ENTROPY_STEPS), "uint16"),
         }
+
+    def token_bytes(self, layers: int) -> int:
+        """For each point at most a symbol, four bytes of digits and a count; an entropy, and each class's last byte."""
+        return layers * (self.points * (1 + 4 + 2) + 2) + 32
 
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """-> {"ranks": [T, J, K], "counts": [T, J, K] (0 for padding), "entropy": [T, J, 1] uint16}.
@@ -135,8 +139,8 @@ class Sampled:
         device: torch.device | str = "cpu",
     ) -> SparseSignal:
         """Unpacked arrays -> a signal. A probability is a count / the sum of counts; the tail is 0. Needs no head."""
-        order = torch.from_numpy(self.order).to(device)
-        ranks, counts, entropy = (torch.from_numpy(arrays[name]).to(device) for name in ("ranks", "counts", "entropy"))
+        order = to_device(self.order, device)
+        ranks, counts, entropy = (to_device(arrays[name], device) for name in ("ranks", "counts", "entropy"))
         counts = counts.float()
         neg_entropy = entropy[..., 0].to(torch.float32) * (-math.log(len(self.order)) / ENTROPY_STEPS)
         probs = counts / counts.sum(-1, keepdim=True)

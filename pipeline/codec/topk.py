@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import narrowest, raw_arrays, raw_stream
+from pipeline.codec.packing import narrowest, raw_arrays, raw_stream, to_device
 from pipeline.rows import row_states
 from pipeline.signal import SparseSignal, Unembedding
 
@@ -74,6 +74,10 @@ class TopK:
         types = {"ids": ids, "logprobs": "float16", "tail": "float32"}
         return {f"{name}.{dtype}": raw_stream(arrays[name], dtype) for name, dtype in types.items()}
 
+    def token_bytes(self, layers: int) -> int:
+        """k ids and log-probabilities, and the tail, of each layer."""
+        return layers * (self.k * (4 + 2) + 4)
+
     def unpack(self, streams: Mapping[str, bytes], tokens: int, layers: int) -> dict[str, np.ndarray]:
         """-> {"ids": [T, J, K], "logprobs": [T, J, K], "tail": [T, J, 1]}. Raises ValueError where sizes do not fit."""
         return raw_arrays(streams, tokens, layers)
@@ -85,7 +89,7 @@ class TopK:
         device: torch.device | str = "cpu",
     ) -> SparseSignal:
         """Unpacked arrays -> a signal. Needs no head."""
-        ids, logprobs, tail = (torch.from_numpy(arrays[name]).to(device) for name in ("ids", "logprobs", "tail"))
+        ids, logprobs, tail = (to_device(arrays[name], device) for name in ("ids", "logprobs", "tail"))
         probs, tail = logprobs.float().exp(), tail[..., 0]
         probs = (probs * ((1 - tail) / probs.sum(-1))[..., None]).clamp(max=1.0)
         neg_entropy = torch.xlogy(probs, probs).sum(-1) + torch.xlogy(tail, tail)

@@ -182,6 +182,7 @@ def product_gradients(h: Tensor, workspace: Workspace, loss: TileLoss, tile: int
             loss(slice(rows.start + part.start, rows.start + part.stop), logits)
             if slope is not None:
                 logits.mul_(slope)
+            del slope  # or the next tile's would be computed beside it
             if unembedding.scale != 1.0:
                 logits.mul_(unembedding.scale)
             if logits.dtype != products.dtype:

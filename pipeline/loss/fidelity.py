@@ -23,7 +23,7 @@ and all of these layers are candidates. So a reference student is among its own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,15 +31,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.loss.chunks import rows_per_chunk
+from pipeline.loss.chunks import ACCELERATOR_CHUNK_ELEMENTS, CHUNK_ELEMENTS, row_chunks
 from pipeline.loss.matching import draw_probabilities, search_ranges
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 
-FLOATS_PER_LOGIT = 8
-"""Memory for each logit of a chunk, in floats: the float64 log-probabilities and the temporaries of one layer."""
+FLOATS_PER_LOGIT = 16
+"""Memory for each logit of a chunk, in floats: at most eight float64 arrays [c, J, V] exist at the same time."""
 
 SUMS = ("entropy", "mass", "kl_error", "kl_error_squared", "gradient_error_squared", "gradient_squared")
 """Names of the sums that each layer has."""
+
+DRAWS = ("kl_true", "kl_cached")
+"""Names of the sums that each reference student and candidate have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ class Fidelity:
         """The inverse of `to_json`. Raises KeyError where a sum is missing."""
         sums = {name: np.asarray(values[name], np.float64) for name in SUMS}
         shape = (-1, len(sums["entropy"]) - 1)  # an empty list of students does not determine it
-        matrices = {name: np.asarray(values[name], np.float64).reshape(shape) for name in ("kl_true", "kl_cached")}
+        matrices = {name: np.asarray(values[name], np.float64).reshape(shape) for name in DRAWS}
         return cls(int(values["tokens"]), **sums, **matrices)
 
     def summary(self) -> dict[str, Any]:
@@ -127,13 +130,43 @@ class Fidelity:
         return sum(distances) / students
 
 
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The sums of some tokens, still on the device. Adding chunks to them waits for nothing."""
+
+    tokens: Tensor
+    """[] int64: number of tokens whose hidden states are finite."""
+    layers: Tensor
+    """[6, J] float64: the SUMS."""
+    pairs: Tensor
+    """[2, J, J] float64, nats: the true and the cached KL of each layer (row) to each as a student (column)."""
+
+    def read(self) -> Fidelity:
+        """The sums as numbers. Waits until the device has computed them."""
+        sums, (true, cached) = self.layers.cpu().numpy(), self.pairs.cpu().numpy()
+        draws = (_reference_students(pairs) for pairs in (true, cached))
+        return Fidelity(int(self.tokens), **dict(zip(SUMS, sums, strict=True)), **dict(zip(DRAWS, draws, strict=True)))
+
+
+def _reference_students(pairs: np.ndarray) -> np.ndarray:
+    """KL of all pairs [J, J] -> of each reference student to the candidates in its search range [S, J - 1]."""
+    candidates = len(pairs) - 1
+    students = len(pairs) // 2  # every second of the first J - 1
+    if students == candidates:
+        return np.zeros((0, candidates))
+    kl = np.zeros((students, candidates))
+    for row, columns in enumerate(search_ranges(students, candidates)):
+        kl[row, columns] = pairs[columns, 2 * row]
+    return kl
+
+
 @torch.no_grad()
-def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Fidelity:
+def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Measurement:
     """Measure fidelity from the teacher's hidden states and the cache's signal of the same tokens and layers.
 
-    hidden: [r, J, d] normed verbalizer outputs. unembedding: the teacher's head. All must be on one device. A token
-    with a value that is not finite is left out, because the cache skips its sample. Raises ValueError for a signal of
-    other tokens or layers, and for fewer than two layers, which leave no stand-in.
+    hidden: [r, J, d] normed verbalizer outputs. unembedding: the teacher's head. All must be on one device; nothing
+    here waits for it. A token with a value that is not finite is left out, because the cache skips its sample. Raises
+    ValueError for a signal of other tokens or layers, and for fewer than two layers, which leave no stand-in.
     """
     tokens, layers = hidden.shape[:2]
     found = (signal.hidden if isinstance(signal, HiddenSignal) else signal.ids).shape[:2]
@@ -143,95 +176,120 @@ def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Fidelit
         )
     if layers < 2:
         raise ValueError("fidelity needs at least two cached layers: one stands in for the student of the other")
-    students = layers // 2  # every second of the first J - 1
-    window = search_ranges(students, layers - 1) if students < layers - 1 else []
+    usable = hidden.isfinite().flatten(1).all(1)
     sums = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=hidden.device)
-    matrices = torch.zeros(2, len(window), layers - 1, dtype=torch.float64, device=hidden.device)
-    usable = hidden.isfinite().flatten(1).all(1).nonzero()[:, 0]
-    for rows in usable.split(rows_per_chunk(FLOATS_PER_LOGIT * layers * unembedding.vocab)):
-        _add_chunk(sums, matrices, window, hidden[rows], unembedding, signal.part(rows))
-    kl_true, kl_cached = matrices.cpu().numpy()
-    named = dict(zip(SUMS, sums.cpu().numpy(), strict=True))
-    return Fidelity(len(usable), **named, kl_true=kl_true, kl_cached=kl_cached)
+    pairs = torch.zeros(2, layers, layers, dtype=torch.float64, device=hidden.device)
+    for rows in row_chunks(tokens, _rows_per_chunk(hidden, unembedding.vocab)):
+        one, kl = _compare(hidden[rows], unembedding, signal.part(rows))
+        sums += torch.where(usable[rows, None], one, 0.0).sum(1)
+        pairs += torch.where(usable[rows, None, None], kl, 0.0).sum(1)
+    return Measurement(usable.sum(), sums, pairs)
 
 
-def _add_chunk(
-    sums: Tensor, matrices: Tensor, window: Sequence[range], hidden: Tensor, unembedding: Unembedding, signal: Signal
-) -> None:
-    """Add c tokens, hidden [c, J, d], into sums [6, J] and matrices [2, S, J - 1]."""
+def _rows_per_chunk(hidden: Tensor, vocab: int) -> int:
+    elements = CHUNK_ELEMENTS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    return max(1, elements // (FLOATS_PER_LOGIT * hidden.shape[1] * vocab))
+
+
+def _compare(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> tuple[Tensor, Tensor]:
+    """Compare c tokens, hidden [c, J, d]: each token's SUMS [6, c, J], and the KL of all pairs [2, c, J, J].
+
+    All layers at once: the number of operations does not depend on J.
+    """
     logits = unembedding.logits(hidden)
+    stand_in = (torch.arange(hidden.shape[1], device=hidden.device) - 1).abs()  # 1, 0, 1, 2, ..., J - 2
+    slope = _slope(logits, stand_in, unembedding)
     log_p = logits.double().log_softmax(-1)
-    weight = unembedding.weight[: unembedding.vocab]
-    gradients = []
-    for j in range(hidden.shape[1]):
-        stand_in = j - 1 if j else 1
-        log_q, slope = log_p[:, stand_in], _slope(logits[:, stand_in], unembedding)
-        true, cached = _exact_target(log_p[:, j]), _cached_target(signal, j, unembedding.vocab)
-        error = cached.kl(log_q) - true.kl(log_q)
-        mass = torch.where(cached.probs > 0, true.probs, 0.0).sum(1)
-        sums[:4, j] += torch.stack((-true.neg_entropy, mass, error, error.square())).sum(1)
-        true_gradient = true.gradient(log_q)
-        gradient_error = cached.gradient(log_q) - true_gradient
-        # Subtract before the product with the weight: the difference of two low-precision products would be rounding.
-        gradients += [(gradient * slope).to(weight.dtype) for gradient in (gradient_error, true_gradient)]
-        for row, columns in enumerate(window):
-            if j in columns:
-                student = log_p[:, 2 * row]
-                matrices[:, row, j] += torch.stack((true.kl(student), cached.kl(student))).sum(1)
-    norms = (
-        (torch.cat(gradients) @ weight).double().square().sum(1)
-    )  # one product for all layers: products of few rows are slow
-    sums[4:] += norms.view(hidden.shape[1], 2, len(hidden)).sum(2).T
+    del logits
+    p = log_p.exp()
+    true, cached = _Targets(p, None, (p * log_p).sum(-1)), _cached_targets(signal, unembedding.vocab)
+    rest = cached.rest(p)
+    kl = torch.stack((true.kl(log_p, None), cached.kl(log_p, rest)))
+    del log_p
+    error = _at(kl[1] - kl[0], stand_in)
+    mass = torch.where(cached.probs > 0, p, 0.0).sum(-1)
+    norms = _squared_norms(true, cached, rest, stand_in, slope, unembedding)
+    return torch.stack((-true.neg_entropy, mass, error, error.square(), *norms)), kl
 
 
 @dataclass(frozen=True)
-class _DenseTarget:
-    """One teacher layer's distributions of c tokens over all V ids, and the KL to a student's log q [c, V]."""
+class _Targets:
+    """The distributions of c tokens and J teacher layers over all V ids, and the KL to students' distributions."""
 
     probs: Tensor
-    """[c, V] float64; 0 for ids that are not stored."""
-    tail: Tensor
-    """[c, 1] float64: total probability of the ids that are not stored."""
+    """[c, J, V] float64; 0 for ids that are not stored."""
+    tail: Tensor | None
+    """[c, J] float64: total probability of the ids that are not stored; None where there is none."""
     neg_entropy: Tensor
-    """[c] float64, nats."""
+    """[c, J] float64, nats."""
 
-    def kl(self, log_q: Tensor) -> Tensor:
-        """The KL [c] in nats."""
-        kl = self.neg_entropy - (self.probs * log_q).sum(-1)
-        if self.tail.any():
-            kl -= torch.where(self.tail > 0, self.tail * self._rest(log_q), 0.0)[:, 0]
-        return kl
+    def rest(self, q: Tensor) -> Tensor | None:
+        """Each student's [c, S, V] total probability of the ids that a layer does not store [c, J, S]; with a tail."""
+        if self.tail is None:
+            return None
+        not_stored = (self.probs == 0).to(q.dtype) @ q.mT
+        return not_stored.clamp_min(torch.finfo(q.dtype).tiny)  # 0 where every id is stored: its logarithm is finite
 
-    def gradient(self, log_q: Tensor) -> Tensor:
-        """The gradient [c, V] at the student's logits. The tail is distributed over its ids in proportion to q."""
-        target = self.probs
-        if self.tail.any():
-            target = torch.where(target > 0, target, self.tail * (log_q - self._rest(log_q)).exp())
-        return (self.probs.sum(-1, keepdim=True) + self.tail) * log_q.exp() - target
+    def kl(self, log_q: Tensor, rest: Tensor | None) -> Tensor:
+        """The KL [c, J, S] in nats of each layer to each student, from log q [c, S, V] and `rest` of q."""
+        kl = self.neg_entropy[..., None] - self.probs @ log_q.mT
+        return kl if self.tail is None or rest is None else kl - self.tail[..., None] * rest.log()
 
-    def _rest(self, log_q: Tensor) -> Tensor:
-        """[c, 1] log of the student's total probability of the ids that are not stored."""
-        return log_q.masked_fill(self.probs > 0, -torch.inf).logsumexp(-1, keepdim=True)
+    def gradient(self, q: Tensor, rest: Tensor | None) -> Tensor:
+        """The gradient [c, J, V] at the logits of one student for each layer, from its q and `rest` [c, J].
+
+        The tail is distributed over its ids in proportion to q.
+        """
+        total = self.probs.sum(-1)
+        if self.tail is None or rest is None:
+            return (total[..., None] * q).sub_(self.probs)
+        spread = torch.where(self.probs > 0, self.probs, (self.tail / rest)[..., None] * q)
+        return ((total + self.tail)[..., None] * q).sub_(spread)
 
 
-def _exact_target(log_p: Tensor) -> _DenseTarget:
-    p = log_p.exp()
-    return _DenseTarget(p, torch.zeros_like(p[:, :1]), (p * log_p).sum(-1))
-
-
-def _cached_target(signal: Signal, column: int, vocab: int) -> _DenseTarget:
+def _cached_targets(signal: Signal, vocab: int) -> _Targets:
     if isinstance(signal, HiddenSignal):
-        return _exact_target(signal.unembedding.logits(signal.hidden[:, column]).double().log_softmax(-1))
-    ids, probs = signal.ids[:, column], signal.probs[:, column].double()
-    dense = torch.zeros(len(ids), vocab, dtype=torch.float64, device=ids.device).scatter_add_(1, ids, probs)
-    return _DenseTarget(dense, signal.tail[:, column, None].double(), signal.neg_entropy[:, column].double())
+        log_p = signal.unembedding.logits(signal.hidden).double().log_softmax(-1)
+        p = log_p.exp()
+        return _Targets(p, None, (p * log_p).sum(-1))
+    shape = (*signal.ids.shape[:2], vocab)
+    dense = torch.zeros(shape, dtype=torch.float64, device=signal.ids.device)
+    dense.scatter_add_(2, signal.ids, signal.probs.double())
+    return _Targets(dense, signal.tail.double() if signal.has_tail else None, signal.neg_entropy.double())
 
 
-def _slope(logits: Tensor, unembedding: Unembedding) -> Tensor | float:
-    """The derivative of scale and soft-cap: a number, or [c, V] from the capped logits [c, V]."""
+def _squared_norms(
+    true: _Targets,
+    cached: _Targets,
+    rest: Tensor | None,
+    stand_in: Tensor,
+    slope: Tensor | float,
+    unembedding: Unembedding,
+) -> Tensor:
+    """Squared norms [2, c, J] of the gradients at the stand-ins' head inputs: of the cache's error, and the true one.
+
+    They are subtracted before the product with the weight: the difference of two low-precision products would be
+    rounding.
+    """
+    weight = unembedding.weight[: unembedding.vocab]
+    q = true.probs.index_select(1, stand_in)
+    gradient = true.gradient(q, None)
+    error = cached.gradient(q, None if rest is None else _at(rest, stand_in)).sub_(gradient)
+    del q
+    both = torch.stack([(one * slope).to(weight.dtype) for one in (error, gradient)])
+    return (both @ weight).double().square().sum(-1)
+
+
+def _at(pairs: Tensor, columns: Tensor) -> Tensor:
+    """Pairs [c, J, S] -> for each of the J layers, its entry in one of the columns [J]: [c, J]."""
+    return pairs.gather(2, columns[None, :, None].expand(len(pairs), -1, 1))[..., 0]
+
+
+def _slope(logits: Tensor, stand_in: Tensor, unembedding: Unembedding) -> Tensor | float:
+    """The derivative of scale and soft-cap at the stand-ins, from the capped logits: a number, or [c, J, V]."""
     if unembedding.softcap is None:
         return unembedding.scale
-    return unembedding.scale * (1 - (logits.double() / unembedding.softcap).square())
+    return unembedding.scale * (1 - (logits.index_select(1, stand_in).double() / unembedding.softcap).square())
 
 
 def _ratio(total: float, count: float) -> float | None:

@@ -1,18 +1,18 @@
 """A student layer's probabilities q, chunk by chunk: log q at requested ids, and the input of the next matrix product.
 
 T response tokens, d width, V common vocabulary, c rows of a chunk, n requested ids, H heavy ids (those of largest q).
-slope: the derivative of the head's scale and soft-cap. With Triton and a GPU, a single kernel makes all passes over a
-chunk.
+slope: the derivative of the head's scale and soft-cap. On a GPU, a single Triton kernel makes all passes over a chunk
+(kernels.py says where).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from pipeline.loss import kernels
 from pipeline.loss.chunks import Gradients, Workspace, exp_, product_gradients, row_chunks, softmax_
 
 BLOCK = 128
@@ -34,7 +34,7 @@ def probability_chunks(h: Tensor, workspace: Workspace, ids: Tensor, heavy: int,
         collect(heavy_ids, logits.log_softmax(1).gather(1, cat(heavy_ids, ids)), logits.logsumexp(1))
         (logits - logits.amax(1)).exp().scatter(1, heavy_ids, 0) * slope
     """
-    if heavy == 1 and can_fuse(workspace.unembedding.weight):
+    if heavy == 1 and kernels.fused(workspace.unembedding.weight):
         return _fused_probabilities(h, workspace, ids, collect)
 
     def relative_to_max(rows: slice, logits: Tensor) -> None:
@@ -57,7 +57,7 @@ def cross_entropy_chunks(
         collect(logits.log_softmax(1).gather(1, labels))
         (logits.softmax(1) - onehot(labels)) * slope
     """
-    if can_fuse(workspace.unembedding.weight):
+    if kernels.fused(workspace.unembedding.weight):
         return _fused_cross_entropy(h, workspace, labels, collect)
 
     def softmax_minus_label(rows: slice, logits: Tensor) -> None:
@@ -83,11 +83,6 @@ def blocked_max(logits: Tensor) -> tuple[Tensor, Tensor]:
     top, block = torch.cat(tops, 1).max(1, keepdim=True)
     ids = (block * BLOCK + torch.arange(BLOCK, device=logits.device)).clamp_(max=vocab - 1)
     return top, ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))
-
-
-def can_fuse(weight: Tensor) -> bool:
-    """Whether one Triton kernel can make all passes between the two matrix products."""
-    return weight.is_cuda and weight.dtype != torch.float64 and find_spec("triton") is not None
 
 
 def _fused_probabilities(h: Tensor, workspace: Workspace, ids: Tensor, collect: Collect) -> Gradients:

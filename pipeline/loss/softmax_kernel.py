@@ -93,18 +93,19 @@ def softmax_minus_label_(products: Tensor, unembedding: Unembedding, labels: Ten
 def _launch(products: Tensor, unembedding: Unembedding, marked: Tensor, labelled: bool) -> tuple[Tensor, Tensor]:
     rows, vocab = products.shape
     log_q, top = (torch.empty(rows, 1, device=products.device) for _ in range(2))
-    _softmax[(rows,)](
-        products,
-        marked,
-        log_q,
-        top,
-        vocab,
-        products.stride(0),
-        unembedding.scale,
-        unembedding.softcap or 0.0,
-        LABELLED=labelled,
-        CAPPED=unembedding.softcap is not None,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(products):  # Triton launches on the current GPU, whichever the tensors are on
+        _softmax[(rows,)](
+            products,
+            marked,
+            log_q,
+            top,
+            vocab,
+            products.stride(0),
+            unembedding.scale,
+            unembedding.softcap or 0.0,
+            LABELLED=labelled,
+            CAPPED=unembedding.softcap is not None,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
     return log_q, top

@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
         )
     problems += _model_problems(recipe.student, "student") if needs_student else []
     problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
-    problems += _deepspeed_problems(recipe.deepspeed)
+    problems += _deepspeed_problems(recipe, steps)
     for step in steps:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
@@ -78,7 +78,10 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def accumulation(training: Training, world: int) -> int:
-    """Micro-steps in an update: batch_size / (micro_batch_size x world). check_recipe checks that this is whole."""
+    """Micro-steps in an update without micro_batch_tokens: batch_size / (micro_batch_size x world).
+
+    check_recipe checks that this is whole.
+    """
     return training.batch_size // (training.micro_batch_size * world)
 
 
@@ -194,7 +197,7 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
     if (training.steps is None) == (training.epochs is None):
         found = "neither" if training.steps is None else f"steps: {training.steps} and epochs: {training.epochs}"
         problems.append(f"{step}: expected one of steps and epochs, found {found}")
-    if training.batch_size % (training.micro_batch_size * world):
+    if training.micro_batch_tokens is None and training.batch_size % (training.micro_batch_size * world):
         problems.append(
             f"{step}.batch_size: {training.batch_size} is no multiple of {step}.micro_batch_size x ranks = "
             f"{training.micro_batch_size} x {world} = {training.micro_batch_size * world}"
@@ -209,11 +212,36 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
     return problems
 
 
-def _deepspeed_problems(path: Path) -> list[str]:
-    try:
-        config = load_deepspeed_config(path)
-    except RecipeError as error:
-        return [str(error)]
+def _deepspeed_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
+    """The problems of the files that the steps use: once a file, though several steps may use it."""
+    uses: dict[Path, list[str]] = {}
+    for step in steps:
+        uses.setdefault(recipe.deepspeed_of(getattr(recipe, step)), []).append(step)
+    problems = []
+    for path, users in uses.items():
+        try:
+            config = load_deepspeed_config(path)
+        except RecipeError as error:
+            problems.append(str(error))
+        else:
+            problems += _owned_twice(config, path) + _lost_in_bfloat16(config, path, recipe.precision, users)
+    return problems
+
+
+def _lost_in_bfloat16(config: dict[str, Any], path: Path, precision: str, users: list[str]) -> list[str]:
+    """DeepSpeed's plain data parallelism sums bfloat16 gradients in bfloat16, and refuses to do it in float32."""
+    training = [step for step in users if step != "cache"]
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    as_chosen = config.get("data_types", {}).get("grad_accum_dtype") == "bf16"
+    if precision != "bf16" or stage or as_chosen or not training:
+        return []
+    return [
+        f"{path} (for {', '.join(training)}) has ZeRO stage 0, under which DeepSpeed cannot sum the gradients of "
+        "precision: bf16 in float32; use ds_configs/zero1.json, which does, or precision: fp32"
+    ]
+
+
+def _owned_twice(config: dict[str, Any], path: Path) -> list[str]:
     problems = []
     for key, owner in OWNED_BY_RECIPE.items():
         value: Any = config

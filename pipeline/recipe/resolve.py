@@ -16,20 +16,26 @@ from pipeline.recipe.presets import check_preset, preset_values
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
 # These change speed, memory or which files are kept, not what is learned. A run may continue with other values of them.
-# (With interact.micro_batch_size, the number of matches that are drawn in an update changes too.) The values that a
-# preset fills in are compared themselves, each with the step that uses it.
+# (With interact.micro_batch_size or micro_batch_tokens, the number of matches that are drawn in an update changes too.)
+# The values that a preset fills in are compared themselves, each with the step that uses it.
 CHANGEABLE = {
     "run",
     "preset",
     "stage_1",
     "deepspeed",
+    "kernels",
     "gradient_checkpointing",
+    "attention",
     "data.workers",
     "data.memory_mb",
     "data.held_out",
     "data.max_bad_share",
     "cache.batch_tokens",
-} | {f"{step}.{key}" for step in STEPS for key in ("micro_batch_size", "checkpoint_every", "keep_checkpoints")}
+} | {
+    f"{step}.{key}"
+    for step in STEPS
+    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints")
+}
 
 
 STUDENT_OF_STAGE_1 = ("student.path", "student.layers", "verbalizer.form")
@@ -79,7 +85,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
                 origins[key] = "stage 1"
         recipe = _validate(values, f"{path} with {earlier}")
     check_preset(recipe.preset, recipe.reinforce.steps)
-    recipe = recipe.model_copy(update={"deepspeed": _shipped(recipe.deepspeed)})
+    recipe = _with_shipped_configs(recipe)
     return Resolved(recipe, {key: _origin(key, origins) for key in leaves(recipe)})
 
 
@@ -130,6 +136,15 @@ def refuse_another_student(recipe: Recipe) -> None:
         raise RecipeError(
             "stage_1 is a run of another student:\n" + "\n".join(lines) + "\nSet the same values, or leave stage_1 out."
         )
+
+
+def _with_shipped_configs(recipe: Recipe) -> Recipe:
+    updates: dict[str, Any] = {"deepspeed": _shipped(recipe.deepspeed)}
+    for step in STEPS:
+        section = getattr(recipe, step)
+        if section.deepspeed is not None:
+            updates[step] = section.model_copy(update={"deepspeed": _shipped(section.deepspeed)})
+    return recipe.model_copy(update=updates)
 
 
 def _shipped(config: Path) -> Path:

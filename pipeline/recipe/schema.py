@@ -42,8 +42,9 @@ class Data(Section):
     max_bad_share: Share = 0.01
     """Share of samples, from 0 to 1, that may be unusable. A step stops with an error when more of the samples read so
     far could not be used. One bad sample is always allowed."""
-    workers: Count = 2
-    """Data loader processes for each rank; 0: load in the training process. This changes the speed, not the results."""
+    workers: Count | None = None
+    """Data loader processes for each rank; 0: load in the training process. Left out: a rank's share of the cores at
+    hand, without the one that it computes with itself; at most 8. This changes the speed, not the results."""
     memory_mb: Count = 0
     """Memory of each loader process for samples that are ready for the model, in MB, so that later epochs need not read
     and encode them again. The first samples that fit stay. It pays where the data is small and read many times. This
@@ -80,11 +81,18 @@ class Training(Section):
     """Number of passes over data.train; it may be a fraction. Set either epochs or steps. Not stated in the paper."""
     batch_size: Positive
     """Global batch size: samples in one optimizer update, over all ranks and all accumulated micro-batches. It must be
-    a multiple of micro_batch_size x ranks. Paper: 512 for its 2B and 7B students, 256 for its 72B teacher."""
+    a multiple of micro_batch_size x ranks, unless micro_batch_tokens is set. Paper: 512 for its 2B and 7B students,
+    256 for its 72B teacher."""
     micro_batch_size: Positive = 1
     """Samples in one forward pass on one rank. A larger value is faster and needs more memory. Gradient accumulation is
     batch_size / (micro_batch_size x ranks) micro-batches. interact draws one match for each of them, over all ranks.
+    Each global batch is sorted by length before it is cut, so that samples of like lengths go together.
     Paper: 4 for its 2B and 7B students, 2 for its 72B teacher, with accumulation 16 on 8 GPUs."""
+    micro_batch_tokens: Positive | None = None
+    """Maximum number of tokens in one forward pass on one rank, image tokens and padding included, by each sample's
+    estimated length. Micro-batches then have as many samples as fit instead of micro_batch_size, and their number
+    differs between updates; a longer sample gets a micro-batch of its own. Accumulated this way the results are the
+    same, but interact draws a match for each micro-batch over all ranks. Not in the paper."""
     learning_rate: Rate = 1e-4
     """Highest learning rate of AdamW: the start of the cosine schedule, after warm-up. Paper: 1e-4."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
@@ -94,11 +102,14 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW. Not stated in the paper."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Maximum norm of an update's gradient; a larger one is scaled down. 0: no clipping. Not stated in the paper."""
+    """Maximum norm of an update's gradient; a larger one is scaled down. In verbalize it is that of each verb-FFN's
+    gradient by itself. 0: no clipping. Not stated in the paper."""
     checkpoint_every: Positive = 500
     """Number of updates between two checkpoints."""
     keep_checkpoints: Positive = 2
     """Number of checkpoints kept on disk; older ones are deleted."""
+    deepspeed: Path | None = None
+    """DeepSpeed config file (JSON) of this step. Left out: the recipe's own deepspeed."""
 
 
 class StudentTraining(Training):
@@ -136,6 +147,9 @@ class Cache(Section):
     batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass of the teacher on one rank, image tokens and padding included. A
     longer sample gets a pass of its own. A larger value is faster and needs more memory."""
+    deepspeed: Path | None = None
+    """DeepSpeed config file (JSON) of cache jobs. A cache that is made in the same job as the verbalizers uses
+    verbalize's. Left out: the recipe's own deepspeed."""
 
 
 class Interact(StudentTraining):
@@ -173,7 +187,9 @@ class Interact(StudentTraining):
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the response tokens, above 0 and up to 1, that an epoch trains on. Each epoch draws other tokens."""
     train_verbalizers: bool = False
-    """Whether the student's verb-FFNs are trained too. Paper (section 4.4): they stay as stage 1 trained them."""
+    """Whether the student's verb-FFNs are trained too. They are saved as interact/student_verbalizers.safetensors, and
+    `python -m pipeline trace` uses them for the distilled student. Paper (section 4.4): they stay as stage 1 trained
+    them."""
 
 
 class Reinforce(StudentTraining):
@@ -208,7 +224,20 @@ class Recipe(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
-    """DeepSpeed config file (JSON). Values that the recipe sets, such as batch_size, must be "auto" there or absent."""
+    """DeepSpeed config file (JSON) of the steps that name none. Values that the recipe sets, such as batch_size, must
+    be "auto" there or absent. docs/running_on_a_cluster.md says which file is for what."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """How both models compute their attention, in all steps, in evaluate --run and in trace. This changes speed and
+    memory, and the results only by rounding. Where it cannot be had, that is an error before anything is loaded.
+    sdpa: torch's own kernels, on any device.
+    flash_attention_2: the package flash-attn, on a GPU and in bf16.
+    eager: plain matrix products, which hold a layer's whole attention matrix."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the losses between a head's matrix products. The environment variable VLSI_KERNELS goes before it.
+    auto: on a GPU the fused Triton kernel, after it has agreed with plain torch there; plain torch where it does not,
+    or where Triton is not installed. All ranks use the same.
+    torch: plain torch; slower on a GPU.
+    triton: the Triton kernel, and an error where it cannot be used."""
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
@@ -233,6 +262,10 @@ class Recipe(Section):
     """Stage 2a: trains the student to follow the cached distributions."""
     reinforce: Reinforce
     """Stage 2b: finetunes the student on the responses."""
+
+    def deepspeed_of(self, section: Training | Cache) -> Path:
+        """The DeepSpeed config file of a step, given its section."""
+        return section.deepspeed or self.deepspeed
 
     @property
     def stage_1_run(self) -> Path:

@@ -19,7 +19,10 @@ PROJECT = "vlsi"
 
 
 def environment() -> dict[str, Any]:
-    """{"project", "system", "packages", "devices", "mpi", "shipped"}; what cannot be found is a text that says why."""
+    """{"project", "system", "packages", "devices", "kernels", "mpi", "shipped"}.
+
+    What cannot be found is a text that says why.
+    """
     return {
         "project": {"version": _version(PROJECT), "commit": _commit(), "folder": str(SHIPPED)},
         "system": {
@@ -30,6 +33,7 @@ def environment() -> dict[str, Any]:
         },
         "packages": {name: _version(name) for name in _requirements()},
         "devices": _attempt(_devices),
+        "kernels": _attempt(_kernels),
         "mpi": _attempt(_mpi),
         "shipped": {"recipes": str(SHIPPED / "recipes"), "ds_configs": str(SHIPPED / "ds_configs")},
     }
@@ -89,6 +93,20 @@ def _devices() -> dict[str, Any]:
         found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
     found["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "not set")
     return found
+
+
+def _kernels() -> dict[str, str]:
+    """The kernels that a run in bf16 would use here. On a GPU this checks them, as a run does."""
+    import torch
+
+    from pipeline.loss import kernels
+
+    asked, _ = kernels.setting()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        kernels.VARIABLE: os.environ.get(kernels.VARIABLE, "not set"),
+        "in use": str(kernels.find(asked, device, torch.bfloat16)),
+    }
 
 
 def _mpi() -> str:

@@ -1,4 +1,4 @@
-"""Load a Hugging Face VLM on the available device, and generate greedily.
+"""Load a Hugging Face VLM on the available devices, and generate greedily.
 
 B prompts, S tokens of the longest prompt, T new tokens of the longest answer, V rows of the language head.
 """
@@ -20,6 +20,7 @@ from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.chat_template import Message
 from pipeline.vlm.families import text_config
+from pipeline.vlm.placement import Devices, device_map
 from pipeline.vlm.processing import TOKEN_KEYS, ChatEncoder, Encoded, collate
 
 
@@ -30,6 +31,7 @@ class Vlm:
     model: Any
     encoder: ChatEncoder
     device: torch.device
+    """Where inputs go; of a model on several devices, that of its embedding."""
     dtype: torch.dtype
 
     @property
@@ -63,16 +65,18 @@ class Vlm:
         return prompt
 
 
-def load(folder: Path, data: Data) -> Vlm:
-    """Load a Hugging Face folder for inference, under a recipe's limits on data.
+def load(folder: Path, data: Data, devices: Devices = (), attention: str = "sdpa") -> Vlm:
+    """Load a Hugging Face folder for inference onto devices, under a recipe's limits on data and with its attention.
 
-    Raises RecipeError if the folder has no model.
+    Without devices onto the CPU. Raises RecipeError if the folder has no model, the devices have no room for it, or its
+    attention cannot be had here.
     """
     require_model(folder)
-    device, dtype = placement(folder)
     encoder = chat_encoder(folder, data)
     encoder.check()
-    return Vlm(load_vlm(folder, dtype).to(device).eval(), encoder, device, dtype)
+    dtype = run_dtype(folder) if devices else torch.float32
+    model: Any = load_vlm(folder, dtype, attention, placement(folder, dtype, devices)).eval()
+    return Vlm(model, encoder, model.get_input_embeddings().weight.device, dtype)
 
 
 def require_model(folder: Path) -> None:
@@ -83,11 +87,21 @@ def require_model(folder: Path) -> None:
         )
 
 
-def placement(folder: Path) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype to run in: float32 on a CPU; on a GPU the dtype of config.json, else bfloat16."""
+def run_dtype(folder: Path) -> torch.dtype:
+    """Dtype to run in: float32 on a CPU; on a GPU the dtype of config.json, else bfloat16."""
     if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32
-    return torch.device("cuda"), AutoConfig.from_pretrained(folder).dtype or torch.bfloat16
+        return torch.float32
+    return AutoConfig.from_pretrained(folder).dtype or torch.bfloat16
+
+
+def placement(folder: Path, dtype: torch.dtype, devices: Devices) -> dict[str, int] | None:
+    """Device map of a model on these devices; None on the CPU. Raises RecipeError where they have no room for it."""
+    if not devices:
+        return None
+    torch.cuda.set_device(devices[0])
+    if len(devices) == 1:
+        return {"": devices[0]}
+    return device_map(folder, dtype, {device: torch.cuda.mem_get_info(device)[0] for device in devices})
 
 
 def move(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -19,12 +19,13 @@ from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.presets import PRESETS
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
-from pipeline.runtime.folder import begun_steps, done, read_metrics
+from pipeline.runtime.data.data_wait import WINDOW
+from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics
 from pipeline.runtime.progress import size_text
 
 # Fields of a metrics.jsonl line that are not losses.
 _NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
-_NOT_LOSSES |= {"gradient_norm"}
+_NOT_LOSSES |= {"gradient_norm", "real_share"}
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
 
 
@@ -92,6 +93,10 @@ def show(run: Path, steps: list[StepStatus], following: str) -> None:
     console.print(f"on disk: {', '.join([*parts, f'total {size_text(size_of(run))}'])}", markup=False, soft_wrap=True)
     if preset := preset_of(run):
         console.print(f"preset:  {preset}", markup=False, soft_wrap=True)
+    if data := data_of(run):
+        console.print(f"data:    {data}", markup=False, soft_wrap=True)
+    if kernels := read_kernels(run):
+        console.print(f"kernels: {kernels}", markup=False, soft_wrap=True)
     console.print(f"next:    {following}", markup=False, soft_wrap=True)
 
 
@@ -102,6 +107,20 @@ def preset_of(run: Path) -> str:
         return ""
     name = load_recipe(path).recipe.preset
     return f"{name}: {PRESETS[name].text}"
+
+
+def data_of(run: Path) -> str:
+    """How well data kept up in the newest updates of the step that ran last; empty where no step has trained."""
+    lines = [line for line in read_metrics(run) if "real_share" in line]
+    lines = [line for line in lines if line["step"] == lines[-1]["step"]][-WINDOW:]
+    if not lines:
+        return ""
+    waited = sum(line["data_wait"] * line["update_s"] for line in lines) / sum(line["update_s"] for line in lines)
+    real = sum(line["real_share"] for line in lines) / len(lines)
+    return (
+        f"{lines[-1]['step']}, last {len(lines)} updates: {waited:.0%} of the time waiting for data "
+        f"({lines[-1]['loader_workers']} loader workers a rank), {real:.0%} of the computed tokens real"
+    )
 
 
 def size_of(path: Path) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from pipeline.recipe.checks import accumulation, load_deepspeed_config
-from pipeline.recipe.schema import Recipe, Training
+from pipeline.recipe.schema import Cache, Recipe, Training
+from pipeline.runtime.clipping import clip_factors, part_norms
+from pipeline.runtime.deepspeed_config import step_config, zero_stage
 from pipeline.runtime.ranks import Ranks
+from pipeline.vlm.assemble import dtype_of
+from pipeline.vlm.verb_ffns import Add, AddTo, Fill, whole_beside
 
 
 def start(verbose: bool = False) -> Ranks:
     """Join the other ranks of this job."""
     if get_accelerator().device_name() == "cpu":
         _skip_shared_memory_kernel()
+    _share_node_groups()
     if not verbose:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(verbose=verbose)
@@ -42,22 +49,20 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """The number format of weights and activations."""
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-
-
 @contextlib.contextmanager
-def sharded_loading(recipe: Recipe) -> Iterator[None]:
-    """Under ZeRO-3, from_pretrained inside this block partitions each weight as it arrives, never whole on one rank."""
-    config = load_deepspeed_config(recipe.deepspeed)
-    if config.get("zero_optimization", {}).get("stage", 0) != 3:
-        yield
+def sharded_loading(recipe: Recipe, section: Training | Cache) -> Iterator[AddTo]:
+    """Where the step's config has ZeRO-3, from_pretrained in this block shards each weight as it arrives.
+
+    No rank then holds a whole model. section: the step's section of the recipe. Yields what adds modules to a model
+    that was loaded here: sharded as they are made, or whole if the model is.
+    """
+    config = step_config(recipe, section, clip=0.0)
+    if zero_stage(config) != 3:
+        yield whole_beside
         return
-    filled = _fill(config, recipe, micro=1, gas=1, clip=0.0)
-    keep_alive = HfDeepSpeedConfig(filled)  # transformers holds it by a weak reference
+    keep_alive = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference
     try:
-        yield
+        yield _sharded_beside
     finally:
         del keep_alive
 
@@ -65,33 +70,38 @@ def sharded_loading(recipe: Recipe) -> Iterator[None]:
 class Engine:
     """A module under DeepSpeed, with exact global averages and one optimizer."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe, training: Training | None, ranks: Ranks):
-        """training=None makes an engine for forwards alone, with no optimizer state."""
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        section: Training | Cache,
+        ranks: Ranks,
+        clipped_apart: Sequence[nn.Module] = (),
+    ):
+        """section: the step's section of the recipe; recipe.cache makes an engine for forwards, without an optimizer.
+
+        clipped_apart: parts that have nothing to do with one another. The gradient of each is clipped by its own norm,
+        so that each trains as it would alone. They must hold all that trains. Left out: one norm for the whole.
+        """
         self.ranks = ranks
         self.dtype = dtype_of(recipe)
-        self.accumulation = accumulation(training, ranks.world) if training else 1
+        training = section if isinstance(section, Training) else None
         trained = [p for p in module.parameters() if p.requires_grad] if training else []
-        config = _fill(
-            load_deepspeed_config(recipe.deepspeed),
-            recipe,
-            micro=training.micro_batch_size if training else 1,
-            gas=self.accumulation,
-            clip=training.clip if training else 0.0,
-        )
-        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        if not training and self.stage != 3:
-            config["zero_optimization"] = {
-                "stage": 0
-            }  # stages 1 and 2 shard gradients and optimizer states, which forwards do not have
+        self._parts = [[p for p in part.parameters() if p.requires_grad] for part in clipped_apart]
+        self._norm_of_parts: float | None = None
+        self._clip = training.clip if training else 0.0
+        config = step_config(recipe, section, clip=0.0 if self._parts else self._clip)
+        self.stage = zero_stage(config)
         optimizer = None
         if training:
             # Fused: the usual form makes several tensors of the size of all that this rank trains, in every update.
             optimizer = torch.optim.AdamW(
                 trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
             )
-        self._engine, *_ = deepspeed.initialize(
-            model=module, config=config, optimizer=optimizer, model_parameters=trained or None
-        )
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=module, config=config, optimizer=optimizer, model_parameters=trained or None
+            )
 
     @property
     def module(self) -> Any:
@@ -118,23 +128,36 @@ class Engine:
         """Switch to eval mode."""
         self._engine.eval()
 
-    def backward(self, local_sum: Tensor, global_count: int) -> None:
+    def backward(self, local_sum: Tensor, global_count: int, last: bool = True) -> None:
         """Gradient of (sum of local_sum over ranks and micro-steps) / global_count: never a mean of means.
 
-        DeepSpeed divides by ranks and micro-steps, so both are multiplied in beforehand.
+        last: whether it is the update's last micro-step. Updates may differ in their number of micro-steps, so
+        DeepSpeed, told of one, is told each time. It divides by ranks, which are multiplied in beforehand.
         """
-        self._engine.backward(local_sum * (self.ranks.world * self.accumulation / max(1, global_count)))
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(local_sum * (self.ranks.world / max(1, global_count)))
 
     def step(self, learning_rate: float) -> None:
-        """End a micro-step; at the last of an update the optimizer moves with this learning rate."""
+        """End an update, after the backward of its last micro-step: the optimizer moves with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._parts:
+            self._clip_parts()
         self._engine.step()
 
     def gradient_norm(self) -> float | None:
         """Norm of the whole gradient before clipping, at the last update; None under ZeRO-0, which does not tell."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._norm_of_parts if self._parts else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _clip_parts(self) -> None:
+        """Clip each part by its own norm. DeepSpeed knows only one norm for all, so it is told not to clip."""
+        shares = [[_gradient_share(p, self.stage) for p in part] for part in self._parts]
+        norms = part_norms(shares, sharded=self.stage > 0)
+        self._norm_of_parts = float(norms.norm())
+        for part, factor in zip(self._parts, clip_factors(norms, self._clip).float(), strict=True):
+            for parameter in part:
+                _scale_gradient(parameter, factor, self.stage)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write a checkpoint of the trained weights and the optimizer. Frozen weights are on disk already."""
@@ -142,10 +165,30 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Resume from a checkpoint and return the state saved with it."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        with _quiet():
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load {folder}/{tag}")
         return state
+
+    def close(self) -> None:
+        """Free what the engine holds: weights, gradients, optimizer states. The module cannot be used any more.
+
+        DeepSpeed's hooks, closures and a global list hold the module and the optimizer, so nothing of them would go
+        when the step that made them returns, and the next step would have less memory.
+        """
+        module, optimizer = self._engine.module, getattr(self._engine, "optimizer", None)
+        self._engine.destroy()
+        # ZeRO-3 pushes each engine's module on this list of modules in a forward, and never takes it off.
+        _drop(parameter_offload.FWD_MODULE_STACK, module)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine would keep hpZ's copies without asking for it
+        for held in (getattr(optimizer, "optimizer", None), optimizer, self._engine):
+            if held is not None:
+                vars(held).clear()
+        for parameter in module.parameters():
+            _empty(parameter)
+        gc.collect()
+        get_accelerator().empty_cache()
 
     def gathered(self, part: nn.Module) -> dict[str, Tensor]:
         """A part's state as whole CPU tensors on rank 0, one gathered at a time; empty elsewhere. All ranks call."""
@@ -184,20 +227,83 @@ def _bits(values: Tensor) -> int:
     return int(flat.view(kind).sum(dtype=torch.int64))
 
 
+def _gradient_share(parameter: nn.Parameter, stage: int) -> Tensor:
+    """What this rank has of the gradient that the optimizer will take: flat, and empty where it has nothing."""
+    if stage == 3:
+        return deepspeed.utils.safe_get_local_grad(parameter)
+    if stage == 0:
+        return parameter.new_empty(0) if parameter.grad is None else parameter.grad.view(-1)
+    fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+    if fragment is None:
+        return parameter.new_empty(0)
+    gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # type: ignore[attr-defined]
+    # In bfloat16, ZeRO-1 keeps the whole gradient on each rank, though each updates only its shard.
+    own = fragment.lp_fragment_address
+    return gradient[own.start : own.start + own.numel] if gradient.numel() == parameter.numel() else gradient
+
+
+def _scale_gradient(parameter: nn.Parameter, factor: Tensor, stage: int) -> None:
+    share = _gradient_share(parameter, stage)
+    if stage == 3:  # the share may be a copy: offloaded gradients are elsewhere
+        deepspeed.utils.safe_set_local_grad(parameter, share * factor)
+    else:
+        share.mul_(factor)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what DeepSpeed prints past its logger, such as ZeRO 1 its memory, unless --verbose asked for it."""
+    with contextlib.ExitStack() as stack:
+        if not logging.getLogger("DeepSpeed").isEnabledFor(logging.WARNING):
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def _drop(modules: list[nn.Module], module: nn.Module) -> None:
+    modules[:] = [other for other in modules if other is not module]
+
+
+def _empty(parameter: nn.Parameter) -> None:
+    """Give back the memory of a parameter, and of the shards and gradients that DeepSpeed has hung on it."""
+    parameter.grad = None
+    for tensor in (parameter, *(value for value in vars(parameter).values() if isinstance(value, Tensor))):
+        tensor.data = tensor.data.new_empty(0)
+    vars(parameter).clear()
+
+
+def _sharded_beside(model: nn.Module) -> Add:
+    """Add modules to a sharded model: rank 0 fills each, and every rank keeps its shard of it. All ranks must call."""
+    like: Any = next(parameter for parameter in model.parameters() if hasattr(parameter, "ds_id"))
+
+    def add(module: nn.Module, fill: Fill) -> None:
+        if torch.distributed.get_rank() == 0:
+            fill()
+        # One parameter at a time: to this rank's device, rank 0's values from rank 0, then all but the shard is freed.
+        like.convert_to_zero_parameters(param_list=list(module.parameters()))
+
+    return add
+
+
 def _whole(parameter: nn.Parameter):
     return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
 
 
-def _fill(config: dict[str, Any], recipe: Recipe, micro: int, gas: int, clip: float) -> dict[str, Any]:
-    """Put the recipe's numbers where the JSON says "auto" or nothing."""
-    return {
-        **config,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": gas,
-        "gradient_clipping": clip,
-        "bf16": {"enabled": recipe.precision == "bf16"},
-        "steps_per_print": 10**9,
-    }
+def _share_node_groups() -> None:
+    """Let all models of a process use the same groups for hpZ, the ranks of a node.
+
+    DeepSpeed makes them for each model that it shards and refuses to at the second; stage 1 has two.
+    """
+    made: dict[int, Any] = {}
+
+    def share(size: int) -> None:
+        if size not in made:
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+            make(size)
+            made[size] = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = made[size]
+
+    make = groups._create_zero_param_parallel_group
+    groups._create_zero_param_parallel_group = share
 
 
 def _skip_shared_memory_kernel() -> None:

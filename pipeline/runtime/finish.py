@@ -20,7 +20,7 @@ from pipeline.vlm.lora import merge_lora
 def finish(
     job: Job, name: str, engine: Engine, backbone: nn.Module, model_folder: Path, summary: dict[str, Any]
 ) -> None:
-    """Save the student as a Hugging Face folder and mark the step complete. All ranks must call."""
+    """Save the student as a Hugging Face folder, mark the step complete and close its engine. All ranks must call."""
     gathered = engine.gathered(backbone)
     training: StudentTraining = getattr(job.recipe, name)
 
@@ -31,3 +31,4 @@ def finish(
         Checkpoints(job.recipe.run / name, 1).drop()
 
     on_first_rank(job.ranks, f"{name}: writing {model_folder}", export)
+    engine.close()

@@ -32,6 +32,11 @@ def filter_logs(verbose: bool = False) -> None:
         logging.getLogger(name).addFilter(_is_real)
 
 
+def is_filtered() -> bool:
+    """Whether this process filters log messages."""
+    return _is_real in logging.getLogger(_NOISY_LOGGERS[0]).filters
+
+
 def _is_real(record: logging.LogRecord) -> bool:
     if record.levelno < logging.WARNING:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime.batches import BadSamples, ChatDataset, DataOrder, LoadedBatch, derived_seed, micro_batches
 from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.counts import UpdateCounts, count_update
+from pipeline.runtime.data.batches import BadSamples, ChatDataset, LoadedBatch, derived_seed
+from pipeline.runtime.data.data_wait import DataWaitNotice
+from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
-from pipeline.runtime.loader import load
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
@@ -88,12 +90,12 @@ def train(
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward)
     check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
-    loaded = loop.resume_and_load(dataset)
+    feed = loop.resume_and_load(dataset)
     try:
         for update in range(loop.first, total):
-            images = loop.run_update(update, loaded)
+            images = loop.run_update(update, feed)
             check.after_update(images)
-            loop.checkpoint(update + 1)
+            loop.checkpoint(update + 1, feed)
     finally:
         loop.close()
     if loop.first < total and (unused := check.never_used()):
@@ -116,22 +118,23 @@ class _Loop:
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
         self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
+        self.notice = DataWaitNotice(name)
 
-    def resume_and_load(self, dataset: ChatDataset) -> Iterator[LoadedBatch]:
+    def resume_and_load(self, dataset: ChatDataset) -> Feed:
+        state: Mapping[str, Any] = {}
         if self.first:
             state = self.checkpoints.load(self.engine, self.first)
             self.bad.read, self.bad.rejected, self.averages = state["read"], state["rejected"], state["averages"]
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
-        order = DataOrder(len(dataset), derived_seed(self.job.recipe.seed, self.name))
-        indices = list(micro_batches(order, self.training, self.first, self.total, self.job.ranks))
-        return load(dataset, indices, self.job.recipe.data.workers, self.job.ranks.device)
+        updates = (self.first, self.total)
+        return open_feed(self.job.recipe, self.job.ranks, self.name, self.training, dataset, updates, state)
 
-    def run_update(self, update: int, loaded: Iterator[LoadedBatch]) -> int:
+    def run_update(self, update: int, feed: Feed) -> int:
         """One update; returns how many images its global batch had."""
         begun = time.monotonic()
-        micros = [next(loaded) for _ in range(self.engine.accumulation)]
-        waited = time.monotonic() - begun
-        tokens, images = self._count(micros)
+        micros = feed.next_update()
+        counts = self._count(micros)
+        waited = time.monotonic() - begun  # for the data of all ranks: they have just met
         # Anything that draws at random (dropout) draws the same after a resume.
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         rate = learning_rate(self.training, update, self.total)
@@ -139,22 +142,23 @@ class _Loop:
         values: Mapping[str, Any] = {}
         for micro, one in enumerate(micros):
             step_output = self.forward(one, MicroStep(update, micro))
-            self.engine.backward(step_output.loss, tokens)
-            self.engine.step(rate)
+            self.engine.backward(step_output.loss, counts.tokens, last=micro == len(micros) - 1)
             sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
             values = step_output.values
-        self.averages = _averages(sums, tokens)
-        took = time.monotonic() - begun
-        self._report(update + 1, {"learning_rate": rate, "tokens": tokens, **values}, took, waited)
-        return images
+        self.engine.step(rate)
+        self.averages = _averages(sums, counts.tokens)
+        own = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
+        own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
+        self._report(update + 1, {**own, **values}, time.monotonic() - begun, waited)
+        return counts.images
 
-    def checkpoint(self, updates: int) -> None:
+    def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
         stop_after = self.job.stop_after
         stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
         if stopping or updates % self.training.checkpoint_every == 0 or updates == self.total:
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
-            self.checkpoints.save(self.engine, updates, state)
+            self.checkpoints.save(self.engine, updates, {**state, **feed.state()})
         if stopping:
             raise Stopped(
                 f"{self.name}: stopped after update {updates} of {self.total}; the same command goes on from here"
@@ -165,15 +169,14 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _count(self, micros: list[LoadedBatch]) -> tuple[int, int]:
-        """Response tokens and images of the global batch. Every rank counts all ranks' bad samples: all stop alike."""
-        counts = torch.tensor([(m.tokens(), m.images(), len(m.rejected)) for m in micros]).sum(0)
-        tokens, images, rejected = sum_over_ranks(counts.to(self.engine.device)).tolist()
-        newest = gather_lists([r for m in micros for r in m.rejected]) if rejected else []
+    def _count(self, micros: list[LoadedBatch]) -> UpdateCounts:
+        """Count the global batch. Every rank counts all ranks' bad samples: all stop alike."""
+        counts = count_update(micros, self.job.ranks, self.engine.device)
+        newest = gather_lists([r for m in micros for r in m.rejected]) if counts.rejected else []
         if newest and self.job.ranks.first:
             record_rejected(self.job.recipe.run, newest)
         self.bad.count(self.training.batch_size, newest)
-        return tokens, images
+        return counts
 
     def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
         speed = values["tokens"] / took
@@ -183,7 +186,9 @@ class _Loop:
                 update, {**self.averages, **values, "gradient_norm": self.engine.gradient_norm(), **rates}
             )
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
-        self.progress.advance(f"{shown}  {speed:,.0f} tokens/s")
+        self.progress.advance(f"{shown}  {speed:,.0f} tokens/s  {values['real_share']:.0%} real")
+        if (notice := self.notice.after_update(waited, took, values["loader_workers"])) is not None:
+            self.job.say(notice)
 
 
 def _averages(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:

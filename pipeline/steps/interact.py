@@ -25,17 +25,18 @@ from pipeline.loss.matching import Matching, matching_rule
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Interact, Recipe
-from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
+from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
-from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.folder import done, mark_done, trained_verb_ffns
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
-from pipeline.runtime.ranks import gather_when_ready, sum_over_ranks, wait_for_all
+from pipeline.runtime.ranks import gather_when_ready, on_first_rank, sum_over_ranks, wait_for_all
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.families import decoder_layers, family, image_parts
 from pipeline.vlm.processing import Batch, Encoded, load_processor
+from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
 NAME = "interact"
@@ -101,13 +102,15 @@ def interaction_losses(
     window = draw.matching.window(students, teachers)
     matrix = kl_matrix(targets, unembedding, signal, window)
     mean = _mean_over_ranks(matrix.values[:, :teachers], len(labels))
+    # Both read the matrix, which waits for the device: before the device gets the losses to compute.
     match = draw.matching.match(mean, draw.generator)
+    entropies = draw.matching.entropies(mean, match)
     losses = {
         "matched": matched_kl(targets, unembedding, signal, match, matrix),
         "last": column_kl(last, unembedding, signal, teachers),
         "kl": mean,
         "match": torch.tensor([-1 if m is None else m for m in match]),
-        "entropy": torch.tensor(draw.matching.entropies(mean, match) or []),
+        "entropy": torch.tensor(entropies or []),
     }
     if draw.cross_entropy:
         losses["cross_entropy"] = linear_cross_entropy(last[None], unembedding, labels)[0]
@@ -132,13 +135,9 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
         return
     data = ShardFolder(recipe.data.train)
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
-    with sharded_loading(recipe):
-        student = student_with_verbalizers(
-            recipe,
-            view.cache.identity.vocab,
-            dtype_of(recipe),
-            recipe.stage_1_run / "verbalize" / "student.safetensors",
-        )
+    verb_ffns = recipe.stage_1_run / "verbalize" / "student.safetensors"
+    with sharded_loading(recipe, recipe.interact) as add_to:
+        student = student_with_verbalizers(recipe, view.cache.identity.vocab, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(module(student, head), recipe, recipe.interact, job.ranks)
     dataset = ChatDataset(data, chat_encoders, partial(_attach, view), recipe.data.memory_mb * MB)
@@ -147,7 +146,15 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     unused = (*family(student.backbone).may_be_unused, *_unreached(student, recipe.interact))
     images = image_parts(student.backbone)
     averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images)
+    if recipe.interact.train_verbalizers:
+        _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
+
+
+def _save_verb_ffns(job: Job, engine: Engine, student: VerbalizedVLM) -> None:
+    """Write the student's verb-FFNs as this step leaves them, in the form of stage 1's. All ranks must call."""
+    weights, path = engine.gathered(student.verb_ffns), trained_verb_ffns(job.recipe.run)
+    on_first_rank(job.ranks, f"{NAME}: writing {path}", lambda: save_verb_ffns(weights, path))
 
 
 def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Encoded, CacheRecord]:

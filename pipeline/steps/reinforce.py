@@ -12,7 +12,7 @@ from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.robust_ce import generalised_cross_entropy, smoothed_cross_entropy
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.schema import Reinforce
-from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch
+from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
@@ -61,7 +61,7 @@ def run(job: Job) -> None:
         on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)
         return
     chat_encoders = encoders(recipe, ["student"])
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.reinforce):
         backbone = load_student(begun_from, dtype_of(recipe), recipe, recipe.reinforce)
     name, loss = loss_of(recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from), loss), recipe, recipe.reinforce, job.ranks)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.shards import ShardFolder
 from pipeline.recipe.checks import number_of_steps
-from pipeline.runtime.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.checkpoint import Checkpoints
+from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank
-from pipeline.vlm.assemble import encoders, load_verbalized, shared_vocabulary
+from pipeline.vlm.assemble import encoders, load_untrained, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
+from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 NAME = "verbalize"
@@ -31,14 +31,16 @@ def run(job: Job) -> Engine | None:
         return None
     chat_encoders = encoders(recipe, ROLES)
     vocab = shared_vocabulary(recipe, chat_encoders)
-    with sharded_loading(recipe):
+    with sharded_loading(recipe, recipe.verbalize) as add_to:
         sides = {
-            role: load_verbalized(
-                getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role)
+            role: load_untrained(
+                getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role), add_to
             )
             for role in ROLES
         }
-    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks)
+    # No verb-FFN has a part in another's loss: one norm for all would let the worst hold up the rest.
+    apart = [block for side in sides.values() for block in side.verb_ffns.values()]
+    engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks, clipped_apart=apart)
     dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
@@ -65,11 +67,8 @@ def _save(job: Job, engine: Engine, folder: Path, summary: dict[str, object]) ->
     weights = {role: engine.gathered(engine.module.sides[role].verb_ffns) for role in ROLES}
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         for role in ROLES:
-            aside = folder / f"{role}.safetensors.partial"
-            save_file(weights[role], aside)
-            aside.replace(folder / f"{role}.safetensors")
+            save_verb_ffns(weights[role], folder / f"{role}.safetensors")
         mark_done(folder, summary)
         Checkpoints(folder, 1).drop()
 

@@ -6,20 +6,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
-from pipeline.commands import train_command
-from pipeline.errors import RecipeError
 from pipeline.recipe.checks import target_layers
 from pipeline.recipe.schema import Data, Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.families import text_config
 from pipeline.vlm.image_size import PixelLimits
 from pipeline.vlm.processing import ChatEncoder, load_processor
-from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
+from pipeline.vlm.verb_ffns import AddTo, initial_verb_ffns, stored_verb_ffns, whole_beside
+from pipeline.vlm.verbalizer import VerbalizedVLM
 from pipeline.vlm.vocabulary import common_vocabulary
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """The number format of weights and activations."""
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
@@ -29,7 +32,7 @@ def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
     """
     made: dict[str, ChatEncoder] = {}
     for role in roles:
-        encoder = chat_encoder(getattr(recipe, role).path, recipe.data)
+        encoder = chat_encoder(getattr(recipe, role).path, recipe.data, dtype_of(recipe))
         same = next((other for other in made.values() if _describe(other) == _describe(encoder)), None)
         if same is None:
             encoder.check()
@@ -37,9 +40,9 @@ def encoders(recipe: Recipe, roles: Iterable[str]) -> dict[str, ChatEncoder]:
     return made
 
 
-def chat_encoder(folder: Path, data: Data) -> ChatEncoder:
-    """The encoder of one model's folder, with the limits that a recipe sets on its data."""
-    return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels))
+def chat_encoder(folder: Path, data: Data, dtype: torch.dtype = torch.float32) -> ChatEncoder:
+    """The encoder of one model's folder, with the limits that a recipe sets on its data; dtype: of its pixels."""
+    return ChatEncoder(load_processor(folder), data.max_length, PixelLimits(data.min_pixels, data.max_pixels), dtype)
 
 
 def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
@@ -48,32 +51,35 @@ def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> int:
     return common_vocabulary(made["teacher"].processor.tokenizer, made["student"].processor.tokenizer, *rows)
 
 
-def load_verbalized(model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int) -> VerbalizedVLM:
-    """A backbone with untrained verbalizers on its target layers. Under ZeRO-3, call inside sharded_loading."""
-    return _with_verb_ffns(load_vlm(model.path, dtype), target_layers(model), recipe, vocab, dtype, seed)
+def load_untrained(
+    model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int, add_to: AddTo = whole_beside
+) -> VerbalizedVLM:
+    """A backbone with untrained verbalizers on its target layers. Under ZeRO-3: inside sharded_loading, its add_to."""
+    backbone, layers = load_vlm(model.path, dtype, recipe.attention), target_layers(model)
+    width, form = int(text_config(backbone).hidden_size), recipe.verbalizer.form
+    ffns = initial_verb_ffns(layers, width, form, dtype, seed, add_to(backbone))
+    return VerbalizedVLM(backbone, layers, ffns, vocab)
 
 
-def student_with_verbalizers(recipe: Recipe, vocab: int, dtype: torch.dtype, verb_ffns: Path) -> VerbalizedVLM:
+def load_trained(
+    model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, verb_ffns: Path, add_to: AddTo = whole_beside
+) -> VerbalizedVLM:
+    """A backbone with the verbalizers of a file. Under ZeRO-3: inside sharded_loading, with its add_to.
+
+    Raises RecipeError if they are for other layers or another form.
+    """
+    backbone = load_vlm(model.path, dtype, recipe.attention)
+    return _with_stored(backbone, model, recipe, vocab, dtype, verb_ffns, add_to)
+
+
+def student_with_verbalizers(
+    recipe: Recipe, vocab: int, dtype: torch.dtype, verb_ffns: Path, add_to: AddTo = whole_beside
+) -> VerbalizedVLM:
     """The student that stage 2 trains, with the verbalizers of stage 1 on its target layers, frozen by default."""
     backbone = load_student(recipe.student.path, dtype, recipe, recipe.interact)
-    side = _with_verb_ffns(backbone, target_layers(recipe.student), recipe, vocab, dtype, seed=0)
-    load_verb_ffns(side, verb_ffns)
+    side = _with_stored(backbone, recipe.student, recipe, vocab, dtype, verb_ffns, add_to)
     side.verb_ffns.requires_grad_(recipe.interact.train_verbalizers)
     return side
-
-
-def load_verb_ffns(side: VerbalizedVLM, path: Path) -> None:
-    """Fill verb-FFNs from a file of stage 1. Raises RecipeError if they are for other layers or another form."""
-    try:
-        side.verb_ffns.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        again = train_command(1, path.parents[1] / "recipe.yaml")
-        raise RecipeError(f"no verbalizers at {path}; run: {again}") from None
-    except RuntimeError as error:
-        raise RecipeError(
-            f"{path} holds verbalizers for other layers, another width or another form than the recipe asks for "
-            f"(layers {list(side.layers)}): {error}"
-        ) from error
 
 
 def vocabulary_rows(folder: Path) -> int:
@@ -81,11 +87,11 @@ def vocabulary_rows(folder: Path) -> int:
     return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
 
 
-def _with_verb_ffns(
-    backbone: nn.Module, layers: tuple[int, ...], recipe: Recipe, vocab: int, dtype: torch.dtype, seed: int
+def _with_stored(
+    backbone: nn.Module, model: Model, recipe: Recipe, vocab: int, dtype: torch.dtype, path: Path, add_to: AddTo
 ) -> VerbalizedVLM:
-    width = int(text_config(backbone).hidden_size)
-    ffns = initial_verb_ffns(layers, width, recipe.verbalizer.form, dtype, seed)
+    layers, width = target_layers(model), int(text_config(backbone).hidden_size)
+    ffns = stored_verb_ffns(path, layers, width, recipe.verbalizer.form, dtype, add_to(backbone))
     return VerbalizedVLM(backbone, layers, ffns, vocab)
 
 

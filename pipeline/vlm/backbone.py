@@ -5,7 +5,7 @@ T response positions of the batch, d width, L number of layers asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,32 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.vlm.attention import check_attention, check_family_attention
 from pipeline.vlm.families import decoder_layers, family, set_trainable
 from pipeline.vlm.lora import add_lora
 
 
-def load_vlm(folder: Path | str, dtype: torch.dtype) -> nn.Module:
+def load_vlm(
+    folder: Path | str,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device_map: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Load a Hugging Face VLM folder. Inside sharded_loading, ZeRO-3 shards it as it loads.
 
-    Raises RecipeError if the folder is no VLM, its family is unknown, or its weights do not fit its config.
+    attention: as in the recipe. device_map: {module name: device} to load onto, "" for the whole model; None: onto the
+    CPU. Raises RecipeError if the attention cannot be had here, before anything is loaded; also if the folder is no
+    VLM, its family is unknown, or its weights do not fit its config.
     """
+    check_attention(attention, dtype)
     try:
+        check_family_attention(attention, folder)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=None if device_map is None else dict(device_map),
+            output_loading_info=True,
         )
         model, report = loaded
     except (OSError, ValueError) as error:
@@ -45,7 +59,7 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
 
     Parameters that train require gradients; LoRA adapters are added.
     """
-    model: Any = load_vlm(folder, dtype)
+    model: Any = load_vlm(folder, dtype, recipe.attention)
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
     else:
@@ -58,11 +72,12 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
 def run_backbone(model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[int], positions: Tensor) -> list[Tensor]:
     """Hidden states [T, d] after each of the given decoder layers (counted from 1), before any final norm.
 
-    Only the given positions are kept: no [B, S, d] tensor stays in memory for the heads.
+    Only the given positions are kept: no [B, S, d] tensor stays in memory for the heads. Each layer's states lie on
+    that layer's device.
     """
 
     def gather(hidden: Tensor) -> Tensor:
-        return hidden.flatten(0, 1)[positions]
+        return hidden.flatten(0, 1)[positions.to(hidden.device)]
 
     # With gradients autograd keeps the layers' outputs anyway, and what a hook does to them may lie inside the part
     # that gradient checkpointing runs again, without the hook: so they are gathered behind the model.

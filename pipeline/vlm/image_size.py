@@ -26,20 +26,32 @@ class PixelLimits:
             return _scaled(image, self.smallest / area, math.ceil)
         return image
 
+    def area(self, width: int, height: int) -> float:
+        """Pixels that an image of this size has once it is scaled."""
+        area = float(width * height)
+        area = area if self.smallest is None else max(area, self.smallest)
+        return area if self.largest is None else min(area, self.largest)
+
+    @classmethod
+    def of(cls, processor: Any) -> PixelLimits | None:
+        """The limits of a processor that scales by area itself, as Qwen2-VL's does; None of another."""
+        images = processor.image_processor
+        own = dict(getattr(images, "size", None) or {})
+        if not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(own):
+            return None
+        return cls(own["shortest_edge"], own["longest_edge"])
+
     def set_on(self, processor: Any) -> bool:
-        """Set the limits on a processor that scales by area itself, as Qwen2-VL's does; returns whether it is one.
+        """Set the limits on a processor that scales by area itself; returns whether it is one.
 
         Its own scaling also rounds to whole patches: scaling twice would blur, and differ from what a user of the
         exported model gets for the same limits.
         """
-        images = processor.image_processor
-        own = dict(getattr(images, "size", None) or {})
-        if not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(own):
+        own = PixelLimits.of(processor)
+        if own is None:
             return False
-        size = {
-            "shortest_edge": self.smallest or own["shortest_edge"],
-            "longest_edge": self.largest or own["longest_edge"],
-        }
+        size = {"shortest_edge": self.smallest or own.smallest, "longest_edge": self.largest or own.largest}
+        images = processor.image_processor
         images.size = type(images.size)(**size)
         return True
 

@@ -29,15 +29,18 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
 
 
 def merge_lora(weights: dict[str, Tensor], rank: int, alpha: int) -> dict[str, Tensor]:
-    """Whole weights of a model with adapters to those of a plain one: W + alpha / rank * B A, in float32."""
+    """Whole weights of a model with adapters to those of a plain one: W + alpha / rank * B A, in float32.
+
+    Empties `weights` as it goes, so that the model is not in memory twice.
+    """
+    adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
     plain = {}
-    for name, weight in weights.items():
-        if "lora_" in name:
-            continue
+    for name in list(weights):
+        weight = weights.pop(name)
         stem = name.removesuffix(".base_layer.weight")
         if stem != name:
             product = (
-                weights[f"{stem}.lora_B.default.weight"].float() @ weights[f"{stem}.lora_A.default.weight"].float()
+                adapters[f"{stem}.lora_B.default.weight"].float() @ adapters[f"{stem}.lora_A.default.weight"].float()
             )
             weight = (weight.float() + product * (alpha / rank)).to(weight.dtype)
         plain[name.replace(".base_layer.", ".")] = weight

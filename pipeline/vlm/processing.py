@@ -61,6 +61,8 @@ class Batch:
     """Response tokens of each sample; they sum to T."""
     images: int = 0
     """How many of the samples have an image."""
+    tokens: int = 0
+    """Tokens of the samples, without padding and the filler row."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """Move to a device. Floating point inputs get the model's dtype. Copies from pinned memory are asynchronous."""
@@ -97,12 +99,24 @@ def load_processor(folder: Path | str) -> Any:
 class ChatEncoder:
     """Turns chats into model inputs with one processor. Picklable: loader workers hold a copy."""
 
-    def __init__(self, processor: Any, max_length: int, pixels: PixelLimits = NO_LIMITS):
-        """max_length: in tokens. pixels: of each image; set on the processor where it scales by area itself."""
-        self.processor = processor
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        pixels: PixelLimits = NO_LIMITS,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """max_length: in tokens. pixels: of each image; set on the processor where it scales by area itself.
+
+        dtype: of floating point inputs, such as pixels. The device would round them to the model's own just so, but in
+        float32 twice the bytes of bfloat16 go through shared and page-locked memory.
+        """
+        self.processor, self.dtype = processor, dtype
         self.max_length = max_length
         self.template = ChatTemplate(processor)
         self._pixels = NO_LIMITS if pixels.set_on(processor) else pixels
+        self.pixels = PixelLimits.of(processor) or pixels
+        """The limits that images are scaled to, whoever scales them."""
 
     def __call__(self, key: str, messages: Sequence[Message], images: Sequence[bytes]) -> Encoded:
         """Encode one chat. Raises SampleError with the reason if it cannot be used."""
@@ -168,7 +182,8 @@ class ChatEncoder:
 
     def _model_inputs(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
         names = self.processor.model_input_names
-        return {name: value for name, value in features.items() if name in names and isinstance(value, Tensor)}
+        inputs = {name: value for name, value in features.items() if name in names and isinstance(value, Tensor)}
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
     def _truncate(self, text: str, features: dict[str, Any], spans: list[dict[str, Any]], pictures: list[Any]):
         """Cut to max_length tokens, before the first image that does not fit whole."""
@@ -224,6 +239,7 @@ def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
         keys=tuple(sample.key for sample in samples),
         counts=counts,
         images=with_images,
+        tokens=sum(sample.inputs["input_ids"].shape[1] for sample in samples),
     )
 
 

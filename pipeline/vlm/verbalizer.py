@@ -23,31 +23,30 @@ class VerbFFN(nn.Module):
     With form="paper", the literal W_down(SiLU(W_gate h) * (W_up h)) of section 4.1, nothing at zero.
     """
 
-    def __init__(self, width: int, form: str = "residual", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, width: int, form: str = "residual", dtype: torch.dtype = torch.float32, device: str | None = None
+    ):
+        """device: "meta" makes no values; call `to_empty`, then `draw`."""
         super().__init__()
         self.form = form
-        self.gate = nn.Linear(width, width, bias=False, dtype=dtype)
-        self.up = nn.Linear(width, width, bias=False, dtype=dtype)
-        self.down = nn.Linear(width, width, bias=False, dtype=dtype)
+        self.gate = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
+        self.up = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
+        self.down = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
         if form == "residual":
-            self.norm = nn.RMSNorm(width, eps=1e-6, dtype=dtype)
+            self.norm = nn.RMSNorm(width, eps=1e-6, dtype=dtype, device=device)
+
+    def draw(self) -> None:
+        """Draw initial values from torch's generator: with the residual, those of the logit lens."""
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
+        if self.form == "residual":
+            nn.init.zeros_(self.down.weight)  # drawn nonetheless: what the next layer draws depends on it
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, d] -> [T, d]."""
         normed = self.norm(hidden) if self.form == "residual" else hidden
         change = self.down(F.silu(self.gate(normed)) * self.up(normed))
         return hidden + change if self.form == "residual" else change
-
-
-def initial_verb_ffns(layers: Sequence[int], width: int, form: str, dtype: torch.dtype, seed: int) -> nn.ModuleDict:
-    """Verb-FFNs for the given layers, keyed by layer number, the same for a seed whatever the number of ranks."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        blocks = nn.ModuleDict({str(layer): VerbFFN(width, form, dtype) for layer in layers})
-    if form == "residual":
-        for block in blocks.values():
-            nn.init.zeros_(block.down.weight)  # type: ignore[union-attr,arg-type]
-    return blocks
 
 
 class LanguageHead(nn.Module):
@@ -75,7 +74,8 @@ class StoredHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(head.weight, requires_grad=False)
         self.bias = None if head.bias is None else nn.Parameter(head.bias, requires_grad=False)
-        self._like = head
+        # Without its tensors: ZeRO-3 cuts the parameters to this rank's part, and the whole must not stay beside it.
+        self._like = replace(head, weight=head.weight.new_empty(0), bias=None)
 
     def forward(self, use: Callable[..., Any], hidden: Any, *more: Any, **options: Any) -> Any:
         """Call `use(hidden, unembedding, *more, **options)` while the head is gathered."""

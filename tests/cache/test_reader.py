@@ -353,7 +353,7 @@ def test_webdataset_reads_a_cache_shard(tmp_path, data):
     assert [sample["__key__"] for sample in samples] == data.keys
     made_for = cache.manifest["shards"][0]["made_for"]
     for index, sample in enumerate(samples):
-        tokens, streams = unpack_record(sample["mp"], made_for)
+        tokens, streams = unpack_record(sample["mp"], cache.codec.token_bytes(len(LAYERS)), made_for)
         arrays = cache.codec.unpack(streams, len(tokens), len(LAYERS))
         record = cache.read(index)
         assert np.array_equal(tokens, record.tokens)

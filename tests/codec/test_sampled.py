@@ -202,7 +202,9 @@ def test_packing_loses_no_point(points, vocab, kinds, tokens, layers, seed):
     drawn = np.concatenate([some_ranks(kinds[row % len(kinds)], rng, 1, points, vocab) for row in range(rows)])
     entropy = rng.uniform(0, math.log(vocab), (tokens, layers)).astype(np.float32)
     streams = codec.pack({"ranks": drawn.reshape(tokens, layers, points).astype(np.int32), "entropy": entropy})
-    labels, unpacked = unpack_record(pack_record(np.arange(tokens) + vocab, streams, "these"), "these")
+    labels, unpacked = unpack_record(
+        pack_record(np.arange(tokens) + vocab, streams, "these"), codec.token_bytes(layers), "these"
+    )
     arrays = codec.unpack(unpacked, tokens, layers)
     assert labels.tolist() == list(range(vocab, vocab + tokens))
     assert np.array_equal(points_of(arrays), drawn)

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from faulty_input import REPOSITORY, command, content_of, shard
 
-from data_prep.lock import LOCK, lock_folder
+from data_prep.lock import LOCK, lock_file, lock_folder
 from data_prep.schema import DataError
 
 HOLD = """
@@ -52,6 +54,18 @@ def test_a_lock_ends_with_its_process(tmp_path: Path, holder: subprocess.Popen) 
     assert (tmp_path / LOCK).exists()
     assert shard(*PUZZLES, "--output", tmp_path) == 0
     assert not (tmp_path / LOCK).exists()
+
+
+def test_who_waits_gets_the_lock_of_a_process_that_ends(tmp_path: Path, holder: subprocess.Popen) -> None:
+    ending = threading.Timer(0.5, holder.kill)
+    ending.start()
+    with lock_file(tmp_path / LOCK, "it", "wait", wait_s=20):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    with lock_file(tmp_path / LOCK, "it", "wait"):
+        began = time.monotonic()
+        with pytest.raises(DataError, match="it is being written"), lock_file(tmp_path / LOCK, "it", "-", wait_s=0.5):
+            pass
+        assert time.monotonic() - began >= 0.5
 
 
 def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:

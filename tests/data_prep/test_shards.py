@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,17 @@ SAMPLES = [
     (f"key-{number}", {"json": json.dumps({"n": number}).encode(), "0.png": b"p" * number * 300, "10.jpg": b"j"})
     for number in range(7)
 ]
+
+FORKED = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor  # multiprocessing's Pool may hang where it ends its workers
+from data_prep.shards import ShardFolder
+read = ShardFolder(sys.argv[1])
+read.read(0)  # a file is open when the workers are forked
+with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+    samples = list(pool.map(read.read, list(range(7)) * 20))
+assert samples == [read.read(index) for index in range(7)] * 20
+"""
 
 
 @pytest.fixture
@@ -81,9 +93,8 @@ def test_a_folder_travels_to_other_processes(folder: Path) -> None:
     read = ShardFolder(folder)
     assert read.read(0).key == "key-0"  # a file is open now
     assert pickle.loads(pickle.dumps(read)).read(4) == read.read(4)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        samples = pool.map(read.read, list(range(7)) * 20)
-    assert samples == [read.read(index) for index in range(7)] * 20
+    # In a process of its own: this one may have threads, and a fork of it may never end.
+    subprocess.run([sys.executable, "-c", FORKED, str(folder)], cwd=Path(__file__).parents[2], check=True, timeout=120)
 
 
 def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
@@ -158,6 +169,15 @@ def test_every_changed_byte_of_a_manifest_is_found(folder: Path) -> None:
         (lambda m: m["shards"][0].update(keys=[1, 2, 3]), "shard 0: a key is no text"),
         (lambda m: m["shards"][0]["offsets"].reverse(), "shard 0: the offsets do not rise"),
         (lambda m: m["shards"][0].update(end=0), "shard 0: the offsets do not rise"),
+        (
+            lambda m: m["shards"][1].update(name="../../../victim/config.tar"),
+            "shard 1: '../../../victim/config.tar' is",
+        ),
+        (lambda m: m["shards"][1].update(name="/victim/0.tar"), "shard 1: '/victim/0.tar' is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name="..\\0.tar"), "shard 1: .* is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name="0.tar\n"), "shard 1: .* is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name=".hidden.tar"), "shard 1: '.hidden.tar' is not the name of a shard"),
+        (lambda m: m["shards"][1].update(name="0.tar"), "0.tar stands there twice"),
     ],
 )
 def test_what_a_manifest_lacks_is_named(folder: Path, change: Callable[[Any], object], message: str) -> None:
@@ -167,6 +187,15 @@ def test_what_a_manifest_lacks_is_named(folder: Path, change: Callable[[Any], ob
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"is damaged: {message}"):
         ShardFolder(folder)
+
+
+def test_a_claimed_size_takes_no_memory(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(unsigned(path.read_text()))
+    manifest["shards"][2]["end"] = 2**50
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"cannot read sample 'key-6': the file ends \d+ bytes early"):
+        ShardFolder(folder).read(6)
 
 
 def test_a_damaged_shard_is_named(folder: Path) -> None:

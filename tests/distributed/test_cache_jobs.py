@@ -23,10 +23,10 @@ from tiny import write_data
 from data_prep.shards import ShardFolder
 from pipeline.loss.sparse_kl import column_kl
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import DataOrder, derived_seed
-from pipeline.runtime.folder import done
+from pipeline.runtime.data.batches import DataOrder, derived_seed
+from pipeline.runtime.folder import done, trained_verb_ffns
 from pipeline.signal import HiddenSignal
-from pipeline.vlm.assemble import encoders, load_verb_ffns, load_verbalized, shared_vocabulary
+from pipeline.vlm.assemble import encoders, load_trained, shared_vocabulary
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.processing import collate
 
@@ -144,6 +144,20 @@ def test_other_strategies_run_from_the_same_cache(verbalized_run, tmp_path, matc
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     expected = [None, None] if matching == "last_only" else sorted(lines[-1]["match"])
     assert lines[-1]["match"] == expected and (tmp_path / "run" / "interact" / "student" / "config.json").is_file()
+    assert trained_verb_ffns(tmp_path / "run").is_file() == (matching != "last_only")
+
+
+def test_verb_ffns_that_interaction_trains_are_saved_as_they_end(verbalized_run, tmp_path):
+    """On two ranks under ZeRO-3, in the form of stage 1's; each of their tensors has moved from there."""
+    recipe, run = verbalized_run
+    where = copy(run, tmp_path / "run", "verbalize", "cache")
+    also = ["interact.steps=2", "interact.train_verbalizers=true"]
+    deepspeed(2, "train.py", "--stage", 2, "--only", "interact", "--recipe", recipe, *where, *also)
+    begun, ended = load_file(run / "verbalize" / "student.safetensors"), load_file(trained_verb_ffns(tmp_path / "run"))
+    assert ended.keys() == begun.keys()
+    for name, value in ended.items():
+        assert value.shape == begun[name].shape and value.dtype == begun[name].dtype, name
+        assert not torch.equal(value, begun[name]), f"{name} has not moved"
 
 
 def live_losses(recipe, run: Path) -> dict[str, float]:
@@ -157,8 +171,8 @@ def live_losses(recipe, run: Path) -> dict[str, float]:
     vocab = shared_vocabulary(recipe, encoders(recipe, ["teacher", "student"]))
     verbalized, heads = {}, {}
     for role in ("teacher", "student"):
-        side = load_verbalized(getattr(recipe, role), recipe, vocab, torch.float32, seed=0).eval()
-        load_verb_ffns(side, run / "verbalize" / f"{role}.safetensors")
+        verb_ffns = run / "verbalize" / f"{role}.safetensors"
+        side = load_trained(getattr(recipe, role), recipe, vocab, torch.float32, verb_ffns).eval()
         with torch.no_grad():
             verbalized[role] = side.verbalize_states(
                 run_backbone(side.backbone, batch.inputs, side.all_layers(), batch.positions)

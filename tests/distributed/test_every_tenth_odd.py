@@ -17,7 +17,7 @@ from tiny import png, turn
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest, write_shard
 from pipeline.recipe.schema import Training
-from pipeline.runtime.batches import DataOrder, derived_seed, micro_batches
+from pipeline.runtime.data.batches import DataOrder, derived_seed, micro_batches
 from pipeline.runtime.ranks import Ranks
 
 KIND = "qwen2_vl"
@@ -195,9 +195,11 @@ def test_a_sample_of_which_one_model_sees_less_is_rejected_by_both_stages(tiny_m
 
 def test_an_error_of_one_rank_is_read_first_with_its_rank_and_exit_code_2(tiny_models, tmp_path):
     data = write(tmp_path / "train", tiny.chats(16))
-    recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0})
-    training = Training(steps=4, batch_size=8, micro_batch_size=2)
-    (first, *_) = micro_batches(DataOrder(16, derived_seed(0, "reinforce")), training, 0, 1, Ranks(1, 2))
+    one_micro_step = {"batch_size": 8, "micro_batch_size": 4}  # so that no sample is read to estimate lengths
+    recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, interact={"steps": 0}, reinforce=one_micro_step)
+    training = Training(steps=4, **one_micro_step)
+    (update,) = micro_batches(DataOrder(16, derived_seed(0, "reinforce")), training, None, 0, 1, Ranks(1, 2))
+    first = update[0]
     folder = ShardFolder(data)
     entry, place = folder.manifest["shards"][first[0].sample // 8], first[0].sample % 8
     with (data / entry["name"]).open("r+b") as shard:

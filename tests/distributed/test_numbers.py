@@ -17,11 +17,9 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "train", 24)
 
 
-def finetune(folder: Path, models, kind: str, data: Path, ranks: int, zero: str, micro: int):
+def finetune(folder: Path, models, kind: str, data: Path, ranks: int, zero: str, cut: dict[str, int]):
     """Three updates of plain finetuning with no interaction: (metrics, exported weights)."""
-    recipe = tiny_recipe(
-        folder, models, kind, data, zero, interact={"steps": 0}, reinforce={"steps": 3, "micro_batch_size": micro}
-    )
+    recipe = tiny_recipe(folder, models, kind, data, zero, interact={"steps": 0}, reinforce={"steps": 3, **cut})
     deepspeed(ranks, "train.py", "--stage", 2, "--only", "reinforce", "--recipe", recipe)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(folder / "run" / "student" / "model.safetensors")
@@ -31,25 +29,32 @@ def finetune(folder: Path, models, kind: str, data: Path, ranks: int, zero: str,
 def reference(request, tmp_path_factory, tiny_models, data):
     """One rank, no ZeRO, the whole global batch at once."""
     folder = tmp_path_factory.mktemp("reference")
-    return request.param, finetune(folder, tiny_models, request.param, data, ranks=1, zero="zero0", micro=8)
+    return request.param, finetune(
+        folder, tiny_models, request.param, data, ranks=1, zero="zero0", cut={"micro_batch_size": 8}
+    )
 
 
 @pytest.mark.parametrize(
-    ("reference", "ranks", "zero", "micro"),
+    ("reference", "ranks", "zero", "cut"),
     [
-        ("qwen2_vl", 2, "zero0", 2),
-        ("qwen2_vl", 2, "zero2", 4),
-        ("qwen2_vl", 2, "zero3_cpu", 4),
-        ("qwen2_vl", 2, "zero3_offload", 2),
-        ("qwen2_vl", 2, "zero3_cpu", 1),
-        ("qwen2_vl", 1, "zero3_cpu", 2),
-        ("llava_onevision", 2, "zero3_cpu", 1),
+        ("qwen2_vl", 2, "zero0", {"micro_batch_size": 2}),
+        ("qwen2_vl", 2, "zero2", {"micro_batch_size": 4}),
+        ("qwen2_vl", 2, "zero3_cpu", {"micro_batch_size": 4}),
+        ("qwen2_vl", 2, "zero3_offload", {"micro_batch_size": 2}),
+        ("qwen2_vl", 2, "zero3_cpu", {"micro_batch_size": 1}),
+        ("qwen2_vl", 1, "zero3_cpu", {"micro_batch_size": 2}),
+        ("llava_onevision", 2, "zero3_cpu", {"micro_batch_size": 1}),
+        ("qwen2_vl", 2, "zero0", {"micro_batch_tokens": 110}),
+        ("qwen2_vl", 2, "zero2", {"micro_batch_tokens": 110}),
+        ("qwen2_vl", 2, "zero3_cpu", {"micro_batch_tokens": 110}),
+        ("qwen2_vl", 2, "zero3_cpu", {"micro_batch_tokens": 1}),
+        ("llava_onevision", 1, "zero2", {"micro_batch_tokens": 110}),
     ],
     indirect=["reference"],
 )
-def test_two_ranks_and_accumulation_equal_one_big_batch(reference, tiny_models, data, tmp_path, ranks, zero, micro):
+def test_two_ranks_and_accumulation_equal_one_big_batch(reference, tiny_models, data, tmp_path, ranks, zero, cut):
     kind, (lines, weights) = reference
-    ours, our_weights = finetune(tmp_path, tiny_models, kind, data, ranks, zero, micro)
+    ours, our_weights = finetune(tmp_path, tiny_models, kind, data, ranks, zero, cut)
     # Responses have 3 to 17 tokens, so a mean of means would be off in the first digit.
     for expected, found in zip(lines, ours, strict=True):
         assert found["tokens"] == expected["tokens"]

@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from dense_losses import dense_kl, dense_logits, make_h, make_head, topk_signal
+from operations import Operations, Waits
 
 from pipeline.loss import fidelity
-from pipeline.loss.fidelity import Fidelity, measure
+from pipeline.loss.fidelity import Fidelity
 from pipeline.loss.matching import search_ranges
 from pipeline.signal import HiddenSignal, SparseSignal, Unembedding
 
@@ -17,6 +19,10 @@ TOKENS, LAYERS, VOCAB, WIDTH = 5, 6, 41, 7
 HEADS = [{}, {"padding": 3, "bias": True, "scale": 1.7, "softcap": 4.0}]
 KINDS = ["tail", "renormalised", "padded", "sampled", "some tails", "hidden"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # logits are float32, and sums go over a few tokens of a few nats
+
+
+def measure(hidden, head, signal):
+    return fidelity.measure(hidden, head, signal).read()
 
 
 def make_hidden(tokens=TOKENS, layers=LAYERS, width=WIDTH, spread=1.5):
@@ -210,7 +216,43 @@ def test_a_token_that_is_not_finite_is_left_out():
     broken = hidden.clone()
     broken[1, 2, 0], broken[3, 0, 1] = torch.nan, torch.inf
     rest = [0, 2, 4]
-    assert measure(broken, head, signal).to_json() == measure(hidden[rest], head, signal.part(rest)).to_json()
+    assert_same(measure(broken, head, signal), measure(hidden[rest], head, signal.part(rest)))
+
+
+def on_meta(kind, layers):
+    """Arguments of `measure` on a device without values."""
+    hidden, head = make_hidden(layers=layers), make_head(VOCAB, WIDTH, softcap=4.0)
+    signal = make_signal(kind, hidden, head)
+    head = replace(head, weight=head.weight.to("meta"))
+    if isinstance(signal, HiddenSignal):
+        return hidden.to("meta"), head, HiddenSignal(signal.hidden.to("meta"), head)
+    moved = {name: getattr(signal, name).to("meta") for name in ("ids", "probs", "tail", "neg_entropy")}
+    return hidden.to("meta"), head, replace(signal, **moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_device_and_more_layers_are_no_more_operations(kind):
+    """Layer by layer, 21 layers were 6,200 operations with views, and 300 waits, for each chunk of a token or two."""
+    counted = []
+    for layers in (6, 21):
+        arguments = on_meta(kind, layers)
+        with Waits() as waits:
+            fidelity.measure(*arguments)
+        assert not waits.places
+        counted.append(waits.total)
+    assert counted[0] == counted[1] < 160
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_takes_the_memory_that_is_planned_for_it(kind, monkeypatch):
+    head, layers, rows = make_head(2003, WIDTH, torch.float32, softcap=4.0), 6, 3
+    hidden = make_hidden(8, layers).float()
+    signal = make_signal(kind, hidden, head)
+    planned = fidelity.FLOATS_PER_LOGIT * layers * head.vocab
+    monkeypatch.setattr(fidelity, "CHUNK_ELEMENTS", rows * planned)
+    with Operations() as operations:
+        fidelity.measure(hidden, head, signal)
+    assert operations.most_bytes < 4 * rows * planned * 1.05  # and what is small beside [c, J, V]
 
 
 def test_one_target_layer_has_no_draw_to_compare():

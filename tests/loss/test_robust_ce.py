@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dense_losses import dense_ce, dense_logits, grads, make_h, make_head
+from operations import Operations
 
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.robust_ce import generalised_cross_entropy, smoothed_cross_entropy
@@ -86,3 +87,16 @@ def test_a_label_outside_the_vocabulary_is_refused_and_no_token_is_no_error(loss
         loss(make_h(1, 2, 6), head, torch.tensor([2, 31]), value)
     h = make_h(1, 0, 6).requires_grad_()
     assert loss(h, head, torch.empty(0, dtype=torch.long), value).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("loss", "value"), [(smoothed_cross_entropy, 0.3), (generalised_cross_entropy, 0.6)])
+def test_no_more_logits_exist_at_once_than_those_of_one_chunk(loss, value, softcap):
+    """A chunk in the weight's dtype, and in float32 as its tile; the slope of a soft-cap is as large as the tile."""
+    tokens, vocab, width, chunk = 64, 5000, 6, 4
+    head, labels = make_head(vocab, width, torch.bfloat16, softcap=softcap), random_labels(tokens, vocab)
+    h = make_h(2, tokens, width, dtype=torch.bfloat16).requires_grad_()
+    with Operations() as operations:
+        loss(h, head, labels, value, chunk=chunk).sum().backward()
+    logits = chunk * vocab * (2 + 4 + (0 if softcap is None else 4))
+    assert logits <= operations.most_bytes < logits * 1.25 < tokens * vocab * 2

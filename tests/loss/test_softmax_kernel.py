@@ -12,7 +12,8 @@ import pytest
 import torch
 from dense_losses import as_dtype, assert_as_accurate, dense_ce, dense_kl, dense_logits, make_h, make_head, topk_signal
 
-from pipeline.loss import probabilities
+from pipeline.loss import kernels
+from pipeline.loss.kernel_check import difference
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.sparse_kl import kl_matrix, matched_kl
 from pipeline.signal import Unembedding
@@ -20,7 +21,10 @@ from pipeline.signal import Unembedding
 pytest.importorskip("triton", reason="the kernel is used only where Triton is installed")
 from pipeline.loss import softmax_kernel
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # lanes beyond the vocabulary
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:invalid value encountered in subtract"),  # lanes beyond the vocabulary
+]
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 HEADS = [{}, {"padding": 5, "bias": True}, {"scale": 0.3}, {"scale": 1.7, "softcap": 4.0}]
 
@@ -75,6 +79,11 @@ def test_the_softmax_minus_the_label(vocab, options, dtype):
     torch.testing.assert_close(products.double(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_passes_the_check_that_a_run_begins_with(dtype):
+    assert difference(softmax_kernel, DEVICE, dtype) is None
+
+
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_fused_cross_entropy_is_as_accurate_as_plain_torch(options, monkeypatch):
     tokens, vocab, dtype = 10, 507, torch.bfloat16
@@ -82,7 +91,7 @@ def test_fused_cross_entropy_is_as_accurate_as_plain_torch(options, monkeypatch)
     head, h = make_head(vocab, 33, dtype, **options), make_h(1, tokens, 33, dtype=dtype, spread=4.0)
     results = []
     for fused in (True, False):
-        monkeypatch.setattr(probabilities, "can_fuse", lambda weight, fused=fused: fused)
+        monkeypatch.setattr(kernels, "fused", lambda weight, fused=fused: fused)
         x, device_head = h.to(DEVICE).requires_grad_(), on_device(head)
         device_head.weight.requires_grad_()
         loss = linear_cross_entropy(x, device_head, labels.to(DEVICE), chunk=4)[0]
@@ -106,7 +115,7 @@ def test_the_fused_interaction_loss_is_as_accurate_as_plain_torch(options, sprea
     truth = dense_kl(h64[0], as_dtype(head, torch.float64), signal, 1).sum()
     results = {}
     for fused in (False, True):
-        monkeypatch.setattr(probabilities, "can_fuse", lambda weight, fused=fused: fused)
+        monkeypatch.setattr(kernels, "fused", lambda weight, fused=fused: fused)
         moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "has_tail"}
         x, device_signal = h.to(DEVICE).requires_grad_(), replace(signal, **moved)
         matrix = kl_matrix(x, on_device(head), device_signal, [range(2)], chunk=4)

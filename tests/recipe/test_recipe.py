@@ -25,7 +25,7 @@ def values(tmp_path: Path) -> dict:
         (tmp_path / role / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": depth}}))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text("{}")
-    (tmp_path / "zero.json").write_text('{"gradient_clipping": "auto"}')
+    (tmp_path / "zero.json").write_text('{"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}')
     training = {"steps": 10, "batch_size": 8, "micro_batch_size": 2}
     return {
         "run": str(tmp_path / "run"),
@@ -115,9 +115,9 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path, values):
     run = tmp_path / "run"
     run.mkdir()
     lines = load_recipe(path).to_yaml().splitlines()
-    new = ("train_projector", "max_pixels", "min_pixels")
+    new = ("train_projector", "max_pixels", "min_pixels", "micro_batch_tokens")
     older = [line for line in lines if not line.strip().startswith(new)]
-    assert len(lines) - len(older) == 3
+    assert len(lines) - len(older) == 6
     (run / "recipe.yaml").write_text("\n".join(older))
     refuse_changes(load_recipe(path), STEPS)
     refuse_changes(load_recipe(run / "recipe.yaml"), STEPS)
@@ -131,7 +131,8 @@ def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
     values["verbalize"] |= {"batch_size": 9, "epochs": 2}
     values["interact"] |= {"final_learning_rate": 1.0}
     values["reinforce"].pop("steps")
-    (tmp_path / "zero.json").write_text('{"gradient_clipping": 0.5, "bf16": {"enabled": true}}')
+    config = {"gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError) as error:
         check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS, world=2)
     message = str(error.value)
@@ -144,6 +145,18 @@ def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
     assert "interact.final_learning_rate: 1.0 is above interact.learning_rate" in message
     assert "gradient_clipping is 0.5 in" in message and "bf16.enabled is True in" in message
     assert "the recipe owns it" in message
+
+
+def test_a_budget_in_tokens_takes_any_batch_size_and_may_change(tmp_path, values):
+    odd = ["verbalize.batch_size=9", "verbalize.micro_batch_tokens=4096"]
+    path = write(tmp_path, values)
+    with pytest.raises(RecipeError, match="verbalize.batch_size: 9 is no multiple"):
+        check_recipe(load_recipe(path, odd[:1]).recipe, ["verbalize"], world=2)
+    check_recipe(load_recipe(path, odd).recipe, ["verbalize"], world=2)
+    first = load_recipe(path, odd)
+    first.recipe.run.mkdir()
+    (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
+    refuse_changes(load_recipe(path, [odd[0], "verbalize.micro_batch_tokens=2048"]), ["verbalize"])
 
 
 def test_teacher_targets_must_outnumber_student_targets(tmp_path, values):
@@ -281,3 +294,51 @@ def test_the_preset_may_still_be_chosen_after_stage_1_and_not_within_stage_2(tmp
         RecipeError, match=r"interact.cross_entropy_weight: the run has 0.0, now 1.0 \(preset clean_answers\)"
     ):
         refuse_changes(second, ["verbalize", "cache", "interact"])
+
+
+def test_a_step_may_name_its_own_deepspeed_config(tmp_path, values):
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage": 1}}')
+    values["interact"]["deepspeed"] = str(own)
+    resolved = load_recipe(write(tmp_path, values), ["cache.deepspeed=ds_configs/zero3_offload.json"])
+    recipe = resolved.recipe
+    files = {step: recipe.deepspeed_of(getattr(recipe, step)).name for step in STEPS}
+    assert files == dict(zip(STEPS, ("zero.json", "zero3_offload.json", "own.json", "zero.json"), strict=True))
+    assert resolved.origins["interact.deepspeed"] == "recipe"
+    check_recipe(recipe, STEPS)
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved.to_yaml())
+    assert leaves(load_recipe(again).recipe) == leaves(recipe)
+
+
+def test_each_step_s_deepspeed_config_is_checked_and_the_same_file_once(tmp_path, values):
+    own = tmp_path / "own.json"
+    own.write_text('{"gradient_clipping": 2, "zero_optimization": {"stage": 1}}')
+    values["interact"]["deepspeed"] = values["reinforce"]["deepspeed"] = str(own)
+    values["verbalize"]["deepspeed"] = str(tmp_path / "none.json")
+    recipe = load_recipe(write(tmp_path, values)).recipe
+    with pytest.raises(RecipeError, match=f"gradient_clipping is 2 in {own}") as error:
+        check_recipe(recipe, STEPS)
+    assert str(error.value).startswith("2 problem(s)") and f"no file {tmp_path}/none.json" in str(error.value)
+    check_recipe(recipe, ("cache",))  # uses none of the two
+
+
+def test_bfloat16_gradients_without_zero_are_refused(tmp_path, values):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(RecipeError, match="ZeRO stage 0.*use ds_configs/zero1.json, which does, or precision: fp32"):
+        check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
+    check_recipe(load_recipe(write(tmp_path, values)).recipe, ("cache",))  # forwards have no gradients
+    check_recipe(load_recipe(write(tmp_path, values), ["precision=fp32"]).recipe, STEPS)
+    (tmp_path / "zero.json").write_text('{"data_types": {"grad_accum_dtype": "bf16"}}')
+    check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
+
+
+def test_a_run_may_go_on_with_another_deepspeed_config(tmp_path, values):
+    first = load_recipe(write(tmp_path, values))
+    first.recipe.run.mkdir()
+    (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
+    other = load_recipe(write(tmp_path, values), ["interact.deepspeed=other.json"])
+    refuse_changes(other, STEPS)  # raises nothing
+    assert str(other.recipe.interact.deepspeed) == "other.json"
+    with pytest.raises(RecipeError, match="interact.clip"):
+        refuse_changes(load_recipe(write(tmp_path, values), ["interact.clip=0.5"]), STEPS)

@@ -75,6 +75,36 @@ def test_trace_leaves_out_what_the_run_does_not_have_yet(made, tmp_path, capsys)
     assert "distilled is left out: no" in out and f"--stage 2 --recipe {run}/recipe.yaml" in out.replace("- ", "-")
 
 
+def test_trace_without_teacher_needs_none(made, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run)
+    (run / "verbalize" / "teacher.safetensors").unlink()
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"{made.root}/teacher", f"{tmp_path}/gone"))
+    arguments = ["trace", "--run", str(run), "--sample", "s00003", "--max-new-tokens", "2", "--without-teacher"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "untouched (3 layers)" in out and "distilled (3 layers)" in out and "teacher" not in out
+
+
+def test_students_are_shown_where_the_teacher_fails(made, tmp_path, capsys):
+    """The smallest models are traced first, and shown whatever becomes of the next."""
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run)
+    shutil.copy(run / "verbalize" / "student.safetensors", run / "verbalize" / "teacher.safetensors")
+    assert main(["trace", "--run", str(run), "--sample", "s00003", "--max-new-tokens", "2"]) == 2
+    captured = capsys.readouterr()
+    assert "untouched (3 layers)" in captured.out and "distilled (3 layers)" in captured.out
+    assert "teacher.safetensors holds verbalizers for other layers" in captured.err
+
+
+def test_trace_refuses_what_does_not_fit_before_it_loads_anything(made, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.results.workers.available_cpu_memory", lambda: 1000)
+    monkeypatch.setattr("pipeline.results.trace.terminal.load", None)
+    assert main(["trace", "--run", str(made.run), "--sample", "s00003"]) == 2
+    assert f"error: {made.root}/teacher: there is no GPU, and 1 x" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

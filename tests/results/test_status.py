@@ -7,7 +7,7 @@ from tiny_run import write_recipe
 
 from pipeline.errors import RecipeError
 from pipeline.results.status import show, size_of, status
-from pipeline.runtime.folder import mark_done
+from pipeline.runtime.folder import mark_done, write_kernels
 
 
 @pytest.fixture
@@ -40,6 +40,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_a_recipe_alone_asks_for_stage_1(run):
     assert states(run) == ["not begun"] * 4
     assert status(run)[1] == f"deepspeed launch/train.py --stage 1 --recipe {run}/recipe.yaml"
+
+
+def test_the_kernels_of_the_newest_invocation_are_shown(run, capsys):
+    show(run, *status(run))
+    assert "kernels:" not in capsys.readouterr().out
+    write_kernels(run, "torch: rank 3: Triton found no C compiler")
+    show(run, *status(run))
+    assert "\nkernels: torch: rank 3: Triton found no C compiler\n" in capsys.readouterr().out
 
 
 def test_a_half_run_shows_its_last_update_and_its_shards(run):
@@ -93,6 +101,19 @@ def test_the_table_names_parts_losses_and_sizes(run, capsys):
     for text in ("3 updates", "teacher  1: 2.000  2: 1.500", "student  1: 2.500", "1.2 MB", "recipe.yaml", "next:"):
         assert text in out
     assert size_of(run) > 1_200_000
+
+
+def test_it_says_how_well_data_kept_up_in_the_step_that_ran_last(run, capsys):
+    line = {"update_s": 2.0, "real_share": 0.5, "loader_workers": 3}
+    lines = [{"step": "verbalize", "update": n, "data_wait": 0.9, **line} for n in range(5)]
+    lines += [{"step": "interact", "update": n, "data_wait": 0.9 * (n < 10), **line} for n in range(30)]
+    lines += [{"step": "interact", "update": 30, **line, "data_wait": 0.3, "update_s": 10.0, "real_share": 0.9}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    show(run, *status(run))
+    expected = (
+        "data:    interact, last 20 updates: 6% of the time waiting for data (3 loader workers a rank), 52% of the"
+    )
+    assert expected in capsys.readouterr().out, "19 updates of 2 s without waiting, one of 10 s with 3"
 
 
 def test_the_preset_is_named(run, capsys):

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 from dense_losses import dense_ce, dense_kl, grads, make_h, make_head, random_probs, topk_signal
+from operations import Waits
 
+from pipeline.loss import matching
 from pipeline.loss.matching import matching_rule
+from pipeline.signal import SparseSignal, Unembedding
 from pipeline.steps.interact import Draw, interaction_losses
 
 S, J, T, V, D = 2, 4, 9, 23, 6
@@ -55,3 +58,29 @@ def test_the_entropy_of_each_draw_is_there_where_something_is_drawn(problem):
     cold = losses_of(problem, "adaptive", temperature=1e-6)
     assert cold["entropy"].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     assert losses_of(problem, "ordered_argmin")["entropy"].numel() == 0
+
+
+@pytest.mark.parametrize("has_tail", [True, False])
+@pytest.mark.parametrize(("name", "reads"), [("adaptive", 2), ("ordered_argmin", 1), ("uniform", 0)])
+def test_only_the_draw_waits_for_the_device_and_before_it_has_the_losses_to_compute(name, reads, has_tail, monkeypatch):
+    ids, probs, tail = (torch.empty(T, J + 1, *kept, device="meta") for kept in ((5,), (5,), ()))
+    signal = SparseSignal(ids.long(), probs, tail, tail, has_tail)
+    h = torch.empty(S + 1, T, D, device="meta", requires_grad=True)
+    head, labels = Unembedding(torch.empty(V, D, device="meta"), V), torch.empty(T, dtype=torch.int64, device="meta")
+    draw = Draw(matching_rule(name), torch.Generator().manual_seed(5), cross_entropy=True)
+    operations_before = []
+    monkeypatch.setattr(matching, "_matrix", _noting(matching._matrix, lambda: operations_before.append(waits.total)))
+    with Waits() as waits:
+        losses = interaction_losses(h, head, signal, labels, draw)
+        (losses["matched"].sum() + losses["last"] + losses["cross_entropy"]).backward()
+    assert sum(waits.places.values()) == len(operations_before) == reads, waits.places
+    if reads == 2:  # the second read finds the device idle: between the two, only the CPU has drawn
+        assert operations_before[1] - operations_before[0] < 60 < waits.total - operations_before[1]
+
+
+def _noting(function, note):
+    def noting(*args):
+        note()
+        return function(*args)
+
+    return noting

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running import tiny_recipe
 from tiny import KINDS, MORE_KINDS, chats, png, turn
 
 from pipeline.errors import RecipeError, SampleError
+from pipeline.recipe.resolve import load_recipe
+from pipeline.vlm.assemble import encoders
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 
@@ -52,6 +55,29 @@ def test_the_mask_is_the_templates_own_difference(encoder):
     assert torch.equal(ids[: len(prompt)], prompt)
     end = len(prompt) + len("ab ab") + 1
     assert encoded.response.nonzero()[:, 0].tolist() == list(range(len(prompt), end))
+
+
+def test_pixels_in_the_models_dtype_are_those_that_the_device_would_round(encoder):
+    """Padding (LLaVA-OneVision's tiles differ in number) and concatenation commute with the cast: bitwise equal."""
+    early = ChatEncoder(encoder.processor, 512, dtype=torch.bfloat16)
+    samples = [chats(6)[0], ("wide", {"messages": [turn("user", "<image>", "?"), turn("assistant", "a")]}, None)]
+    batches = []
+    for each in (encoder, early):
+        encoded = [each(key, record["messages"], images or [png(size=(120, 40))]) for key, record, images in samples]
+        batches.append(collate(encoded, each.filler(), pad_id=0))
+    late, ready = batches
+    floats = [name for name, value in late.inputs.items() if value.is_floating_point()]
+    assert "pixel_values" in floats and all(ready.inputs[name].dtype == torch.bfloat16 for name in floats)
+    assert all(2 * ready.inputs[name].nbytes == late.inputs[name].nbytes for name in floats)
+    late, ready = (batch.to("cpu", torch.bfloat16) for batch in batches)
+    assert all(torch.equal(late.inputs[name], ready.inputs[name]) for name in late.inputs)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_recipes_encoders_give_pixels_in_its_precision(tiny_models, tmp_path, precision, dtype):
+    path = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", tmp_path, precision=precision)
+    made = encoders(load_recipe(path).recipe, ["teacher", "student"])
+    assert [made[role].filler().inputs["pixel_values"].dtype for role in made] == [dtype, dtype]
 
 
 def test_text_alone_gets_a_filler_row_that_counts_nothing(encoder):

@@ -8,11 +8,11 @@ from tiny import KINDS, MORE_KINDS, chats
 from torch.nn import functional as F
 
 from pipeline.errors import RecipeError
-from pipeline.vlm.assemble import load_verb_ffns
 from pipeline.vlm.backbone import load_vlm, run_backbone
 from pipeline.vlm.families import decoder_layers, final_norm, image_parts, set_trainable
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
-from pipeline.vlm.verbalizer import VerbalizedVLM, VerbFFN, initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
+from pipeline.vlm.verbalizer import VerbalizedVLM, VerbFFN
 from pipeline.vlm.vocabulary import common_vocabulary
 
 LAYERS = (1, 2, 4)
@@ -66,17 +66,6 @@ def test_padding_rows_of_the_head_are_cut_off(tiny_models, tmp_path):
     folder = tiny.write_vlm(tmp_path / "padded", "qwen2_vl", 5, 32, rows=300)
     side = build(folder, vocab=265)
     assert side.head(logits_of, torch.randn(1, 3, 32)).shape == (1, 3, 265)
-
-
-def test_verb_ffns_for_other_layers_are_refused(tiny_models, tmp_path):
-    from safetensors.torch import save_file
-
-    side = build(tiny_models["qwen2_vl", "teacher"])
-    save_file(initial_verb_ffns((1, 3), 32, "residual", torch.float32, 0).state_dict(), tmp_path / "v.safetensors")
-    with pytest.raises(RecipeError, match=r"other layers, another width or another form .*\[1, 2, 4\]"):
-        load_verb_ffns(side, tmp_path / "v.safetensors")
-    with pytest.raises(RecipeError, match="run: deepspeed launch/train.py --stage 1"):
-        load_verb_ffns(side, tmp_path / "none.safetensors")
 
 
 def test_tokenizers_that_differ_are_refused_with_the_first_token(tiny_models):

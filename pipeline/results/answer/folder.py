@@ -30,7 +30,7 @@ from data_prep.shards import (
 )
 from pipeline.cache.fingerprint import compare
 from pipeline.errors import DataError, RecipeError
-from pipeline.runtime.batches import Rejected
+from pipeline.runtime.data.batches import Rejected
 from pipeline.runtime.folder import write_json
 
 IDENTITY = "answers.json"

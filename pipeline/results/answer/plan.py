@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_prep.shards import ShardFolder
-from pipeline.cache.fingerprint import data_fingerprint, json_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data
 from pipeline.results.answer.folder import Origin
 from pipeline.results.arguments import open_non_empty, run_recipe
-from pipeline.results.generate import placement, require_model
-from pipeline.vlm.processing import load_processor
+from pipeline.results.generate import require_model
+from pipeline.results.identity import model_identity, question_identity
 
 Item = TypeVar("Item")
 
@@ -53,6 +52,8 @@ class Plan:
     part: Part
     batch_size: int
     max_new_tokens: int
+    processes: int | None = None
+    """Largest number of processes that hold the model; None: as many as the GPUs have room for, one on a CPU."""
 
 
 def make_plan(
@@ -65,6 +66,7 @@ def make_plan(
     *,
     batch_size: int,
     max_new_tokens: int,
+    processes: int | None = None,
 ) -> Plan:
     """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
     limits: Data | None = None
@@ -81,21 +83,13 @@ def make_plan(
     limits = limits or Data(train=data)
     if max_bad_share is not None:
         limits = limits.model_copy(update={"max_bad_share": max_bad_share})
-    return Plan(model, open_non_empty(data), output, limits, Part(*part), batch_size, max_new_tokens)
+    return Plan(model, open_non_empty(data), output, limits, Part(*part), batch_size, max_new_tokens, processes)
 
 
 def origin_of(plan: Plan) -> Origin:
-    """What the answers are made from. The batch size is no part of it: it changes rounding errors only.
+    """What the answers are made from.
 
     Raises CacheError where the model's folder has no safetensors weights or no tokenizer.
     """
-    limits, generation = plan.limits, plan.model / "generation_config.json"
-    identity = {
-        **teacher_fingerprints(plan.model, str(load_processor(plan.model).chat_template)),
-        "end_of_turn": json_fingerprint([generation] if generation.is_file() else []),
-        "dtype": str(placement(plan.model)[1]).removeprefix("torch."),
-        **sample_fingerprints(limits.max_length, limits.min_pixels, limits.max_pixels),
-        "data": data_fingerprint(plan.data.manifest),
-        "max_new_tokens": str(plan.max_new_tokens),
-    }
-    return Origin(plan.model, plan.data.path, identity)
+    asked = question_identity(plan.data, plan.limits, plan.max_new_tokens)
+    return Origin(plan.model, plan.data.path, {**model_identity(plan.model), **asked})

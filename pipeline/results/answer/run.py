@@ -1,18 +1,26 @@
-"""`python -m pipeline answer`: answer the shards of this process's part that have no answers yet."""
+"""`python -m pipeline answer`: answer the shards of this command's part that have no answers yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from data_prep.shards import MANIFEST, ShardInfo
+from data_prep.shards import MANIFEST, ShardFolder, ShardInfo
 from pipeline.errors import DataError, SampleError
+from pipeline.recipe.schema import Data
 from pipeline.results.answer.chats import Answerer, record_bytes
 from pipeline.results.answer.folder import REJECTS, AnswerFolder
 from pipeline.results.answer.plan import Plan, origin_of
 from pipeline.results.arguments import batches
 from pipeline.results.generate import load
-from pipeline.runtime.batches import BadSamples, Rejected
+from pipeline.results.workers import Machine, Workers
+from pipeline.runtime.data.batches import BadSamples, Rejected
 from pipeline.runtime.progress import StepProgress, say
+from pipeline.vlm.placement import Devices
+
+Answered = bytes | SampleError
+"""A sample's new record as the shard holds it, or why it has none."""
 
 
 def run(plan: Plan) -> None:
@@ -36,8 +44,25 @@ def run(plan: Plan) -> None:
     say(f"To finetune on it, set reinforce.train: {plan.output} in a recipe; in all steps, data.train")
 
 
+class BatchAnswerer:
+    """Answers batches of a shard folder's samples with one model."""
+
+    def __init__(self, answerer: Answerer, data: ShardFolder):
+        self.answerer, self.data = answerer, data
+
+    def __call__(self, rows: Iterable[int]) -> list[Answered]:
+        """What became of each sample of the batch."""
+        results = self.answerer([self.data.read(index) for index in rows])
+        return [result if isinstance(result, SampleError) else record_bytes(result) for result in results]
+
+
+def load_answerer(model: Path, limits: Data, data: ShardFolder, max_new_tokens: int, devices: Devices) -> BatchAnswerer:
+    """Load a model onto devices, to answer samples with it."""
+    return BatchAnswerer(Answerer(load(model, limits, devices), max_new_tokens), data)
+
+
 class _Job:
-    """One process's work: the model, the progress, and how many samples could not be used."""
+    """One command's work: the model's processes, the progress, and how many samples could not be used."""
 
     def __init__(self, plan: Plan, folder: AnswerFolder):
         self.plan, self.folder = plan, folder
@@ -51,30 +76,35 @@ class _Job:
 
     def answer(self, shards: Sequence[ShardInfo]) -> None:
         """Answer these shards, one after the other."""
-        done = self.bad_samples.read
-        answerer = Answerer(load(self.plan.model, self.plan.limits), self.plan.max_new_tokens)
+        plan, done = self.plan, self.bad_samples.read
+        make = functools.partial(load_answerer, plan.model, plan.limits, plan.data, plan.max_new_tokens)
+        groups = Machine().groups(plan.model, plan.processes)
         self.progress = StepProgress("answer", done + sum(shard.samples for shard in shards), done)
         try:
-            for shard in shards:
-                with self.folder.lock(shard):
-                    if (answers := self.folder.done(shard)) is None:
-                        self._answer_shard(answerer, shard)
-                    else:  # by another process in the meantime
-                        self._count(answers.read, answers.rejected, [])
+            with Workers(make, groups[: max(len(self._batches(shard)) for shard in shards)]) as workers:
+                for shard in shards:
+                    with self.folder.lock(shard):
+                        if (answers := self.folder.done(shard)) is None:
+                            self._answer_shard(workers, shard)
+                        else:  # by another process in the meantime
+                            self._count(answers.read, answers.rejected, [])
         finally:
             self.progress.close()
 
-    def _answer_shard(self, answerer: Answerer, shard: ShardInfo) -> None:
+    def _batches(self, shard: ShardInfo) -> list[range]:
         """Batches end with the shard, so that its bytes do not depend on what else the process answers."""
-        data, rejected = self.plan.data, list[Rejected]()
+        return list(batches(range(shard.first, shard.first + shard.samples), self.plan.batch_size))
+
+    def _answer_shard(self, workers: Workers[Iterable[int], list[Answered]], shard: ShardInfo) -> None:
+        all_rows, rejected = self._batches(shard), list[Rejected]()
         answered: dict[int, bytes] = {}
-        for rows in batches(range(shard.first, shard.first + shard.samples), self.plan.batch_size):
+        for rows, results in zip(all_rows, workers.map(all_rows), strict=True):
             bad = []
-            for index, result in zip(rows, answerer([data.read(index) for index in rows]), strict=True):
+            for index, result in zip(rows, results, strict=True):
                 if isinstance(result, SampleError):
-                    bad.append(Rejected.of(data, index, result))
+                    bad.append(Rejected.of(self.plan.data, index, result))
                 else:
-                    answered[index] = record_bytes(result)
+                    answered[index] = result
             rejected += bad
             self._count(len(rows), bad, rejected)
         self.folder.write(shard, self._members(answered), rejected)

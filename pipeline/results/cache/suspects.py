@@ -131,11 +131,13 @@ def _score_shard(cache: CacheOnDisk, shard: Shard, codec: Codec, head: Unembeddi
 
 def _records(cache: CacheOnDisk, shard: Shard, codec: Codec) -> Iterator[_Record]:
     """A shard's records, without the skipped ones. Raises ValueError, with the key, for a damaged one."""
+    layers = len(cache.identity.layers)
     with open(cache.path / shard["name"], "rb") as file:
         for index, key in enumerate(shard["keys"]):
             try:
-                tokens, streams = unpack_record(read_record(file, shard, index), cache.made_for)
-                arrays = codec.unpack(streams, len(tokens), len(cache.identity.layers))
+                record = read_record(file, shard, index)
+                tokens, streams = unpack_record(record, codec.token_bytes(layers), cache.made_for)
+                arrays = codec.unpack(streams, len(tokens), layers)
             except SampleError:
                 continue
             except (ValueError, KeyError, IndexError) as error:

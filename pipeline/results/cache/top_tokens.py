@@ -82,8 +82,9 @@ def read_top_tokens(cache: CacheOnDisk, key: str) -> TopTokens:
     try:
         with open(cache.path / name, "rb") as file:
             record = read_record(file, sidecar, sidecar["keys"].index(key))
-        tokens, streams = unpack_record(record, cache.made_for)
-        arrays = codec.unpack(streams, len(tokens), len(cache.identity.layers))
+        layers = len(cache.identity.layers)
+        tokens, streams = unpack_record(record, codec.token_bytes(layers), cache.made_for)
+        arrays = codec.unpack(streams, len(tokens), layers)
         signal = codec.decode({name: array[:SHOWN] for name, array in arrays.items()}, head)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CacheError(

@@ -138,8 +138,8 @@ def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
 
     Raises SampleError if the sample was skipped, ValueError if the record is wrong.
     """
-    tokens, streams = unpack_record(record, cache.made_for)
     layers = len(cache.identity.layers)
+    tokens, streams = unpack_record(record, codec.token_bytes(layers), cache.made_for)
     try:
         signal = codec.decode(codec.unpack(streams, len(tokens), layers), NO_HEAD)
     except (KeyError, IndexError) as error:

@@ -22,6 +22,11 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".,;:!? ")
 
 
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer equals the reference answer after normalisation."""
+    return normalise(answer) == normalise(reference)
+
+
 @dataclass(frozen=True)
 class Exchange:
     """The last question of a chat, the turns before it, and the reference answer."""
@@ -82,12 +87,10 @@ class Tally:
         self._right: Counter[str | None] = Counter()
         self._asked: Counter[str | None] = Counter()
 
-    def add(self, exchange: Exchange, answer: str) -> bool:
-        """Count one answer, and return whether it equals the reference answer after normalisation."""
-        right = normalise(answer) == normalise(exchange.answer)
-        self._asked[exchange.question_type] += 1
-        self._right[exchange.question_type] += right
-        return right
+    def count(self, question_type: str | None, right: bool) -> None:
+        """Count one answer."""
+        self._asked[question_type] += 1
+        self._right[question_type] += right
 
     @property
     def samples(self) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pipeline.results.evaluate.answers import NORMALISATION
 from pipeline.results.evaluate.comparison import sentences
-from pipeline.results.evaluate.evaluation import QUESTION_ONLY, Plan
+from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
 """Return value of `evaluate`: {model name: results}."""

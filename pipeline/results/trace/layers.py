@@ -1,6 +1,7 @@
 """Predictions of each target layer, through its verbalizer, for one question (paper, Figure 3).
 
-L target layers and the last layer, T tokens of an answer, d width.
+L target layers and the last layer, T tokens of an answer, d width. A model may lie on several devices: a verb-FFN then
+lies on its layer's, and its output goes to the language head's.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def predict_along(
     begin = prompt["input_ids"].shape[1] - 1
     positions = torch.arange(begin, begin + len(answer), device=vlm.device)
     hidden = run_backbone(vlm.model, inputs, side.all_layers(), positions)
-    tokens, probabilities = side.head(_top1, side.verbalize_states(hidden))
+    verbalized = side.verbalize_states(hidden).to(side.head.weight.device)
+    tokens, probabilities = side.head(_top1, verbalized)
     return [
         tuple(_prediction(vlm, token, p) for token, p in zip(*row, strict=True))
         for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
@@ -122,13 +124,13 @@ class _LayerGeneration(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         side, hidden = self.side, self._hidden
         verbalized = hidden if self.layer == side.depth else side.verb_ffns[str(self.layer)](hidden)
-        logits = side.head(_logits, final_norm(side.backbone)(verbalized))
+        logits = side.head(_logits, final_norm(side.backbone)(verbalized).to(side.head.weight.device))
         probabilities = logits.softmax(-1)
         logits[:, self.banned_ids] = float("-inf")
         self.probabilities.append(float(probabilities[0, logits[0].argmax()]))
         # Rows of the head that only pad the vocabulary are never generated.
         padding_rows = scores.shape[-1] - logits.shape[-1]
-        return torch.nn.functional.pad(logits, (0, padding_rows), value=float("-inf"))
+        return torch.nn.functional.pad(logits, (0, padding_rows), value=float("-inf")).to(scores.device)
 
     def close(self) -> None:
         self._hook.remove()

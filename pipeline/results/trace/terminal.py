@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,19 @@ from rich.text import Text
 from data_prep.shards import ShardFolder
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
+from pipeline.recipe.checks import target_layers
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Model, Recipe
 from pipeline.results.arguments import run_recipe
 from pipeline.results.evaluate.answers import last_exchange
-from pipeline.results.generate import Vlm, placement, require_model
+from pipeline.results.generate import Vlm, load
 from pipeline.results.trace.layers import LayerTrace, ModelTrace, TokenPrediction, trace
-from pipeline.runtime.folder import done
-from pipeline.vlm.assemble import chat_encoder, load_verb_ffns, load_verbalized, vocabulary_rows
+from pipeline.results.workers import Machine, free_memory
+from pipeline.runtime.folder import done, trained_verb_ffns
+from pipeline.vlm.assemble import vocabulary_rows
+from pipeline.vlm.families import decoder_layers, text_config
+from pipeline.vlm.placement import Devices
+from pipeline.vlm.verb_ffns import stored_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LABEL_WIDTH = 8
@@ -58,9 +62,18 @@ class TracedModel:
 
 
 def run(
-    folder: Path, image: Path | None, text: str | None, sample: str | None, data: Path | None, max_new_tokens: int
+    folder: Path,
+    image: Path | None,
+    text: str | None,
+    sample: str | None,
+    data: Path | None,
+    max_new_tokens: int,
+    without_teacher: bool = False,
 ) -> None:
-    """Trace one question (an image and a text, or a sample of a shard folder) through a run's models, and print it."""
+    """Trace one question (an image and a text, or a sample of a shard folder) through a run's models, and print it.
+
+    Where a model cannot be traced, or it takes too long, what the smaller ones before it said is printed all the same.
+    """
     recipe = load_recipe(run_recipe(folder)).recipe
     if sample is not None and image is None and text is None:
         question = question_from_data(data or recipe.data.held_out, sample)
@@ -68,8 +81,14 @@ def run(
         question = question_from_file(image, text)
     else:
         raise RecipeError("give a question: either --image FILE and --question TEXT, or --sample KEY")
-    _, missing = traced_models(folder, recipe)
-    show(list(trace_run(folder, recipe, question, max_new_tokens)), question, missing)
+    found, missing = traced_models(folder, recipe, without_teacher)
+    traces: dict[str, ModelTrace] = {}
+    try:
+        for model_trace in trace_run(folder, recipe, found, question, max_new_tokens):
+            traces[model_trace.name] = model_trace
+    finally:
+        if traces:
+            show([traces[one.name] for one in found if one.name in traces], question, missing)
 
 
 def question_from_file(image: Path, text: str) -> Question:
@@ -93,23 +112,26 @@ def question_from_data(data: Path | None, key: str) -> Question:
     return Question(exchange.messages, exchange.images, exchange.answer)
 
 
-def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[str]]:
+def traced_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> tuple[list[TracedModel], list[str]]:
     """The available ones of teacher, untouched and distilled student, and the reason why each other is left out.
 
-    The distilled student uses the untouched student's verbalizers, which are not trained again (paper, 4.4).
-    Raises RecipeError if none is available.
+    without_teacher: it is not even looked for.
+    The distilled student uses the verbalizers that interact.train_verbalizers trained with it, else the untouched
+    student's, which are not trained again (paper, 4.4). Raises RecipeError if none is available.
     """
     stage_1 = recipe.stage_1 or run
-    verb = stage_1 / "verbalize"
+    teacher, student = (stage_1 / "verbalize" / f"{role}.safetensors" for role in ("teacher", "student"))
+    again = recipe.interact.train_verbalizers and recipe.interact.steps != 0
+    distilled = (2, trained_verb_ffns(run)) if again else (1, student)
     wanted = [
-        (1, TracedModel("teacher", recipe.teacher.path, recipe.teacher.layers, verb / "teacher.safetensors")),
-        (1, TracedModel("untouched", recipe.student.path, recipe.student.layers, verb / "student.safetensors")),
-        (2, TracedModel("distilled", run / "student", recipe.student.layers, verb / "student.safetensors")),
+        (1, TracedModel("teacher", recipe.teacher.path, recipe.teacher.layers, teacher), 1),
+        (1, TracedModel("untouched", recipe.student.path, recipe.student.layers, student), 1),
+        (2, TracedModel("distilled", run / "student", recipe.student.layers, distilled[1]), distilled[0]),
     ]
     found, missing = [], []
-    for stage, traced_model in wanted:
+    for stage, traced_model, verb_stage in wanted[1:] if without_teacher else wanted:
         if not traced_model.verb_ffns.is_file():
-            stage, missing_file = 1, traced_model.verb_ffns
+            stage, missing_file = verb_stage, traced_model.verb_ffns
         elif not (traced_model.backbone / "config.json").is_file():
             missing_file = traced_model.backbone / "config.json"
         else:
@@ -122,28 +144,37 @@ def traced_models(run: Path, recipe: Recipe) -> tuple[list[TracedModel], list[st
     return found, missing
 
 
-def trace_run(run: Path, recipe: Recipe, question: Question, max_new_tokens: int) -> Iterator[ModelTrace]:
-    """Trace the models one after the other, so that only one is in memory."""
-    for traced_model in traced_models(run, recipe)[0]:
-        vlm, side = load_traced_model(traced_model, run, recipe)
+def trace_run(
+    run: Path, recipe: Recipe, models: Sequence[TracedModel], question: Question, max_new_tokens: int
+) -> Iterator[ModelTrace]:
+    """Trace the models one after the other, the smallest first, so that only one is in memory.
+
+    Raises RecipeError, before the first is loaded, where one has no room on the devices at hand.
+    """
+    machine = Machine()
+    devices = {one.name: machine.groups(one.backbone, processes=1)[0] for one in models}
+    for traced_model in sorted(models, key=lambda one: machine.weights(one.backbone)):
+        vlm, side = load_traced_model(traced_model, run, recipe, devices[traced_model.name])
         prompt = vlm.encoder.prompt(question.messages, question.images)
         yield trace(traced_model.name, vlm, side, prompt, max_new_tokens)
         del vlm, side
-        gc.collect()
+        free_memory()
 
 
-def load_traced_model(traced_model: TracedModel, run: Path, recipe: Recipe) -> tuple[Vlm, VerbalizedVLM]:
+def load_traced_model(
+    traced_model: TracedModel, run: Path, recipe: Recipe, devices: Devices = ()
+) -> tuple[Vlm, VerbalizedVLM]:
     """Load a model with its trained verbalizers. Raises RecipeError if they do not fit each other."""
-    require_model(traced_model.backbone)
-    encoder = chat_encoder(traced_model.backbone, recipe.data)
-    encoder.check()
-    device, dtype = placement(traced_model.backbone)
+    vlm = load(traced_model.backbone, recipe.data, devices, recipe.attention)
+    layers = target_layers(Model(path=traced_model.backbone, layers=traced_model.layers))
+    width = int(text_config(vlm.model).hidden_size)
+    ffns = stored_verb_ffns(traced_model.verb_ffns, layers, width, recipe.verbalizer.form, vlm.dtype)
     summary = done((recipe.stage_1 or run) / "verbalize") or {}
-    vocab = summary.get("vocab", vocabulary_rows(traced_model.backbone))
-    side = load_verbalized(Model(path=traced_model.backbone, layers=traced_model.layers), recipe, vocab, dtype, seed=0)
-    load_verb_ffns(side, traced_model.verb_ffns)
-    side.to(device).eval()
-    return Vlm(side.backbone, encoder, device, dtype), side
+    side = VerbalizedVLM(vlm.model, layers, ffns, summary.get("vocab", vocabulary_rows(traced_model.backbone)))
+    for layer in layers:
+        ffns[str(layer)].to(next(decoder_layers(vlm.model)[layer - 1].parameters()).device)
+    side.eval()
+    return vlm, side
 
 
 def show(traces: Sequence[ModelTrace], question: Question, missing: Iterable[str]) -> None:

@@ -15,10 +15,11 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.codec.packing import pack_record, to_numpy
 from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
-from pipeline.runtime.batches import LoadedBatch, SampleIndex
+from pipeline.runtime.data.batches import LoadedBatch, SampleIndex
+from pipeline.runtime.data.loader import WINDOW
 from pipeline.runtime.progress import size_text
 from pipeline.runtime.ranks import gather_lists
-from pipeline.steps.cache.teacher_pass import WINDOW, TeacherPass
+from pipeline.steps.cache.teacher_pass import TeacherPass
 
 SAMPLES = 64
 """Read beforehand by every rank, evenly over the data: alike whatever the number of ranks and the shards asked for."""

@@ -20,7 +20,7 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import BadSamples, ChatDataset
+from pipeline.runtime.data.batches import BadSamples, ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import done, mark_done
 from pipeline.runtime.loop import Job, record_rejected
@@ -37,7 +37,7 @@ from pipeline.runtime.ranks import (
 from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
-from pipeline.vlm.assemble import encoders, load_verb_ffns, load_verbalized
+from pipeline.vlm.assemble import encoders, load_trained
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import ChatEncoder
 
@@ -146,18 +146,23 @@ def _say_why(job: Job, missing: dict[str, str]) -> None:
 
 def _load_teacher(job: Job, vocab: int) -> Engine:
     recipe = job.recipe
-    with sharded_loading(recipe):
-        teacher = load_verbalized(recipe.teacher, recipe, vocab, dtype_of(recipe), seed=0)
-    load_verb_ffns(teacher, recipe.run / "verbalize" / "teacher.safetensors")
+    verb_ffns = recipe.run / "verbalize" / "teacher.safetensors"
+    with sharded_loading(recipe, recipe.cache) as add_to:
+        teacher = load_trained(recipe.teacher, recipe, vocab, dtype_of(recipe), verb_ffns, add_to)
     module = CoHost({"teacher": teacher}).requires_grad_(False)
-    return Engine(module, recipe, None, job.ranks)
+    return Engine(module, recipe, recipe.cache, job.ranks)
 
 
 def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str]) -> None:
     """Write the files that must exist before the first shard."""
     if "head" in missing_files:
         head = teacher_pass.head()
-        on_first_rank(job.ranks, f"{NAME}: writing the teacher's head to {cache.path}", lambda: cache.save_head(head))
+
+        def save() -> None:
+            if head is not None:  # on rank 0
+                cache.save_head(head)
+
+        on_first_rank(job.ranks, f"{NAME}: writing the teacher's head to {cache.path}", save)
     if "order" in missing_files:
         order = find_vocabulary_order(teacher_pass)
         if job.ranks.first:

@@ -6,27 +6,25 @@ T response tokens, J cached layers, d width of the teacher, V common vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec.packing import to_numpy
+from pipeline.codec.packing import to_device, to_numpy
 from pipeline.codec.random import uniform
 from pipeline.codec.registry import Codec
 from pipeline.loss.chunks import rows_per_chunk
-from pipeline.loss.fidelity import Fidelity, measure
+from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
-from pipeline.runtime.batches import ChatDataset, LoadedBatch, SampleIndex
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex
+from pipeline.runtime.data.loader import WINDOW_WORKERS, load, load_by_length
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.loader import load, load_by_length
 from pipeline.runtime.loop import Job
+from pipeline.runtime.node import loader_workers, rank_share
 from pipeline.signal import Unembedding
-
-WINDOW = 32
-"""Neighbouring samples whose batches are formed together: enough to find samples of similar length."""
 
 MEASURED = 1 / 128
 """Share of the response tokens whose coded distributions are compared with the dense ones."""
@@ -38,7 +36,7 @@ class TeacherOutput:
 
     codes: dict[str, Tensor]
     """The codec's arrays [T, J, ...]."""
-    fidelity: Fidelity
+    fidelity: Measurement
     """Their error against the dense distributions, measured on a few of the tokens."""
 
 
@@ -46,16 +44,16 @@ class TeacherPass:
     """The teacher's engine and the dataset that it reads."""
 
     def __init__(self, job: Job, engine: Engine, dataset: ChatDataset, layers: tuple[int, ...], vocab: int):
+        """All ranks must call."""
         engine.eval()
         self.job, self.engine, self.dataset, self.layers = job, engine, dataset, layers
         self._rows = rows_per_chunk(vocab)
+        self._workers = loader_workers(job.recipe.data.workers, rank_share(), WINDOW_WORKERS)
 
     def batches(self, windows: Sequence[Sequence[SampleIndex]]) -> Iterator[list[LoadedBatch]]:
         """Windows of samples, each as its batches."""
-        recipe = self.job.recipe
-        return load_by_length(
-            self.dataset, windows, recipe.cache.batch_tokens, recipe.data.workers, self.job.ranks.device
-        )
+        tokens = self.job.recipe.cache.batch_tokens
+        return load_by_length(self.dataset, windows, tokens, self._workers, self.job.ranks.device)
 
     def encode_response(self, loaded: LoadedBatch, codec: Codec) -> TeacherOutput:
         """One forward:
@@ -74,9 +72,9 @@ class TeacherPass:
         """One forward: [V] how much the layers use each id, as the sum of all their distributions."""
         return self._forward(loaded, partial(token_usage, self._rows)).cpu().numpy()
 
-    def head(self) -> Unembedding:
-        """The teacher's head, whole, on the CPU. All ranks must call."""
-        return self._forward(self.empty_batch, _head)
+    def head(self) -> Unembedding | None:
+        """The teacher's head, whole, on the CPU of rank 0; None elsewhere. All ranks must call."""
+        return self._forward(self.empty_batch, partial(_head, self.job.ranks.first))
 
     @cached_property
     def empty_batch(self) -> LoadedBatch:
@@ -94,10 +92,12 @@ def encode_batch(
 ) -> TeacherOutput:
     """Encode a batch while the head is gathered. The measured rows are encoded to bytes and decoded again.
 
-    Rows that are not finite are not measured: they cannot be encoded, and their samples will be skipped.
+    Rows that are not finite are not measured: they cannot be encoded, and their samples will be skipped. Reading the
+    measured rows' codes is the one place where the host waits for the device.
     """
     codes = codec.encode(hidden, unembedding, drawn, chunk)
-    some = {name: to_numpy(array[rows.to(array.device)]) for name, array in codes.items()}
+    measured = to_device(rows, hidden.device)
+    some = {name: to_numpy(array[measured]) for name, array in codes.items()}
     finite = codec.finite(some)
     rows, some = rows[torch.from_numpy(finite)], {name: array[finite] for name, array in some.items()}
     layers = hidden.shape[1]
@@ -106,7 +106,7 @@ def encode_batch(
         if len(rows)
         else codec.empty(layers, unembedding, hidden.device)
     )
-    return TeacherOutput(codes, measure(hidden[rows.to(hidden.device)], unembedding, signal))
+    return TeacherOutput(codes, measure(hidden[to_device(rows, hidden.device)], unembedding, signal))
 
 
 def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
@@ -118,9 +118,13 @@ def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:
     return total
 
 
-def _head(hidden: Tensor, unembedding: Unembedding) -> Unembedding:
-    def whole(tensor: Tensor) -> Tensor:
-        return tensor[: unembedding.vocab].detach().cpu().clone()
+def _head(wanted: bool, hidden: Tensor, unembedding: Unembedding) -> Unembedding | None:
+    """A copy on the CPU, where it is wanted: a head of 72B is 2.5 GB, and a node has many ranks."""
 
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor[: unembedding.vocab].detach().to("cpu", copy=True)
+
+    if not wanted:
+        return None
     bias = None if unembedding.bias is None else whole(unembedding.bias)
-    return Unembedding(whole(unembedding.weight), unembedding.vocab, bias, unembedding.scale, unembedding.softcap)
+    return replace(unembedding, weight=whole(unembedding.weight), bias=bias)

@@ -13,9 +13,10 @@ from pipeline.cache.writer import CacheFolder, CacheWriter
 from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
 from pipeline.loss.fidelity import Fidelity
-from pipeline.runtime.batches import LoadedBatch, Rejected, SampleIndex
+from pipeline.runtime.data.batches import LoadedBatch, Rejected, SampleIndex
+from pipeline.runtime.data.loader import WINDOW
 from pipeline.steps.cache.estimate import on_disk
-from pipeline.steps.cache.teacher_pass import WINDOW, TeacherOutput
+from pipeline.steps.cache.teacher_pass import TeacherOutput
 
 LONGEST_QUEUE = 2
 """Batches that may be queued for the writing thread before the teacher's pass waits."""
@@ -117,7 +118,7 @@ class WriterThread:
         if self._writer is None:
             self._writer, self._fidelity = self._cache.writer(shard_batch.shard), []
         batch, bad, size = shard_batch.loaded.batches["teacher"], list(shard_batch.loaded.rejected), 0
-        self._fidelity.append(output.fidelity)
+        self._fidelity.append(output.fidelity.read())
         for rejected in shard_batch.loaded.rejected:
             self._writer.skip(rejected.key, rejected.reason)
         arrays, labels, end = {n: to_numpy(a) for n, a in output.codes.items()}, batch.labels.numpy(), 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.losses.problem import Case, Problem, interaction
-from bench.losses.run import NAIVE, agreement, dense_form, products
+from bench.losses.run import NAIVE, agreement, dense_form, products, tried
 
 CASE = Case(tokens=24, width=16, vocab=600, students=1, teachers=4, kept=8)
 
@@ -34,3 +34,21 @@ def test_the_floor_is_the_products_of_the_problem(problem):
     products(problem, 1)()  # fits, and needs no gradient
     values, match = interaction(problem)
     assert values.shape == (1, 4) and len(match) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("No module named 'peer'"), "not installed: No module named 'peer'"),
+        (RuntimeError("no kernel image\nmore"), "RuntimeError: no kernel image"),
+    ],
+)
+def test_another_packages_failure_is_a_reason_and_ends_nothing(error, reason):
+    def make():
+        def run():
+            raise error
+
+        return run
+
+    assert tried(make) == (None, reason)
+    assert tried(lambda: dict) == (dict, "")

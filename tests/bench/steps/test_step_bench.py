@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.steps import pairs, run
+from bench.steps import batches, pairs, run
 from bench.steps.measures import operations_of
 from data_prep.shards import ShardFolder
 from pipeline.recipe.resolve import load_recipe
-from pipeline.runtime.batches import ChatDataset, SampleIndex
-from pipeline.runtime.loader import load
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.loader import load
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 
 
@@ -45,6 +45,14 @@ def test_a_pair_has_its_declared_sizes(monkeypatch, tmp_path):
     image = chats.encoders["student"].processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert (batch.inputs["input_ids"] == image).sum(1).tolist() == [tiny.image_side**2] * tiny.samples
     assert all(tiny.words[0] <= count - 1 <= tiny.words[1] for count in batch.counts)
+
+
+def test_batches_of_before_are_counted_beside_sorted_ones():
+    shares = batches.count_shares()
+    layouts = [entry for entry in shares.values() if isinstance(entry, dict)]
+    assert 800 < shares["mean_length"] < 1000 and len(layouts) == len(batches.LAYOUTS)
+    assert all(0 < entry["before"]["real_share"] < entry["sorted"]["real_share"] <= 1 for entry in layouts)
+    assert all(entry["before"]["micro_steps"] == entry["sorted"]["micro_steps"] for entry in layouts)
 
 
 def test_attention_is_counted_on_a_cpu_too():

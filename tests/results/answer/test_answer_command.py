@@ -20,7 +20,7 @@ from pipeline.recipe.schema import Data
 from pipeline.results.answer.folder import AnswerFolder
 from pipeline.results.answer.plan import Part, make_plan, origin_of
 from pipeline.results.answer.run import run
-from pipeline.runtime.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.chat_template import text_of
 
@@ -153,6 +153,12 @@ def test_two_parts_make_what_one_job_makes(world, tmp_path, capsys):
     assert not (output / "manifest.json").exists()
     run(plan_of(world.model, world.data, output, part=(1, 2)))
     assert "used" in capsys.readouterr().out
+    assert files(output) == files(world.output)
+
+
+def test_two_processes_make_what_one_makes(world, tmp_path):
+    output = tmp_path / "out"
+    run(plan_of(world.model, world.data, output, processes=2))
     assert files(output) == files(world.output)
 
 

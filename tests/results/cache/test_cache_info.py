@@ -69,7 +69,7 @@ def write_shard(folder: CacheFolder, name: str) -> None:
             codes = {n: to_numpy(a) for n, a in codec.encode(hidden, HEAD, drawn).items()}
             writer.add(key, tokens.numpy(), codes)
             arrays = codec.unpack(codec.pack(codes), len(tokens), len(LAYERS))
-            parts.append(measure(hidden, HEAD, codec.decode(arrays, HEAD)))
+            parts.append(measure(hidden, HEAD, codec.decode(arrays, HEAD)).read())
         writer.commit(fidelity=sum(parts[1:], parts[0]).to_json())
 
 
@@ -258,7 +258,7 @@ def rewrite(copied, made, change) -> None:
     with folder.writer("000002.tar") as writer:
         for place, key in enumerate(sidecar["keys"]):
             with open(copied.cache / "000002.tar", "rb") as file:
-                tokens, streams = unpack_record(read_record(file, sidecar, place), cache.made_for)
+                tokens, streams = unpack_record(read_record(file, sidecar, place), 2**20, cache.made_for)
             writer._add_record(key, pack_record(tokens, change(streams), cache.made_for))
         writer._tokens = sidecar["tokens"]
         writer.commit()

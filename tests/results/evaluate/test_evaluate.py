@@ -9,8 +9,11 @@ from tiny_run import typed, write_shards
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe.schema import Data
+from pipeline.results.arguments import batches
 from pipeline.results.evaluate.answers import normalise
-from pipeline.results.evaluate.evaluation import Plan, evaluate, make_plan, response_loss, score, score_question_only
+from pipeline.results.evaluate.evaluation import evaluate, score_question_only
+from pipeline.results.evaluate.plan import Plan, make_plan
+from pipeline.results.evaluate.scoring import Scorer, response_loss, summarize
 from pipeline.results.generate import decode_text, greedy, load
 
 SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}
@@ -27,6 +30,11 @@ def limits(max_bad_share: float = 1.0) -> Data:
 
 def plan_for(data, **changes) -> Plan:
     return Plan({}, ShardFolder(data), **(SIZES | {"limits": limits()} | changes))
+
+
+def score(vlm, plan: Plan) -> dict:
+    scorer = Scorer(vlm, plan.data, plan.max_new_tokens)
+    return summarize(map(scorer, batches(plan.indices(), plan.batch_size)), plan)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_all_response_tokens(made, teacher):

@@ -10,7 +10,8 @@ from pipeline.results.generate import Vlm, greedy, load
 from pipeline.results.trace.layers import generate_from_layer, predict_along, trace
 from pipeline.vlm.families import decoder_layers, final_norm, lm_head
 from pipeline.vlm.processing import TOKEN_KEYS
-from pipeline.vlm.verbalizer import VerbalizedVLM, initial_verb_ffns
+from pipeline.vlm.verb_ffns import initial_verb_ffns
+from pipeline.vlm.verbalizer import VerbalizedVLM
 
 LAYERS = (1, 3)
 

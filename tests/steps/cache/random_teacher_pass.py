@@ -11,7 +11,7 @@ from data_prep.shards import ShardFolder
 from pipeline.cache.layout import CacheIdentity
 from pipeline.cache.writer import CacheFolder
 from pipeline.codec.registry import Codec
-from pipeline.runtime.batches import LoadedBatch, Rejected, SampleIndex
+from pipeline.runtime.data.batches import LoadedBatch, Rejected, SampleIndex
 from pipeline.signal import Unembedding
 from pipeline.steps.cache.teacher_pass import TeacherOutput, encode_batch
 from pipeline.steps.cache.writing import ShardBatch

@@ -7,9 +7,9 @@ from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from launch.cache import parse, shard_range
-from pipeline.runtime import loader
-from pipeline.runtime.batches import Rejected
-from pipeline.steps.cache.teacher_pass import WINDOW
+from pipeline.runtime.data import loader
+from pipeline.runtime.data.batches import Rejected
+from pipeline.runtime.data.loader import WINDOW
 from pipeline.steps.cache.writing import plan
 
 

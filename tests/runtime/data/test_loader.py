@@ -16,8 +16,8 @@ from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError
-from pipeline.runtime import loader
-from pipeline.runtime.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data import loader
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
 Usage = namedtuple("Usage", "total used free")
@@ -74,8 +74,8 @@ IN_A_CONTAINER = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from data_prep.shards import ShardFolder
-from pipeline.runtime import loader
-from pipeline.runtime.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data import loader
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex
 from pipeline.vlm.processing import ChatEncoder, load_processor
 encoder = ChatEncoder(load_processor({model!r}), 512)
 dataset = ChatDataset(ShardFolder({data!r}), {{"student": encoder}})
@@ -95,7 +95,7 @@ def test_with_a_real_dev_shm_of_that_size(dataset, tiny_models, size, expected):
     """In a mount namespace of its own, as containers have."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs root and unshare")
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     folders = {"tests": root / "tests", "root": root, "data": dataset.folder.path}
     folders["model"] = tiny_models["qwen2_vl", "student"]
     program = IN_A_CONTAINER.format(**{name: str(folder) for name, folder in folders.items()})

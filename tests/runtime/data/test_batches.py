@@ -13,7 +13,7 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import CacheError, DataError
 from pipeline.recipe.schema import Training
-from pipeline.runtime.batches import (
+from pipeline.runtime.data.batches import (
     BadSamples,
     ChatDataset,
     DataOrder,
@@ -21,33 +21,50 @@ from pipeline.runtime.batches import (
     SampleIndex,
     micro_batches,
 )
-from pipeline.runtime.loader import load, load_by_length
+from pipeline.runtime.data.loader import load, load_by_length
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
 
-def global_batches(world: int, micro: int, first: int = 0, last: int = 5) -> list[list[int]]:
-    """What all ranks together see in each update."""
-    training = Training(steps=9, batch_size=12, micro_batch_size=micro)
+def global_batches(world: int, first: int = 0, last: int = 5, length=None, **cut: int) -> list[list[SampleIndex]]:
+    """What all ranks together see in each update, which has as many micro-batches on each of them."""
+    training = Training(steps=9, batch_size=12, **cut)
     per_rank = [
-        list(micro_batches(DataOrder(30, seed=5), training, first, last, Ranks(rank, world))) for rank in range(world)
+        list(micro_batches(DataOrder(30, seed=5), training, length, first, last, Ranks(rank, world)))
+        for rank in range(world)
     ]
-    steps = 12 // (world * micro)
-    assert all(len(batches) == steps * (last - first) for batches in per_rank)
-    return [
-        sorted(i for batches in per_rank for batch in batches[u * steps : (u + 1) * steps] for i in batch)
-        for u in range(last - first)
-    ]
+    updates = list(zip(*per_rank, strict=True))
+    assert len(updates) == last - first
+    assert all(len({len(batches) for batches in update}) == 1 for update in updates)
+    return [sorted(i for batches in update for batch in batches for i in batch) for update in updates]
 
 
+def like_7_to_400(index: SampleIndex) -> float:
+    return float(7 + index.sample**2 % 394)
+
+
+@pytest.mark.parametrize("length", [None, like_7_to_400])
 @pytest.mark.parametrize(("world", "micro"), [(1, 3), (2, 2), (3, 4), (4, 1), (6, 2)])
-def test_global_batches_do_not_depend_on_ranks(world, micro):
-    assert global_batches(world, micro) == global_batches(1, 12)
+def test_global_batches_do_not_depend_on_ranks(world, micro, length):
+    assert global_batches(world, length=length, micro_batch_size=micro) == global_batches(1, micro_batch_size=12)
+
+
+@pytest.mark.parametrize(("world", "tokens"), [(1, 800), (2, 500), (3, 1), (5, 300), (16, 300)])
+def test_global_batches_do_not_depend_on_a_budget_in_tokens(world, tokens):
+    cut = global_batches(world, length=like_7_to_400, micro_batch_tokens=tokens)
+    assert cut == global_batches(1, micro_batch_size=12)
+
+
+def test_updates_differ_in_their_number_of_micro_steps():
+    training = Training(steps=9, batch_size=12, micro_batch_tokens=800)
+    order = DataOrder(30, seed=5)
+    steps = {len(update) for update in micro_batches(order, training, like_7_to_400, 0, 9, Ranks(0, 1))}
+    assert len(steps) > 1
 
 
 def test_resuming_sees_the_same_remaining_batches_also_on_other_ranks():
-    assert global_batches(3, 2, first=2) == global_batches(1, 12)[2:]
+    assert global_batches(3, first=2, micro_batch_size=2) == global_batches(1, micro_batch_size=12)[2:]
 
 
 def test_every_epoch_is_a_permutation_of_its_own():

@@ -17,6 +17,7 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError, SampleError, UserError
 from pipeline.recipe.schema import Training
+from pipeline.runtime.data.cutting import cut
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded
 
@@ -72,14 +73,21 @@ class DataOrder:
 
 
 def micro_batches(
-    order: DataOrder, training: Training, first_update: int, last_update: int, ranks: Ranks
-) -> Iterator[list[SampleIndex]]:
-    """The samples of each of this rank's micro-steps, in order, for updates first_update .. last_update - 1."""
-    micro = training.micro_batch_size
+    order: DataOrder,
+    training: Training,
+    length: Callable[[SampleIndex], float] | None,
+    first_update: int,
+    last_update: int,
+    ranks: Ranks,
+) -> Iterator[list[list[SampleIndex]]]:
+    """The samples of this rank's micro-batches, for each update from first_update to last_update - 1.
+
+    Every rank has as many in an update as the others. length: see cutting.cut.
+    """
     for update in range(first_update, last_update):
         start = update * training.batch_size
-        for position in range(start + ranks.rank * micro, start + training.batch_size, ranks.world * micro):
-            yield [order[position + i] for i in range(micro)]
+        batch = [order[position] for position in range(start, start + training.batch_size)]
+        yield [micro_step[ranks.rank] for micro_step in cut(batch, length, training, ranks.world)]
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,14 @@ class LoadedBatch:
     def tokens(self) -> int:
         """Response tokens of the micro-batch."""
         return len(next(iter(self.batches.values())).labels)
+
+    def real_tokens(self) -> int:
+        """Tokens of its samples, of the first encoder."""
+        return next(iter(self.batches.values())).tokens
+
+    def computed_tokens(self) -> int:
+        """Tokens that a forward computes: with the padding, and the filler row of a batch without images."""
+        return next(iter(self.batches.values())).inputs["input_ids"].numel()
 
     def images(self) -> int:
         """Samples of the micro-batch with at least one image."""
@@ -162,7 +178,7 @@ class ChatDataset(Dataset):
 
     def _read(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected:
         try:
-            encoded = self._kept.get(index.sample) or self._encode(index.sample)
+            encoded = self._kept.get(index.sample) or self._keep(index.sample, self.encode(index.sample))
             if self.attach is None:
                 return encoded, None
             ((role, only),) = encoded.items()
@@ -171,20 +187,21 @@ class ChatDataset(Dataset):
         except SampleError as error:
             return Rejected.of(self.folder, index.sample, error)
 
-    def _encode(self, sample: int) -> dict[str, Encoded]:
+    def encode(self, sample: int) -> dict[str, Encoded]:
+        """A sample in each model's form, nothing attached. Raises SampleError where it cannot be used."""
         raw = self.folder.read(sample)
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):
             raise SampleError("teacher and student tokenize the response differently (cut at max_length, most likely)")
-        self._keep(sample, encoded)
         return encoded
 
-    def _keep(self, sample: int, encoded: dict[str, Encoded]) -> None:
+    def _keep(self, sample: int, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
         size = sum(one.nbytes() for one in {id(one): one for one in encoded.values()}.values())
         if size <= self._room:
             self._kept[sample] = encoded
             self._room -= size
+        return encoded
 
 
 class BadSamples:

@@ -1,0 +1,1 @@
+"""The checks: each is a module with `run(report, device, shapes, place)`, started in a process of its own."""

@@ -1,0 +1,34 @@
+"""What a model's answers on some data depend on, as flat {name: fingerprint or setting}."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.shards import ShardFolder
+from pipeline.cache.fingerprint import data_fingerprint, json_fingerprint, sample_fingerprints, teacher_fingerprints
+from pipeline.recipe.schema import Data
+from pipeline.results.generate import run_dtype
+from pipeline.vlm.processing import load_processor
+
+
+def model_identity(folder: Path) -> dict[str, str]:
+    """What a model answers with: weights, config, tokenizer, processor, chat template, end of turn and dtype.
+
+    Weights are hashed, and their hashes remembered. Raises CacheError where the folder has no safetensors weights or no
+    tokenizer.
+    """
+    generation = folder / "generation_config.json"
+    return {
+        **teacher_fingerprints(folder, str(load_processor(folder).chat_template)),
+        "end_of_turn": json_fingerprint([generation] if generation.is_file() else []),
+        "dtype": str(run_dtype(folder)).removeprefix("torch."),
+    }
+
+
+def question_identity(data: ShardFolder, limits: Data, max_new_tokens: int) -> dict[str, str]:
+    """What is asked, and how long an answer may be. Not the batch size: it changes rounding errors only."""
+    return {
+        **sample_fingerprints(limits.max_length, limits.min_pixels, limits.max_pixels),
+        "data": data_fingerprint(data.manifest),
+        "max_new_tokens": str(max_new_tokens),
+    }

@@ -1,0 +1,197 @@
+"""The two models as a plan needs them: sizes and numbers of elements, from config.json. No weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from pipeline.errors import RecipeError
+from pipeline.recipe.checks import target_layers
+from pipeline.recipe.schema import Model, StudentTraining
+from pipeline.vlm.families import decoder_layers, family, image_parts, lm_head, set_trainable, text_config
+from pipeline.vlm.lora import add_lora
+from pipeline.vlm.verbalizer import VerbFFN
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter tensor of a model."""
+
+    module: str
+    """Name of the module that holds it: ZeRO-3 gathers the parameters of one module together."""
+    elements: int
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """One model of a recipe, on torch's meta device: shapes without weights."""
+
+    role: str
+    """"teacher" or "student"."""
+    module: nn.Module
+    layers: tuple[int, ...]
+    """Target layers, counted from 1."""
+
+    @property
+    def width(self) -> int:
+        """d, the width of the decoder."""
+        return int(text_config(self.module).hidden_size)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of decoder layers."""
+        return int(text_config(self.module).num_hidden_layers)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the language head, including the vocabulary's padding."""
+        return int(text_config(self.module).vocab_size)
+
+    def parameters(self) -> list[Parameter]:
+        """All parameters, in the order of the modules; a tied head is counted once."""
+        found = []
+        for name, tensor in self.module.named_parameters():
+            found.append(Parameter(name.rpartition(".")[0], tensor.numel(), tensor.requires_grad))
+        return found
+
+    def elements(self) -> int:
+        """Number of parameters."""
+        return sum(tensor.numel() for tensor in self.module.parameters())
+
+    def vision_elements(self) -> int:
+        """Number of parameters that only images reach: the vision tower and the projectors."""
+        inside = [self.module.get_submodule(name) for name in image_parts(self.module)]
+        return sum({id(p): p.numel() for part in inside for p in part.parameters()}.values())
+
+    def decoder_elements(self) -> int:
+        """Elements of the decoder layers' matrices, which each token is multiplied with."""
+        return _matrix_elements(decoder_layers(self.module))
+
+    def head_is_tied(self) -> bool:
+        """Whether the language head is the embedding itself."""
+        return lm_head(self.module).weight is self.module.get_input_embeddings().weight  # type: ignore[operator]
+
+    def verb_ffns(self, form: str, trained: bool) -> list[Parameter]:
+        """The parameters of the verb-FFNs of all target layers."""
+        with torch.device("meta"):
+            block = VerbFFN(self.width, form)
+        each = [(name.rpartition(".")[0], tensor.numel()) for name, tensor in block.named_parameters()]
+        return [
+            Parameter(f"verb_ffns.{layer}.{name}", elements, trained)
+            for layer in self.layers
+            for name, elements in each
+        ]
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The image encoder's sizes."""
+
+    blocks: int
+    width: int
+    inner: int
+    """Width inside a block's MLP."""
+    patch_numbers: int
+    """Numbers of one patch as the model gets it."""
+    patches_per_token: int
+    """Patches that become one image token of the decoder."""
+    elements: int
+    """Elements of the tower's matrices, without the projectors: each patch is multiplied with them."""
+    projector_elements: int
+    """Elements of the projectors' matrices: each image token is multiplied with them."""
+
+
+def vision_of(model: PlannedModel) -> Vision:
+    """The image encoder's sizes, from the model's vision_config."""
+    config: Any = model.module.config.vision_config  # type: ignore[union-attr]
+
+    def first(*names: str) -> int:  # families call the same size by different names
+        return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))
+
+    width = first("embed_dim", "hidden_size")
+    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else first("intermediate_size")
+    patch = first("patch_size")
+    channels = int(getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3)
+    projector = sum(_matrix_elements(model.module.get_submodule(name)) for name in family(model.module).projectors)
+    tower = sum(_matrix_elements(model.module.get_submodule(name)) for name in _outermost(image_parts(model.module)))
+    return Vision(
+        blocks=first("depth", "num_hidden_layers"),
+        width=width,
+        inner=inner,
+        patch_numbers=channels * int(getattr(config, "temporal_patch_size", 1)) * patch * patch,
+        patches_per_token=int(getattr(config, "spatial_merge_size", 1)) ** 2,
+        elements=tower - projector,
+        projector_elements=projector,
+    )
+
+
+def planned_model(role: str, model: Model) -> PlannedModel:
+    """A recipe's model from its config.json. Raises RecipeError where there is none, or where its family is unknown."""
+    return PlannedModel(role, _on_meta(model.path), target_layers(model))
+
+
+def planned_student(model: Model, training: StudentTraining, train_vision: bool, train_projector: bool) -> PlannedModel:
+    """The student with what a step of stage 2 trains: adapters, or its own weights."""
+    module = _build(_config(model.path))
+    if training.lora_rank:
+        with torch.device("meta"):
+            add_lora(module, training.lora_rank, training.lora_alpha, seed=0)
+    else:
+        set_trainable(module, train_vision, train_projector)
+    return PlannedModel("student", module, target_layers(model))
+
+
+def common_rows(teacher: PlannedModel, student: PlannedModel) -> int:
+    """V, the rows that both heads have: an upper bound of the common vocabulary, which the tokenizers decide."""
+    return min(teacher.rows, student.rows)
+
+
+def modules_in_order(parameters: list[Parameter]) -> Iterator[int]:
+    """The elements of each module's own parameters, in the order of the modules."""
+    sizes: dict[str, int] = {}
+    for parameter in parameters:
+        sizes[parameter.module] = sizes.get(parameter.module, 0) + parameter.elements
+    yield from sizes.values()
+
+
+def _matrix_elements(part: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in part.parameters() if tensor.dim() > 1)
+
+
+def _outermost(names: tuple[str, ...]) -> list[str]:
+    """Without those that lie inside another."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+@lru_cache
+def _on_meta(folder: Path) -> nn.Module:
+    module = _build(_config(folder))
+    family(module)
+    return module.requires_grad_(False).eval()
+
+
+def _build(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+
+def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"no {folder}/config.json: a plan needs each model's config.json, and nothing else of its folder. Copy it "
+            "there, or name a folder that has it: --set teacher.path=DIR student.path=DIR"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"{folder}/config.json is not the config of a model that transformers knows: {error}"
+        ) from error

@@ -1,0 +1,125 @@
+"""Floating-point operations of each step for one mean sample, in matrix products and attention.
+
+A product of [n, a] and [a, b] is 2 n a b operations. A backward takes two more products of each forward: one for the
+input's gradient, one for the weight's. Attention counts in full, as torch's counter does, though kernels skip half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.results.plan.models import PlannedModel, Vision, vision_of
+from pipeline.results.plan.samples import Samples
+from pipeline.vlm.families import text_config
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The mean sample whose operations are counted, in tokens."""
+
+    tokens: float
+    response: float
+    image: float
+
+
+def mean_sample(samples: Samples) -> Sample:
+    """The mean over the data."""
+    return Sample(samples.tokens, samples.response, samples.image)
+
+
+def backbone_forward(model: PlannedModel, sample: Sample) -> float:
+    """One forward of the image encoder and the decoder layers, without the head."""
+    return _vision(vision_of(model), sample) + sample.tokens * 2 * model.decoder_elements() + attention(model, sample)
+
+
+def attention(model: PlannedModel, sample: Sample) -> float:
+    """Scores and weighted sums of all decoder layers: two products of [tokens, tokens] and the heads' width."""
+    config = text_config(model.module)
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 4 * sample.tokens**2 * heads * head_width * model.depth
+
+
+def head_product(model: PlannedModel, vocab: int, tokens: float) -> float:
+    """The language head on so many states."""
+    return 2 * tokens * vocab * model.width
+
+
+def verb_ffn_forward(model: PlannedModel, sample: Sample) -> float:
+    """The verb-FFNs of all target layers on a sample's response tokens."""
+    return 2 * sample.response * 3 * model.width**2 * len(model.layers)
+
+
+def verbalize_operations(sides: list[PlannedModel], vocab: int, sample: Sample) -> float:
+    """Frozen forwards; verb-FFNs with their backward; the head, and the gradient at its input for the target layers.
+
+    The input of a verb-FFN needs no gradient, but autograd takes two products for each of its weights' three, less the
+    two whose input is the frozen state.
+    """
+    total = 0.0
+    for side in sides:
+        head = head_product(side, vocab, sample.response)
+        blocks = verb_ffn_forward(side, sample)
+        total += backbone_forward(side, sample) + len(side.layers) * 2 * head + head + blocks * (1 + 1 + 1)
+    return total
+
+
+def cache_operations(teacher: PlannedModel, vocab: int, sample: Sample) -> float:
+    """One forward of the teacher, with verb-FFNs and the head for each cached layer."""
+    heads = (len(teacher.layers) + 1) * head_product(teacher, vocab, sample.response)
+    return backbone_forward(teacher, sample) + verb_ffn_forward(teacher, sample) + heads
+
+
+def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sample: Sample) -> float:
+    """The student's forward and backward, frozen verb-FFNs, and one head product and its gradient a target layer."""
+    training, kept = recipe.interact, sample.response * recipe.interact.token_share
+    used = Sample(sample.tokens, kept, sample.image)
+    head = head_product(student, vocab, kept)
+    blocks = verb_ffn_forward(student, used) * (3 if training.train_verbalizers else 2)
+    supervision = 2 * head * len(student.layers) if training.deep_supervision_weight else 0
+    last = head * (2 if training.lora_rank else 3) * (2 if training.cross_entropy_weight else 1)
+    return (
+        _trained_backbone(student, recipe, training, used)
+        + blocks
+        + supervision
+        + last
+        + 2 * head * len(student.layers)
+    )
+
+
+def reinforce_operations(student: PlannedModel, recipe: Recipe, sample: Sample) -> float:
+    """The student's forward and backward, and the head once."""
+    training = recipe.reinforce
+    head = head_product(student, student.rows, sample.response) * (2 if training.lora_rank else 3)
+    return _trained_backbone(student, recipe, training, sample) + head
+
+
+def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTraining, sample: Sample) -> float:
+    """Forward, backward and, with gradient checkpointing, the decoder's forward again."""
+    vision = vision_of(student)
+    decoder = sample.tokens * 2 * student.decoder_elements() + attention(student, sample)
+    again = decoder if recipe.gradient_checkpointing else 0.0
+    if again and not training.lora_rank:
+        again -= _last_products(student, sample)
+    weights = sample.tokens * 2 * sum(p.elements for p in student.parameters() if p.trained and ".layers." in p.module)
+    inputs = sample.tokens * 2 * student.decoder_elements() + 2.5 * attention(student, sample)
+    tower = _vision(vision, sample)
+    if training.lora_rank:
+        return tower + decoder + again + inputs + weights
+    tower *= 3 if recipe.train_vision else 1
+    if recipe.train_projector and not recipe.train_vision:
+        tower += 4 * sample.image * vision.projector_elements
+    return tower + decoder + again + inputs + weights
+
+
+def _last_products(student: PlannedModel, sample: Sample) -> float:
+    """A layer's last product is not run again, where no adapter follows: the backward needs nothing that it gives."""
+    return sample.tokens * 2 * student.width * text_config(student.module).intermediate_size * student.depth
+
+
+def _vision(vision: Vision, sample: Sample) -> float:
+    """One forward of the image encoder, all images of the sample as one."""
+    patches = sample.image * vision.patches_per_token
+    products = 2 * patches * vision.elements + 2 * sample.image * vision.projector_elements
+    return products + 4 * patches**2 * vision.width * vision.blocks

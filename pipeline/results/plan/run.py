@@ -1,0 +1,162 @@
+"""From a recipe, its data and machines to a plan: every step's memory, traffic, operations and hours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipeline.recipe.schema import STEPS, Recipe
+from pipeline.results.plan import memory, operations, schedule
+from pipeline.results.plan.cache_size import CacheSize, cache_size
+from pipeline.results.plan.host import HostMemory, host_memory
+from pipeline.results.plan.machine import Machine
+from pipeline.results.plan.memory import StepMemory, Workload
+from pipeline.results.plan.micro_batches import deepspeed_of
+from pipeline.results.plan.models import (
+    Parameter,
+    PlannedModel,
+    common_rows,
+    planned_model,
+    planned_student,
+)
+from pipeline.results.plan.samples import Samples
+from pipeline.results.plan.schedule import StepTime
+from pipeline.results.plan.sharding import Zero, read_zero
+from pipeline.results.plan.traffic import Traffic, traffic
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step on one machine."""
+
+    name: str
+    memory: StepMemory
+    host: HostMemory
+    time: StepTime
+    problem: str
+    """Why the step cannot run whatever the memory is; empty where it can."""
+
+
+class Planned:
+    """A recipe with its models built on the meta device; plans for any machine come from it."""
+
+    def __init__(self, recipe: Recipe, samples: Samples, bytes_per_token_layer: float | None = None):
+        """Raises RecipeError where a model's config.json is missing."""
+        self.recipe, self.samples = recipe, samples
+        self._bytes_per_token_layer = bytes_per_token_layer
+        self.teacher = planned_model("teacher", recipe.teacher)
+        self.student = planned_model("student", recipe.student)
+        self.vocab = common_rows(self.teacher, self.student)
+
+    def with_recipe(self, recipe: Recipe) -> Planned:
+        """The same data under another recipe, which may cut it shorter."""
+        samples, limit = self.samples, recipe.data.max_length
+        if limit < samples.longest:
+            response = samples.longest_response * limit // samples.longest
+            samples = replace(samples, longest=limit, longest_response=response)
+        return Planned(recipe, samples, self._bytes_per_token_layer)
+
+    @property
+    def steps(self) -> list[str]:
+        """The steps that the recipe runs."""
+        skipped = {step for step in STEPS if step != "cache" and getattr(self.recipe, step).steps == 0}
+        own = STEPS[2:] if self.recipe.stage_1 is not None else STEPS
+        return [step for step in own if step not in skipped]
+
+    @property
+    def cached_layers(self) -> int:
+        """J, the target layers of the teacher that stage 2 reads, without the last one."""
+        return len(self.recipe.interact.teacher_layers or self.teacher.layers)
+
+    def cache(self) -> CacheSize:
+        """The complete cache on disk."""
+        layers = len(self.teacher.layers) + 1
+        return cache_size(
+            self.recipe.cache.codec,
+            self.samples,
+            layers,
+            self.teacher.width,
+            self.vocab,
+            self._bytes_per_token_layer,
+        )
+
+    def plan(self, step: str, machine: Machine) -> StepPlan:
+        """One step's plan."""
+        work = Workload(self.recipe, self.zero(step), machine.gpus, self.samples, self.vocab)
+        frozen, passed = self.parameters(step)
+        per_node = min(machine.gpus, machine.gpus_per_node)
+        return StepPlan(
+            name=step,
+            memory=self.memory(step, work),
+            host=host_memory(self.recipe, step, [*frozen, *passed], work.zero, machine.gpus, per_node, self.samples),
+            time=self._time(step, machine, traffic(frozen, passed, work.zero, machine.gpus, work.dtype.itemsize)),
+            problem=self._problem(step, machine.gpus),
+        )
+
+    def zero(self, step: str) -> Zero:
+        """The DeepSpeed config of a step."""
+        return read_zero(deepspeed_of(self.recipe, step)[1])
+
+    def memory(self, step: str, work: Workload) -> StepMemory:
+        """One GPU's memory in a step."""
+        if step == "verbalize":
+            return memory.verbalize_memory(work, [self.teacher, self.student])
+        if step == "cache":
+            return memory.cache_memory(work, self.teacher)
+        if step == "interact":
+            return memory.interact_memory(work, self._trained[step], self.cached_layers + 1)
+        return memory.reinforce_memory(work, self._trained[step])
+
+    def parameters(self, step: str) -> tuple[Sequence[Parameter], Sequence[Parameter]]:
+        """(those that only a forward uses, those that a backward uses too)."""
+        form = self.recipe.verbalizer.form
+        if step == "verbalize":
+            sides = (self.teacher, self.student)
+            return (
+                [p for side in sides for p in side.parameters()],
+                [p for side in sides for p in side.verb_ffns(form, trained=True)],
+            )
+        if step == "cache":
+            return [*self.teacher.parameters(), *self.teacher.verb_ffns(form, trained=False)], []
+        student = self._trained[step]
+        more = student.verb_ffns(form, self.recipe.interact.train_verbalizers) if step == "interact" else []
+        return [], [*student.parameters(), *more]
+
+    def operations(self, step: str) -> float:
+        """Floating-point operations of the mean sample."""
+        sample = operations.mean_sample(self.samples)
+        if step == "verbalize":
+            return operations.verbalize_operations([self.teacher, self.student], self.vocab, sample)
+        if step == "cache":
+            return operations.cache_operations(self.teacher, self.vocab, sample)
+        if step == "interact":
+            return operations.interact_operations(self._trained[step], self.recipe, self.vocab, sample)
+        return operations.reinforce_operations(self._trained[step], self.recipe, sample)
+
+    @cached_property
+    def _trained(self) -> dict[str, PlannedModel]:
+        recipe = self.recipe
+        return {
+            step: planned_student(recipe.student, getattr(recipe, step), recipe.train_vision, recipe.train_projector)
+            for step in STEPS[2:]
+        }
+
+    def _time(self, step: str, machine: Machine, moved: Traffic) -> StepTime:
+        each = self.operations(step)
+        if step == "cache":
+            return schedule.cache_time(self.recipe, self.samples, machine, each, moved)
+        return schedule.train_time(self.recipe, step, self.samples, machine, each, moved)
+
+    def _problem(self, step: str, ranks: int) -> str:
+        if step == "cache":
+            idle = ranks - self.samples.shards
+            return f"{idle} of {ranks} GPUs get no shard: make smaller data shards" if idle > 0 else ""
+        training = getattr(self.recipe, step)
+        together = training.micro_batch_size * ranks
+        if training.micro_batch_tokens is not None or training.batch_size % together == 0:
+            return ""
+        return (
+            f"{step}.batch_size: {training.batch_size} is no multiple of {step}.micro_batch_size x GPUs = "
+            f"{training.micro_batch_size} x {ranks} = {together}"
+        )

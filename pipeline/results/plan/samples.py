@@ -1,0 +1,129 @@
+"""The data as a plan needs it: how many samples, and how many tokens of each kind a sample has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from data_prep.shards import ShardFolder, read_manifest
+from pipeline.errors import RecipeError, SampleError
+from pipeline.recipe.schema import Recipe
+from pipeline.vlm.assemble import chat_encoder
+
+MEASURED_SAMPLES = 256
+"""Samples that are encoded to measure the lengths, evenly over the data."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Mean lengths over all samples, in tokens, and where each number comes from."""
+
+    count: int
+    tokens: float
+    """All tokens of a sample, image tokens included."""
+    response: float
+    """Response tokens."""
+    image: float
+    """Image tokens: what the projector gives to the decoder."""
+    longest: int
+    """Tokens of the longest sample."""
+    longest_response: int
+    """Response tokens of the sample that has most."""
+    pixel_bytes: float
+    """Bytes of a sample's pixels as the model gets them, in float32."""
+    shards: int
+    """Data shards; the cache has as many."""
+    origins: Mapping[str, str]
+    """Field -> "data.train", "command line", ... ."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of the data; None: not given."""
+
+    samples: int | None = None
+    tokens: float | None = None
+    response: float | None = None
+    image: float | None = None
+
+
+def describe_samples(recipe: Recipe, given: Given, patches_per_token: float, patch_numbers: int) -> Samples:
+    """The data's numbers: the command line's, else measured on data.train.
+
+    patches_per_token, patch_numbers: of the student's image encoder. Raises RecipeError for what neither can tell.
+    """
+    found, origins = _measure(recipe, given)
+    values = {"count": given.samples, "tokens": given.tokens, "response": given.response, "image": given.image}
+    flags = {"count": "--samples", "tokens": "--tokens-per-sample", "response": "--response-tokens"}
+    flags["image"] = "--image-tokens"
+    for name, value in values.items():
+        if value is not None:
+            found[name], origins[name] = value, "command line"
+    absent = [flags[name] for name in values if name not in found]
+    if absent:
+        raise RecipeError(
+            f"the lengths of the samples are not known: {recipe.data.train} or the student's tokenizer is not here. "
+            f"Give {' '.join(f'{flag} N' for flag in absent)}"
+        )
+    tokens, response, image = found["tokens"], found["response"], found["image"]
+    if response + image > tokens:
+        raise RecipeError(
+            f"--tokens-per-sample {tokens:g} counts all tokens, but {response:g} response tokens and {image:g} image "
+            "tokens are more"
+        )
+    # Where nothing was measured, the longest sample is what data.max_length lets through, with the mean's shares.
+    longest = int(found.get("longest", recipe.data.max_length))
+    share = response / tokens
+    return Samples(
+        count=int(found["count"]),
+        tokens=tokens,
+        response=response,
+        image=image,
+        longest=longest,
+        longest_response=int(found.get("longest_response", longest * share)),
+        pixel_bytes=found.get("pixel_bytes", 4 * image * patches_per_token * patch_numbers),
+        shards=int(found.get("shards", max(1, found["count"] // 1000))),
+        origins=origins,
+    )
+
+
+def _measure(recipe: Recipe, given: Given) -> tuple[dict[str, float], dict[str, str]]:
+    """What data.train tells: the number of samples from its manifest, the lengths from its first samples."""
+    folder, student = recipe.data.train, recipe.student.path
+    if not (folder / "manifest.json").is_file():
+        return {}, {}
+    manifest = read_manifest(folder)
+    found: dict[str, float] = {"count": manifest["samples"], "shards": len(manifest["shards"])}
+    if None not in (given.tokens, given.response, given.image) or not (student / "tokenizer.json").is_file():
+        return found, {"count": f"{folder}/manifest.json"}
+    lengths = _lengths(recipe, folder)
+    return found | lengths, dict.fromkeys(("count", *lengths), f"{MEASURED_SAMPLES} samples of {folder}")
+
+
+def _lengths(recipe: Recipe, folder: Path) -> dict[str, float]:
+    """Mean and largest lengths of a part of the samples, encoded as the student gets them."""
+    data, encoder = ShardFolder(folder), chat_encoder(recipe.student.path, recipe.data)
+    count = min(MEASURED_SAMPLES, len(data))
+    columns: dict[str, list[float]] = {"tokens": [], "response": [], "image": [], "pixel_bytes": []}
+    for number in range(count):
+        raw = data.read(number * len(data) // count)
+        try:
+            encoded = encoder(raw.key, raw.record["messages"], raw.images)
+        except SampleError:
+            continue  # a step would leave it out too
+        columns["tokens"].append(encoded.inputs["input_ids"].numel())
+        columns["response"].append(int(encoded.response.sum()))
+        columns["image"].append(_image_tokens(encoded.inputs))
+        columns["pixel_bytes"].append(sum(t.nbytes for t in encoded.inputs.values() if t.is_floating_point()))
+    if not columns["tokens"]:
+        raise RecipeError(f"none of {count} samples of {folder} can be encoded; see python -m data_prep lint {folder}")
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    return means | {"longest": max(columns["tokens"]), "longest_response": max(columns["response"])}
+
+
+def _image_tokens(inputs: Mapping[str, Tensor]) -> int:
+    kinds = inputs.get("mm_token_type_ids")
+    return int((kinds == 1).sum()) if kinds is not None else 0

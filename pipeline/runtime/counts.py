@@ -1,0 +1,43 @@
+"""What an update's global batch holds, counted over all ranks in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.runtime.data.batches import LoadedBatch
+from pipeline.runtime.ranks import Ranks, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class UpdateCounts:
+    """Sums over all ranks and micro-steps of an update."""
+
+    tokens: int
+    """Response tokens."""
+    images: int
+    """Samples with at least one image."""
+    rejected: int
+    """Samples that could not be used."""
+    real: int
+    """Tokens of the samples."""
+    computed: int
+    """Tokens that the ranks' time goes into: in each micro-step, ranks x those of the largest padded micro-batch."""
+
+    @property
+    def real_share(self) -> float:
+        """Real over computed tokens; 1: no padding, and no rank waits for a larger micro-batch of another."""
+        return self.real / max(1, self.computed)
+
+
+def count_update(micros: Sequence[LoadedBatch], ranks: Ranks, device: torch.device) -> UpdateCounts:
+    """Count this rank's micro-batches of an update together with all others'. All ranks must call."""
+    sums = torch.tensor([(m.tokens(), m.images(), len(m.rejected), m.real_tokens()) for m in micros]).sum(0)
+    computed = torch.zeros(len(micros), ranks.world, dtype=torch.long)  # each rank fills its own column
+    computed[:, ranks.rank] = torch.tensor([micro.computed_tokens() for micro in micros])
+    everything = sum_over_ranks(torch.cat([sums, computed.flatten()]).to(device)).cpu()
+    largest = everything[len(sums) :].view(-1, ranks.world).amax(1)
+    tokens, images, rejected, real = everything[: len(sums)].tolist()
+    return UpdateCounts(tokens, images, rejected, real, int(largest.sum()) * ranks.world)

@@ -1,0 +1,42 @@
+"""Say when it is the data that a step waits for."""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW = 20
+"""Updates over which the share is taken: a single slow read says nothing."""
+NOTICEABLE = 0.08
+"""Share of the time from which it is said."""
+WORSE = 1.5
+"""It is said again when the share has grown by so much."""
+STARTING = 2
+"""Updates that are not counted: the loader's workers start during them."""
+
+
+class DataWaitNotice:
+    """Watches a step's updates."""
+
+    def __init__(self, name: str):
+        self._name, self._said = name, 0.0
+        self._updates: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._skip = STARTING
+
+    def after_update(self, waited: float, took: float, workers: int) -> str | None:
+        """Count an update that took so many seconds, of which it waited for data for so many.
+
+        Returns what is to be said: the share and what helps; None most of the time. workers: of a rank's loader.
+        """
+        if self._skip:
+            self._skip -= 1
+            return None
+        self._updates.append((waited, took))
+        share = sum(waited for waited, _ in self._updates) / max(1e-9, sum(took for _, took in self._updates))
+        if len(self._updates) < WINDOW or share < max(NOTICEABLE, WORSE * self._said):
+            return None
+        self._said = share
+        return (
+            f"{self._name}: {share:.0%} of the time of the last {WINDOW} updates was spent on waiting for data. "
+            f"data.workers: more loader processes (now {workers} a rank), where there are cores for them; "
+            "data.memory_mb: keeps samples ready for later epochs; data.max_pixels: smaller images, for both models"
+        )

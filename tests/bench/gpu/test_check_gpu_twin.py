@@ -1,0 +1,59 @@
+"""`make check-gpu DEVICE=cpu` for real: every check runs the code that a card runs, and gives figures."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.gpu.plan import checks_for
+
+ROOT = Path(__file__).resolve().parents[3]
+CHECKS = [check.name for group in checks_for("cpu") for check in group]
+LIMIT_MINUTES = 14
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """(exit code, what it printed, its folder)."""
+    out = tmp_path_factory.mktemp("check_gpu")
+    command = ["make", "check-gpu", "DEVICE=cpu", f"OUT={out}", f"MINUTES={LIMIT_MINUTES}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr, out
+
+
+@pytest.mark.timeout(60 * (LIMIT_MINUTES + 1))
+def test_every_check_gives_figures(twin):
+    code, said, out = twin
+    assert code == 0, said[-6000:]
+    for name in CHECKS:
+        found = json.loads((out / f"{name.replace(':', '-')}.json").read_text())
+        assert found["status"] == "ok", (name, found["output"])
+        assert found["figures"] and all(math.isfinite(figure["value"]) for figure in found["figures"]), name
+
+
+@pytest.mark.timeout(60 * (LIMIT_MINUTES + 1))
+def test_the_table_has_every_check_and_the_goals_beside_the_figures(twin):
+    _, _, out = twin
+    table = (out / "table.md").read_text()
+    assert "these figures mean nothing" in table and "failed: none" in table
+    for name in CHECKS:
+        assert f"| {name} | ok |" in table
+    for figure, goal in (
+        ("interact over finetune", "at most 1.15"),
+        ("verbalize over forwards", "at most 1.15"),
+        ("cache speed over forward", "at least 0.9"),
+        ("data wait", "under 2.0"),
+        ("interaction, tiny: over its products", "at most 1.3"),
+        ("interaction, tiny: memory", "under 1000.0"),
+        ("finetune over transformers' Trainer", "at most 1.0"),
+        ("losses in bfloat16: worst error over that allowed", "at most 1.0"),
+        ("failed", "at most 0"),
+    ):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"|  | {figure} |")]
+        assert f"| {goal} |" in line
+    assert table.count("| kernel | ms | share | calls |") == 7, "a profile of each timed call"
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*(f"{name.replace(':', '-')}.json" for name in CHECKS), "table.md"]
+    )

@@ -1,0 +1,56 @@
+"""Numbers of parameters, from config files alone: the paper's counts come out, and those of real modules."""
+
+import pytest
+from planning import CONFIGS, paper_plan
+from transformers import AutoModelForImageTextToText
+
+from pipeline.errors import RecipeError
+from pipeline.recipe.schema import Interact, Model
+from pipeline.results.plan.models import planned_model, planned_student
+from pipeline.vlm.backbone import load_vlm
+from pipeline.vlm.families import set_trainable
+from pipeline.vlm.lora import add_lora
+
+
+def test_the_papers_counts_come_out():
+    """Table 4f: 269M in the 7 verb-FFNs of the 7B; by the same formula 4.0B in the 20 of the 72B."""
+    planned = paper_plan()
+    student, teacher = (
+        sum(p.elements for p in side.verb_ffns("paper", True)) for side in (planned.student, planned.teacher)
+    )
+    assert student == 7 * 3 * 3584**2 and student // 10**6 == 269
+    assert teacher == 20 * 3 * 8192**2 and round(teacher / 1e9, 1) == 4.0
+    # Qwen2-VL's technical report: a 675M tower beside language models of 7.6B and 72B.
+    assert round(planned.student.vision_elements() / 1e6) == 676
+    assert round((planned.student.elements() - planned.student.vision_elements()) / 1e9, 1) == 7.6
+    assert round((planned.teacher.elements() - planned.teacher.vision_elements()) / 1e9, 1) == 72.7
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision"])
+def test_counts_are_those_of_the_loaded_model(tiny_models, kind):
+    folder = tiny_models[kind, "teacher"]
+    real = AutoModelForImageTextToText.from_pretrained(folder)
+    planned = planned_model("teacher", Model(path=folder))
+    assert planned.elements() == sum(p.numel() for p in real.parameters())
+    assert [p.elements for p in planned.parameters()] == [p.numel() for p in real.parameters()]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_trains_is_what_the_step_trains(tiny_models, rank):
+    pytest.importorskip("peft")
+    folder = tiny_models["qwen2_vl", "student"]
+    real = load_vlm(folder, None)
+    add_lora(real, rank, 64, seed=0) if rank else set_trainable(real, train_vision=False, train_projector=True)
+    planned = planned_student(Model(path=folder), Interact(batch_size=1, lora_rank=rank), False, True)
+    assert [(p.elements, p.trained) for p in planned.parameters()] == [
+        (p.numel(), p.requires_grad) for p in real.parameters()
+    ]
+
+
+def test_a_folder_with_config_json_alone_is_enough_and_without_it_the_error_says_so(tmp_path):
+    (tmp_path / "config.json").write_bytes((CONFIGS / "qwen2_vl_2b" / "config.json").read_bytes())
+    assert planned_model("student", Model(path=tmp_path)).head_is_tied()
+    with pytest.raises(
+        RecipeError, match=r"nowhere/config.json: a plan needs each model's config.json.*--set teacher.path"
+    ):
+        planned_model("teacher", Model(path=tmp_path / "nowhere", layers=(1,)))
