@@ -33,7 +33,7 @@ lock: $(STAMP)  ## make constraints.txt from setup.cfg and constraints.in again;
 demo: $(STAMP)  ## the whole story on 2 CPU cores, about 5 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
 	@$(RUN) bash launch/demo.sh
 
-demo-models: $(STAMP)  ## train the shipped demo models again, about an hour; ARGS='--pair puzzles --device cuda'
+demo-models: $(STAMP)  ## train the shipped demo models again, over an hour; ARGS='--pair puzzles --device cuda'
 	@$(RUN) python -m demo.build_models $(ARGS)
 
 # Whole files go to one of two processes: what a file's tests share is made once.

@@ -1,10 +1,10 @@
-"""Visual puzzles, in the spirit of the VLsI paper's Figure 3: a row of four tiles follows a rule; what comes next?
+"""Visual puzzles, in the spirit of the VLsI paper's Figure 3: a row of tiles follows a rule; what comes next?
 
-Each of three attributes of a tile (shape, colour, mark) follows a pattern of its own along the row: `constant`
-(A A A A, next A), `ABAB` (next A) or `ABCA` (next B). The answer names the fifth tile: "red star with a dot".
+A tile has three attributes: shape, colour and mark. What rules they follow, and how many tiles a row has, is the level
+(`data_prep.puzzle_levels`). The answer names the tile after the last: "red star with a dot".
 
-Everything is a pure function of its arguments: the same (seed, index, split, kind) gives the same words and the same
-pixels anywhere (and the same PNG bytes under one version of Pillow). A *rule instance*, which is the patterns and
+Everything is a pure function of its arguments: the same (seed, index, split, kind, level) gives the same words and the
+same pixels anywhere (and the same PNG bytes under one version of Pillow). A *rule instance*, which is the rules and
 values of all three attributes, belongs to one split for good, by a hash of itself: a row that asks in the held-out
 split was never seen in training, whatever the seeds.
 """
@@ -17,45 +17,17 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data_prep.tile_art import COLOURS, MARKS, SHAPES, TILE_PX, TILTS, draw_tile
+from data_prep.puzzle_levels import LEVELS, VALUES, Rule, Tile
+from data_prep.tile_art import TILE_PX, TILTS, draw_tile
 
-PATTERNS: dict[str, tuple[int, ...]] = {
-    "constant": (0, 0, 0, 0, 0),
-    "ABAB": (0, 1, 0, 1, 0),
-    "ABCA": (0, 1, 2, 0, 1),
-}
-"""Pattern name -> which of its values stands in each of the four tiles, and then in the one that comes next."""
-
-ROW = 4
-"""Tiles in a picture."""
 SPLITS = ("train", "held_out")
 KINDS = ("next", "tile")
-ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 HELD_OUT_ONE_IN = 8
 """Of all rule instances, one in this many is held out."""
-
-
-class Tile(NamedTuple):
-    """What can be said of one tile."""
-
-    shape: str
-    colour: str
-    mark: str
-
-    def __str__(self) -> str:
-        words = f"{self.colour} {self.shape}"
-        return words if self.mark == "none" else f"{words} with a {self.mark}"
-
-
-VALUES: dict[str, Sequence[str]] = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "mark": MARKS}
-"""Attribute -> its values, in the order of `Tile`'s fields."""
-
-Rule = dict[str, dict[str, Any]]
-"""Attribute -> {"pattern": a key of PATTERNS, "values": the values that A, B, C stand for}."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +35,7 @@ class Puzzle:
     """One picture with one question and its right answer."""
 
     image: bytes
-    """PNG, RGB, ROW * TILE_PX wide and TILE_PX high."""
+    """PNG, RGB, TILE_PX high and TILE_PX wide for each tile of the level's row."""
     question: str
     answer: str
     question_type: str
@@ -74,25 +46,29 @@ class Puzzle:
     """The arguments that made it, as one line."""
 
 
-def puzzle(seed: int, index: int, split: str, kind: str = "next") -> Puzzle:
+def puzzle(seed: int, index: int, split: str, kind: str = "next", level: str = "plain") -> Puzzle:
     """Make puzzle `index` of the endless series that `seed` names.
 
     kind "next" asks what comes next; kind "tile" asks for one of the tiles that are there.
-    Raises ValueError for an unknown split or kind.
+    Raises ValueError for an unknown split, kind or level.
     """
     _check("split", split, SPLITS)
     _check("kind", kind, KINDS)
-    origin = f"puzzles seed={seed} split={split} kind={kind} index={index}"
+    _check("level", level, tuple(LEVELS))
+    made = LEVELS[level]
+    # Puzzles are drawn from their origin: the plain level's is what it was before there were levels.
+    series = "puzzles" if level == "plain" else f"puzzles level={level}"
+    origin = f"{series} seed={seed} split={split} kind={kind} index={index}"
     rng = random.Random(origin)
-    rule = draw_rule(rng)
+    rule = made.draw_rule(rng)
     while split_of(rule) != split:
-        rule = draw_rule(rng)
-    tiles = tiles_of(rule)
-    image = _png(tiles[:ROW], [rng.choice(TILTS) for _ in range(ROW)])
+        rule = made.draw_rule(rng)
+    *row, after = made.tiles_of(rule)
+    image = _png(row, [rng.choice(TILTS) for _ in row])
     if kind == "next":
-        return Puzzle(image, "What comes next?", str(tiles[ROW]), kind, rule, origin)
-    place = rng.randrange(ROW)
-    return Puzzle(image, f"What is the {ORDINALS[place]} tile?", str(tiles[place]), kind, rule, origin)
+        return Puzzle(image, "What comes next?", str(after), kind, rule, origin)
+    place = rng.randrange(len(row))
+    return Puzzle(image, f"What is the {ORDINALS[place]} tile?", str(row[place]), kind, rule, origin)
 
 
 def wrong_answer(right: Puzzle, seed: int) -> str:
@@ -102,21 +78,6 @@ def wrong_answer(right: Puzzle, seed: int) -> str:
         answer = str(Tile(*(rng.choice(values) for values in VALUES.values())))
         if answer != right.answer:
             return answer
-
-
-def draw_rule(rng: random.Random) -> Rule:
-    """Draw a rule instance: for each attribute a pattern, uniformly, and then distinct values for its letters."""
-    rule: Rule = {}
-    for attribute, values in VALUES.items():
-        pattern = rng.choice(tuple(PATTERNS))
-        rule[attribute] = {"pattern": pattern, "values": rng.sample(values, max(PATTERNS[pattern]) + 1)}
-    return rule
-
-
-def tiles_of(rule: Rule) -> list[Tile]:
-    """Lay out the ROW tiles of the picture and, last, the one that comes next."""
-    columns = ([rule[name]["values"][letter] for letter in PATTERNS[rule[name]["pattern"]]] for name in VALUES)
-    return [Tile(*values) for values in zip(*columns, strict=True)]
 
 
 def split_of(rule: Rule) -> str:

@@ -1,6 +1,6 @@
 """Training batches of the demo models: pictures, questions, answers, and labels of what the pictures show.
 
-B pictures of a batch, R regions of a picture (four tiles, or the one shape of easy-VQA), A attributes of a region.
+B pictures of a batch, R regions of a picture (its tiles, or the one shape of easy-VQA), A attributes of a region.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.puzzles import ORDINALS, ROW, TILTS, VALUES, Tile, draw_rule, split_of, tiles_of
-from data_prep.tile_art import draw_tile
+from data_prep.puzzle_levels import LEVELS, VALUES, Tile
+from data_prep.puzzles import ORDINALS, split_of
+from data_prep.tile_art import TILTS, draw_tile
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class BatchSource(Protocol):
 class PuzzleBatches:
     """Rows of tiles from rule instances of the asked split; `next_share` of the questions ask what comes next."""
 
-    grid = (2, 8)
     values = tuple(len(values) for values in VALUES.values())
 
-    def __init__(self, next_share: float):
-        self.next_share = next_share
+    def __init__(self, next_share: float, level: str = "plain"):
+        self.next_share, self.level = next_share, LEVELS[level]
+        self.grid = (2, 2 * self.level.row)
         self._index = {name: {value: i for i, value in enumerate(values)} for name, values in VALUES.items()}
         self._tiles = [Tile(s, c, m) for s in VALUES["shape"] for c in VALUES["colour"] for m in VALUES["mark"]]
         self._sprites = torch.stack([_sprite(tile, tilt) for tile in self._tiles for tilt in TILTS])
@@ -70,11 +71,11 @@ class PuzzleBatches:
     def _make(self, rng: random.Random, size: int, split: str, next_share: float) -> QuestionBatch:
         rows, questions, answers = [], [], []
         while len(rows) < size:
-            rule = draw_rule(rng)
+            rule = self.level.draw_rule(rng)
             if split_of(rule) != split:
                 continue
-            *row, after = tiles_of(rule)
-            place = rng.randrange(ROW)
+            *row, after = self.level.tiles_of(rule)
+            place = rng.randrange(self.level.row)
             asks_next = rng.random() < next_share
             rows.append(row)
             questions.append("What comes next?" if asks_next else f"What is the {ORDINALS[place]} tile?")

@@ -1,7 +1,7 @@
 """Train the models that the demo ships, from random weights, and write them as ordinary Hugging Face folders.
 
-  python -m demo.build_models                         both pairs, into demo/models (about an hour on one CPU core)
-  python -m demo.build_models --pair puzzles          one pair
+  python -m demo.build_models                         all pairs, into demo/models (over an hour on one CPU core)
+  python -m demo.build_models --pair puzzles-deep     one pair
   python -m demo.build_models --role teacher --steps 200 --output /tmp/try      a quick look
 
 Each of teacher and student is a tiny Qwen2-VL. First its vision tower learns to name what it sees through one linear
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from demo.training import TrainingPlan
 
-PAIRS = ("puzzles", "easy-vqa")
+PAIRS = ("puzzles", "puzzles-deep", "easy-vqa")
 ROLES = ("teacher", "student")
 MODELS = Path(__file__).parent / "models"
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     from demo.plans import PLANS, batches_for
     from demo.sizes import SIZES
     from demo.training import train
-    from demo.vocabulary import build_tokenizer, write_processor
+    from demo.vocabulary import INPUTS, build_tokenizer, write_processor
 
     torch.set_num_threads(options.threads)
     for pair in options.pair or PAIRS:
@@ -46,9 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
             plan = _plan(PLANS[pair, role], options)
             folder = options.output / pair / role
             print(f"== {pair} {role}: {plan}", flush=True)
-            model = train(SIZES[role], batches_for(pair, role), build_tokenizer(), plan, options.device, options.seed)
+            tokenizer = build_tokenizer(INPUTS[pair].words)
+            model = train(SIZES[role], batches_for(pair, role), tokenizer, plan, options.device, options.seed)
             model.to(torch.bfloat16).save_pretrained(folder)
-            write_processor(folder)
+            write_processor(folder, INPUTS[pair])
             minutes = (time.monotonic() - begin) / 60
             measured = measure(folder, pair)
             write_card(folder, pair, role, plan, measured, options.seed)
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m demo.build_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pair", action="append", choices=PAIRS, help="which pair (default: both)")
+    parser.add_argument("--pair", action="append", choices=PAIRS, help="which pair (default: all)")
     parser.add_argument("--role", action="append", choices=ROLES, help="which of a pair (default: both)")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of learning to answer (default: the plan's own)")
     parser.add_argument("--output", type=Path, default=MODELS, metavar="DIR", help="default: demo/models")

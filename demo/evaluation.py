@@ -12,12 +12,13 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from data_prep.puzzles import puzzle
+from demo.plans import PUZZLE_LEVELS
 from pipeline.vlm.processing import load_processor
 
 Question = tuple[Image.Image, str, str]
 """A picture, what is asked of it, the right answer."""
 
-SAMPLES = {"puzzles": 600, "easy-vqa": 2000}
+SAMPLES = {"puzzles": 600, "puzzles-deep": 600, "easy-vqa": 2000}
 """Held-out questions that a model card's number rests on; easy-VQA: the first of its test split."""
 
 
@@ -29,7 +30,7 @@ def measure(folder: Path, pair: str) -> str:
 
 def held_out(pair: str) -> Iterator[Question]:
     """Go through the held-out questions of a pair. Puzzles never end."""
-    return _puzzles() if pair == "puzzles" else _easy_vqa()
+    return _easy_vqa() if pair == "easy-vqa" else _puzzles(PUZZLE_LEVELS[pair])
 
 
 @torch.inference_mode()
@@ -51,10 +52,10 @@ def exact_match(folder: Path, questions: Iterator[Question], batch: int = 64) ->
     return right / total
 
 
-def _puzzles() -> Iterator[Question]:
+def _puzzles(level: str) -> Iterator[Question]:
     index = 0
     while True:
-        made = puzzle(0, index, "held_out")
+        made = puzzle(0, index, "held_out", level=level)
         yield Image.open(io.BytesIO(made.image)), made.question, made.answer
         index += 1
 

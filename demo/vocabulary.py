@@ -1,4 +1,4 @@
-"""One tokenizer, chat template and image settings for all demo models, so that teacher and student speak alike.
+"""Tokenizer, chat template and image settings of the demo models: the same for teacher and student of a pair.
 
 A word of WORDS is one token, with or without the space before it; anything else falls apart into bytes. So every text
 survives encoding and decoding, and the vocabulary stays small.
@@ -7,6 +7,8 @@ survives encoding and decoding, and the vocabulary stays small.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ WORDS = tuple(
     )
     for word in line.split()
 )
-"""What the puzzles and easy-VQA are made of."""
+"""What the plain puzzles and easy-VQA are made of."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -51,8 +53,6 @@ PATCH = 8
 """Pixels along a side of a patch."""
 MERGE = 2
 """Patches along a side of what becomes one image token."""
-MAX_PIXELS = 64 * 64
-"""Larger pictures are scaled down: a puzzle of 96 x 384 to 32 x 128, which makes 2 x 8 image tokens."""
 
 IMAGE_SETTINGS: dict[str, Any] = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -67,15 +67,45 @@ IMAGE_SETTINGS: dict[str, Any] = {
     "patch_size": PATCH,
     "resample": 3,
     "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 16 * 16, "longest_edge": MAX_PIXELS},
+    "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64},
     "temporal_patch_size": 2,
 }
+"""A plain puzzle of 96 x 384 is scaled down to 32 x 128, which makes 2 x 8 image tokens."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Inputs:
+    """What the models of a pair read."""
+
+    words: tuple[str, ...] = WORDS
+    """Words that are one token each."""
+    max_pixels: int = 64 * 64
+    """Larger pictures are scaled down."""
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """What preprocessor_config.json holds."""
+        return IMAGE_SETTINGS | {"size": IMAGE_SETTINGS["size"] | {"longest_edge": self.max_pixels}}
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of a picture of max_pixels."""
+        return self.max_pixels // (PATCH * MERGE) ** 2
+
+
+PLAIN = Inputs()
+INPUTS = {
+    "puzzles": PLAIN,
+    "easy-vqa": PLAIN,
+    "puzzles-deep": Inputs((*WORDS, "fifth", "sixth"), 32 * 192),
+}
+"""Pair -> what its models read. A deep puzzle of 96 x 576 becomes 32 x 192: 2 x 12 image tokens."""
+
+
+def build_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """Make the tokenizer: control tokens, then 256 bytes, then the words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*SPECIAL, *alphabet, *dict.fromkeys(form for word in WORDS for form in (word, "Ġ" + word))]
+    pieces = [*SPECIAL, *alphabet, *dict.fromkeys(form for word in words for form in (word, "Ġ" + word))]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     # ignore_merges: a piece that is in the vocabulary is taken whole, and no merge is needed to arrive at it.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
@@ -91,9 +121,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_processor(folder: Path) -> None:
+def write_processor(folder: Path, inputs: Inputs = PLAIN) -> None:
     """Write tokenizer, chat template and image settings into a model folder."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(inputs.words)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_SETTINGS, indent=2) + "\n", "utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(inputs.image_settings, indent=2) + "\n", "utf-8")

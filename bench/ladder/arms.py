@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-MAIN, ALL = "main", "all"
+MAIN, MATCHINGS, ALL = "main", "matchings", "all"
+"""Which arms a cell runs: the main ones, these and those that match other layers, or all."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Arm:
     def uses_stage_1(self) -> bool:
         """Whether it needs verbalizers or a cache."""
         return self.interact > 0
+
+    @property
+    def matches_otherwise(self) -> bool:
+        """Whether it differs from `interaction` by which layers are matched, and by nothing else."""
+        same = self.group == VARIANTS and not self.stage_1 and self.program == Arm.program
+        return same and self.options.keys() <= {"interact.matching", "interact.temperature"}
 
     def settings(self, updates: int, learning_rate: float, factor: float) -> dict[str, object]:
         """The recipe's values for stage 2 that make a run of this arm."""
@@ -168,5 +175,5 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 
 
 def arms_of(which: str) -> list[Arm]:
-    """The arms of a cell: MAIN or ALL."""
-    return [arm for arm in ARMS if which == ALL or arm.main]
+    """The arms of a cell: MAIN, MATCHINGS or ALL."""
+    return [arm for arm in ARMS if which == ALL or arm.main or (which == MATCHINGS and arm.matches_otherwise)]

@@ -5,10 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bench.ladder.arms import ALL, MAIN
+from bench.ladder.arms import ALL, MAIN, MATCHINGS
 
 SWEEP_SEEDS = (100,)
 """Learning rates are chosen on these seeds, which are not quoted: no arm is chosen by the samples that judge it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the student of a pair of the demo's models learns."""
+
+    recipe: str
+    source: str
+    """Source of `data_prep shard`."""
+    questions: tuple[str, ...]
+    """Its options for the training mix and the held-out samples."""
+    other_questions: tuple[str, ...]
+    """The same for the task outside the mix: naming a tile, naming a colour."""
+
+
+TASKS: Mapping[str, Task] = {
+    "puzzles": Task("recipes/demo.yaml", "puzzles", (), ("--kinds", "tile")),
+    "puzzles-deep": Task(
+        "recipes/demo_puzzles_deep.yaml", "puzzles", ("--level", "deep"), ("--level", "deep", "--kinds", "tile")
+    ),
+    "easy-vqa": Task("recipes/demo_easy_vqa.yaml", "easy-vqa", ("--types", "shape,yes-no"), ("--types", "color")),
+}
+"""Pair of the demo's models -> its task."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +42,7 @@ class Cell:
     text: str
     """The setting in words, for the table."""
     data: str
-    """Source of `data_prep shard`: puzzles or easy-vqa."""
+    """The pair of models, and with it the task: a key of TASKS."""
     wrong: float
     """Share of the training samples with a wrong answer."""
     samples: int = 1000
@@ -31,9 +54,9 @@ class Cell:
     """Updates of the verbalizers; None: the recipe's."""
 
     @property
-    def recipe(self) -> str:
-        """The demo's recipe for this data."""
-        return "recipes/demo.yaml" if self.data == "puzzles" else "recipes/demo_easy_vqa.yaml"
+    def task(self) -> Task:
+        """Recipe and questions of its data."""
+        return TASKS[self.data]
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,7 @@ SCALES: Mapping[str, Scale] = {
             Cell("puzzles-20", "puzzles, 20 % wrong answers", "puzzles", 0.2, seeds=3),
             Cell("puzzles-60", "puzzles, 60 % wrong answers", "puzzles", 0.6, seeds=3),
             Cell("easy-vqa-0", "easy-VQA (shapes, yes-no), clean answers", "easy-vqa", 0.0, seeds=3),
+            Cell("puzzles-deep-40", "deep puzzles, 40 % wrong answers", "puzzles-deep", 0.4, arms=MATCHINGS),
         ),
         learning_rates=(1.5e-3, 3e-3, 6e-3),
     ),

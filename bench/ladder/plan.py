@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,6 @@ from bench.ladder.jobs import Job, settings
 
 OTHER_TASK = 200
 """Samples of the task outside the training mix."""
-
-QUESTIONS: Mapping[str, tuple[str, ...]] = {"puzzles": (), "easy-vqa": ("--types", "shape,yes-no")}
-"""Options of each source for the training mix and the held-out samples."""
-OTHER_QUESTIONS: Mapping[str, tuple[str, ...]] = {"puzzles": ("--kinds", "tile"), "easy-vqa": ("--types", "color")}
-"""The same for the task outside it: naming a tile, naming a colour."""
 
 UNTRAINED = {"teacher": "teacher", "untouched": "student"}
 """Models that are evaluated beside the arms -> their folders in the demo's pair."""
@@ -109,16 +104,15 @@ class SeedFolder:
         yield self._train_job(one)
 
     def _data(self) -> Job:
-        cell = self.cell
+        cell, task = self.cell, self.cell.task
         return Job(self.folder / "data", _shard(
-            self.folder / "data", cell.data, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong),
-            *QUESTIONS[cell.data],
+            self.folder / "data", task.source, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong),
+            *task.questions,
         ))  # fmt: skip
 
     def _other(self) -> Job:
-        folder = self.folder / "other"
-        questions = OTHER_QUESTIONS[self.cell.data]
-        return Job(folder, _shard(folder, self.cell.data, self.seed, 0, OTHER_TASK, *questions))
+        folder, task = self.folder / "other", self.cell.task
+        return Job(folder, _shard(folder, task.source, self.seed, 0, OTHER_TASK, *task.other_questions))
 
     def _stage_1(self, arm: Arm) -> Job:
         run = self.folder / arm.stage_1_name
@@ -183,7 +177,7 @@ class SeedFolder:
         return {"run": str(run), "seed": self.seed, **shards, **COMMON}
 
     def _train(self, stage: int, values: dict[str, object], program: str = Arm.program) -> tuple[str, ...]:
-        return (*program.split(), "--stage", str(stage), "--recipe", self.cell.recipe, *settings(values))
+        return (*program.split(), "--stage", str(stage), "--recipe", self.cell.task.recipe, *settings(values))
 
 
 def _shard(folder: Path, source: str, seed: int, train: int, held_out: int, *more: str) -> tuple[str, ...]:

@@ -28,6 +28,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other puzzles (default 0)")
     parser.add_argument(
+        "--level",
+        default="plain",
+        metavar="LEVEL",
+        help="rules of the rows: plain (four tiles) or deep (six tiles, one rule follows another; default plain)",
+    )
+    parser.add_argument(
         "--kinds", default="next", metavar="KIND,...", help="questions asked: next, tile (default next)"
     )
 
@@ -36,10 +42,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     """Procedural picture puzzles (what comes next in the row?), with a wrong answer in a share of the train split.
 
-    Raises DataError for an unknown kind of question.
+    Raises DataError for an unknown level or kind of question.
     """
+    from data_prep.puzzle_levels import LEVELS
     from data_prep.puzzles import KINDS
 
+    if args.level not in LEVELS:
+        raise DataError(f"--level {args.level}: no such level; expected one of {','.join(LEVELS)}")
     kinds = args.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise DataError(f"--kinds {args.kinds}: no kind {unknown[0]!r}; expected some of {','.join(KINDS)}")
@@ -48,14 +57,14 @@ def read(args: argparse.Namespace) -> Iterator[LazyRecord]:
     for number in range(total):
         split, index = ("train", number) if number < args.count else ("held_out", number - args.count)
         wrong = split == "train" and index in noisy
-        make = partial(_sample, args.seed, index, split, kinds[index % len(kinds)], wrong)
+        make = partial(_sample, args.seed, index, split, kinds[index % len(kinds)], args.level, wrong)
         yield LazyRecord(make, progress=(number + 1) / total)
 
 
-def _sample(seed: int, index: int, split: str, kind: str, wrong: bool) -> Sample:
+def _sample(seed: int, index: int, split: str, kind: str, level: str, wrong: bool) -> Sample:
     from data_prep.puzzles import puzzle, wrong_answer
 
-    drawn = puzzle(seed, index, split, kind)
+    drawn = puzzle(seed, index, split, kind, level)
     answer = wrong_answer(drawn, seed) if wrong else drawn.answer
     return Sample(
         messages=[

@@ -56,6 +56,21 @@ def test_an_unknown_kind_of_question_is_refused(tmp_path: Path, capsys: pytest.C
     assert "no kind 'riddle'; expected some of next,tile" in capsys.readouterr().err
 
 
+def test_deep_puzzles_are_those_that_were_drawn(tmp_path: Path) -> None:
+    splits = made(tmp_path, *PUZZLES, "--level", "deep", "--kinds", "next,tile", "--noise", 0.4)
+    for split, samples in splits.items():
+        for index, sample in enumerate(samples):
+            drawn = puzzle(3, index, split, ("next", "tile")[index % 2], "deep")
+            assert sample.images == [drawn.image] and sample.record["provenance"]["rule"] == drawn.rule
+            assert (answer(sample) != drawn.answer) == sample.record["provenance"]["noise"]
+    assert sum(sample.record["provenance"]["noise"] for sample in splits["train"]) == 12
+
+
+def test_an_unknown_level_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shard(*PUZZLES, "--output", tmp_path, "--level", "high") == 2
+    assert "--level high: no such level; expected one of plain,deep" in capsys.readouterr().err
+
+
 EASY = ("--source", "easy-vqa", "--seed", 1)
 
 

@@ -1,4 +1,6 @@
+import hashlib
 import io
+import json
 import random
 import subprocess
 import sys
@@ -6,20 +8,12 @@ import sys
 import pytest
 from PIL import Image
 
-from data_prep.puzzles import (
-    ORDINALS,
-    PATTERNS,
-    ROW,
-    SPLITS,
-    VALUES,
-    Tile,
-    draw_rule,
-    puzzle,
-    split_of,
-    tiles_of,
-    wrong_answer,
-)
-from data_prep.tile_art import PAGE, TILE_PX, draw_tile
+from data_prep.puzzle_levels import LEVELS, VALUES, Tile
+from data_prep.puzzles import KINDS, ORDINALS, SPLITS, puzzle, split_of, wrong_answer
+from data_prep.tile_art import PAGE, TILE_PX, TILTS, draw_tile
+
+PLAIN = LEVELS["plain"]
+ROW, draw_rule, tiles_of = PLAIN.row, PLAIN.draw_rule, PLAIN.tiles_of
 
 
 def every_tile():
@@ -62,8 +56,33 @@ def test_the_split_ignores_key_order():
 
 def test_the_visible_row_leaves_one_answer():
     """Rows that look the same have the same continuation, whatever rule made them."""
-    for visible in {pattern[:ROW] for pattern in PATTERNS.values()}:
-        assert len({p[ROW] for p in PATTERNS.values() if p[:ROW] == visible}) == 1
+    for level in LEVELS.values():
+        for patterns in level.patterns.values():
+            rows = [pattern[: level.row] for pattern in patterns.values()]
+            assert {len(pattern) for pattern in patterns.values()} == {level.row + 1}
+            assert len(set(rows)) == len(rows)
+
+
+def test_plain_puzzles_are_what_they_were_before_there_were_levels():
+    """The digest is that of the code before them: words, rules, lean of each tile, wrong answers of 100 puzzles."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for kind in KINDS:
+            for index in range(25):
+                made = puzzle(3, index, split, kind)
+                words = [made.question, made.answer, made.rule, made.origin, leans(made), wrong_answer(made, 1)]
+                digest.update(json.dumps(words).encode())
+    assert digest.hexdigest() == "ea7603389e5b15a51b35842260e95136cb25b5d54b882f07a64c367c4b54fa71"
+
+
+def leans(made):
+    """For each tile of the picture, the tilts that give just these pixels."""
+    picture = Image.open(io.BytesIO(made.image))
+    crops = [picture.crop((x, 0, x + TILE_PX, TILE_PX)).tobytes() for x in range(0, picture.width, TILE_PX)]
+    return [
+        [tilt for tilt in TILTS if draw_tile(*tile, tilt).tobytes() == crop]
+        for tile, crop in zip(tiles_of(made.rule), crops, strict=False)
+    ]
 
 
 @pytest.mark.parametrize("index", range(20))
@@ -105,7 +124,7 @@ def test_picture_is_the_row_of_tiles():
     assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (ROW * TILE_PX, TILE_PX))
     first = tiles_of(made.rule)[0]
     crop = picture.crop((0, 0, TILE_PX, TILE_PX)).tobytes()
-    assert crop in [draw_tile(*first, tilt).tobytes() for tilt in (-9, 0, 9)]
+    assert crop in [draw_tile(*first, tilt).tobytes() for tilt in TILTS]
 
 
 def test_every_tile_looks_different_and_has_the_page_around_it():
@@ -119,5 +138,7 @@ def test_unknown_arguments_are_named():
         puzzle(0, 0, "test")
     with pytest.raises(ValueError, match=r"kind is 'last'; expected one of next, tile"):
         puzzle(0, 0, "train", "last")
+    with pytest.raises(ValueError, match=r"level is 'high'; expected one of plain, deep"):
+        puzzle(0, 0, "train", level="high")
     with pytest.raises(ValueError, match=r"mark is 'blob'; expected one of none, dot, ring, cross"):
         draw_tile("star", "red", "blob", 0)

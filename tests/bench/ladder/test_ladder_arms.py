@@ -3,12 +3,15 @@
 import importlib.util
 
 import pytest
+import yaml
 from running import ROOT
 
-from bench.ladder.arms import ARMS, BY_NAME, Arm
-from bench.ladder.cells import SCALES
+from bench.ladder.arms import ARMS, BY_NAME, MAIN, MATCHINGS, Arm, arms_of
+from bench.ladder.cells import SCALES, Cell
 from bench.ladder.jobs import settings
 from bench.ladder.plan import COMMON, SeedFolder, Tried
+from data_prep.__main__ import main as data_prep
+from data_prep.shards import ShardFolder
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import load_recipe
@@ -20,7 +23,7 @@ CELL = SCALES["smoke"].cells[0]
 def recipe_of(folder, values):
     (folder / "manifest.json").touch()
     values = {"run": str(folder / "run"), "data.train": str(folder), **COMMON, **values}
-    return load_recipe(ROOT / CELL.recipe, settings(values)[1:]).recipe
+    return load_recipe(ROOT / CELL.task.recipe, settings(values)[1:]).recipe
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,34 @@ def test_a_program_takes_the_place_of_stage_2_alone(tmp_path):
     jobs = SeedFolder(tmp_path, CELL, 0, other_task=False).jobs([Tried(BY_NAME["distil_lens"], 3e-3)])
     commands = {job.path.name: list(job.command) for job in jobs}
     ours, stage_1 = commands["distil_lens-0.003"], commands["stage-1-features_l2"]
-    assert ours[:6] == ["-m", "bench.ladder.distil_lens", "--stage", "2", "--recipe", CELL.recipe]
-    assert stage_1[:5] == ["launch/train.py", "--stage", "1", "--recipe", CELL.recipe]
+    assert ours[:6] == ["-m", "bench.ladder.distil_lens", "--stage", "2", "--recipe", CELL.task.recipe]
+    assert stage_1[:5] == ["launch/train.py", "--stage", "1", "--recipe", CELL.task.recipe]
     assert {"verbalize.steps=0", 'interact.matching="uniform"', "reinforce.steps=0"} <= set(ours)
+
+
+def test_a_cell_of_matchings_has_the_main_arms_and_those_that_match_otherwise():
+    names = {arm.name for arm in arms_of(MATCHINGS)}
+    others = {"cold", "random", "uniform", "argmin", "ordered_argmin", "earliest", "latest"}
+    assert names == {arm.name for arm in arms_of(MAIN)} | others
+    assert all(BY_NAME[name].stage_1_name == "stage-1" for name in others)
+
+
+@pytest.mark.parametrize("cell", SCALES["cpu"].cells, ids=lambda cell: cell.name)
+def test_a_cell_s_recipe_is_about_its_models(cell):
+    recipe = yaml.safe_load((ROOT / cell.task.recipe).read_text())
+    for role in ("teacher", "student"):
+        assert recipe[role]["path"] == f"demo/models/{cell.data}/{role}"
+
+
+def test_a_deep_cell_asks_deep_questions(tmp_path):
+    cell = Cell("small", "", "puzzles-deep", 0.4, samples=5, held_out=4)
+    jobs = SeedFolder(tmp_path, cell, 0, other_task=True).jobs([Tried(BY_NAME["finetune"], 3e-3)])
+    asked = {}
+    for job in jobs:
+        if job.path.name in ("data", "other"):
+            assert data_prep(job.command[2:]) == 0
+            shards = ShardFolder(job.path / "held_out")
+            records = [shards.read(index).record for index in range(len(shards))]
+            asked[job.path.name] = {record["question_type"] for record in records}
+            assert all(record["provenance"]["rule"]["colour"]["follows"] == "shape" for record in records)
+    assert asked == {"data": {"next"}, "other": {"tile"}}
