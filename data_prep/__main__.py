@@ -15,6 +15,7 @@ from data_prep.ranks import RankFailed, Ranks, start_ranks
 from data_prep.schema import REASONS, SPLITS, BadSample, DataError
 from data_prep.sources import Source, all_sources, colour, fraction, positive_int
 from data_prep.stop import REQUEUE_EXIT, Stopped, raise_at_signals
+from data_prep.storage import location_argument
 
 if TYPE_CHECKING:
     from data_prep.plan import Plan
@@ -84,10 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="shard | lint | preview")
     commands.add_parser("shard", add_help=False)
     lint = _manual("lint", LINT_MANUAL, commands)
-    lint.add_argument("folder", type=Path, metavar="DIR", help="what shard --output wrote, or one shard folder of it")
+    lint.add_argument(
+        "folder", type=location_argument, metavar="DIR", help="what shard --output wrote, or one shard folder of it"
+    )
     preview = _manual("preview", PREVIEW_MANUAL, commands)
     preview.add_argument(
-        "folder", type=Path, metavar="DIR", help="what shard --output wrote, or one shard folder of it"
+        "folder", type=location_argument, metavar="DIR", help="what shard --output wrote, or one shard folder of it"
     )
     preview.add_argument(
         "--count", type=positive_int, default=48, metavar="N", help="samples of each split (default 48)"
@@ -112,7 +115,9 @@ def _shard_parser(chosen: Source | None, sources: dict[str, Source]) -> argparse
         allow_abbrev=False,
     )
     parser.add_argument("--source", required=True, choices=sources, help="where the samples come from; options below")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; needed except with --explain")
+    parser.add_argument(
+        "--output", type=location_argument, metavar="DIR", help="folder or URL to write; needed except with --explain"
+    )
     parser.add_argument(
         "--explain", action="store_true", help="print the first three records as they would be stored; write nothing"
     )

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from data_prep.storage import Upload, is_url
+
 PARTIAL = ".partial"
 """How the name of an unfinished file ends: .000000.tar.PID-RANDOM.partial"""
 
@@ -59,13 +61,18 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
-    atomic = AtomicFile(path)
+    atomic = atomic_file(path)
     try:
         with naming(path):
             atomic.file.write(content)
             atomic.commit()
     finally:
         atomic.discard()
+
+
+def atomic_file(path: Path) -> AtomicFile | Upload:
+    """A file to write that gets its name when it is complete, on a disk or behind a URL."""
+    return Upload(path) if is_url(path) else AtomicFile(path)
 
 
 class AtomicFile:

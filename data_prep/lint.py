@@ -11,6 +11,7 @@ from data_prep.images import check_image
 from data_prep.progress import Progress
 from data_prep.schema import SPLITS, BadSample, DataError, key_for, validate_record
 from data_prep.shards import MANIFEST, ShardFolder, ShardInfo, describe_shard
+from data_prep.storage import is_file
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Problem:
 
 def shard_folders(path: Path) -> list[ShardFolder]:
     """The shard folders at a path: itself, or those of the splits in it. Raises DataError where there is none."""
-    inside = [path / split for split in SPLITS if (path / split / MANIFEST).is_file()]
+    inside = [path / split for split in SPLITS if is_file(path / split / MANIFEST)]
     return [ShardFolder(folder) for folder in inside or [path]]
 
 

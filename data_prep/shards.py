@@ -19,10 +19,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.atomic import AtomicFile, naming, write_file
+from data_prep.atomic import atomic_file, naming, write_file
 from data_prep.open_files import OpenFiles
 from data_prep.schema import SCHEMA_VERSION, ChangedSample, DataError, parse_json, type_name
 from data_prep.sizes import SampleSize, is_size, sample_size
+from data_prep.storage import RemoteFiles, is_file, is_url, location, read_bytes
 from data_prep.sums import is_sum, sample_sum, sample_sums
 
 MANIFEST = "manifest.json"
@@ -85,7 +86,7 @@ class ShardWriter:
         self.path = path
         self._offsets: dict[str, int] = {}
         self._sizes: list[SampleSize | None] = []
-        self._atomic = AtomicFile(path)
+        self._atomic = atomic_file(path)
         # Not webdataset.TarWriter: it sorts members (image before json, 10 before 2), sets a mode and format of its
         # own and does not say where a sample starts. USTAR has room for nothing but what is set here: no times, no
         # owners.
@@ -146,7 +147,7 @@ def describe_shard(path: Path) -> ShardEntry:
     sizes: list[SampleSize | None] = []
     end = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             digest, size = _sha256(file), file.tell()
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -190,7 +191,7 @@ def read_manifest(folder: Path, format: str = FORMAT, newest: int = SCHEMA_VERSI
     """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         manifest = parse_json(content)
         _require(manifest, {"format": str, "version": int}, "the manifest")
         found, version = manifest["format"], manifest["version"]
@@ -259,13 +260,15 @@ def _checksum(content: bytes) -> str:
 
 
 class ShardFolder:
-    """A shard folder, read by sample index, from any number of processes: picklable, and files open when needed.
+    """A shard folder, on a disk or behind a URL, read by sample index, from any number of processes.
+
+    Picklable: files are opened when they are needed.
 
     Raises DataError where there is no manifest, or it is of another format, or a shard is damaged or gone.
     """
 
     def __init__(self, path: str | Path, format: str = FORMAT, newest: int = SCHEMA_VERSION):
-        self.path = Path(path)
+        self.path = location(path)
         self.manifest = read_manifest(self.path, format, newest)
         self.shards: list[ShardInfo] = []
         self.keys: list[str] = []
@@ -276,7 +279,7 @@ class ShardFolder:
         self.has_sizes: bool = all("sizes" in entry for entry in self.manifest["shards"])
         """Whether the manifest has the size of every sample."""
         self._firsts = [shard.first for shard in self.shards]
-        self._files = OpenFiles(self.path)
+        self._files = RemoteFiles(self.path) if is_url(self.path) else OpenFiles(self.path)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -314,20 +317,13 @@ class ShardFolder:
         """Read a sample's members, {"json": b"...", "0.png": b"..."}, in their order. Raises IndexError, DataError."""
         entry, place, (start, stop) = self._find(index)
         try:
-            content = self._read(entry["name"], start, stop - start)
+            content = self._files.read(entry["name"], start, stop - start)
             if "sums" in entry and sample_sum(content) != entry["sums"][place]:
                 raise self._damaged(index, "its bytes do not match their checksum", ChangedSample)
             members = dict(_members(content, self.keys[index]))
         except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
             raise self._damaged(index, str(error)) from None
         return members
-
-    def _read(self, name: str, offset: int, size: int) -> bytes:
-        file = self._files.descriptor(name)
-        missing = offset + size - os.fstat(file).st_size
-        if missing > 0:  # asked before memory of the claimed size is taken
-            raise ValueError(f"the file ends {missing} bytes early")
-        return os.pread(file, size, offset)  # pread: a forked worker shares this file's position with its parent
 
     def _damaged(self, index: int, why: str, kind: type[DataError] = DataError) -> DataError:
         shard = self.shards[bisect_right(self._firsts, index) - 1]
@@ -387,7 +383,7 @@ def _padded(size: int) -> int:
 
 
 def _no_manifest(folder: Path, format: str) -> str:
-    inside = [name for name in ("train", "held_out") if (folder / name / MANIFEST).is_file()]
+    inside = [name for name in ("train", "held_out") if is_file(folder / name / MANIFEST)]
     if inside:
         hint = "did you mean " + " or ".join(str(folder / name) for name in inside) + "?"
     elif format == FORMAT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_prep.storage import is_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Recipe
 from pipeline.results.status import planned
@@ -81,7 +82,7 @@ def _all(machines: Machines) -> list[ChainJob]:
 def _left_out(recipe: Recipe, with_data: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     manifest = recipe.data.train / "manifest.json"
-    if manifest.is_file():
+    if is_file(manifest):
         found["data"] = f"done: {manifest}"
     elif not with_data:
         raise RecipeError(

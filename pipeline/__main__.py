@@ -23,6 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_prep.storage import location_argument
 from pipeline.results.argument_types import part, positive, share
 from pipeline.results.plan import arguments as plan
 from pipeline.results.report import arguments as report
@@ -204,10 +205,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="NAME", help="say for each other model whether it differs from this one, sample by sample"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="SHARDS", help="shard folder with manifest.json, such as X/held_out"
+        "--data", type=location_argument, metavar="SHARDS", help="shard folder with manifest.json, such as X/held_out"
     )
     parser.add_argument(
-        "--baseline-data", type=Path, metavar="SHARDS",
+        "--baseline-data", type=location_argument, metavar="SHARDS",
         help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
     parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N samples")
@@ -235,7 +236,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: its teacher answers its data.train")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face VLM folder (default: run's teacher)")
-    parser.add_argument("--data", type=Path, metavar="SHARDS", help="shard folder (default: the run's data.train)")
+    parser.add_argument(
+        "--data", type=location_argument, metavar="SHARDS", help="shard folder (default: the run's data.train)"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="SHARDS_OUT", help="shard folder to write")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, metavar="N",

@@ -15,19 +15,20 @@ SHARDS = [
     "data_prep.schema",
     "data_prep.images",
     "data_prep.atomic",
+    "data_prep.storage",
 ]  # what data_prep offers to those who read shards
 PARTS = [*GROUND, *SHARDS, "pipeline.codec", "pipeline.cache", "pipeline.loss", "pipeline.vlm", "pipeline.runtime"]
 
 # The longest prefix of a module that stands here says what of this project it may import, besides itself.
 MAY_IMPORT = {
     "data_prep": [],
-    "launch": ["pipeline"],
+    "launch": ["pipeline", "data_prep.storage"],
     "pipeline": ["pipeline", "data_prep"],  # the programs on top: job.py, __main__.py
     "pipeline.errors": [],
     "pipeline.commands": [],
     "pipeline.signal": [],
     "pipeline.rows": [],
-    "pipeline.recipe": ["pipeline.errors"],
+    "pipeline.recipe": ["pipeline.errors", "data_prep.schema", "data_prep.storage"],  # data may lie behind URLs
     "pipeline.codec": GROUND,
     "pipeline.loss": GROUND,
     "pipeline.cache": [*GROUND, *SHARDS, "data_prep.lock", "pipeline.codec"],  # jobs share its folder

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from data_prep.storage import is_file, read_bytes
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 
@@ -38,10 +39,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     manifest = data / "manifest.json"
-    if not manifest.is_file():
+    if not is_file(manifest):
         print(f"no {manifest}: first make the shards that {args.recipe} names as data.train", file=sys.stderr)
         return 2
-    shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+    shards = json.loads(read_bytes(manifest))["shards"]
     try:
         print(shard_range(len(shards), args.task, args.tasks))
     except ValueError as error:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from data_prep.schema import parse_json
 from data_prep.shards import write_file
+from data_prep.storage import is_file, local_copy, read_bytes
 from pipeline.cache.hashes import file_sha256
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError
@@ -40,31 +41,39 @@ def save_head(path: Path, unembedding: Unembedding) -> None:
 def head_sha256(path: Path) -> str | None:
     """The recorded SHA-256 of a cache's head; None where its sidecar head.json is missing or damaged."""
     try:
-        return parse_json((path / SIDECAR).read_bytes())["sha256"]
+        return parse_json(read_bytes(path / SIDECAR))["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def has_head(path: Path) -> bool:
     """Whether a cache folder has its head and the file matches its recorded hash."""
-    return (path / HEAD).is_file() and file_sha256(path / HEAD) == head_sha256(path)
+    if not is_file(path / HEAD):
+        return False
+    with local_copy(path / HEAD) as file:
+        return file_sha256(file) == head_sha256(path)
 
 
 def check_head(path: Path, recipe: Path | str = "R") -> None:
     """Raise CacheError where the cache has no head file. Its content is not checked here."""
-    if not (path / HEAD).is_file():
+    if not is_file(path / HEAD):
         raise CacheError(f"{path}: no {HEAD}, which its codec decodes through. {_repair(recipe)}")
 
 
 def read_head(path: Path, sha256: str | None, device: torch.device | str, recipe: Path | str = "R") -> Unembedding:
     """Load a cache's head. Raises CacheError where the file is missing, damaged or does not match a given `sha256`."""
-    file = path / HEAD
     check_head(path, recipe)
-    found = file_sha256(file)
+    with local_copy(path / HEAD) as copy:
+        return _load(copy, path / HEAD, sha256, device, recipe)
+
+
+def _load(copy: Path, file: Path, sha256: str | None, device: torch.device | str, recipe: Path | str) -> Unembedding:
+    """Read a head from its local copy; messages name the file that it is a copy of."""
+    found = file_sha256(copy)
     if sha256 is not None and found != sha256:
         raise CacheError(f"{file} is damaged: expected SHA-256 {sha256}, found {found}. {_repair(recipe)}")
     try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
+        with safe_open(copy, framework="pt", device=str(device)) as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # safe_open is not a dict
             meta = stored.metadata()
         softcap = float(meta["softcap"]) if "softcap" in meta else None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.schema import parse_json
+from data_prep.storage import local_copy, read_bytes, size_of
 from pipeline.cache.fingerprint import Mismatch, compare, text_fingerprint
 from pipeline.cache.hashes import file_sha256
 from pipeline.cache.order import order_sha256, read_order
@@ -79,7 +80,7 @@ def read_identity(path: Path, recipe: Path | str = "R") -> CacheIdentity:
     """Read a folder's cache.json. Raises CacheError where it is missing, damaged or of another format version."""
     file = path / IDENTITY
     try:
-        values = parse_json(file.read_bytes())
+        values = parse_json(read_bytes(file))
         if values["version"] != VERSION:
             raise CacheError(
                 f"{file}: expected cache format version {VERSION}, found {values['version']}. Read it with the "
@@ -131,7 +132,7 @@ def read_sidecars(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]
     found = {}
     for name in names:
         try:
-            sidecar = parse_json((path / name).with_suffix(".json").read_bytes())
+            sidecar = parse_json(read_bytes((path / name).with_suffix(".json")))
             if sidecar["crc32"] == sidecar_crc32(sidecar):
                 found[name] = sidecar
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the shard is made again
@@ -197,15 +198,20 @@ def _problem(
             return f"made from other data: expected SHA-256 {data['sha256']}, found {sidecar['data_sha256']}"
         if sidecar["keys"] != data["keys"]:
             return "its keys are not the data's"
-        if not file.is_file():
+        if (size := size_of(file)) is None:
             return "the file is gone"
-        if (size := file.stat().st_size) != sidecar["bytes"]:
+        if size != sidecar["bytes"]:
             return f"cut off or changed: expected {sidecar['bytes']:,} bytes, found {size:,}"
-        if verify and (found := file_sha256(file)) != sidecar["sha256"]:
+        if verify and (found := _sha256_of(file)) != sidecar["sha256"]:
             return f"changed: expected SHA-256 {sidecar['sha256']}, found {found}"
     except (KeyError, TypeError) as error:
         return f"its sidecar is damaged ({error!r})"
     return None
+
+
+def _sha256_of(file: Path) -> str:
+    with local_copy(file) as copy:
+        return file_sha256(copy)
 
 
 def _flat(identity: CacheIdentity) -> dict[str, str]:

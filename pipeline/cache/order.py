@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards import write_file
-from pipeline.cache.hashes import file_sha256
+from data_prep.storage import is_file, is_url, read_bytes
 from pipeline.errors import CacheError
 
 ORDER = "order.int32"
@@ -22,6 +23,10 @@ def save_order(path: Path, order: np.ndarray) -> None:
     one wins; CacheFolder.check_order detects such a case.
     """
     file = path / ORDER
+    if is_url(path):  # check_order detects that another job wrote one meanwhile
+        if not is_file(file):
+            write_file(file, order.astype("<i4").tobytes())
+        return
     partial = file.with_name(f".{ORDER}.{secrets.token_hex(8)}.partial")
     write_file(partial, order.astype("<i4").tobytes())
     try:
@@ -37,7 +42,7 @@ def save_order(path: Path, order: np.ndarray) -> None:
 
 def has_order(path: Path) -> bool:
     """Whether a cache folder has an order file."""
-    return (path / ORDER).is_file()
+    return is_file(path / ORDER)
 
 
 def read_order(path: Path, vocab: int, repair: str) -> np.ndarray:
@@ -46,9 +51,10 @@ def read_order(path: Path, vocab: int, repair: str) -> np.ndarray:
     Raises CacheError where it is missing or does not hold each of V ids once. The message ends in `repair`.
     """
     try:
-        order = np.fromfile(path / ORDER, "<i4")
+        content = read_bytes(path / ORDER)
     except FileNotFoundError:
         raise CacheError(f"{path}: no {ORDER}, the order of the vocabulary. {repair}") from None
+    order = np.frombuffer(bytearray(content[: len(content) // 4 * 4]), "<i4")  # bytearray: torch wants writable memory
     if not np.array_equal(np.sort(order), np.arange(vocab)):
         raise CacheError(f"{path / ORDER} is damaged: expected each of {vocab} ids once. Remove it. {repair}")
     return order
@@ -56,4 +62,4 @@ def read_order(path: Path, vocab: int, repair: str) -> np.ndarray:
 
 def order_sha256(path: Path) -> str | None:
     """The SHA-256 of a cache's order file; None where there is none."""
-    return file_sha256(path / ORDER) if has_order(path) else None
+    return hashlib.sha256(read_bytes(path / ORDER)).hexdigest() if has_order(path) else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_prep.schema import DataError, parse_json
 from data_prep.shards import MANIFEST, ShardFolder
+from data_prep.storage import read_bytes
 from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint
 from pipeline.cache.head import check_head, read_head
 from pipeline.cache.layout import (
@@ -207,7 +208,7 @@ class TeacherCache:
         If there is none yet, from the sidecar files: the error message can then report the progress.
         """
         try:
-            manifest = parse_json((self.path / MANIFEST).read_bytes())
+            manifest = parse_json(read_bytes(self.path / MANIFEST))
             return {shard["name"]: shard for shard in manifest["shards"]}
         except FileNotFoundError:
             return read_sidecars(self.path, sorted(file.name for file in self.path.glob("*.tar")))

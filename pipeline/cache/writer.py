@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardFolder, write_file, write_manifest, write_shard
+from data_prep.storage import is_file, is_url
 from pipeline.cache.fingerprint import data_fingerprint
 from pipeline.cache.head import has_head, head_sha256, save_head
 from pipeline.cache.layout import (
@@ -44,7 +45,7 @@ class CacheFolder:
         self.path, self.identity, self.recipe = path, identity, recipe
         self._shards = {shard["name"]: shard for shard in data.manifest["shards"]}
         self._data_fingerprint = data_fingerprint(data.manifest)
-        if not (path / IDENTITY).is_file():  # jobs that start at once write the same bytes
+        if not is_file(path / IDENTITY):  # jobs that start at once write the same bytes
             write_file(path / IDENTITY, _json(identity.to_json()))
         if differing := identity.differences(read_identity(path, recipe)):
             raise CacheError(mismatch_message(path, differing, recipe))
@@ -129,7 +130,7 @@ class CacheWriter:
     """Writes one cache shard. Used as a context manager, it leaves nothing behind unless `commit` was called.
 
     Samples may be added in any order; `commit` writes them in the data's order. Until then they are kept in an unnamed
-    temporary file in the cache's folder, so memory holds only one record at a time.
+    temporary file, in the cache's folder where that is on a disk, so memory holds only one record at a time.
     """
 
     def __init__(self, cache: CacheFolder, data: Mapping[str, Any]):
@@ -137,7 +138,8 @@ class CacheWriter:
         self.path, self._cache, self._data = cache.path / data["name"], cache, data
         self._codec, self._made_for = cache.codec(), cache.made_for
         self._expected = set(data["keys"])
-        self._spill = tempfile.TemporaryFile(dir=cache.path)  # noqa: SIM115  # closed by __exit__
+        spill_in = None if is_url(cache.path) else cache.path  # None: the local disk
+        self._spill = tempfile.TemporaryFile(dir=spill_in)  # noqa: SIM115  # closed by __exit__
         self._records: dict[str, tuple[int, int]] = {}
         self._skipped: dict[str, str] = {}
         self._tokens = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data_prep.storage import is_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import SHIPPED
 from pipeline.recipe.schema import STEPS, Interact, Model, Recipe, Reinforce, Training
@@ -114,7 +115,7 @@ def _is_skipped(training: Training) -> bool:
 
 def _data_problems(recipe: Recipe) -> list[str]:
     data, problems = recipe.data, []
-    if not (data.train / "manifest.json").is_file():
+    if not is_file(data.train / "manifest.json"):
         problems.append(
             f"data.train: no {data.train}/manifest.json; expected a shard folder: "
             "python -m data_prep shard --help says how to make one"

@@ -8,12 +8,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from data_prep.schema import DataError
+from data_prep.storage import is_url, location
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+def _location(value: object) -> Path:
+    if not isinstance(value, str) and not isinstance(value, Path) and not is_url(value):
+        raise ValueError("expected a path or a URL")
+    try:
+        return location(value)  # type: ignore[arg-type]
+    except DataError as error:
+        raise ValueError(str(error)) from None
+
+
+Location = Annotated[Path, PlainValidator(_location)]
+"""A folder, or a URL such as s3://bucket/shards."""
 
 
 class Section(BaseModel):
@@ -25,10 +41,12 @@ class Section(BaseModel):
 class Data(Section):
     """The instruction data, made by `python -m data_prep shard`."""
 
-    train: Path
-    """Folder of shards (with manifest.json). Every step trains on it, and the teacher cache is made for it."""
-    held_out: Path | None = None
-    """Folder of shards that no step trains on. `python -m pipeline evaluate` uses it when --data is not given."""
+    train: Location
+    """Folder of shards (with manifest.json), or its URL (docs/storage.md). Every step trains on it, and the teacher
+    cache is made for it."""
+    held_out: Location | None = None
+    """Folder of shards, or its URL, that no step trains on. `python -m pipeline evaluate` uses it when --data is not
+    given."""
     max_length: Positive = 4096
     """Maximum length of a chat in tokens, image tokens included. Longer chats are cut, but never inside an image.
     Not stated in the paper."""
@@ -227,9 +245,9 @@ class Interact(StudentTraining):
 class Reinforce(StudentTraining):
     """Stage 2b: the student is finetuned on the responses."""
 
-    train: Path | None = None
-    """Folder of shards to finetune on, such as the teacher's answers (python -m pipeline answer). Left out:
-    data.train, as in the paper."""
+    train: Location | None = None
+    """Folder of shards, or its URL, to finetune on, such as the teacher's answers (python -m pipeline answer). Left
+    out: data.train, as in the paper."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each target's probability that is spread evenly over the vocabulary (Szegedy et al., 2016). Paper: 0."""
     loss_power: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -323,5 +341,5 @@ def leaves(section: BaseModel, prefix: str = "") -> dict[str, object]:
         elif isinstance(value, tuple):
             flat[prefix + name] = list(value)
         else:
-            flat[prefix + name] = str(value) if isinstance(value, Path) else value
+            flat[prefix + name] = str(value) if isinstance(value, Path) or is_url(value) else value
     return flat

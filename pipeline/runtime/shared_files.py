@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_prep.schema import DataError as ShardError
+from data_prep.storage import is_url
 from pipeline.errors import StorageError, UserError
 from pipeline.runtime.ranks import Ranks, gather_when_ready
 
@@ -50,6 +51,7 @@ def wait_for_files(ranks: Ranks, paths: Sequence[Path]) -> None:
 
     Raises StorageError, on all ranks, where one of them does not within WAIT_S. Once it returns, all may be opened.
     """
+    paths = [path for path in paths if not is_url(path)]  # an object store shows everyone the same
     what = f"waiting until all hosts see {', '.join(map(str, paths))}"
     expected = as_first_rank_sees(ranks, what, lambda: [view_of(path) for path in paths])
 

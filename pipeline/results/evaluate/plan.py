@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import ShardFolder
+from data_prep.storage import is_file
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
@@ -88,7 +89,7 @@ def make_plan(
     for folder in named.values():
         require_model(folder)
     sibling = data.parent / "train"
-    if baseline is None and data.name != "train" and (sibling / "manifest.json").is_file():
+    if baseline is None and data.name != "train" and is_file(sibling / "manifest.json"):
         baseline = sibling
     baseline_data = None if baseline is None else open_non_empty(baseline)
     limits = limits or Data(train=data)

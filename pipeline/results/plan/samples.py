@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_prep.schema import DataError
 from data_prep.shards import ShardFolder, read_manifest
+from data_prep.storage import is_file
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Recipe
 from pipeline.vlm.assemble import chat_encoder
@@ -100,7 +101,7 @@ def describe_samples(
 def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float], dict[str, str]]:
     """What data.train tells: the number of samples from its manifest, the lengths from its first samples."""
     folder, student = recipe.data.train, recipe.student.path
-    if not (folder / "manifest.json").is_file():
+    if not is_file(folder / "manifest.json"):
         return {}, {}
     manifest = read_manifest(folder)
     found: dict[str, float] = {"count": manifest["samples"], "shards": len(manifest["shards"])}

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from data_prep.storage import read_bytes
 from pipeline.recipe.schema import Recipe
 from pipeline.results.environment import commit, packages
 
@@ -91,7 +92,7 @@ def paths_of(recipe: Recipe, steps: list[str]) -> dict[str, Path]:
 
 def _fingerprint(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError as error:
         return f"no {path} ({error.strerror})"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_prep.storage import location_argument
 from pipeline.results.argument_types import positive
 
 TEXT = """Show what each target layer of a model predicts on the way to an answer (paper, Figure 3).
@@ -50,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=positive, metavar="N", help="instead: the first N samples, read along their answers"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="SHARDS", help="shard folder of the samples (default: the recipe's data.held_out)"
+        "--data",
+        type=location_argument,
+        metavar="SHARDS",
+        help="shard folder of the samples (default: the recipe's data.held_out)",
     )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=32, metavar="N", help="maximum answer length in tokens (default: 32)"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_prep.shards import AtomicFile, write_file
+from data_prep.atomic import AtomicFile, write_file
 from pipeline.errors import CheckpointError
 from pipeline.runtime.checkpoint.trained_state import KINDS, Piece, Span
 
