@@ -27,6 +27,14 @@ def write_shards(folder: Path, samples) -> Path:
     return folder
 
 
+def flip_a_bit(folder: Path, sample: int) -> None:
+    """Of a sample in the first shard: in its record, behind the tar header."""
+    entry = json.loads((folder / "manifest.json").read_text())["shards"][0]
+    content = bytearray((folder / entry["name"]).read_bytes())
+    content[entry["offsets"][sample] + 520] ^= 1
+    (folder / entry["name"]).write_bytes(content)
+
+
 def typed(samples):
     """Every other sample has another type; every third one has an earlier turn before the question."""
     for index, (key, record, images) in enumerate(samples):

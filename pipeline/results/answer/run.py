@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.shards import MANIFEST, ShardFolder, ShardInfo
+from data_prep.shards import MANIFEST, RawSample, ShardFolder, ShardInfo
 from pipeline.errors import DataError, SampleError
 from pipeline.recipe.schema import Data
 from pipeline.results.answer.chats import Answerer, record_bytes
@@ -15,7 +15,7 @@ from pipeline.results.answer.plan import Plan, origin_of
 from pipeline.results.arguments import batches
 from pipeline.results.generate import load
 from pipeline.results.workers import Machine, Workers
-from pipeline.runtime.data.bad_samples import BadSamples, Rejected
+from pipeline.runtime.data.bad_samples import BadSamples, Rejected, read_sample
 from pipeline.runtime.progress import StepProgress, say
 from pipeline.vlm.placement import Devices
 
@@ -52,8 +52,16 @@ class BatchAnswerer:
 
     def __call__(self, rows: Iterable[int]) -> list[Answered]:
         """What became of each sample of the batch."""
-        results = self.answerer([self.data.read(index) for index in rows])
+        read = [self._read(index) for index in rows]
+        answered = iter(self.answerer([sample for sample in read if isinstance(sample, RawSample)]))
+        results = [next(answered) if isinstance(sample, RawSample) else sample for sample in read]
         return [result if isinstance(result, SampleError) else record_bytes(result) for result in results]
+
+    def _read(self, index: int) -> RawSample | SampleError:
+        try:
+            return read_sample(self.data, index)
+        except SampleError as error:
+            return error
 
 
 def load_answerer(model: Path, limits: Data, data: ShardFolder, max_new_tokens: int, devices: Devices) -> BatchAnswerer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.results.evaluate.earlier import earlier_results, identity_of
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import load_scorer, summarize
 from pipeline.results.workers import Machine, Workers, places
+from pipeline.runtime.data.bad_samples import read_sample
 from pipeline.runtime.folder import write_json
 from pipeline.runtime.progress import say
 from pipeline.vlm.placement import Devices
@@ -54,14 +55,20 @@ def evaluate(plan: Plan) -> Results:
 def score_question_only(plan: Plan, learn_from: ShardFolder) -> dict[str, Any]:
     """Exact match of the baseline on the same samples."""
     spacing = math.ceil(len(learn_from) / BASELINE_SAMPLES)
-    guess = QuestionOnly(learn_from.read(index).record for index in range(0, len(learn_from), max(1, spacing)))
+    guess = QuestionOnly(_records(learn_from, range(0, len(learn_from), max(1, spacing))))
     tally = Tally()
     for index in plan.indices():
-        raw = plan.data.read(index)
         with suppress(SampleError):  # the models' results list this sample
+            raw = read_sample(plan.data, index)
             exchange = last_exchange(raw.record, raw.images)
             tally.count(exchange.question_type, is_right(guess(exchange.question), exchange.answer))
     return {**tally.summary(), "learnt_from": str(learn_from.path), "data": str(plan.data.path)}
+
+
+def _records(folder: ShardFolder, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for index in indices:
+        with suppress(SampleError):
+            yield read_sample(folder, index).record
 
 
 def _evaluate_one(plan: Plan, name: str, groups: Sequence[Devices]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.recipe.schema import Data, ModelParts
 from pipeline.results.evaluate.answers import Exchange, Tally, is_right, last_exchange
 from pipeline.results.evaluate.plan import Plan
 from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left
-from pipeline.runtime.data.bad_samples import BadSamples, Rejected
+from pipeline.runtime.data.bad_samples import BadSamples, Rejected, read_sample
 from pipeline.runtime.progress import StepProgress
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.parts import final_norm, text_config
@@ -147,8 +147,8 @@ def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Enc
     """(encoded samples, samples that this model cannot use with the reason)."""
     encoded, rejected = [], []
     for index in rows:
-        raw = data.read(index)
         try:
+            raw = read_sample(data, index)
             exchange = last_exchange(raw.record, raw.images)
             prompt = vlm.encode_question(exchange.messages, exchange.images)
             encoded.append(_EncodedSample(exchange, prompt, vlm.encoder(raw.key, raw.record["messages"], raw.images)))

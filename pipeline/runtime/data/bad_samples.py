@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_prep.shards import ShardFolder
+from data_prep.schema import ChangedSample
+from data_prep.shards import RawSample, ShardFolder
 from pipeline.errors import DataError, SampleError
 
 CHANCE = 1e-3
@@ -28,6 +29,14 @@ class Rejected:
         """Sample number `sample` of a shard folder, and what is wrong with it."""
         shard = next(shard.name for shard in reversed(folder.shards) if shard.first <= sample)
         return cls(folder.keys[sample], shard, str(error))
+
+
+def read_sample(folder: ShardFolder, sample: int) -> RawSample:
+    """Read sample number `sample`. Raises SampleError where its bytes changed: one flipped bit costs one sample."""
+    try:
+        return folder.read(sample)
+    except ChangedSample as error:
+        raise SampleError(str(error)) from None
 
 
 class BadSamples:

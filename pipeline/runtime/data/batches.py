@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from data_prep.schema import ChangedSample
 from data_prep.schema import DataError as ShardError
 from data_prep.shards import ShardFolder
 from pipeline.errors import SampleError, UserError
 from pipeline.recipe.schema import Training
-from pipeline.runtime.data.bad_samples import Rejected
+from pipeline.runtime.data.bad_samples import Rejected, read_sample
 from pipeline.runtime.data.cutting import cut
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded
@@ -181,10 +180,7 @@ class ChatDataset(Dataset):
 
     def encode(self, sample: int) -> dict[str, Encoded]:
         """A sample in each model's form, nothing attached. Raises SampleError where it cannot be used."""
-        try:
-            raw = self.folder.read(sample)
-        except ChangedSample as error:  # one flipped bit costs one sample, not the job
-            raise SampleError(str(error)) from None
+        raw = read_sample(self.folder, sample)
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):

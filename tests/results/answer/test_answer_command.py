@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ending_vlm import write_ending_vlm
 from tiny import chats, turn
-from tiny_run import write_shards
+from tiny_run import flip_a_bit, write_shards
 
 import data_prep.lint as linter
 from data_prep.schema import DataError as ShardError
@@ -207,6 +207,15 @@ def test_rejects_are_listed_once_also_after_too_many_of_them(world, tmp_path):
     assert {one["shard"] for one in listed} == {"000000.tar"}
     assert "cannot be decoded" in listed[0]["reason"] and "max_length is 4096" in listed[-1]["reason"]
     assert len(ShardFolder(output)) + len(keys) == 11
+
+
+def test_a_flipped_bit_costs_one_sample(world, tmp_path):
+    data, output = write_shards(tmp_path / "train", chats(4)), tmp_path / "out"
+    flip_a_bit(data, 1)
+    run(plan_of(world.model, data, output))
+    (changed,) = (one for one in rejects(output) if "do not match their checksum" in one["reason"])
+    assert changed["key"] == ShardFolder(data).keys[1]
+    assert changed["key"] not in ShardFolder(output).keys
 
 
 def test_a_resumed_job_counts_the_rejects_of_what_is_done(world, tmp_path):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from tiny import chats, png, turn
-from tiny_run import typed, write_shards
+from tiny_run import flip_a_bit, typed, write_shards
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
@@ -93,6 +93,18 @@ def test_read_equals_used_plus_rejected(tmp_path, teacher):
     assert "cannot be decoded" in result["rejected"][0]["reason"]
     assert "max_length is 512" in result["rejected"][1]["reason"]
     assert result["rejected"][1]["shard"] == "000000.tar"
+
+
+def test_a_flipped_bit_costs_one_sample(tmp_path, teacher):
+    folder = write_shards(tmp_path / "held_out", chats(5))
+    flip_a_bit(folder, 2)
+    result = score(teacher, plan_for(folder))
+    assert (result["read"], result["samples"]) == (5, 4)
+    assert [(one["key"], "do not match their checksum" in one["reason"]) for one in result["rejected"]] == [
+        (chats(5)[2][0], True)
+    ]
+    plan = plan_for(folder)
+    assert score_question_only(plan, plan.data)["samples"] == 4
 
 
 def test_too_many_bad_samples_end_an_evaluation(tmp_path, teacher):
