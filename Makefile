@@ -16,7 +16,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-cluster test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
+.PHONY: help setup lock demo demo-models test test-cluster soak test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
   families ladder \
   lint types clean
 
@@ -43,6 +43,9 @@ test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/
 test-cluster: $(STAMP)  ## a real SLURM of two nodes and two hosts on this machine, 4 minutes; needs root and Debian's packages
 	@bash tests/install_debian.sh
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster $(ARGS)
+
+soak: $(STAMP)  ## both stages killed KILLS=20 times at random moments; each run must end as one never killed, 1 minute a kill
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python tests/soak.py --kills $(or $(KILLS),20) $(ARGS)
 
 # Other processors round otherwise: torch's own kernels without vector instructions and with AVX2, and MKL's oldest ones.
 test-numerics: $(STAMP)  ## the tests of numbers once more under other kernels: ATen default and avx2, MKL compatible

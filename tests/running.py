@@ -8,9 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
+import warm
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +60,8 @@ def deepspeed(ranks: int, script: str, *arguments: object, check: int | None = 0
     """
     program = [f"launch/{script}", *map(str, arguments)]
     port = str(free_port())
+    if not launcher and _on_cpu():
+        return _warm([_rank(rank, ranks, port) for rank in range(ranks)], program, check)
     if not launcher:
         return _on_ranks(ranks, port, program, check)
     start = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", str(ranks)]
@@ -65,7 +70,9 @@ def deepspeed(ranks: int, script: str, *arguments: object, check: int | None = 0
 
 def python(*arguments: object, check: int | None = 0) -> str:
     """Run `python ...` in the checkout; returns what it printed."""
-    return run([sys.executable, *map(str, arguments)], check)
+    if arguments[0] != "-m" or not _on_cpu():
+        return run([sys.executable, *map(str, arguments)], check)
+    return _warm([{}], [str(argument) for argument in arguments], check)
 
 
 def run(program: list[str], check: int | None = 0) -> str:
@@ -81,20 +88,52 @@ def _on_ranks(ranks: int, port: str, program: list[str], check: int | None) -> s
         return _checked(code, output.read(), check)
 
 
+def _warm(environments: Sequence[Mapping[str, str]], program: list[str], check: int | None) -> str:
+    """A program in one process for each environment, all with the large packages imported already."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        started = [warm.start(program, ROOT, _environment() | own, Path(output.name)) for own in environments]
+        code = _wait([_Forked(process, program) for process in started])
+        return _checked(code, output.read(), check)
+
+
+def _on_cpu() -> bool:
+    return _environment()["DS_ACCELERATOR"] == "cpu"  # CUDA's state does not outlive a fork
+
+
+class _Forked:
+    """A forked process, with the methods of subprocess.Popen that are used here."""
+
+    def __init__(self, process: BaseProcess, program: list[str]):
+        self.args, self._process = program, process
+        self.kill, self.wait = process.kill, process.join
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+def _rank(rank: int, ranks: int, port: str) -> dict[str, str]:
+    """What DeepSpeed's launcher sets in a rank's environment."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
 def start_ranks(ranks: int, port: str, program: list[str], output: IO[str]) -> list[subprocess.Popen]:
     """Start a program of the checkout on so many ranks, and leave them to the caller."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     return [
         subprocess.Popen(
             [sys.executable, "-u", program[0], f"--local_rank={rank}", *program[1:]],
-            cwd=ROOT, env=_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT, env=_environment() | _rank(rank, ranks, port),
             stdout=output, stderr=output,
         )
         for rank in range(ranks)
     ]  # fmt: skip
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
+def _wait(processes: Sequence[subprocess.Popen | _Forked]) -> int:
     """The exit code of the first process that fails, which ends the others; 0 where all succeed."""
     end = time.monotonic() + LIMIT_S
     try:
