@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS := mpi,lora,easy-vqa,bench,dev
+EXTRAS := mpi,lora,easy-vqa,remote,bench,dev
 # What is installed: the versions that CI tested; with UNPINNED=1 the newest of all but those in constraints.in.
 CONSTRAINTS ?= $(if $(UNPINNED),constraints.in,constraints.txt)
 STAMP := $(VENV)/.installed$(if $(UNPINNED),-unpinned)

@@ -91,7 +91,7 @@ class RemoteFiles:
         self.folder = folder
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes of a file. Raises OSError where there is no such file, DataError where the store fails."""
+        """`size` bytes of a file. Raises FileNotFoundError, and DataError where the store fails."""
         path = self.folder / name
 
         def ask() -> bytes:
@@ -114,7 +114,7 @@ class Upload:
         self.file: BinaryIO = cast(BinaryIO, self._own)
 
     def commit(self) -> None:
-        """Upload it. Raises OSError where it may not be written, DataError where the store fails."""
+        """Upload it. Raises DataError where the store fails, or may not be written."""
         self.file.flush()
         _retried(self._path, lambda: _store(self._path).put_file(self._own.name, str(self._path)))
         self.file.close()
@@ -143,7 +143,7 @@ def _store(path: Path) -> AbstractFileSystem:
 def _retried(path: Path, ask: Callable[[], Result]) -> Result:
     """What the store answers, asked again after a fault that may pass, for RETRY_S.
 
-    Raises OSError as it is where the fault will not pass (no such file, no right to it), DataError otherwise.
+    Raises FileNotFoundError as it is, DataError otherwise.
     """
     from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
@@ -155,7 +155,7 @@ def _retried(path: Path, ask: Callable[[], Result]) -> Result:
     )
     try:
         return retrying(ask)
-    except (FileNotFoundError, PermissionError, DataError):
+    except (FileNotFoundError, DataError):
         raise
     except Exception as error:
         tried = f" after {RETRY_S:.0f} s of trying" if _may_pass(error) else ""

@@ -14,6 +14,14 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from werkzeug.serving import make_server
 
 BUCKET = "bucket"
+REFUSALS = {
+    "busy": (
+        "503 Slow Down",
+        b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    ),
+    "denied": ("403 Forbidden", b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+}
+"""{fault: status and body of the answer}"""
 
 
 @dataclass
@@ -22,7 +30,7 @@ class S3:
 
     endpoint: str = ""
     fault: Callable[[dict[str, Any]], str | None] = lambda environ: None
-    """WSGI environ -> "busy" (503), "cut" (half the answer), "flip" (a bit of the answer), or None."""
+    """WSGI environ -> "busy" (503), "denied" (403), "cut" (half the answer), "flip" (a bit of the answer), or None."""
     injected: list[str] = field(default_factory=list)
 
     def every(self, n: int, *kinds: str) -> None:
@@ -35,9 +43,9 @@ class S3:
         if kind is None:
             return app(environ, start_response)
         self.injected.append(kind)
-        if kind == "busy":
-            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-            start_response("503 Slow Down", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
+        if kind in REFUSALS:
+            status, body = REFUSALS[kind]
+            start_response(status, [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
             return [body]
         body = b"".join(app(environ, start_response))
         return [body[: len(body) // 2] if kind == "cut" else body[:-1] + bytes([body[-1] ^ 1])]

@@ -123,11 +123,21 @@ def test_a_store_that_does_not_answer_is_named(far: str, monkeypatch: pytest.Mon
             ShardFolder(f"http://127.0.0.1:{unused.getsockname()[1]}/data")
 
 
+def test_who_may_not_read_is_told_at_once(server: S3, far: str) -> None:
+    found = ShardFolder(f"{far}/train")
+    server.fault = lambda environ: "denied"
+    with pytest.raises(
+        DataError, match=r"000000\.tar: the store answers PermissionError: .*Access Denied.*credentials"
+    ):
+        found.read(0)
+    assert len(server.injected) == 1
+
+
 def test_a_file_that_cannot_be_uploaded_is_not_there(server: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "RETRY_S", 0.5)
     server.fault = lambda environ: "busy" if environ["REQUEST_METHOD"] == "PUT" else None
     path = storage.location("s3://bucket/new/file")
-    with pytest.raises((DataError, OSError), match="reduce your request rate"):
+    with pytest.raises(DataError, match="the store answers OSError.*reduce your request rate.*after 0 s"):
         write_file(path, b"content")
     server.fault = lambda environ: None
     assert not storage.is_file(path) and storage.size_of(path) is None
