@@ -24,12 +24,14 @@ from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
+from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.non_finite import SkippedUpdates
-from pipeline.runtime.progress import StepProgress, say
+from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.runtime.stop import Requeue
+from pipeline.runtime.training_progress import TrainingProgress, UpdateView
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class _Loop:
         self.skips = SkippedUpdates(job.recipe.run, name, training.max_skipped_in_a_row, job.ranks)
         self.averages: dict[str, float] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
-        self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
+        self.progress = TrainingProgress(name, total, self.first, shown=job.ranks.first)
         self.notice = DataWaitNotice(name)
 
     def resume_and_load(self, dataset: ChatDataset) -> Feed:
@@ -240,14 +242,12 @@ class _Loop:
         self.bad.count(self.training.batch_size, newest)
 
     def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
-        speed = values["tokens"] / took
+        speed, wait, memory = values["tokens"] / took, waited / took, peak_memory(self.engine.device)
         if self.metrics is not None:
-            rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(waited / took, 4)}
-            self.metrics.write(update, {**values, **rates})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
-        if self.skips.total:
-            shown += f"  {self.skips.total} skipped"
-        self.progress.advance(f"{shown}  {speed:,.0f} tokens/s  {values['real_share']:.0%} real")
+            rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(wait, 4)}
+            self.metrics.write(update, {**values, **rates, "memory": memory})
+        match = values.get("match", ())
+        self.progress.advance(UpdateView(self.averages, speed, wait, memory, match, self.skips.total))
         if (notice := self.notice.after_update(waited, took, values["loader_workers"])) is not None:
             self.job.say(notice)
 

@@ -61,6 +61,15 @@ def test_verbalization_losses_fall_and_only_verb_ffns_are_kept(finished):
     assert names == {f"{n}.{w}.weight" for n in (1, 2, 3, 4) for w in ("gate", "up", "down", "norm")}
 
 
+def test_lines_of_progress_are_short_and_those_of_one_rank(finished):
+    _, _, _, said = finished
+    for step, updates in (("verbalize", 12), ("interact", 4), ("reinforce", 4)):
+        shown = [line for line in said.splitlines() if line.startswith(f"{step}  ")]
+        ends = [line for line in shown if line.startswith(f"{step}  {updates}/{updates}  eta 0:00:00  ")]
+        assert len(ends) == 1 and all(len(line) <= 160 and "tokens/s  data " in line for line in shown), shown
+    assert "teacher 1 " in said and ", mean " in said and "\x1b" not in said, "no terminal, nothing that moves"
+
+
 def test_the_cache_mirrors_the_data(finished, data):
     _, folder, _, said = finished
     ours = json.loads((cache_folder(folder / "run") / "manifest.json").read_text())
