@@ -42,6 +42,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     for step in steps:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
+            problems += _held_out_problems(recipe, step)
     if "interact" in steps:
         problems += _view_problems(recipe) + _interact_problems(recipe.interact)
     if "reinforce" in steps:
@@ -225,6 +226,17 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
     if training.steps and training.warmup_steps >= training.steps:
         problems.append(f"{step}.warmup_steps: {training.warmup_steps} must be below {step}.steps: {training.steps}")
     return problems
+
+
+def _held_out_problems(recipe: Recipe, step: str) -> list[str]:
+    every, folder = getattr(getattr(recipe, step), "evaluate_every", 0), recipe.data.held_out
+    if not every or (folder is not None and (folder / "manifest.json").is_file()):
+        return []
+    found = "no data.held_out" if folder is None else f"data.held_out: {folder}, without manifest.json"
+    return [
+        f"{step}.evaluate_every: {every} needs data.held_out: a shard folder that no step trains on, as "
+        f"`python -m data_prep shard --held-out SHARE` makes; found {found}"
+    ]
 
 
 def _deepspeed_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:

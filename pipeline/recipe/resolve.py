@@ -37,7 +37,14 @@ CHANGEABLE = {
 } | {
     f"{step}.{key}"
     for step in STEPS
-    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "max_skipped_in_a_row", *CHECKPOINTING)
+    for key in (
+        "deepspeed",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "max_skipped_in_a_row",
+        "evaluate_every",
+        *CHECKPOINTING,
+    )
 }
 
 

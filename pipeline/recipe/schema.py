@@ -28,7 +28,8 @@ class Data(Section):
     train: Path
     """Folder of shards (with manifest.json). Every step trains on it, and the teacher cache is made for it."""
     held_out: Path | None = None
-    """Folder of shards that no step trains on. `python -m pipeline evaluate` uses it when --data is not given."""
+    """Folder of shards that no step trains on. `python -m pipeline evaluate` uses it when --data is not given, and
+    evaluate_every of interact and reinforce measures on it."""
     max_length: Positive = 4096
     """Maximum length of a chat in tokens, image tokens included. Longer chats are cut, but never inside an image.
     Not stated in the paper."""
@@ -147,6 +148,10 @@ class Training(Section):
 class StudentTraining(Training):
     """Settings of a step that trains the student."""
 
+    evaluate_every: Count = 0
+    """Number of updates between two measurements on all of data.held_out, by forwards alone; the step's end has one
+    too. metrics.jsonl then has held_out_loss (cross-entropy, nat a response token) and held_out_exact_match (share of
+    last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
     merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train_vision and

@@ -24,6 +24,7 @@ from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
+from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.non_finite import SkippedUpdates
@@ -86,16 +87,17 @@ def train(
     forward: Callable[[LoadedBatch, MicroStep], StepOutput],
     may_be_unused: tuple[str, ...] = (),
     image_parts: tuple[str, ...] = (),
+    held_out: HeldOut | None = None,
 ) -> dict[str, float]:
     """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
 
-    may_be_unused, image_parts: see FirstUpdatesCheck. The last update is checkpointed too: what comes after it, such
-    as an export, may fail.
+    may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. The last update is
+    checkpointed too: what comes after it, such as an export, may fail.
 
     Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad.
     """
     engine.train()
-    loop = _Loop(job, name, training, total, engine, forward)
+    loop = _Loop(job, name, training, total, engine, forward, held_out)
     check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
     feed = loop.resume_and_load(dataset)
     try:
@@ -117,9 +119,19 @@ def train(
 class _Loop:
     """The state of a running step."""
 
-    def __init__(self, job: Job, name: str, training: Training, total: int, engine: Engine, forward: Callable):
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        training: Training,
+        total: int,
+        engine: Engine,
+        forward: Callable,
+        held_out: HeldOut | None,
+    ):
         self.job, self.name, self.training, self.total = job, name, training, total
-        self.engine, self.forward = engine, forward
+        self.engine, self.forward, self.held_out = engine, forward, held_out
+        self.measured: dict[str, float] = {}
         self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints, job.ranks)
         self.resumed_from = self.checkpoints.newest()
         self.first = self.saved = self.resumed_from.update if self.resumed_from else 0
@@ -173,7 +185,8 @@ class _Loop:
         else:
             self.job.say(self.skips.skipped(update + 1, micros, losses))
             own["skipped"] = True  # and no losses, for they are not finite
-        self._report(update + 1, own, time.monotonic() - begun, waited)
+        took = time.monotonic() - begun
+        self._report(update + 1, {**own, **self._measure(update + 1, feed.workers)}, took, waited)
         return counts.images if moved else None
 
     def _micro_steps(
@@ -193,6 +206,14 @@ class _Loop:
             losses.append(step_output.loss.detach().double())
             values = step_output.values
         return sums, losses, values
+
+    def _measure(self, update: int, workers: int) -> dict[str, float]:
+        """Measure on held-out data where that is due. Its time is none of the update's."""
+        if self.held_out is None or not self.held_out.is_due(update, self.total):
+            return {}
+        begun = time.monotonic()
+        self.measured = self.held_out.measure(self.engine, self.job.ranks, workers)
+        return {**self.measured, "held_out_s": round(time.monotonic() - begun, 4)}
 
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
@@ -247,7 +268,7 @@ class _Loop:
             rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(wait, 4)}
             self.metrics.write(update, {**values, **rates, "memory": memory})
         match = values.get("match", ())
-        self.progress.advance(UpdateView(self.averages, speed, wait, memory, match, self.skips.total))
+        self.progress.advance(UpdateView(self.averages, speed, wait, memory, match, self.skips.total, self.measured))
         if (notice := self.notice.after_update(waited, took, values["loader_workers"])) is not None:
             self.job.say(notice)
 

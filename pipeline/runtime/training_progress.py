@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.live import Live
 
+from pipeline.runtime.folder import HELD_OUT
 from pipeline.runtime.loss_groups import loss_groups
 from pipeline.runtime.progress import Pace, console, moves, say_progress, size_text
 from pipeline.runtime.training_panel import TrainingPanel
@@ -32,18 +33,20 @@ class UpdateView:
     skipped: int = 0
     """Skipped updates of the step so far."""
     held_out: Mapping[str, float] = field(default_factory=dict)
-    """The newest measurements on held-out data; empty before there are any."""
+    """{name of HELD_OUT: value} of the newest measurement; empty before there is one."""
 
     def text(self) -> str:
         """The line: of each kind of losses the shallowest layer, the deepest and the mean."""
         parts = [group.text() for group in loss_groups(self.losses)]
-        parts += [f"{name} {value:.3f}" for name, value in self.held_out.items()]
-        parts += [f"{self.skipped} skipped"] if self.skipped else []
-        return "  ".join([*parts, *self.speed()])
+        return "  ".join([*parts, *self.state()])
 
-    def speed(self) -> list[str]:
-        """Speed, waiting for data and memory."""
-        return [f"{self.tokens_per_s:,.0f} tokens/s", f"data {self.data_wait:.0%}", size_text(self.memory)]
+    def state(self) -> list[str]:
+        """What is known besides the losses: held-out data, skipped updates, speed, waiting for data, memory."""
+        loss, right = (self.held_out.get(name) for name in HELD_OUT)
+        parts = [] if loss is None or right is None else [f"held out {loss:.3f}, {right:.1%} right"]
+        parts += [f"{self.skipped} skipped"] if self.skipped else []
+        speed = f"{self.tokens_per_s:,.0f} tokens/s"
+        return [*parts, speed, f"data {self.data_wait:.0%}", size_text(self.memory)]
 
     def values(self) -> dict[str, Any]:
         """The same for a line of JSON."""
@@ -70,7 +73,7 @@ class TrainingProgress:
         """One update more."""
         self._pace.done += 1
         if self._live is not None:
-            self._panel.add(update.losses, update.match, "   ".join(self._below(update)))
+            self._panel.add(update.losses, update.match, "   ".join(update.state()))
         elif self._shown and self._pace.is_due():
             line = f"{self.name}  {self._pace.done}/{self._pace.total}  eta {self._pace.eta()}  {update.text()}"
             say_progress(line, {**self._pace.values(self.name), **update.values()})
@@ -79,7 +82,3 @@ class TrainingProgress:
         """Leave the terminal in order; the last panel stays."""
         if self._live is not None:
             self._live.stop()
-
-    def _below(self, update: UpdateView) -> list[str]:
-        held_out = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in update.held_out.items()]
-        return [*update.speed(), *held_out, *([f"{update.skipped} skipped"] if update.skipped else [])]

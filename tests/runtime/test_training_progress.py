@@ -41,14 +41,16 @@ def of_verbalize(update: int) -> UpdateView:
 def of_interact(update: int) -> UpdateView:
     losses = {f"layer/{layer}": 3 / update + layer / 100 for layer in STUDENT[:-1]} | {"last": 1 / update}
     match = [4 * place + 2 + 4 * (update % 2) for place in range(7)]
-    return UpdateView(losses, 1234.5, 0.5, 2_000_000_000, match, 1, {"held_out_loss": 0.75})
+    return UpdateView(
+        losses, 1234.5, 0.5, 2_000_000_000, match, 1, {"held_out_loss": 0.75, "held_out_exact_match": 0.5}
+    )
 
 
 def panel_of(view, updates: int) -> TrainingPanel:
     panel = TrainingPanel("interact", Pace(150, 0))
     for update in range(1, updates + 1):
         one = view(update)
-        panel.add(one.losses, one.match, "   ".join(one.speed()))
+        panel.add(one.losses, one.match, "   ".join(one.state()))
     return panel
 
 
@@ -165,7 +167,7 @@ def test_on_a_terminal_the_panel_is_drawn_and_lines_stand_above_it():
     text = seen.decode()
     assert program.wait() == 0, text
     last = text[text.rindex("eta") :]
-    assert "30/150" in text and "held out loss 0.750" in last and "1 skipped" in last
+    assert "30/150" in text and "held out 0.750, 50.0% right" in last and "1 skipped" in last
     assert text.count("a line between") == text.count("printed by a library") == 1
     assert text.rindex("printed by a library") < text.rindex("30/150"), "the panel is below them"
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is there again"

@@ -20,6 +20,7 @@ from pipeline.results.report.figures import curves, kl_maps, match_map, shares
 from pipeline.results.status import losses_of_line
 from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.matches import read_matches
+from pipeline.runtime.folder import HELD_OUT
 
 SPEED = {"tokens_per_s": "tokens/s", "data_wait": "share of the time", "real_share": "share of the tokens"}
 """What is shown of a step's speed, with its unit."""
@@ -70,6 +71,8 @@ def _sections(run: RunFacts) -> Iterator[Section]:
         if not lines:
             continue
         figures = [curves(series, title, "nat a token") for title, series in _grouped(step, loss_series(lines))]
+        if (right := _series(lines, HELD_OUT[1]))[0]:
+            figures.append(curves({"exact match": right}, f"{step}, held-out exact match", "share"))
         yield Section(f"{step}: losses", f"{len(lines)} updates so far.", figures)
     if lines := [line for line in run.lines["interact"] if line.get("match")]:
         yield _matching(run, lines)
