@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     needs_student = asked != {"cache"}
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
-    problems = _data_problems(recipe)
+    problems = _data_problems(recipe) + _logger_problems(recipe)
     if needs_teacher and recipe.stage_1 is not None:
         problems.append(
             f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(needs_teacher))} "
@@ -122,6 +123,17 @@ def _data_problems(recipe: Recipe) -> list[str]:
         )
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         problems.append(f"data.min_pixels: {data.min_pixels} is above data.max_pixels: {data.max_pixels}")
+    return problems
+
+
+def _logger_problems(recipe: Recipe) -> list[str]:
+    """The loggers that the recipe names and that are not installed."""
+    problems = []
+    for name in recipe.log_to:
+        try:
+            metadata.version(name)  # not find_spec: a folder wandb/ beside would do for a module
+        except metadata.PackageNotFoundError:
+            problems.append(f"log_to: {name} is not installed: pip install 'vlsi[{name}]', or leave it out")
     return problems
 
 

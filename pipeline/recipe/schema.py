@@ -278,6 +278,12 @@ class Recipe(Section):
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where else the lines of RUN/metrics.jsonl are shown while a step trains; [] for nowhere. Nothing leaves the
+    machine unless a variable of the environment says so.
+    tensorboard: RUN/tensorboard, with maps of the KL between layers and histograms of the matches.
+    wandb: RUN/wandb, offline unless WANDB_MODE is set; the extra wandb.
+    trackio: RUN/trackio, unless TRACKIO_DIR or TRACKIO_SPACE_ID is set; the extra trackio."""
     hang_minutes: Rate = 8.0
     """Minutes without progress, such as a micro-step, after which a rank counts as hanging: all ranks then end with an
     error that names it and where it stands. What takes long (hashing, loading, checkpoints) may take 10 times as long.

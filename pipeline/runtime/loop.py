@@ -139,7 +139,7 @@ class _Loop:
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.skips = SkippedUpdates(job.recipe.run, name, training.max_skipped_in_a_row, job.ranks)
         self.averages: dict[str, float] = {}
-        self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
+        self.metrics = Metrics(job.recipe.run, name, self.first, job.recipe.log_to) if job.ranks.first else None
         self.progress = TrainingProgress(name, total, self.first, shown=job.ranks.first)
         self.notice = DataWaitNotice(name)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import get_args
 
@@ -359,3 +361,17 @@ def test_measuring_on_held_out_data_needs_held_out_data(tmp_path, values):
     first.recipe.run.mkdir()
     (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
     refuse_changes(load_recipe(path, ["reinforce.evaluate_every=5"]), STEPS)  # a run may begin to measure
+
+
+def test_a_logger_that_is_not_installed_is_refused_with_its_extra(tmp_path, values, monkeypatch):
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    path = write(tmp_path, values)
+    check_recipe(load_recipe(path, ["log_to=[tensorboard]"]).recipe, STEPS)  # is always there
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(RecipeError, match=r"log_to: wandb is not installed: pip install 'vlsi\[wandb\]'"):
+        check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("cache",))
+    check_recipe(load_recipe(path, ["log_to=[]"]).recipe, STEPS)
+    with pytest.raises(RecipeError, match=r"log_to.*'tensorboard', 'wandb' or 'trackio'"):
+        load_recipe(path, ["log_to=[mlflow]"])
