@@ -35,13 +35,14 @@ class Section:
     figures: Sequence[Markup]
 
 
-def write_report(path: Path, runs: Sequence[RunFacts]) -> None:
-    """Write the page, whole or not at all."""
+def write_report(path: Path, runs: Sequence[RunFacts], reload_s: int | None = None) -> None:
+    """Write the page, whole or not at all. reload_s: seconds after which a browser reads it again; None: never."""
     path.parent.mkdir(parents=True, exist_ok=True)
     evaluated = _evaluations(runs)
     page = render(
         "report.html",
         runs=runs,
+        reload_s=reload_s,
         differences=differences(runs) if len(runs) > 1 else [],
         together=list(_together(runs)) if len(runs) > 1 else [],
         sections={run.name: list(_sections(run)) for run in runs},
