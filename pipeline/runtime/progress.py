@@ -53,6 +53,12 @@ def moves() -> bool:
     return on_terminal and not (_OUTPUT.quiet or _OUTPUT.json)
 
 
+def show_cursor() -> None:
+    """Give a terminal its cursor back, which what moves has hidden: for a process that ends in the middle of it."""
+    if moves():
+        console().show_cursor()
+
+
 def say(text: str, first: bool = True) -> None:
     """Print a line on rank 0."""
     if not first:

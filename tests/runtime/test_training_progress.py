@@ -174,6 +174,16 @@ def test_on_a_terminal_the_panel_is_drawn_and_lines_stand_above_it():
     assert text.count("eta") < 15, "30 updates at once are not 30 drawings"
 
 
+def test_a_process_that_ends_in_the_middle_gives_the_cursor_back(monkeypatch, capsys):
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "console", lambda: Console(file=terminal, force_terminal=True))
+    progress.show_cursor()
+    assert terminal.getvalue() == "", "a file, whatever rich thinks of it"
+    monkeypatch.setattr(progress, "moves", lambda: True)
+    progress.show_cursor()
+    assert terminal.getvalue() == "\x1b[?25h"
+
+
 def test_the_pace_is_that_of_this_start(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
