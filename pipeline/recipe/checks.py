@@ -31,7 +31,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     needs_student = asked != {"cache"}
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
-    problems = _data_problems(recipe) + _logger_problems(recipe)
+    problems = _data_problems(recipe) + (_logger_problems(recipe) if needs_student else [])
     if needs_teacher and recipe.stage_1 is not None:
         problems.append(
             f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(needs_teacher))} "
@@ -127,7 +127,7 @@ def _data_problems(recipe: Recipe) -> list[str]:
 
 
 def _logger_problems(recipe: Recipe) -> list[str]:
-    """The loggers that the recipe names and that are not installed."""
+    """The loggers that the recipe names and that are not installed. The cache step uses none of the extras."""
     problems = []
     for name in recipe.log_to:
         try:

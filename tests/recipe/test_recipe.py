@@ -371,7 +371,8 @@ def test_a_logger_that_is_not_installed_is_refused_with_its_extra(tmp_path, valu
     check_recipe(load_recipe(path, ["log_to=[tensorboard]"]).recipe, STEPS)  # is always there
     monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(RecipeError, match=r"log_to: wandb is not installed: pip install 'vlsi\[wandb\]'"):
-        check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("cache",))
+        check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("interact",))
+    check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("cache",))  # shows nothing there
     check_recipe(load_recipe(path, ["log_to=[]"]).recipe, STEPS)
     with pytest.raises(RecipeError, match=r"log_to.*'tensorboard', 'wandb' or 'trackio'"):
         load_recipe(path, ["log_to=[mlflow]"])
