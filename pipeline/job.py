@@ -93,7 +93,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     ranks = engine.start(verbose)
     watch.start(ranks.rank, ranks.world, resolved.recipe.hang_minutes)
     check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
-    wait_for_files(ranks, [folder / MANIFEST for folder in _data_folders(resolved.recipe)])
+    wait_for_files(ranks, [folder / MANIFEST for folder in _data_folders(resolved.recipe, steps)])
     check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
@@ -127,11 +127,10 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     return code
 
 
-def _data_folders(recipe: Recipe) -> list[Path]:
-    """The shard folders that a run's steps read."""
-    folders = [recipe.data.train, recipe.reinforce.train]
-    if recipe.interact.evaluate_every or recipe.reinforce.evaluate_every:
-        folders.append(recipe.data.held_out)
+def _data_folders(recipe: Recipe, steps: Sequence[str]) -> list[Path]:
+    """The shard folders that the steps read."""
+    measures = any(getattr(getattr(recipe, step), "evaluate_every", 0) for step in steps)
+    folders = (recipe.data.train, recipe.reinforce.train, recipe.data.held_out if measures else None)
     return [folder for folder in folders if folder is not None]
 
 

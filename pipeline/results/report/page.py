@@ -131,6 +131,9 @@ def _together(runs: Sequence[RunFacts]) -> Iterator[Section]:
         names = dict.fromkeys(name for found in series.values() for name in found)
         of_all = {name: {run: found[name] for run, found in series.items() if name in found} for name in names}
         figures = [curves(lines, f"{step}, {name}", "nat a token") for name, lines in of_all.items()]
+        right = {run.name: _series(run.lines[step], HELD_OUT[1]) for run in runs}
+        if right := {name: found for name, found in right.items() if found[0]}:
+            figures.append(curves(right, f"{step}, held-out exact match", "share"))
         yield Section(f"{step}, several runs", "", figures)
 
 
