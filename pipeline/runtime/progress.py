@@ -158,4 +158,6 @@ class StepProgress:
 
 
 def _print_json(values: Mapping[str, Any]) -> None:
-    print(json.dumps({"time": round(time.time(), 3), **values}, ensure_ascii=False), flush=True)
+    # In one piece, also under python -u: other processes write into the same log.
+    sys.stdout.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+    sys.stdout.flush()

@@ -163,8 +163,9 @@ def test_a_failed_export_loses_no_update(tiny_models, data, tmp_path):
     assert "student.partial" in said and not (run / "student").exists()
     before = metrics(run, "reinforce")
     assert not (run / "student.partial").exists(), "nothing unfinished is left in the way"
-    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
-    assert "reinforce: resumed after update 2 of 2" in said
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--log-format", "json", "--quiet")
+    objects = [json.loads(line) for line in said.splitlines() if line.startswith('{"time": ')]
+    assert "reinforce: resumed after update 2 of 2" in [one["message"] for one in objects]
     assert metrics(run, "reinforce") == before and len(before) == 2
     assert (run / "student" / "model.safetensors").is_file() and not (run / "reinforce" / "checkpoints").exists()
 
