@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.runtime.kl_grid import Pairs, kl_grid
 from pipeline.runtime.loggers.interface import Line, StepLog, matches, scalars
 
 HISTOGRAM_EVERY = 50
@@ -52,12 +52,10 @@ class TensorBoard:
         self._lately.clear()
 
 
-def kl_figure(pairs: Sequence[tuple[int, int, float]]) -> Figure:
-    """(student layer, teacher layer, nat a token) of all pairs as a map; pairs outside the search range are blank."""
-    students, teachers = (sorted({pair[of] for pair in pairs}) for of in (0, 1))
-    values = np.full((len(teachers), len(students)), np.nan)
-    for student, teacher, value in pairs:
-        values[teachers.index(teacher), students.index(student)] = value
+def kl_figure(pairs: Pairs) -> Figure:
+    """The KL of all pairs as a map; pairs outside the search range are blank."""
+    grid = kl_grid([pairs])
+    students, teachers, (values,) = grid.students, grid.teachers, grid.maps
     figure = Figure(figsize=(2 + 0.5 * len(students), 1.5 + 0.25 * len(teachers)), layout="constrained")
     axes = figure.add_subplot(xlabel="student layer", ylabel="teacher layer")
     image = axes.imshow(values, aspect="auto", origin="lower", cmap="cividis", vmin=0)
