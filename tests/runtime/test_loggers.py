@@ -122,10 +122,15 @@ def test_trackio_lies_in_the_run_folder_and_has_every_update_once(tmp_path, monk
     for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, name)  # it reads TRACKIO_DIR when it is imported
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if "TRACKIO" not in name})
+    (tmp_path / "recipe.yaml").write_text("run: runs/a\n")
     stop_and_resume(tmp_path, ["trackio"])
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("select run_name, step, metrics from metrics order by step").fetchall()
     assert Counter(step for _, step, _ in rows) == Counter(range(1, TOTAL + 1))
     assert {name for name, _, _ in rows} == {"interact"} and json.loads(rows[2][2])["match/2"] == 6
+    (tmp_path / "recipe.yaml").write_text("run: elsewhere/a\n")  # of the same name, where TRACKIO_DIR is shared
+    stop_and_resume(tmp_path, ["trackio"])
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("select count(*) from metrics").fetchone() == (2 * TOTAL,), "both are there"
     assert capsys.readouterr().out == ""

@@ -17,11 +17,12 @@ class Trackio:
         os.environ.setdefault("TRACKIO_DIR", str(log.run.resolve() / "trackio"))  # trackio reads it when imported
         import trackio
 
-        project = log.run.resolve().name
+        self._finish = trackio.finish  # a run's own would leave trackio to end it again at exit
+        project, recipe = log.run.resolve().name, recipe_of(log.run)
         with contextlib.redirect_stdout(sys.stderr):  # standard output is the panel's, or one of JSON lines
-            _remove(trackio, project, log.step)
+            _remove(trackio, project, log.step, recipe.get("run"))
             self._run = trackio.init(
-                project, log.step, config=recipe_of(log.run), embed=False, auto_log_gpu=False, auto_log_cpu=False
+                project, log.step, config=recipe, embed=False, auto_log_gpu=False, auto_log_cpu=False
             )
         for line in log.kept:
             self.write(line)
@@ -34,11 +35,12 @@ class Trackio:
     def close(self) -> None:
         """Write what is left."""
         with contextlib.redirect_stdout(sys.stderr):
-            self._run.finish()
+            self._finish()
 
 
-def _remove(trackio, project: str, name: str) -> None:
+def _remove(trackio, project: str, name: str, folder: str | None) -> None:
+    """Remove what this run's folder has shown of a step; another run may have its name, and share TRACKIO_DIR."""
     with contextlib.suppress(ValueError):  # no such project yet
         for run in list(trackio.Api().runs(project)):
-            if run.name == name:
+            if run.name == name and (run.config or {}).get("run") == folder:
                 run.delete()
