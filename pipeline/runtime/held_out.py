@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards import ShardFolder
+from pipeline.errors import DataError
 from pipeline.recipe.schema import StudentTraining
 from pipeline.runtime import watch
 from pipeline.runtime.data.bad_samples import Rejected
@@ -47,8 +48,8 @@ class HeldOut:
     def measure(self, engine: Engine, ranks: Ranks, workers: int) -> dict[str, float]:
         """HELD_OUT as {name: value}, over all samples and ranks. All ranks must call.
 
-        Modules are in eval mode meanwhile; torch's random numbers go on afterwards as if nothing had been. workers:
-        loader processes of this rank.
+        Raises DataError, on all of them, where no sample can be used. Modules are in eval mode meanwhile; torch's
+        random numbers go on afterwards as if nothing had been. workers: loader processes of this rank.
         """
         watch.doing(f"{self.name}: opening the held-out data", long=True)
         plan = self._micro_batches = self._micro_batches or self.plan(ranks)
@@ -63,8 +64,8 @@ class HeldOut:
         engine.train()
         watch.doing(f"{self.name}: summing up the held-out data with all ranks")
         nats, tokens, right, answers = sum_over_ranks(found.to(engine.device)).tolist()
-        self._say_rejected(gather_lists(rejected), ranks)
-        return dict(zip(HELD_OUT, (nats / max(1.0, tokens), right / max(1.0, answers)), strict=True))
+        self._judge(gather_lists(rejected), ranks)
+        return dict(zip(HELD_OUT, (nats / tokens, right / answers), strict=True))
 
     def plan(self, ranks: Ranks) -> list[list[SampleIndex]]:
         """This rank's micro-batches: every rank has as many, for under ZeRO-3 all must run the same modules."""
@@ -76,14 +77,16 @@ class HeldOut:
         own = range(ranks.rank * size, len(samples) + ranks.rank * size, size * ranks.world)
         return [samples[start : start + size] for start in own]
 
-    def _say_rejected(self, rejected: list[Rejected], ranks: Ranks) -> None:
+    def _judge(self, rejected: list[Rejected], ranks: Ranks) -> None:
+        """Say once which samples are left out. Raises DataError where none is left."""
+        named = "".join(f"; first {one.key} in {one.shard}: {one.reason}" for one in rejected[:1])
+        if len(rejected) == len(self.dataset):
+            folder = self.dataset.folder.path
+            raise DataError(f"data.held_out: none of the {len(rejected)} samples of {folder} can be used{named}")
         if rejected and not self._said:
-            self._said, first = True, rejected[0]
-            say(
-                f"warning: {self.name}: {len(rejected)} of {len(self.dataset)} samples of data.held_out cannot be used "
-                f"and are left out of its measurements; first {first.key} in {first.shard}: {first.reason}",
-                ranks.first,
-            )
+            self._said = True
+            count = f"{len(rejected)} of {len(self.dataset)} samples of data.held_out"
+            say(f"warning: {self.name}: {count} cannot be used and are not measured on{named}", ranks.first)
 
 
 def open_held_out(

@@ -98,9 +98,9 @@ def train(
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward, held_out)
-    check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
-    feed = loop.resume_and_load(dataset)
     try:
+        check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
+        feed = loop.resume_and_load(dataset)
         for update in range(loop.first, total):
             images = loop.run_update(update, feed)
             if images is not None:

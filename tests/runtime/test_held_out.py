@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import chats, write_data
 
+from pipeline.errors import DataError
 from pipeline.recipe.schema import StudentTraining
 from pipeline.runtime.held_out import HeldOut, open_held_out
 from pipeline.runtime.ranks import Ranks
@@ -91,6 +93,17 @@ def test_what_cannot_be_used_is_left_out_and_said_once(tmp_path, student, capsys
     assert first == second and math.isfinite(first["held_out_loss"])
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("warning: reinforce: 3 of 6 samples of data.held_out cannot be used") and "s00001" in said
+
+
+def test_data_that_cannot_be_used_at_all_is_no_loss_of_zero(tmp_path, student):
+    bad = write_data(tmp_path / "held_out", 3)
+    engine, encoder = student
+    short = copy.copy(encoder)
+    short.max_length = 1  # leaves no response token
+    with pytest.raises(
+        DataError, match=r"data.held_out: none of the 3 samples of .*held_out can be used; first s00000"
+    ):
+        measuring(bad, engine, short, micro_batch_size=2).measure(engine, Ranks(), workers=0)
 
 
 def test_it_is_due_every_so_many_updates_and_at_the_end(held_out, student):
