@@ -14,6 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from launch.output import add_output_arguments, choose_output
+
 
 def shard_range(text: str) -> tuple[int, int]:
     """'0-99' -> (0, 99), both included; '7' -> (7, 7)."""
@@ -46,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override values of the recipe, as in --set cache.batch_tokens=8192",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="let libraries log what they like")
+    add_output_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
 
@@ -59,9 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then cache."""
     options = parse(arguments)
-    from pipeline.runtime.logs import filter_logs
-
-    filter_logs(options.verbose)
+    choose_output(options)
     from pipeline.job import run_steps
 
     return run_steps(

@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from launch.output import add_output_arguments, choose_output
+
 STAGES = {1: ("verbalize", "cache"), 2: ("interact", "reinforce")}
 
 
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stop-after", type=int, metavar="N", help="checkpoint and stop cleanly after N updates of this invocation"
     )
-    parser.add_argument("--verbose", action="store_true", help="let libraries log what they like")
+    add_output_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
 
@@ -52,9 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check everything that can be checked without a model, then run the stage's steps."""
     options = parse(arguments)
-    from pipeline.runtime.logs import filter_logs
-
-    filter_logs(options.verbose)
+    choose_output(options)
     from pipeline.job import run_steps
 
     steps = (options.only,) if options.only else STAGES[options.stage]

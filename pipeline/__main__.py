@@ -6,13 +6,15 @@
   python -m pipeline answer --run runs/demo --output data/answered
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
   python -m pipeline report runs/demo
+  python -m pipeline watch runs/demo
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
 plan says what a recipe will need, before anything is started. status shows which steps are done and what to run next.
 evaluate compares models on held-out data. answer lets a model answer the questions of a shard folder. trace shows what
-each layer of a model predicts. report writes a page about one run or several. cache-info shows what a teacher cache
-holds, and how close it is to the teacher. env prints what a bug report needs.
+each layer of a model predicts. report writes a page about one run or several; watch writes it again and again, to
+follow a run. cache-info shows what a teacher cache holds, and how close it is to the teacher. env prints what a bug
+report needs.
 `python -m pipeline COMMAND --help` describes one command in full. Runs are made by launch/train.py, data by
 python -m data_prep.
 """
@@ -148,6 +150,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
         (trace.add_arguments, "trace", "what each layer predicts on the way to an answer", trace.TEXT),
         (report.add_arguments, "report", "a page about one run, or several side by side", report.TEXT),
+        (report.add_watch_arguments, "watch", "follow a run: its report, written again and again", report.WATCH),
         (_add_cache_info, "cache-info", "what a teacher cache holds, and how close it is to the teacher", CACHE_INFO),
         (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
     ):
@@ -340,6 +343,7 @@ COMMANDS = {
     "answer": _answer,
     "trace": trace.run,
     "report": report.run,
+    "watch": report.run_watch,
     "cache-info": _cache_info,
     "env": _env,
 }

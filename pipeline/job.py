@@ -20,6 +20,7 @@ from pipeline.runtime.first_error import report, report_failure
 from pipeline.runtime.stop import Requeue, listen
 
 if TYPE_CHECKING:
+    from pipeline.recipe.schema import Recipe
     from pipeline.runtime.ranks import Ranks
 
 USER_ERROR, FAILURE = 2, 1
@@ -92,8 +93,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     ranks = engine.start(verbose)
     watch.start(ranks.rank, ranks.world, resolved.recipe.hang_minutes)
     check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
-    data = (resolved.recipe.data.train, resolved.recipe.reinforce.train)
-    wait_for_files(ranks, [folder / MANIFEST for folder in data if folder is not None])
+    wait_for_files(ranks, [folder / MANIFEST for folder in _data_folders(resolved.recipe, steps)])
     check_attention(resolved.recipe.attention, engine.dtype_of(resolved.recipe))  # before the hashing, not only loading
     job = Job(resolved.recipe, ranks, stop_after)
     if ranks.first:
@@ -125,6 +125,13 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     watch.stop()
     engine.stop()
     return code
+
+
+def _data_folders(recipe: Recipe, steps: Sequence[str]) -> list[Path]:
+    """The shard folders that the steps read."""
+    measures = any(getattr(getattr(recipe, step), "evaluate_every", 0) for step in steps)
+    folders = (recipe.data.train, recipe.reinforce.train, recipe.data.held_out if measures else None)
+    return [folder for folder in folders if folder is not None]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     needs_student = asked != {"cache"}
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
-    problems = _data_problems(recipe)
+    problems = _data_problems(recipe) + (_logger_problems(recipe) if needs_student else [])
     if needs_teacher and recipe.stage_1 is not None:
         problems.append(
             f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(needs_teacher))} "
@@ -43,6 +44,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     for step in steps:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
+            problems += _held_out_problems(recipe, step)
     if "interact" in steps:
         problems += _view_problems(recipe) + _interact_problems(recipe.interact)
     if "reinforce" in steps:
@@ -122,6 +124,17 @@ def _data_problems(recipe: Recipe) -> list[str]:
         )
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         problems.append(f"data.min_pixels: {data.min_pixels} is above data.max_pixels: {data.max_pixels}")
+    return problems
+
+
+def _logger_problems(recipe: Recipe) -> list[str]:
+    """The loggers that the recipe names and that are not installed. The cache step uses none of the extras."""
+    problems = []
+    for name in recipe.log_to:
+        try:
+            metadata.version(name)  # not find_spec: a folder wandb/ beside would do for a module
+        except metadata.PackageNotFoundError:
+            problems.append(f"log_to: {name} is not installed: pip install 'vlsi[{name}]', or leave it out")
     return problems
 
 
@@ -226,6 +239,17 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
     if training.steps and training.warmup_steps >= training.steps:
         problems.append(f"{step}.warmup_steps: {training.warmup_steps} must be below {step}.steps: {training.steps}")
     return problems
+
+
+def _held_out_problems(recipe: Recipe, step: str) -> list[str]:
+    every, folder = getattr(getattr(recipe, step), "evaluate_every", 0), recipe.data.held_out
+    if not every or (folder is not None and is_file(folder / "manifest.json")):
+        return []
+    found = "no data.held_out" if folder is None else f"data.held_out: {folder}, without manifest.json"
+    return [
+        f"{step}.evaluate_every: {every} needs data.held_out: a shard folder that no step trains on, as "
+        f"`python -m data_prep shard --held-out SHARE` makes; found {found}"
+    ]
 
 
 def _deepspeed_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:

@@ -29,6 +29,7 @@ CHANGEABLE = {
     "gradient_checkpointing",
     "attention",
     "hang_minutes",
+    "log_to",
     "data.workers",
     "data.memory_mb",
     "data.held_out",
@@ -37,7 +38,14 @@ CHANGEABLE = {
 } | {
     f"{step}.{key}"
     for step in STEPS
-    for key in ("deepspeed", "micro_batch_size", "micro_batch_tokens", "max_skipped_in_a_row", *CHECKPOINTING)
+    for key in (
+        "deepspeed",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "max_skipped_in_a_row",
+        "evaluate_every",
+        *CHECKPOINTING,
+    )
 }
 
 

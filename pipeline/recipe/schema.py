@@ -46,7 +46,7 @@ class Data(Section):
     cache is made for it."""
     held_out: Location | None = None
     """Folder of shards, or its URL, that no step trains on. `python -m pipeline evaluate` uses it when --data is not
-    given."""
+    given, and evaluate_every of interact and reinforce measures on it."""
     max_length: Positive = 4096
     """Maximum length of a chat in tokens, image tokens included. Longer chats are cut, but never inside an image.
     Not stated in the paper."""
@@ -165,6 +165,10 @@ class Training(Section):
 class StudentTraining(Training):
     """Settings of a step that trains the student."""
 
+    evaluate_every: Count = 0
+    """Number of updates between two measurements on all of data.held_out, by forwards alone; the step's end has one
+    too. metrics.jsonl then has held_out_loss (cross-entropy, nat a response token) and held_out_exact_match (share of
+    last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
     merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train_vision and
@@ -291,6 +295,12 @@ class Recipe(Section):
     gradient_checkpointing: bool = False
     """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
     results do not change. Paper: true."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where else the lines of RUN/metrics.jsonl are shown while a step trains; [] for nowhere. Nothing leaves the
+    machine unless a variable of the environment says so.
+    tensorboard: RUN/tensorboard, with maps of the KL between layers and histograms of the matches.
+    wandb: RUN/wandb, offline unless WANDB_MODE is set; the extra wandb.
+    trackio: RUN/trackio, unless TRACKIO_DIR or TRACKIO_SPACE_ID is set; the extra trackio."""
     hang_minutes: Rate = 8.0
     """Minutes without progress, such as a micro-step, after which a rank counts as hanging: all ranks then end with an
     error that names it and where it stands. What takes long (hashing, loading, checkpoints) may take 10 times as long.

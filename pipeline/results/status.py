@@ -25,12 +25,12 @@ from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.results import jobs_table
 from pipeline.results.jobs import FOLDER, read_jobs
 from pipeline.runtime.data.data_wait import WINDOW
-from pipeline.runtime.folder import begun_steps, done, read_kernels, read_metrics, read_requeue
+from pipeline.runtime.folder import HELD_OUT, begun_steps, done, read_kernels, read_metrics, read_requeue
 from pipeline.runtime.progress import size_text
 
 # Fields of a metrics.jsonl line that are not losses.
 _NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}
-_NOT_LOSSES |= {"gradient_norm", "real_share", "checkpoint_s"}
+_NOT_LOSSES |= {"gradient_norm", "real_share", "checkpoint_s", "held_out_exact_match", "held_out_s"}
 REFRESH_S = 10.0
 """Between two looks of `watch`: SLURM's controller should not be asked more often."""
 STAGE = {"verbalize": 1, "cache": 1, "interact": 2, "reinforce": 2}
@@ -49,6 +49,8 @@ class StepStatus:
     """Losses of the last update, in nat per response token."""
     size: int
     """Bytes on disk."""
+    held_out: str = ""
+    """The newest measurement on held-out data; empty where there is none."""
 
 
 def status(run: Path) -> tuple[list[StepStatus], str]:
@@ -110,7 +112,8 @@ def render(run: Path, steps: list[StepStatus], following: str) -> RenderableType
     table.add_column("on disk", justify="right")
     for step in steps:
         size = size_text(step.size) if step.size else ""
-        table.add_row(step.name, step.state, step.progress, _format_losses(step.losses), size)
+        losses = "\n".join(filter(None, (_format_losses(step.losses), step.held_out)))
+        table.add_row(step.name, step.state, step.progress, losses, size)
     parts = [f"{name} {size_text(size)}" for name, size in _other_parts(run)]
     lines = {
         "on disk:": ", ".join([*parts, f"total {size_text(size_of(run))}"]),
@@ -170,7 +173,7 @@ def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
         progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
         progress = _update_progress(lines, planned(recipe, name)) if lines else ""
-    return StepStatus(name, state, progress, losses, size)
+    return StepStatus(name, state, progress, losses, size, _newest_held_out(lines))
 
 
 def _update_progress(lines: list[dict[str, Any]], of: int | str) -> str:
@@ -225,8 +228,17 @@ def _format_losses(losses: Mapping[str, float]) -> str:
 
 
 def _newest_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Those of the last update that was not skipped."""
-    return next((losses_of_line(line) for line in reversed(lines) if not line.get("skipped")), {})
+    """Those of the last update that was not skipped, on the data that it trained on."""
+    newest: dict[str, Any] = next((line for line in reversed(lines) if not line.get("skipped")), {})
+    return {name: value for name, value in losses_of_line(newest).items() if name not in HELD_OUT}
+
+
+def _newest_held_out(lines: list[dict[str, Any]]) -> str:
+    found = next((line for line in reversed(lines) if HELD_OUT[0] in line), None)
+    if found is None:
+        return ""
+    loss, right = (found[name] for name in HELD_OUT)
+    return f"held out  {loss:.3f}, {right:.1%} right (update {found['update']})"
 
 
 def losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:

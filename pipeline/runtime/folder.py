@@ -11,6 +11,8 @@ from data_prep.shards import write_file
 from pipeline.errors import DataError
 from pipeline.recipe.schema import STEPS
 
+HELD_OUT = ("held_out_loss", "held_out_exact_match")
+"""What lines of metrics.jsonl have of held-out data: nat a response token, and a share from 0 to 1."""
 KERNELS = "kernels.json"
 """File of a run folder: the kernels of its newest invocation."""
 REQUEUE = "requeue.json"

@@ -24,12 +24,15 @@ from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
+from pipeline.runtime.held_out import HeldOut
+from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.non_finite import SkippedUpdates
-from pipeline.runtime.progress import StepProgress, say
+from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
 from pipeline.runtime.stop import Requeue
+from pipeline.runtime.training_progress import TrainingProgress, UpdateView
 
 
 @dataclass(frozen=True)
@@ -84,19 +87,20 @@ def train(
     forward: Callable[[LoadedBatch, MicroStep], StepOutput],
     may_be_unused: tuple[str, ...] = (),
     image_parts: tuple[str, ...] = (),
+    held_out: HeldOut | None = None,
 ) -> dict[str, float]:
     """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
 
-    may_be_unused, image_parts: see FirstUpdatesCheck. The last update is checkpointed too: what comes after it, such
-    as an export, may fail.
+    may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. The last update is
+    checkpointed too: what comes after it, such as an export, may fail.
 
     Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad.
     """
     engine.train()
-    loop = _Loop(job, name, training, total, engine, forward)
-    check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
-    feed = loop.resume_and_load(dataset)
+    loop = _Loop(job, name, training, total, engine, forward, held_out)
     try:
+        check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
+        feed = loop.resume_and_load(dataset)
         for update in range(loop.first, total):
             images = loop.run_update(update, feed)
             if images is not None:
@@ -115,9 +119,19 @@ def train(
 class _Loop:
     """The state of a running step."""
 
-    def __init__(self, job: Job, name: str, training: Training, total: int, engine: Engine, forward: Callable):
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        training: Training,
+        total: int,
+        engine: Engine,
+        forward: Callable,
+        held_out: HeldOut | None,
+    ):
         self.job, self.name, self.training, self.total = job, name, training, total
-        self.engine, self.forward = engine, forward
+        self.engine, self.forward, self.held_out = engine, forward, held_out
+        self.measured: dict[str, float] = {}
         self.checkpoints = Checkpoints(job.recipe.run / name, training.keep_checkpoints, job.ranks)
         self.resumed_from = self.checkpoints.newest()
         self.first = self.saved = self.resumed_from.update if self.resumed_from else 0
@@ -125,8 +139,8 @@ class _Loop:
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.skips = SkippedUpdates(job.recipe.run, name, training.max_skipped_in_a_row, job.ranks)
         self.averages: dict[str, float] = {}
-        self.metrics = Metrics(job.recipe.run, name, self.first) if job.ranks.first else None
-        self.progress = StepProgress(name, total, self.first, shown=job.ranks.first)
+        self.metrics = Metrics(job.recipe.run, name, self.first, job.recipe.log_to) if job.ranks.first else None
+        self.progress = TrainingProgress(name, total, self.first, shown=job.ranks.first)
         self.notice = DataWaitNotice(name)
 
     def resume_and_load(self, dataset: ChatDataset) -> Feed:
@@ -171,7 +185,8 @@ class _Loop:
         else:
             self.job.say(self.skips.skipped(update + 1, micros, losses))
             own["skipped"] = True  # and no losses, for they are not finite
-        self._report(update + 1, own, time.monotonic() - begun, waited)
+        took = time.monotonic() - begun
+        self._report(update + 1, {**own, **self._measure(update + 1, feed.workers)}, took, waited)
         return counts.images if moved else None
 
     def _micro_steps(
@@ -191,6 +206,14 @@ class _Loop:
             losses.append(step_output.loss.detach().double())
             values = step_output.values
         return sums, losses, values
+
+    def _measure(self, update: int, workers: int) -> dict[str, float]:
+        """Measure on held-out data where that is due. Its time is none of the update's."""
+        if self.held_out is None or not self.held_out.is_due(update, self.total):
+            return {}
+        begun = time.monotonic()
+        self.measured = self.held_out.measure(self.engine, self.job.ranks, workers)
+        return {**self.measured, "held_out_s": round(time.monotonic() - begun, 4)}
 
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
@@ -240,14 +263,12 @@ class _Loop:
         self.bad.count(self.training.batch_size, newest)
 
     def _report(self, update: int, values: Mapping[str, Any], took: float, waited: float) -> None:
-        speed = values["tokens"] / took
+        speed, wait, memory = values["tokens"] / took, waited / took, peak_memory(self.engine.device)
         if self.metrics is not None:
-            rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(waited / took, 4)}
-            self.metrics.write(update, {**values, **rates})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in self.averages.items())
-        if self.skips.total:
-            shown += f"  {self.skips.total} skipped"
-        self.progress.advance(f"{shown}  {speed:,.0f} tokens/s  {values['real_share']:.0%} real")
+            rates = {"tokens_per_s": round(speed, 1), "update_s": round(took, 4), "data_wait": round(wait, 4)}
+            self.metrics.write(update, {**values, **rates, "memory": memory})
+        match = values.get("match", ())
+        self.progress.advance(UpdateView(self.averages, speed, wait, memory, match, self.skips.total, self.measured))
         if (notice := self.notice.after_update(waited, took, values["loader_workers"])) is not None:
             self.job.say(notice)
 

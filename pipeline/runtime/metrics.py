@@ -1,58 +1,81 @@
-"""metrics.jsonl, one line an update, and the same numbers as TensorBoard files."""
+"""metrics.jsonl, one line an update: the source of truth, and what loggers show of it."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from data_prep.shards import write_file
 from pipeline.runtime.folder import read_metrics
+from pipeline.runtime.loggers.interface import Line, Logger, StepLog
+
+SHARED = ("tensorboard",)
+"""The loggers of a step that many jobs share: each job writes event files of its own."""
 
 
 class Metrics:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard/STEP; a resumed step goes on after its checkpoint."""
+    """Appends to RUN/metrics.jsonl and shows each line in the loggers; a resumed step goes on after its checkpoint."""
 
-    def __init__(self, run: Path, step: str, first_update: int | None):
+    def __init__(self, run: Path, step: str, first_update: int | None, log_to: Sequence[str] = SHARED):
         """Lines of this step after first_update are dropped: a stopped job wrote them, this one makes them again.
 
-        None for a step that many jobs share: all lines stay, and the file too, in which others are writing.
+        None for a step that many jobs share: all lines stay, and the file too, in which others are writing. log_to: as
+        in the recipe.
         """
         run.mkdir(parents=True, exist_ok=True)
         self.step = step
-        if first_update is not None:
-            _drop_after(run / "metrics.jsonl", step, first_update)
+        kept = [] if first_update is None else _drop_after(run / "metrics.jsonl", step, first_update)
         self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard" / step), purge_step=first_update or None)
+        log = StepLog(run, step, first_update, kept)
+        self._loggers = [_LOGGERS[name](log) for name in log_to]
 
     def write(self, update: int, values: Mapping[str, Any]) -> None:
         """One line: the step, the update (from 1), the time in s since the epoch, and the values."""
         line = {"step": self.step, "update": update, "time": round(time.time(), 3), **values}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
-        for name, value in _scalars(values):
-            self._board.add_scalar(name, value, update)
+        for logger in self._loggers:
+            logger.write(line)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush all."""
         self._lines.close()
-        self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
 
-def _drop_after(path: Path, step: str, first_update: int) -> None:
+def _drop_after(path: Path, step: str, first_update: int) -> list[Line]:
+    """The step's lines that stay."""
     if not path.is_file():
-        return
+        return []
     kept = [line for line in read_metrics(path.parent) if line["step"] != step or line["update"] <= first_update]
     write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return [line for line in kept if line["step"] == step]
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = ""):
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)):
-            yield prefix + name, value
+def _tensorboard(log: StepLog) -> Logger:
+    from pipeline.runtime.loggers.tensorboard import TensorBoard  # imports matplotlib, and seconds of torch's own
+
+    return TensorBoard(log)
+
+
+def _wandb(log: StepLog) -> Logger:
+    from pipeline.runtime.loggers.wandb import Wandb  # of an extra
+
+    return Wandb(log)
+
+
+def _trackio(log: StepLog) -> Logger:
+    from pipeline.runtime.loggers.trackio import Trackio  # of an extra
+
+    return Trackio(log)
+
+
+_LOGGERS: Mapping[str, Callable[[StepLog], Logger]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

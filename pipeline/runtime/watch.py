@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from pipeline.runtime.progress import show_cursor
+
 BEAT_S = 2.0
 LONG = 10
 """By how many times what takes long (hashing, loading, checkpoints) may go beyond hang_minutes."""
@@ -260,5 +262,6 @@ def _end_process(failure: Failure, is_first: bool) -> None:
             time.sleep(BEAT_S)
         print(f"error: {failure.text}", file=sys.stderr, flush=True)
         time.sleep(2 * BEAT_S)  # the store may be this process's: the others have to read it
+    show_cursor()
     sys.stdout.flush()
     os._exit(failure.code)

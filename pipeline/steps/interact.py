@@ -35,6 +35,7 @@ from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, SampleIn
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import done, mark_done, trained_verb_ffns
+from pipeline.runtime.held_out import open_held_out
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank, sum_over_ranks, wait_for_all
 from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
@@ -44,6 +45,7 @@ from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.parts import decoder_layers, image_parts, may_be_unused
 from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import Batch, Encoded, load_processor
+from pipeline.vlm.response_scores import score_responses
 from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
@@ -73,13 +75,21 @@ class Interaction(nn.Module):
         self.student = student
         self.teacher_head = teacher_head
 
-    def forward(self, batch: Batch, signal_of: Callable[[Unembedding | None], Signal], draw: Draw) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        signal_of: Callable[[Unembedding | None], Signal] | None = None,
+        draw: Draw | None = None,
+    ) -> dict[str, Tensor]:
         """Losses summed over this rank's tokens, "kl" [S, J], "match" [S] and "entropy" [S] or [0].
 
         The losses are "matched" [S], "last" and, where the draw asks for them, "cross_entropy" and "deep_supervision"
         [S]. kl is the global micro-batch's mean in nat; match counts teacher targets from 0, -1 where there is none;
-        entropy is that of each layer's draw, in nat.
+        entropy is that of each layer's draw, in nat. Of data that has no cache, without signal and draw: only "scores",
+        what score_responses gives.
         """
+        if signal_of is None or draw is None:
+            return {"scores": score_responses(self.student.backbone, self.student.head, batch)}
         # The signal first, where it needs no head: its copies to the device would wait for the whole backbone.
         signal = signal_of(None) if self.teacher_head is None else None
         hidden = run_backbone(self.student.backbone, batch.inputs, self.student.all_layers(), batch.positions)
@@ -160,7 +170,10 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     forward = _forward(engine, recipe.interact, recipe.seed, view, student.layers)
     unused = (*may_be_unused(student.backbone), *_unreached(student, recipe.interact))
     images = image_parts(student.backbone)
-    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images)
+    held_out = open_held_out(
+        NAME, recipe.interact, recipe.data.held_out, chat_encoders["student"], lambda batch: engine(batch)["scores"]
+    )
+    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images, held_out)
     if recipe.interact.train_verbalizers:
         _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
     finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})

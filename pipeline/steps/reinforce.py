@@ -16,6 +16,7 @@ from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
+from pipeline.runtime.held_out import open_held_out
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank
 from pipeline.runtime.shared_files import wait_for_files
@@ -25,6 +26,7 @@ from pipeline.vlm.export import copy_student
 from pipeline.vlm.parts import final_norm, image_parts, may_be_unused
 from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import Batch
+from pipeline.vlm.response_scores import score_responses
 from pipeline.vlm.verbalizer import LanguageHead
 
 NAME = "reinforce"
@@ -41,8 +43,13 @@ class Finetuned(nn.Module):
         self.depth = int(backbone.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
         self.head = LanguageHead(backbone, vocab)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss, which is cross-entropy in nat unless another was given, summed over response tokens: [1]."""
+    def forward(self, batch: Batch, score: bool = False) -> Tensor:
+        """The loss, which is cross-entropy in nat unless another was given, summed over response tokens: [1].
+
+        score: instead, without gradient, what score_responses gives.
+        """
+        if score:
+            return score_responses(self.backbone, self.head, batch)
         (last,) = run_backbone(self.backbone, batch.inputs, [self.depth], batch.positions)
         return self.head(self.loss, final_norm(self.backbone)(last)[None], labels=batch.labels)
 
@@ -73,7 +80,9 @@ def run(job: Job) -> None:
     dataset = ChatDataset(data, chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.reinforce, len(dataset))
     forward, unused, images = _forward(engine, name), may_be_unused(backbone), image_parts(backbone)
-    averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images)
+    score = partial(engine, score=True)
+    held_out = open_held_out(NAME, recipe.reinforce, recipe.data.held_out, chat_encoders["student"], score)
+    averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images, held_out)
     finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
 
 

@@ -21,6 +21,15 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "train", 24, shards=3)
 
 
+HELD_OUT = chats(7, seed=5)
+"""An odd number: on two ranks the last micro-batch of one has nothing to measure."""
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("held_out") / "held_out", len(HELD_OUT), shards=1, seed=5)
+
+
 def comparable(folder: Path) -> dict:
     """A config without the number format, which transformers writes anew into each part."""
 
@@ -33,6 +42,15 @@ def comparable(folder: Path) -> dict:
 def metrics(run: Path, step: str) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["step"] == step]
+
+
+def exported_loss(student: Path, samples) -> float:
+    """Cross-entropy of an exported student's responses, by transformers' own forward."""
+    model, encoder = load_vlm(student, torch.float32).eval(), ChatEncoder(load_processor(student), 512)
+    batch = collate([encoder(k, r["messages"], i) for k, r, i in samples], encoder.filler(), 0)
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits.double().flatten(0, 1)[batch.positions]
+    return float(torch.nn.functional.cross_entropy(logits, batch.labels))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -59,6 +77,15 @@ def test_verbalization_losses_fall_and_only_verb_ffns_are_kept(finished):
     assert abs(lines[-1]["teacher/6"] - lines[0]["teacher/6"]) < 0.2
     names = set(load_file(folder / "run" / "verbalize" / "teacher.safetensors"))
     assert names == {f"{n}.{w}.weight" for n in (1, 2, 3, 4) for w in ("gate", "up", "down", "norm")}
+
+
+def test_lines_of_progress_are_short_and_those_of_one_rank(finished):
+    _, _, _, said = finished
+    for step, updates in (("verbalize", 12), ("interact", 4), ("reinforce", 4)):
+        shown = [line for line in said.splitlines() if line.startswith(f"{step}  ")]
+        ends = [line for line in shown if line.startswith(f"{step}  {updates}/{updates}  eta 0:00:00  ")]
+        assert len(ends) == 1 and all(len(line) <= 160 and "tokens/s  data " in line for line in shown), shown
+    assert "teacher 1 " in said and ", mean " in said and "\x1b" not in said, "no terminal, nothing that moves"
 
 
 def test_the_cache_mirrors_the_data(finished, data):
@@ -122,13 +149,8 @@ def test_the_exported_logits_are_the_trained_engines(finished, data, tmp_path):
         reinforce={"steps": 1, "batch_size": 24, "micro_batch_size": 3},
     )
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
-    model, encoder = load_vlm(student, torch.float32).eval(), ChatEncoder(load_processor(student), 512)
-    batch = collate([encoder(k, r["messages"], i) for k, r, i in chats(24)], encoder.filler(), 0)
-    with torch.no_grad():
-        logits = model(**batch.inputs).logits.double().flatten(0, 1)[batch.positions]
-    loss = torch.nn.functional.cross_entropy(logits, batch.labels)
     (line,) = metrics(tmp_path / "run", "reinforce")
-    assert line["cross_entropy"] == pytest.approx(float(loss), rel=1e-6)
+    assert line["cross_entropy"] == pytest.approx(exported_loss(student, chats(24)), rel=1e-6)
 
 
 def test_a_failed_export_loses_no_update(tiny_models, data, tmp_path):
@@ -141,8 +163,9 @@ def test_a_failed_export_loses_no_update(tiny_models, data, tmp_path):
     assert "student.partial" in said and not (run / "student").exists()
     before = metrics(run, "reinforce")
     assert not (run / "student.partial").exists(), "nothing unfinished is left in the way"
-    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
-    assert "reinforce: resumed after update 2 of 2" in said
+    said = deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, "--log-format", "json", "--quiet")
+    objects = [json.loads(line) for line in said.splitlines() if line.startswith('{"time": ')]
+    assert "reinforce: resumed after update 2 of 2" in [one["message"] for one in objects]
     assert metrics(run, "reinforce") == before and len(before) == 2
     assert (run / "student" / "model.safetensors").is_file() and not (run / "reinforce" / "checkpoints").exists()
 
@@ -173,11 +196,13 @@ def test_a_changed_recipe_is_refused_with_the_differing_keys(finished):
 
 
 @pytest.mark.parametrize("finished", [KINDS[0]], indirect=True)
-def test_a_stopped_run_ends_bitwise_where_the_uninterrupted_one_does(finished, tiny_models, data, tmp_path):
+def test_a_stopped_run_ends_bitwise_where_the_uninterrupted_one_does(finished, tiny_models, data, held_out, tmp_path):
     _, folder, recipe, _ = finished
     shutil.copytree(folder / "run" / "verbalize", tmp_path / "run" / "verbalize")
     shutil.copytree(folder / "run" / "cache", tmp_path / "run" / "cache")
     arguments = ["--stage", 2, "--recipe", recipe, "--set", f"run={tmp_path / 'run'}", "interact.checkpoint_every=1"]
+    # Measuring between updates, which the uninterrupted run does not, changes nothing.
+    arguments += [f"data.held_out={held_out}", "interact.evaluate_every=2", "reinforce.evaluate_every=3"]
     said = deepspeed(2, "train.py", *arguments, "--stop-after", 3)
     assert "interact: stopped after update 3 of 4" in said
     kept = sorted(p.name for p in (tmp_path / "run" / "interact" / "checkpoints").glob("update_*"))
@@ -193,3 +218,12 @@ def test_a_stopped_run_ends_bitwise_where_the_uninterrupted_one_does(finished, t
         pairs = zip(metrics(folder / "run", step), metrics(tmp_path / "run", step), strict=True)
         for whole, resumed in pairs:
             assert {k: whole.get(k) for k in numbers} == {k: resumed.get(k) for k in numbers}
+    measured = {
+        step: {
+            line["update"]: line["held_out_loss"] for line in metrics(tmp_path / "run", step) if "held_out_s" in line
+        }
+        for step in ("interact", "reinforce")
+    }
+    assert {step: list(found) for step, found in measured.items()} == {"interact": [2, 4], "reinforce": [3, 4]}
+    for step, folder in (("interact", "interact/student"), ("reinforce", "student")):
+        assert measured[step][4] == pytest.approx(exported_loss(tmp_path / "run" / folder, HELD_OUT), rel=1e-6)

@@ -192,6 +192,23 @@ def test_a_report_shows_its_figures_and_fits_the_screen(browser, tmp_path, size)
     assert problems == []
 
 
+def test_a_watched_report_reloads_itself_until_the_last_page(browser, tmp_path):
+    def write(progress: str, reload_s: int | None) -> None:
+        steps = [StepStatus("interact", "begun", progress, {}, 0)]
+        lines: dict = {"verbalize": [], "interact": [], "reinforce": []}
+        facts = RunFacts("run", tmp_path, "run: x\n", steps, "", "", None, lines, None, {}, [])
+        write_report(tmp_path / "report.html", [facts], reload_s)
+
+    page = browser.new_page()
+    write("update 8 of 9", 1)
+    page.goto((tmp_path / "report.html").as_uri())
+    assert "update 8 of 9" in page.inner_text("main")
+    write("update 9 of 9", None)
+    page.get_by_text("update 9 of 9").wait_for(timeout=60_000)
+    assert page.locator("meta[http-equiv=refresh]").count() == 0
+    page.close()
+
+
 def test_a_page_of_300_tokens_and_30_layers_answers_at_once(browser, tmp_path):
     """Three models, 54,000 cells: all there, and choosing one redraws that one alone."""
     page = browser.new_page(viewport=DESK)

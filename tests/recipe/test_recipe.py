@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import get_args
 
@@ -342,3 +344,35 @@ def test_a_run_may_go_on_with_another_deepspeed_config(tmp_path, values):
     assert str(other.recipe.interact.deepspeed) == "other.json"
     with pytest.raises(RecipeError, match="interact.clip"):
         refuse_changes(load_recipe(write(tmp_path, values), ["interact.clip=0.5"]), STEPS)
+
+
+def test_measuring_on_held_out_data_needs_held_out_data(tmp_path, values):
+    path = write(tmp_path, values)
+    with pytest.raises(
+        RecipeError, match=r"interact.evaluate_every: 5 needs data.held_out: .*; found no data.held_out"
+    ):
+        check_recipe(load_recipe(path, ["interact.evaluate_every=5"]).recipe, STEPS)
+    other = ["reinforce.evaluate_every=5", f"data.held_out={tmp_path / 'none'}"]
+    with pytest.raises(RecipeError, match="found data.held_out: .*none, without manifest.json"):
+        check_recipe(load_recipe(path, other).recipe, STEPS)
+    check_recipe(load_recipe(path, other).recipe, ("interact",))
+    check_recipe(load_recipe(path, [*other[:1], f"data.held_out={tmp_path / 'data'}"]).recipe, STEPS)
+    first = load_recipe(path)
+    first.recipe.run.mkdir()
+    (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
+    refuse_changes(load_recipe(path, ["reinforce.evaluate_every=5"]), STEPS)  # a run may begin to measure
+
+
+def test_a_logger_that_is_not_installed_is_refused_with_its_extra(tmp_path, values, monkeypatch):
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    path = write(tmp_path, values)
+    check_recipe(load_recipe(path, ["log_to=[tensorboard]"]).recipe, STEPS)  # is always there
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(RecipeError, match=r"log_to: wandb is not installed: pip install 'vlsi\[wandb\]'"):
+        check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("interact",))
+    check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("cache",))  # shows nothing there
+    check_recipe(load_recipe(path, ["log_to=[]"]).recipe, STEPS)
+    with pytest.raises(RecipeError, match=r"log_to.*'tensorboard', 'wandb' or 'trackio'"):
+        load_recipe(path, ["log_to=[mlflow]"])

@@ -152,3 +152,15 @@ def test_a_skipped_update_hides_no_losses(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     steps, _ = status(run)
     assert steps[0].losses == {"teacher/1": 2.0} and steps[0].progress.startswith("update 2 of ")
+
+
+def test_the_newest_measurement_on_held_out_data_stays_in_sight(run, capsys):
+    measured = {"held_out_loss": 0.512, "held_out_exact_match": 0.75, "held_out_s": 2.5}
+    lines = [{"step": "interact", "update": n, "last": 1.0, **(measured if n == 2 else {})} for n in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    steps, _ = status(run)
+    assert steps[2].losses == {"last": 1.0} and steps[2].held_out == "held out  0.512, 75.0% right (update 2)"
+    show(run, *status(run))
+    assert "75.0%" in capsys.readouterr().out
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines[:2]))
+    assert status(run)[0][2].losses == {"last": 1.0}, "what was trained on, also where both were measured"

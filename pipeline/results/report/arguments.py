@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pipeline.results.argument_types import positive
+
 TEXT = """Write a page about one run, or about several side by side: what was done, how it went, and what came of it.
 
   python -m pipeline report runs/demo                                       # runs/demo/report.html
@@ -24,6 +26,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the page (default: report.html in the folder of the one run)"
     )
+
+
+WATCH = """Follow a run: write its report again and again, as a page that reloads itself, until it is done or Ctrl-C.
+
+  python -m pipeline watch runs/demo                       # open runs/demo/report.html in a browser
+  python -m pipeline watch runs/demo --every 300
+
+It reads the run's files, so it may run beside the job, on another machine that sees them, and it starts no server. To
+look from elsewhere let python's own serve the folder, on the machine that has it, through ssh:
+
+  python -m http.server 8000 --bind 127.0.0.1 --directory runs/demo
+  ssh -L 8000:127.0.0.1:8000 HOST                          # from where the browser is
+  http://127.0.0.1:8000/report.html
+
+Whoever has an account on that machine can read what is served. The last page is written without the reload.
+"""
+
+
+def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `watch`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--every", type=positive, default=30, metavar="SECONDS", help="between two pages (default: 30)")
+
+
+def run_watch(options: argparse.Namespace) -> None:
+    """Follow the run that the command line names."""
+    from pipeline.results.report.watch import watch
+
+    watch(options.run, options.every)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipeline.results.pages.svg import BLUE, inline, page_style
+from pipeline.runtime.kl_grid import kl_grid
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl of one step."""
@@ -69,15 +70,11 @@ def kl_maps(lines: Lines) -> Markup | None:
     if not lines:
         return None
     shown = [lines[0], lines[len(lines) // 2], lines[-1]]
-    students = sorted({student for line in shown for student, _, _ in line["kl"]})
-    teachers = sorted({teacher for line in shown for _, teacher, _ in line["kl"]})
-    largest = max(value for line in shown for _, _, value in line["kl"])
+    grid = kl_grid([line["kl"] for line in shown])
+    students, teachers, largest = grid.students, grid.teachers, max(np.nanmax(values) for values in grid.maps)
     with page_style():
         figure = Figure(figsize=(1.2 + 0.42 * len(students) * 3 + 2, 1.0 + 0.26 * len(teachers)), layout="constrained")
-        for place, line in enumerate(shown):
-            values = np.full((len(teachers), len(students)), np.nan)
-            for student, teacher, value in line["kl"]:
-                values[teachers.index(teacher), students.index(student)] = value
+        for place, (line, values) in enumerate(zip(shown, grid.maps, strict=True)):
             axes = figure.add_subplot(1, 3, place + 1, title=f"update {line['update']}", xlabel="student layer")
             image = axes.imshow(values, aspect="auto", origin="lower", cmap=COLOURS, vmin=0, vmax=largest)
             axes.set_xticks(range(len(students)), [str(layer) for layer in students])

@@ -20,6 +20,7 @@ from pipeline.results.report.figures import curves, kl_maps, match_map, shares
 from pipeline.results.status import losses_of_line
 from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.matches import read_matches
+from pipeline.runtime.folder import HELD_OUT
 
 SPEED = {"tokens_per_s": "tokens/s", "data_wait": "share of the time", "real_share": "share of the tokens"}
 """What is shown of a step's speed, with its unit."""
@@ -34,13 +35,14 @@ class Section:
     figures: Sequence[Markup]
 
 
-def write_report(path: Path, runs: Sequence[RunFacts]) -> None:
-    """Write the page, whole or not at all."""
+def write_report(path: Path, runs: Sequence[RunFacts], reload_s: int | None = None) -> None:
+    """Write the page, whole or not at all. reload_s: seconds after which a browser reads it again; None: never."""
     path.parent.mkdir(parents=True, exist_ok=True)
     evaluated = _evaluations(runs)
     page = render(
         "report.html",
         runs=runs,
+        reload_s=reload_s,
         differences=differences(runs) if len(runs) > 1 else [],
         together=list(_together(runs)) if len(runs) > 1 else [],
         sections={run.name: list(_sections(run)) for run in runs},
@@ -70,6 +72,8 @@ def _sections(run: RunFacts) -> Iterator[Section]:
         if not lines:
             continue
         figures = [curves(series, title, "nat a token") for title, series in _grouped(step, loss_series(lines))]
+        if (right := _series(lines, HELD_OUT[1]))[0]:
+            figures.append(curves({"exact match": right}, f"{step}, held-out exact match", "share"))
         yield Section(f"{step}: losses", f"{len(lines)} updates so far.", figures)
     if lines := [line for line in run.lines["interact"] if line.get("match")]:
         yield _matching(run, lines)
@@ -127,6 +131,9 @@ def _together(runs: Sequence[RunFacts]) -> Iterator[Section]:
         names = dict.fromkeys(name for found in series.values() for name in found)
         of_all = {name: {run: found[name] for run, found in series.items() if name in found} for name in names}
         figures = [curves(lines, f"{step}, {name}", "nat a token") for name, lines in of_all.items()]
+        right = {run.name: _series(run.lines[step], HELD_OUT[1]) for run in runs}
+        if right := {name: found for name, found in right.items() if found[0]}:
+            figures.append(curves(right, f"{step}, held-out exact match", "share"))
         yield Section(f"{step}, several runs", "", figures)
 
 

@@ -62,6 +62,21 @@ def test_the_page_says_what_the_files_say(run):
     assert text.count("<svg") == 10, "2 of losses; match map, lines, KL, entropy; tokens, data wait, real share, time"
 
 
+def test_held_out_data_is_in_the_same_curves(run, tmp_path):
+    lines = [interact_line(update) for update in range(1, 6)]
+    for line in lines[1::2]:
+        line |= {"held_out_loss": 0.75, "held_out_exact_match": 0.5, "held_out_s": 1.0}
+    assert loss_series(lines)["held_out_loss"] == ([2, 4], [0.75, 0.75])
+    assert "held_out_s" not in loss_series(lines)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page_of(run)
+    assert "over the updates: last, held_out_loss" in text and "interact, held-out exact match" in text
+    shutil.copytree(run, tmp_path / "other")
+    text = page_of(run, tmp_path / "other", "--output", tmp_path / "both.html")
+    assert "interact, held_out_loss, in nat a token, over the updates: run, other" in text
+    assert "interact, held-out exact match, in share, over the updates: run, other" in text
+
+
 def test_text_from_files_is_escaped_and_nothing_is_loaded(run):
     text = page_of(run)
     assert "<script>alert(1)" not in text and "&lt;script&gt;alert(1)" in text

@@ -1,0 +1,1 @@
+"""Where the lines of metrics.jsonl are shown besides: TensorBoard, wandb, trackio."""
