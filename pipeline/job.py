@@ -83,6 +83,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     from pipeline.runtime.loop import Job, Stopped
     from pipeline.runtime.ranks import heed_stop
     from pipeline.runtime.shared_files import wait_for_files
+    from pipeline.runtime.versions import keep_environment
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
     from pipeline.vlm.attention import check_attention
@@ -107,6 +108,8 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
         for step in steps:
             heed_stop(f"{step}: not begun")
             watch.doing(f"{step}: opening data and models", long=True)
+            if ranks.first:
+                keep_environment(resolved.recipe.run, step, ranks.world, ranks.device)
             if step == "cache":  # many jobs may fill one cache
                 cache.run(job, hosted, shards, only_missing)
                 continue

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from pipeline.recipe.schema import Recipe
-from pipeline.results.environment import commit, packages
+from pipeline.runtime.versions import commit, packages
 
 SHARED_MEMORY = Path("/dev/shm")
 """Through it loader workers hand batches to their rank."""
