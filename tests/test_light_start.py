@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
         ["pipeline", "answer"],
         ["pipeline", "trace"],
         ["pipeline", "status"],
+        ["pipeline", "push"],
         ["pipeline", "cache-info"],
         ["pipeline", "env"],
     ]

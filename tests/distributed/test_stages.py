@@ -90,6 +90,11 @@ def test_the_student_is_a_plain_folder_with_its_own_names(finished, tiny_models)
     assert comparable(student) == comparable(original)
     for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json"):
         assert (student / name).read_bytes() == (original / name).read_bytes()
+    card = (student / "README.md").read_text()
+    assert "| interact | 4 updates of 8 samples |" in card and "* 2 ranks on cpu" in card
+    assert not (folder / "run" / "interact" / "student" / "README.md").exists()
+    kept = [path.stem for path in sorted((folder / "run" / "environment").iterdir())]
+    assert kept == ["cache", "interact", "reinforce", "verbalize"]
 
 
 def test_the_student_answers_through_transformers_own_pipeline(finished):
