@@ -29,6 +29,7 @@ CHANGEABLE = {
     "gradient_checkpointing",
     "attention",
     "hang_minutes",
+    "report",
     "data.workers",
     "data.memory_mb",
     "data.held_out",

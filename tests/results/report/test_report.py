@@ -12,6 +12,8 @@ from pipeline.__main__ import main
 from pipeline.results.report.facts import differences, read_run
 from pipeline.results.report.figures import POINTS, curves, kl_maps
 from pipeline.results.report.page import loss_series
+from pipeline.results.report.run import keep_report
+from pipeline.runtime.versions import keep_environment, read_environment
 
 HOSTILE = "</pre><script>alert(1)</script>"
 
@@ -85,6 +87,23 @@ def test_two_runs_show_their_difference_first_and_their_curves_together(run, tmp
     text = page_of(run, other, "--output", output)
     assert text.index("What differs") < text.index("several runs") < text.index("<h2>run</h2>")
     assert "run: distilled and untouched differ by 25.0 points: within chance on 8 samples." in text
+
+
+def test_the_page_says_what_each_step_ran_on(run):
+    keep_environment(run, "interact", 4, "cpu")
+    text = page_of(run)
+    found = read_environment(run, "interact")
+    assert "What ran it" in text and f"<td>interact</td><td>{found['begun']}</td><td>4</td><td>cpu</td>" in text
+    assert f"torch {found['packages']['torch']}" in text
+
+
+def test_a_report_that_fails_is_a_warning_with_the_command(run, capsys):
+    keep_report(run)
+    assert (run / "report.html").is_file() and capsys.readouterr().out == ""
+    (run / "evaluation.json").write_text("{")
+    keep_report(run)
+    said = capsys.readouterr().out
+    assert "warning" in said and f"python -m pipeline report {run}" in said and "The run goes on" in said
 
 
 @pytest.mark.parametrize(
