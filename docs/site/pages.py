@@ -20,6 +20,8 @@ from docs.site.recipes import recipes_page
 FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 """Pages from the repository's root -> their place in the site."""
 INDEX = "decisions/index.md"
+MADE = {"docs/decisions": INDEX, "pipeline/recipe/schema.py": "recipe_fields.md", "recipes": "recipes.md"}
+"""What a link in the repository leads to -> the page that is made from it."""
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
@@ -34,8 +36,8 @@ def write_pages(root: Path, output: Path) -> None:
         _write(pages / place, relinked(source.read_text(encoding="utf-8"), source, root, pages))
     decisions = [place for place in places.values() if place.startswith("decisions/")]
     _write(pages / INDEX, _index(pages, decisions))
-    _write(pages / "recipe_fields.md", recipe_fields_page())
-    _write(pages / "recipes.md", recipes_page(root / "recipes"))
+    _write(pages / MADE["pipeline/recipe/schema.py"], recipe_fields_page())
+    _write(pages / MADE["recipes"], recipes_page(root / "recipes"))
     _write(pages / "commands.md", commands_page())
     shutil.copytree(root / "docs" / "figures", pages / "figures")
     shutil.copytree(root / "docs" / "site" / "assets", pages / "assets")
@@ -70,8 +72,8 @@ def _in_site(path: Path, source: Path, root: Path, pages: Path) -> str:
     if path in (known := sources(root)):
         return known[path]
     inside = path.relative_to(root).as_posix()
-    if inside == "docs/decisions":
-        return INDEX
+    if inside in MADE:
+        return MADE[inside]
     if inside.startswith("docs/figures/") and path.is_file():
         return inside.removeprefix("docs/")
     if not path.is_file():

@@ -77,6 +77,7 @@ def test_links_are_those_of_the_site(written):
     start = (written / "pages" / "index.md").read_text()
     assert "](evidence.md)" in start and "](decisions/index.md)" in start and "](docs/" not in start
     assert "](figures/trace.png)" in start
+    assert "[the fields of a recipe](recipe_fields.md)" in (written / "pages" / "first_distillation.md").read_text()
     evidence = (written / "pages" / "evidence.md").read_text()
     assert "](files/bench/results/ladder_cpu.json)" in evidence
     assert (written / "pages" / "files" / "bench" / "results" / "ladder_cpu.json").is_file()
