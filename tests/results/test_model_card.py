@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from data_prep.shards import read_manifest, write_manifest
 from pipeline.__main__ import main
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.model_card.base import model_facts
@@ -49,6 +50,24 @@ def test_it_says_what_the_runs_files_say(run):
     assert "12 samples, source `not stated`" in text and "train_projector: false" in text and "layers: [1, 2]" in text
     assert "* 4 ranks on cpu" not in text, "complete steps keep the environment that they ran in"
     assert "2412.01822" in text
+
+
+def test_data_that_a_model_answered_is_said_to_be(run, made, tmp_path):
+    data = tmp_path / "answers" / "train"
+    shutil.copytree(made.root / "shards" / "train", data)
+    manifest = read_manifest(data)
+    origin = {"data_provenance": {"source": "llava", "noise": 0.25, "input": "/secret/chats.json"}}
+    kept = {name: manifest[name] for name in ("format", "version", "split")}
+    write_manifest(data, manifest["shards"], **kept, answered=origin)
+    recipe = (
+        (run / "recipe.yaml")
+        .read_text()
+        .replace("reinforce: {steps: 3, batch_size: 4}", f"reinforce: {{steps: 3, batch_size: 4, train: {data}}}")
+    )
+    (run / "recipe.yaml").write_text(recipe)
+    text = model_card(run)
+    assert "`answers/train`: 12 samples, answers given by a model, source `llava`, noise 0.25" in text
+    assert "secret" not in text.split("## Data")[1].split("## Training")[0]
 
 
 def test_its_metadata_is_the_hubs(run):

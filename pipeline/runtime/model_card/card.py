@@ -149,8 +149,13 @@ def _data(recipe: Recipe) -> Iterator[str]:
         except DataError:
             yield f"`{name}`: its manifest was not there when this was written"
             continue
-        provenance = manifest.get("provenance", {})
-        said = [f"{manifest['samples']:,} samples", f"source `{provenance.get('source', 'not stated')}`"]
+        answered = manifest.get("answered", {})
+        provenance = manifest.get("provenance") or answered.get("data_provenance") or {}
+        said = [
+            f"{manifest['samples']:,} samples",
+            *(["answers given by a model"] if answered else []),
+            f"source `{provenance.get('source', 'not stated')}`",
+        ]
         said += [f"{key} {provenance[key]}" for key in ("rejected", "noise", "seed") if key in provenance]
         yield f"`{name}`: {', '.join(said)}; {manifest.get('checksum', 'no checksum')}"
 
