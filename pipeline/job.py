@@ -84,7 +84,6 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     from pipeline.runtime.loop import Job, Stopped
     from pipeline.runtime.ranks import heed_stop
     from pipeline.runtime.shared_files import wait_for_files
-    from pipeline.runtime.versions import keep_environment
     from pipeline.steps import interact, reinforce, verbalize
     from pipeline.steps.cache import step as cache
     from pipeline.vlm.attention import check_attention
@@ -109,12 +108,12 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
         for step in steps:
             heed_stop(f"{step}: not begun")
             watch.doing(f"{step}: opening data and models", long=True)
-            if ranks.first:
-                keep_environment(resolved.recipe.run, step, ranks.world, ranks.device)
             if step == "cache":  # many jobs may fill one cache
+                _keep_environment(job, step)
                 cache.run(job, hosted, shards, only_missing)
             else:
                 with _alone(resolved.recipe.run, step, ranks):
+                    _keep_environment(job, step)
                     if step == "verbalize":
                         hosted = verbalize.run(job)
                     else:
@@ -143,6 +142,14 @@ def _alone(run: Path, step: str, ranks: Ranks) -> Iterator[None]:
         lock = lock_file(run / f".{step}.lock", f"{step} of {run}", ANOTHER_RUN, wait_s=LAST_RANKS_S)
         on_first_rank(ranks, f"{step}: waiting for another job to end", lambda: held.enter_context(lock))
         yield
+
+
+def _keep_environment(job: Job, step: str) -> None:
+    """Rank 0 writes what the step runs with: once no other job runs it."""
+    if job.ranks.first:
+        from pipeline.runtime.versions import keep_environment
+
+        keep_environment(job.recipe.run, step, job.ranks.world, job.ranks.device)
 
 
 def _keep_report(job: Job) -> None:
