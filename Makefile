@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS := mpi,lora,easy-vqa,remote,bench,dev
+EXTRAS := mpi,lora,easy-vqa,remote,bench,docs,dev
 # What is installed: the versions that CI tested; with UNPINNED=1 the newest of all but those in constraints.in.
 CONSTRAINTS ?= $(if $(UNPINNED),constraints.in,constraints.txt)
 STAMP := $(VENV)/.installed$(if $(UNPINNED),-unpinned)
@@ -17,7 +17,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo demo-models test test-cluster soak test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
-  families ladder \
+  families ladder docs \
   lint types clean
 
 help:  ## list the targets
@@ -86,6 +86,9 @@ check-gpu:  ## kernels, tests, demo, losses, whole steps on a GPU in MINUTES=8, 
 
 ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|smoke, hours; ARGS='--cells X'
 	@$(RUN) python -m bench.ladder --scale $(or $(SCALE),cpu) $(ARGS)
+
+docs: $(STAMP)  ## the documentation site, build/docs/site/index.html; a broken link is an error
+	@$(RUN) python -m docs.site
 
 lint: $(STAMP)  ## ruff: style and formatting; hadolint: the Dockerfile
 	@$(RUN) ruff check .

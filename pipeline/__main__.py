@@ -7,14 +7,15 @@
   python -m pipeline trace --run runs/demo --image tiles.png --question "what comes next?"
   python -m pipeline report runs/demo
   python -m pipeline watch runs/demo
+  python -m pipeline push runs/demo --to OWNER/MODEL --dry-run
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
 plan says what a recipe will need, before anything is started. status shows which steps are done and what to run next.
 evaluate compares models on held-out data. answer lets a model answer the questions of a shard folder. trace shows what
 each layer of a model predicts. report writes a page about one run or several; watch writes it again and again, to
-follow a run. cache-info shows what a teacher cache holds, and how close it is to the teacher. env prints what a bug
-report needs.
+follow a run. push uploads the student with its model card. cache-info shows what a teacher cache holds, and how close
+it is to the teacher. env prints what a bug report needs.
 `python -m pipeline COMMAND --help` describes one command in full. Runs are made by launch/train.py, data by
 python -m data_prep.
 """
@@ -26,6 +27,7 @@ import sys
 from pathlib import Path
 
 from data_prep.storage import location_argument
+from pipeline.results import push
 from pipeline.results.argument_types import part, positive, share
 from pipeline.results.plan import arguments as plan
 from pipeline.results.report import arguments as report
@@ -52,7 +54,8 @@ With --run: the run's teacher, its untouched student and its distilled student, 
 smallest model comes first. --output is written after each, whole or not at all, and the same command goes on after an
 interruption: a result that is there already is kept while the model, the data and the settings are the same. The batch
 size and the number of processes are no such settings: they change rounding errors only. Results of other models on the
-same questions stay in the file and in the table. To measure again, remove the file.
+same questions stay in the file and in the table. To measure again, remove the file. With --run the student's model card
+(RUN/student/README.md) is written anew with the results, unless it has become your own.
 
 On GPUs, as many copies of a model work side by side as there is room for, each in a process of its own; a model that is
 too large for one GPU is spread over several. --processes N sets a lower number, and on a CPU the number.
@@ -151,6 +154,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         (trace.add_arguments, "trace", "what each layer predicts on the way to an answer", trace.TEXT),
         (report.add_arguments, "report", "a page about one run, or several side by side", report.TEXT),
         (report.add_watch_arguments, "watch", "follow a run: its report, written again and again", report.WATCH),
+        (push.add_arguments, "push", "upload the student and its model card to the Hugging Face Hub", push.TEXT),
         (_add_cache_info, "cache-info", "what a teacher cache holds, and how close it is to the teacher", CACHE_INFO),
         (_add_env, "env", "what a bug report needs: versions, devices, commit", ENV),
     ):
@@ -301,6 +305,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.results.evaluate import scoreboard
     from pipeline.results.evaluate.evaluation import evaluate
     from pipeline.results.evaluate.plan import make_plan
+    from pipeline.runtime.model_card.card import write_card
 
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
@@ -308,6 +313,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens, processes=options.processes,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)
+    if (
+        options.run is not None
+        and plan.output == options.run / "evaluation.json"
+        and (options.run / "student").is_dir()
+    ):
+        write_card(options.run, options.run / "student")
 
 
 def _answer(options: argparse.Namespace) -> None:
@@ -344,6 +355,7 @@ COMMANDS = {
     "trace": trace.run,
     "report": report.run,
     "watch": report.run_watch,
+    "push": push.run,
     "cache-info": _cache_info,
     "env": _env,
 }

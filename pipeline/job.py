@@ -21,6 +21,7 @@ from pipeline.runtime.stop import Requeue, listen
 
 if TYPE_CHECKING:
     from pipeline.recipe.schema import Recipe
+    from pipeline.runtime.loop import Job
     from pipeline.runtime.ranks import Ranks
 
 USER_ERROR, FAILURE = 2, 1
@@ -108,20 +109,25 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
             heed_stop(f"{step}: not begun")
             watch.doing(f"{step}: opening data and models", long=True)
             if step == "cache":  # many jobs may fill one cache
+                _keep_environment(job, step)
                 cache.run(job, hosted, shards, only_missing)
-                continue
-            with _alone(resolved.recipe.run, step, ranks):
-                if step == "verbalize":
-                    hosted = verbalize.run(job)
-                else:
-                    {"interact": interact, "reinforce": reinforce}[step].run(job)
+            else:
+                with _alone(resolved.recipe.run, step, ranks):
+                    _keep_environment(job, step)
+                    if step == "verbalize":
+                        hosted = verbalize.run(job)
+                    else:
+                        {"interact": interact, "reinforce": reinforce}[step].run(job)
+            _keep_report(job)
     except Stopped as stopped:
         job.say(str(stopped))
+        _keep_report(job)
     except Requeue as stopped:
         job.say(str(stopped))
         code = REQUEUE_EXIT
         if ranks.first:
             write_requeue(resolved.recipe.run, str(stopped))
+        _keep_report(job)
     watch.stop()
     engine.stop()
     return code
@@ -143,6 +149,24 @@ def _alone(run: Path, step: str, ranks: Ranks) -> Iterator[None]:
         lock = lock_file(run / f".{step}.lock", f"{step} of {run}", ANOTHER_RUN, wait_s=LAST_RANKS_S)
         on_first_rank(ranks, f"{step}: waiting for another job to end", lambda: held.enter_context(lock))
         yield
+
+
+def _keep_environment(job: Job, step: str) -> None:
+    """Rank 0 writes what the step runs with: once no other job runs it."""
+    if job.ranks.first:
+        from pipeline.runtime.versions import keep_environment
+
+        keep_environment(job.recipe.run, step, job.ranks.world, job.ranks.device)
+
+
+def _keep_report(job: Job) -> None:
+    """Rank 0 writes the run's report, where the recipe wants it; the others do not wait."""
+    if job.ranks.first and job.recipe.report:
+        from pipeline.results.report.run import keep_report
+        from pipeline.runtime import watch
+
+        watch.doing("writing the report", long=True)
+        keep_report(job.recipe.run)
 
 
 def _choose_kernels(job, dtype) -> None:

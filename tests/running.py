@@ -26,6 +26,7 @@ def tiny_recipe(folder: Path, models: dict, kind: str, train: Path, zero: str = 
     recipe: dict[str, Any] = {
         "run": str(folder / "run"),
         "precision": "fp32",
+        "report": False,
         "deepspeed": str(ROOT / "ds_configs" / f"{zero}.json"),
         "data": {"train": str(train), "workers": 0},
         "teacher": {"path": str(models[kind, "teacher"]), "layers": [1, 2, 3, 4]},

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
         ["pipeline", "trace"],
         ["pipeline", "status"],
         ["pipeline", "watch"],
+        ["pipeline", "push"],
         ["pipeline", "cache-info"],
         ["pipeline", "env"],
     ]

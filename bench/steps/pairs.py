@@ -169,6 +169,7 @@ def prepare(name: str, folder: Path, device: str) -> dict[str, Any]:
     recipe = {
         "run": str(folder / "run"),
         "precision": pair.precision,
+        "report": False,
         "deepspeed": str(CONFIGS[pair.precision]),
         "data": {"train": str(folder / "data"), "workers": 0},
         "cache": {"batch_tokens": pair.cache_tokens},

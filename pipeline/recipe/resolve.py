@@ -30,6 +30,7 @@ CHANGEABLE = {
     "attention",
     "hang_minutes",
     "log_to",
+    "report",
     "data.workers",
     "data.memory_mb",
     "data.held_out",

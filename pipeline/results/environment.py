@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.recipe.resolve import SHIPPED
-
-PROJECT = "vlsi"
+from pipeline.runtime.versions import PROJECT, commit, packages, version
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +21,7 @@ def environment() -> dict[str, Any]:
     What cannot be found is a text that says why.
     """
     return {
-        "project": {"version": _version(PROJECT), "commit": commit(), "folder": str(SHIPPED)},
+        "project": {"version": version(PROJECT), "commit": commit(), "folder": str(SHIPPED)},
         "system": {
             "python": sys.version.split()[0],
             "executable": sys.executable,
@@ -37,11 +34,6 @@ def environment() -> dict[str, Any]:
         "mpi": _attempt(_mpi),
         "shipped": {"recipes": str(SHIPPED / "recipes"), "ds_configs": str(SHIPPED / "ds_configs")},
     }
-
-
-def packages() -> dict[str, str]:
-    """Versions of the direct requirements, including those of extras."""
-    return {name: _version(name) for name in _requirements()}
 
 
 def show(as_json: bool) -> None:
@@ -60,32 +52,6 @@ def _attempt(find: Any) -> Any:
         return find()
     except Exception as error:  # a broken package must be reported, not raised
         return f"not known: {type(error).__name__}: {error}"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _requirements() -> list[str]:
-    try:
-        lines = metadata.requires(PROJECT) or []
-    except metadata.PackageNotFoundError:
-        return []
-    return sorted({re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines})
-
-
-def commit() -> str:
-    """The commit of the checkout that this code runs from, followed by + if files differ from it."""
-    if not (SHIPPED / ".git").exists() or shutil.which("git") is None:
-        return "not known: no git checkout"
-    described = subprocess.run(
-        ["git", "-C", str(SHIPPED), "describe", "--always", "--abbrev=12", "--dirty=+"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return described.stdout.strip() or f"not known: {described.stderr.strip()}"
 
 
 def _devices() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The end of a step that trained the student: its model on disk, then done.json, then no more checkpoints."""
+"""The end of a step that trained the student: its model and card on disk, then done.json, then no more checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipeline.runtime.checkpoint.checkpoints import remove_checkpoints
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job
+from pipeline.runtime.model_card.card import write_card
 from pipeline.runtime.ranks import on_first_rank
 from pipeline.vlm.export import save_student
 from pipeline.vlm.lora import merge_lora
@@ -27,6 +28,8 @@ def finish(
     def export() -> None:
         weights = merge_lora(gathered, training.lora_rank, training.lora_alpha) if training.lora_rank else gathered
         save_student(backbone, weights, job.recipe.student.path, model_folder)
+        if model_folder == job.recipe.run / "student":  # not the one between two steps, interact/student
+            write_card(job.recipe.run, model_folder)
         mark_done(job.recipe.run / name, summary)
         remove_checkpoints(job.recipe.run / name)
 

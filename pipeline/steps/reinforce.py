@@ -18,6 +18,7 @@ from pipeline.runtime.finish import finish
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.held_out import open_held_out
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
+from pipeline.runtime.model_card.card import write_card
 from pipeline.runtime.ranks import on_first_rank
 from pipeline.runtime.shared_files import wait_for_files
 from pipeline.vlm.assemble import encoders, vocabulary_rows
@@ -65,6 +66,7 @@ def run(job: Job) -> None:
 
         def copy() -> None:
             copy_student(begun_from, recipe.run / "student")
+            write_card(recipe.run, recipe.run / "student")
             mark_done(folder, {"updates": 0})
 
         on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)

@@ -59,7 +59,8 @@ def finished(request, tmp_path_factory, tiny_models, data):
     folder = tmp_path_factory.mktemp(request.param)
     models = {**tiny_models, (request.param, "teacher"): folder / "teacher"}
     shutil.copytree(tiny_models[request.param, "teacher"], folder / "teacher")
-    recipe = tiny_recipe(folder, models, request.param, data, verbalize={"steps": 12})
+    reported = request.param == KINDS[0]
+    recipe = tiny_recipe(folder, models, request.param, data, verbalize={"steps": 12}, report=reported)
     said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe, launcher=True)
     shutil.rmtree(folder / "teacher")
     said += deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, launcher=True)
@@ -117,6 +118,21 @@ def test_the_student_is_a_plain_folder_with_its_own_names(finished, tiny_models)
     assert comparable(student) == comparable(original)
     for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json"):
         assert (student / name).read_bytes() == (original / name).read_bytes()
+    card = (student / "README.md").read_text()
+    assert "| interact | 4 updates of 8 samples |" in card and "* 2 ranks on cpu" in card
+    assert not (folder / "run" / "interact" / "student" / "README.md").exists()
+    kept = [path.stem for path in sorted((folder / "run" / "environment").iterdir())]
+    assert kept == ["cache", "interact", "reinforce", "verbalize"]
+
+
+def test_each_step_writes_the_runs_report_where_the_recipe_wants_one(finished):
+    kind, folder, _, said = finished
+    page = folder / "run" / "report.html"
+    assert page.is_file() == (kind == KINDS[0]) and "was not written" not in said
+    if kind == KINDS[0]:
+        text = page.read_text()
+        assert all(f"<td>{step}</td><td>done</td>" in text for step in ("verbalize", "cache", "interact", "reinforce"))
+        assert "What ran it" in text
 
 
 def test_the_student_answers_through_transformers_own_pipeline(finished):

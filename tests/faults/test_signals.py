@@ -43,7 +43,7 @@ def signalled(recipe: Path) -> str:
     """What two ranks say whose second one, with its loader processes, gets SIGTERM after two updates."""
     run = recipe.parent / "run"
     with tempfile.TemporaryFile("w+") as output:
-        ranks = start_ranks(2, str(free_port()), verbalize(recipe), output)
+        ranks = start_ranks(2, str(free_port()), [*verbalize(recipe), "--set", "report=true"], output)
         try:
             deadline = time.monotonic() + STARTS_WITHIN_S
             while len(updates_done(run)) < 2:
@@ -74,6 +74,7 @@ def test_a_signal_on_one_rank_checkpoints_on_all(recipe):
     assert said.count(line) == said.count("goes on") == 1, said
     assert "Traceback" not in said
     assert read_requeue(run) == line
+    assert "begun" in (run / "report.html").read_text(), "what was stopped has its report too"
 
 
 def test_a_run_that_was_signalled_ends_bitwise_as_another(recipe, tmp_path):

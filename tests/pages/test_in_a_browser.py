@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.timeout(180),
 ]
 DESK, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+SHOWN = ("begun", "ranks", "device", "host", "version", "commit", "python")
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 
 
@@ -175,6 +176,7 @@ def test_a_report_shows_its_figures_and_fits_the_screen(browser, tmp_path, size)
     steps = [StepStatus("interact", "begun", "update 8 of 90", {}, 0)]
     facts = RunFacts(
         "run", tmp_path, f"run: {HOSTILE}\n", steps, HOSTILE, "", HOSTILE,
+        {"cache": {name: HOSTILE for name in SHOWN} | {"packages": {HOSTILE: HOSTILE}}},
         {"verbalize": [], "interact": lines, "reinforce": []}, None, {}, [(HOSTILE, 1, HOSTILE)],
     )  # fmt: skip
     write_report(tmp_path / "report.html", [facts])

@@ -16,7 +16,7 @@ import torch
 
 from data_prep.storage import read_bytes
 from pipeline.recipe.schema import Recipe
-from pipeline.results.environment import commit, packages
+from pipeline.runtime.versions import commit, packages
 
 SHARED_MEMORY = Path("/dev/shm")
 """Through it loader workers hand batches to their rank."""

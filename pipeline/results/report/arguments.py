@@ -12,11 +12,12 @@ TEXT = """Write a page about one run, or about several side by side: what was do
   python -m pipeline report runs/demo                                       # runs/demo/report.html
   python -m pipeline report runs/demo runs/other --output report.html
 
-It is read from the run's files alone, without a model, so also from a run that is still going or has died: the steps,
-the losses of each layer over time, the matches and the entropy of their draw, the KL of student to teacher layers, the
-cache's size and fidelity, speed and waiting for data, the evaluation with intervals, rejected samples with reasons, and
-the recipe with the origin of each value. Of several runs first what differs in their recipes, then all in one plot. The
-page is one file that opens offline.
+Each step of a run writes the run's page when it ends (recipe: report). This command writes it at any time, and that of
+several runs. It is read from the run's files alone, without a model, so also from a run that is still going or has
+died: the steps and what they ran on, the losses of each layer over time, the matches and the entropy of their draw, the
+KL of student to teacher layers, the cache's size and fidelity, speed and waiting for data, the evaluation with
+intervals, rejected samples with reasons, and the recipe with the origin of each value. Of several runs first what
+differs in their recipes, then all in one plot. The page is one file that opens offline.
 """
 
 

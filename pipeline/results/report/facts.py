@@ -13,12 +13,14 @@ import yaml
 
 from pipeline.cache.paths import newest
 from pipeline.errors import CacheError
+from pipeline.recipe.schema import STEPS
 from pipeline.results.arguments import run_recipe
 from pipeline.results.cache.info import MEASURES, contents, fidelity
 from pipeline.results.cache.on_disk import inspect_cache
 from pipeline.results.status import StepStatus, preset_of, status
 from pipeline.runtime.folder import read_kernels, read_metrics
 from pipeline.runtime.progress import size_text
+from pipeline.runtime.versions import read_environment
 
 TRAINED = ("verbalize", "interact", "reinforce")
 """The steps that train, in running order."""
@@ -48,6 +50,8 @@ class RunFacts:
     """The command to run next."""
     preset: str
     kernels: str | None
+    environments: Mapping[str, Mapping[str, Any]]
+    """Step -> the code, packages and machine that it ran with, of the steps that have begun."""
     lines: Mapping[str, Sequence[Mapping[str, Any]]]
     """Step -> its lines of metrics.jsonl, one an update."""
     cache: CacheFacts | None
@@ -80,6 +84,7 @@ def read_run(folder: Path) -> RunFacts:
         following=following,
         preset=preset_of(folder),
         kernels=read_kernels(folder),
+        environments={step: found for step in STEPS if (found := read_environment(folder, step)) is not None},
         lines={step: read_metrics(folder, step) for step in TRAINED},
         cache=_cache(folder),
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},

@@ -15,6 +15,7 @@ from pipeline.results.cache.info import MEASURES
 from pipeline.results.environment import environment
 from pipeline.results.evaluate.comparison import sentences
 from pipeline.results.pages.render import render
+from pipeline.results.report.changes import changes
 from pipeline.results.report.facts import RunFacts, bytes_text, differences
 from pipeline.results.report.figures import curves, kl_maps, match_map, shares
 from pipeline.results.status import losses_of_line
@@ -48,6 +49,7 @@ def write_report(path: Path, runs: Sequence[RunFacts], reload_s: int | None = No
         sections={run.name: list(_sections(run)) for run in runs},
         evaluations=evaluated,
         comparisons=_comparisons(runs),
+        changes={run.name: changes(run.folder, run.evaluation) for run in runs},
         measures=MEASURES,
         bytes_text=bytes_text,
         written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),

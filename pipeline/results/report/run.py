@@ -10,6 +10,20 @@ from pipeline.results.report.facts import read_run
 from pipeline.results.report.page import write_report
 from pipeline.runtime.progress import say
 
+REPORT = "report.html"
+"""The report of one run, in its folder."""
+
+
+def keep_report(run: Path) -> None:
+    """Write RUN/report.html; what goes wrong is a warning, for no training should end over a page."""
+    try:
+        write_report(run / REPORT, [read_run(run)])
+    except Exception as error:
+        say(
+            f"warning: {run / REPORT} was not written: {type(error).__name__}: {error}. The run goes on. To write it: "
+            f"python -m pipeline report {run} (report: false in the recipe leaves it out)"
+        )
+
 
 def run(folders: Sequence[Path], output: Path | None) -> None:
     """Write the report of one run into its folder, or of several to `output`. Raises RecipeError."""
@@ -18,6 +32,6 @@ def run(folders: Sequence[Path], output: Path | None) -> None:
     if output is None:
         if len(folders) > 1:
             raise RecipeError("a report of several runs needs --output FILE")
-        output = folders[0] / "report.html"
+        output = folders[0] / REPORT
     write_report(output, [read_run(folder) for folder in folders])
     say(f"report: {output}")

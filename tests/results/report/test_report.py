@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.__main__ import main, parse
+from pipeline.results.report.changes import changes
 from pipeline.results.report.facts import differences, read_run
 from pipeline.results.report.figures import POINTS, curves, kl_maps
 from pipeline.results.report.page import loss_series
+from pipeline.results.report.run import keep_report
+from pipeline.runtime.versions import keep_environment, read_environment
 
 HOSTILE = "</pre><script>alert(1)</script>"
 
@@ -53,7 +57,7 @@ def page_of(*arguments: object) -> str:
 
 def test_the_page_says_what_the_files_say(run):
     text = page_of(run)
-    for expected in ("0.05", "25.0 %", "10.0 to 50.0", "update 5 of 3", "torn", "data: {train: "):
+    for expected in ("0.05", "25.0 %", "10.0 to 50.0", "update 5 of 3", "torn", "data: {train: ", "wrong to right"):
         assert expected in text, expected
     facts = read_run(run)
     assert facts.hours == {"interact": pytest.approx(5 * 36 / 3600)}
@@ -100,6 +104,39 @@ def test_two_runs_show_their_difference_first_and_their_curves_together(run, tmp
     text = page_of(run, other, "--output", output)
     assert text.index("What differs") < text.index("several runs") < text.index("<h2>run</h2>")
     assert "run: distilled and untouched differ by 25.0 points: within chance on 8 samples." in text
+
+
+def test_answers_that_changed_are_counted_with_one_of_each_kind(tmp_path):
+    before = {"wrong": ["b", "c", "d", "x"], "data": "d ata"}
+    after = {"wrong": ["a", "d"], "data": "d ata", "rejected": [{"key": "x", "reason": "torn"}]}
+    found = changes(tmp_path, {"untouched": before, "distilled": after})
+    assert [(one.way, one.samples, one.key) for one in found] == [
+        ("wrong to right", 2, "b"), ("right to wrong", 1, "a"), ("wrong in both", 1, "d"),
+    ]  # fmt: skip
+    words = shlex.split(found[0].command)
+    assert words[words.index("--sample") + 1] == "b" and words[words.index("--data") + 1] == "d ata"
+    assert parse(words[3:]).command == "trace", "it can be typed as it stands"
+    assert changes(tmp_path, {"untouched": before, "distilled": after | {"data": "other"}}) == []
+    assert changes(tmp_path, {"untouched": before}) == []
+    (none, *_) = changes(tmp_path, {"untouched": after, "distilled": after})
+    assert (none.samples, none.command) == (0, "")
+
+
+def test_the_page_says_what_each_step_ran_on(run):
+    keep_environment(run, "interact", 4, "cpu")
+    text = page_of(run)
+    found = read_environment(run, "interact")
+    assert "What ran it" in text and f"<td>interact</td><td>{found['begun']}</td><td>4</td><td>cpu</td>" in text
+    assert f"torch {found['packages']['torch']}" in text
+
+
+def test_a_report_that_fails_is_a_warning_with_the_command(run, capsys):
+    keep_report(run)
+    assert (run / "report.html").is_file() and capsys.readouterr().out == ""
+    (run / "evaluation.json").write_text("{")
+    keep_report(run)
+    said = capsys.readouterr().out
+    assert "warning" in said and f"python -m pipeline report {run}" in said and "The run goes on" in said
 
 
 @pytest.mark.parametrize(
