@@ -16,7 +16,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-cluster test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
+.PHONY: help setup lock demo demo-models test test-cluster test-benchmarks test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
   families ladder \
   lint types clean
 
@@ -43,6 +43,12 @@ test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/
 test-cluster: $(STAMP)  ## a real SLURM of two nodes and two hosts on this machine, 4 minutes; needs root and Debian's packages
 	@bash tests/install_debian.sh
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster $(ARGS)
+
+# lmms-eval lies apart, with pins of its own: it holds packages below the versions that the project is tested with.
+test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a local task, 2 minutes; installs build/lmms-eval
+	@test -d build/lmms-eval/lmms_eval || $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	  --target build/lmms-eval --requirement tests/results/benchmarks/lmms_eval_requirements.txt
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -s -m benchmarks tests/results/benchmarks $(ARGS)
 
 # Other processors round otherwise: torch's own kernels without vector instructions and with AVX2, and MKL's oldest ones.
 test-numerics: $(STAMP)  ## the tests of numbers once more under other kernels: ATen default and avx2, MKL compatible

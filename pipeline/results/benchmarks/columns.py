@@ -32,6 +32,10 @@ class Benchmark:
     note: str = ""
     """How the score differs from the paper's, where that is known."""
 
+    def shown(self, score: float) -> str:
+        """A score as text: as in the paper, or of an unnamed task, whose scale is not known, with four digits."""
+        return f"{score:.1f}" if self.name in BY_NAME else f"{score:.4g}"
+
 
 BENCHMARKS = (
     Benchmark("qbench", "QBench", "qbench_dev", ("qbench_acc,none",), note="the dev split"),
@@ -92,7 +96,7 @@ def _one(word: str) -> Benchmark:
     task, colon, metric = word.partition(":")
     if not (task and colon and metric):
         raise RecipeError(f"--benchmarks: no benchmark is named {word!r}; {_names()}")
-    return Benchmark(task, task, task, (f"{metric},none",), 1.0)
+    return Benchmark(word, word, task, (f"{metric},none",), 1.0)
 
 
 def _names() -> str:

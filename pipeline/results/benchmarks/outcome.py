@@ -27,6 +27,7 @@ SWALLOWED = (
 )
 """What lmms-eval's log says where it went on with an answer or a score that is none."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b: .+")
 _LINES = 25
 
 
@@ -69,8 +70,8 @@ def _is_score(value: Any) -> bool:
 
 
 def _failure(folder: Path, benchmark: Benchmark, what: str, log: str) -> BenchmarkError:
-    end = "\n".join(f"  | {line}" for line in log.splitlines()[-_LINES:])
-    return BenchmarkError(
-        f"{benchmark.name} (task {benchmark.task}): expected {' and '.join(benchmark.metrics)}, but {what}. The end of "
-        f"{folder / LOG}:\n{end}"
-    )
+    lines = log.splitlines()
+    raised = next((f" ({line})" for line in lines if _EXCEPTION.match(line)), "")  # later ones often only wrap it
+    end = "\n".join(f"  | {line}" for line in lines[-_LINES:])
+    expected = f"{benchmark.name} (task {benchmark.task}): expected {' and '.join(benchmark.metrics)}"
+    return BenchmarkError(f"{expected}, but {what}{raised}. The end of {folder / LOG}:\n{end}")

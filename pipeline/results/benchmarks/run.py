@@ -75,7 +75,7 @@ def _run_one(plan: Plan, name: str, benchmark: Benchmark, where: Place) -> dict[
         code = _wait(words, log)
     found = outcome(folder, benchmark, code)
     seconds = time.monotonic() - begun
-    say(f"{name}: {benchmark.name} {found['score']:.1f} in {timedelta(seconds=round(seconds))}")
+    say(f"{name}: {benchmark.name} {benchmark.shown(found['score'])} in {timedelta(seconds=round(seconds))}")
     return {**found, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": round(seconds, 1)}
 
 
@@ -118,7 +118,7 @@ def _differs(earlier: Mapping[str, Any] | None, now: Mapping[str, str], name: st
     if differing:
         say(f"{name}: {benchmark.name} is run again: it was run with another {', '.join(differing)}")
     else:
-        say(f"{name}: {benchmark.name} is kept: {earlier['score']:.1f}")
+        say(f"{name}: {benchmark.name} is kept: {benchmark.shown(earlier['score'])}")
     return bool(differing)
 
 

@@ -32,7 +32,7 @@ def table(scores: Scores, benchmarks: Sequence[Benchmark]) -> Table:
     for benchmark in benchmarks:
         made.add_column(benchmark.column, justify="right", overflow="fold")
     for name, found in scores.items():
-        made.add_row(name, *(_ours(found.get(benchmark.name)) for benchmark in benchmarks))
+        made.add_row(name, *(_ours(found.get(benchmark.name), benchmark) for benchmark in benchmarks))
     made.add_section()
     for name, printed in paper_numbers().items():
         cells = ["/".join(f"{number:g}" for number in printed.get(benchmark.name, [])) for benchmark in benchmarks]
@@ -69,11 +69,11 @@ def notes(scores: Scores, plan: Plan) -> Iterator[str]:
     yield f"written to {plan.output}"
 
 
-def _ours(result: Mapping[str, Any] | None) -> str:
+def _ours(result: Mapping[str, Any] | None, benchmark: Benchmark) -> str:
     if result is None:
         return "-"
-    return f"{result['score']:.1f}" + ("*" if result["samples"] < result["of_samples"] else "")
+    return benchmark.shown(result["score"]) + ("*" if result["samples"] < result["of_samples"] else "")
 
 
 def _source() -> str:
-    return str(json.loads(PAPER.read_text(encoding="utf-8"))["source"]).partition(",")[0]
+    return str(json.loads(PAPER.read_text(encoding="utf-8"))["source"]).partition(";")[0]

@@ -17,10 +17,11 @@ from pipeline.__main__ import main
 from pipeline.errors import BenchmarkError, RecipeError
 from pipeline.results.benchmarks.columns import BENCHMARKS, BY_NAME, asked_for
 from pipeline.results.benchmarks.harness import PACKAGES, Place, Settings, command, place, versions
-from pipeline.results.benchmarks.model_classes import model_arguments, model_class
+from pipeline.results.benchmarks.model_classes import CLASSES, model_arguments, model_class
 from pipeline.results.benchmarks.outcome import LOG, outcome
 from pipeline.results.benchmarks.table import paper_numbers
 
+ROOT = Path(__file__).parents[3]
 RECORDED = Path(__file__).with_name("lmms_eval_results.json")
 LOCAL = asked_for("puzzles_local:exact_match")[0]
 STAND_IN = f"""#!{sys.executable}
@@ -84,6 +85,15 @@ def test_the_paper_s_columns_are_there_by_name():
     assert [benchmark.task for benchmark in asked_for("mmb, mme,mmb")] == ["mmbench_en_dev", "mme"]
     with pytest.raises(RecipeError, match="no benchmark is named 'mmbench'; named ones are qbench, ai2d.*TASK:METRIC"):
         asked_for("ai2d,mmbench")
+
+
+def test_the_page_has_the_table_and_the_families():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for one in BENCHMARKS:
+        metrics, scale = " + ".join(f"`{key}`" for key in one.metrics), " x 100" if one.scale == 100 else ""
+        judge = "yes" if one.judged else ""
+        assert f"| `{one.name}` | {one.column} | `{one.task}` | {metrics}{scale} | {judge} | {one.note} |" in page
+    assert all(f"`{family}`" in page for family in CLASSES)
 
 
 def test_families_and_their_classes(tiny_models, tmp_path):
@@ -181,18 +191,18 @@ def test_scores_are_kept_and_run_again_where_something_changed(stand_in, tmp_pat
         return main(["evaluate", "--benchmarks", benchmarks, *arguments])
 
     assert evaluate("one:exact_match") == 0
-    first = json.loads(output.read_text())["ours"]["one"]
+    first = json.loads(output.read_text())["ours"]["one:exact_match"]
     assert first["versions"]["lmms-eval"] == "1"
     assert "by lmms-eval 1, greedy" in capsys.readouterr().out
     # the second is new, the third crashes: the first is kept, the second found, and the exit code says that one failed
     assert evaluate("one:exact_match,crashes:accuracy,two:exact_match") == 2
     shown = capsys.readouterr()
-    assert "one is kept: 0.0" in shown.out
-    assert "ours: crashes (task crashes): expected accuracy,none" in shown.err
-    assert "ValueError: no such data" in shown.err
+    assert "one:exact_match is kept: 0" in shown.out
+    assert "ours: crashes:accuracy (task crashes): expected accuracy,none" in shown.err
+    assert "(exit code 0) (ValueError: no such data). The end of" in shown.err
     found = json.loads(output.read_text())["ours"]
-    assert list(found) == ["one", "two"]
-    assert found["one"] == first
+    assert list(found) == ["one:exact_match", "two:exact_match"]
+    assert found["one:exact_match"] == first
     # another model, and another limit: run again
     write_vlm(model, "llava", 3, 32, seed=99)
     assert evaluate("one:exact_match") == 0
