@@ -16,7 +16,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-cluster test-benchmarks test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
+.PHONY: help setup lock demo demo-models test test-cluster test-benchmarks test-numerics matrix check-wheel peers bench-cache bench-losses bench-peers bench-steps check-gpu \
   families ladder \
   lint types clean
 
@@ -75,6 +75,9 @@ peers: $(STAMP)  ## install them into build/peers; the tests that compare with t
 
 bench-losses: peers  ## the losses beside their matrix products, dense torch and other packages, 5 minutes; ARGS=--quick
 	@$(RUN) PYTHONPATH=build/peers python -m bench.losses $(ARGS)
+
+bench-peers: peers  ## the demo's student by transformers' Trainer, TRL's GKD loss and ours, half an hour; ARGS='--size small'
+	@$(RUN) PYTHONPATH=build/peers python -m bench.peers $(ARGS)
 
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)
