@@ -30,7 +30,8 @@ def table(results: Mapping[str, Any]) -> str:
     said = (
         f"Measured on {host['date']} at commit {results['commit']}, {host['machine']}, one thread; "
         f"seed {size['seed']}, {size['samples']:,} puzzles of which 40 % have a wrong answer, "
-        f"{size['updates']} updates of 32, learning rate {size['learning_rate']:g}, {size['held_out']} held-out samples; {versions}. "
+        f"{size['updates']} updates of 32, learning rate {size['learning_rate']:g}, "
+        f"{size['held_out']} held-out samples; {versions}. "
         f"Teacher {results['models']['teacher']:.1%}, untouched student {results['models']['untouched']:.1%}."
     )
     rows = [_row(method.text, results["methods"][method.name]) for method in METHODS]
