@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,22 @@ def command(
     }
     words = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
     return [*program, *words, "--log_samples"]
+
+
+def run_to_log(words: Sequence[str], log: Path) -> int:
+    """The exit code of a command whose output goes to a file.
+
+    Whatever ends this process first (Ctrl-C, SIGTERM of a batch system) ends the command too, with the processes that
+    it started: they hold GPUs.
+    """
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def this_python() -> Path:

@@ -18,14 +18,14 @@ from pipeline.results.benchmarks.columns import Benchmark
 LOG = "log.txt"
 """File in a run's folder with what lmms-eval printed."""
 SWALLOWED = (
-    "in generating",  # llava_hf, internvl_hf: the answer is then empty
-    "Failed to process PIL image",  # the classes for Qwen: the question is then asked without its picture
-    "failed to get a score",  # mmvet, mmvetv2: the judge did not answer, and the sample counts as 0
-    "Failed to get response after",  # llava_wilder: the judge did not answer
-    "attempts failed. Last error message",  # hallusion_bench: the judge did not answer
-    "Server evaluation failed",  # mathvista: the judge did not answer
+    r"Error .* in generating",  # llava_hf, internvl_hf: the answer is then empty
+    r"Failed to process PIL image",  # the classes for Qwen: the question is then asked without its picture
+    r"failed to get a score",  # mmvet, mmvetv2: the judge did not answer, and the sample counts as 0
+    r"Failed to get response after",  # llava_wilder: the judge did not answer
+    r"attempts failed\. Last error message",  # hallusion_bench: the judge did not answer
+    r"Server evaluation failed",  # mathvista: the judge did not answer
 )
-"""What lmms-eval's log says where it went on with an answer or a score that is none."""
+"""Patterns of lmms-eval's log where it went on with an answer or a score that is none."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b: .+")
 _LINES = 25
@@ -40,7 +40,7 @@ def outcome(folder: Path, benchmark: Benchmark, exit_code: int) -> dict[str, Any
     files = sorted(folder.rglob("*_results.json"))
     if exit_code or len(files) != 1:
         raise _failure(folder, benchmark, f"lmms-eval left no results (exit code {exit_code})", log)
-    swallowed = [line for line in log.splitlines() if any(text in line for text in SWALLOWED)]
+    swallowed = [line for line in log.splitlines() if re.search("|".join(SWALLOWED), line)]
     if swallowed:
         what = f"{len(swallowed)} samples or requests failed and were counted as answered: {swallowed[0].strip()}"
         raise _failure(folder, benchmark, what, log)

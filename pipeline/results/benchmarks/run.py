@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
@@ -16,7 +13,7 @@ from typing import Any
 from pipeline.cache.fingerprint import compare, files_fingerprint
 from pipeline.errors import BenchmarkError, RecipeError
 from pipeline.results.benchmarks.columns import Benchmark
-from pipeline.results.benchmarks.harness import Place, command, place, versions
+from pipeline.results.benchmarks.harness import Place, command, place, run_to_log, versions
 from pipeline.results.benchmarks.model_classes import model_arguments, model_class
 from pipeline.results.benchmarks.outcome import LOG, outcome
 from pipeline.results.benchmarks.plan import Plan, check_judge, judge
@@ -71,23 +68,11 @@ def _run_one(plan: Plan, name: str, benchmark: Benchmark, where: Place) -> dict[
     words = command(plan.settings, model_class(model).name, model_arguments(model), benchmark, where, folder)
     say(f"{name}: {benchmark.name} begins; its output is in {folder / LOG}")
     begun = time.monotonic()
-    with open(folder / LOG, "w", encoding="utf-8") as log:
-        code = _wait(words, log)
+    code = run_to_log(words, folder / LOG)
     found = outcome(folder, benchmark, code)
     seconds = time.monotonic() - begun
     say(f"{name}: {benchmark.name} {benchmark.shown(found['score'])} in {timedelta(seconds=round(seconds))}")
     return {**found, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": round(seconds, 1)}
-
-
-def _wait(words: list[str], log: Any) -> int:
-    """The exit code of a command. Whatever ends this process first ends it too, with the processes that it started."""
-    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        return process.wait()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _identities(plan: Plan, installed: Mapping[str, str | None]) -> dict[tuple[str, str], dict[str, str]]:

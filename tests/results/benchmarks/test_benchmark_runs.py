@@ -7,7 +7,9 @@ lmms-eval itself is a stand-in here: a program that leaves what the real one lef
 import json
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tiny import write_vlm
 from pipeline.__main__ import main
 from pipeline.errors import BenchmarkError, RecipeError
 from pipeline.results.benchmarks.columns import BENCHMARKS, BY_NAME, asked_for
-from pipeline.results.benchmarks.harness import PACKAGES, Place, Settings, command, place, versions
+from pipeline.results.benchmarks.harness import PACKAGES, Place, Settings, command, place, run_to_log, versions
 from pipeline.results.benchmarks.model_classes import CLASSES, model_arguments, model_class
 from pipeline.results.benchmarks.outcome import LOG, outcome
 from pipeline.results.benchmarks.table import paper_numbers
@@ -179,6 +181,25 @@ def test_an_answer_that_lmms_eval_made_up_is_no_answer(tmp_path):
     log = "00:00 | ERROR | llava_hf:generate_until:96 - Error CUDA out of memory in generating\n" * 3
     with pytest.raises(BenchmarkError, match="3 samples or requests failed and were counted as answered: .*out of mem"):
         outcome(left(tmp_path / "run", log), LOCAL, 0)
+
+
+def test_what_ends_us_ends_the_command_and_what_it_started(tmp_path):
+    def leave(*_):
+        raise SystemExit(75)
+
+    before = signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(SystemExit):
+            run_to_log(["sh", "-c", "sleep 100 & echo $!; wait"], tmp_path / LOG)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    grandchild = Path("/proc", (tmp_path / LOG).read_text().strip(), "stat")
+    end = time.monotonic() + 10
+    while grandchild.exists() and ") Z " not in grandchild.read_text():  # init may take its time to collect it
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_scores_are_kept_and_run_again_where_something_changed(stand_in, tmp_path, capsys, tiny_models):
