@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from data_prep.shards import ShardFolder
 from pipeline.recipe.schema import Data
+from pipeline.results.benchmarks.columns import BENCHMARKS
 from pipeline.results.evaluate.answers import last_exchange
 from pipeline.results.generate import decode_text, greedy, load, pad_left
 from pipeline.vlm.export import save_student
@@ -131,6 +132,31 @@ def write_task(folder: Path, name: str, data: ShardFolder, process: str = "score
     folder.mkdir(exist_ok=True)
     (folder / "local_task.py").write_text(FUNCTIONS)
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=path, tokens=TOKENS, process=process))
+
+
+DECLARED = """
+import json, sys
+from lmms_eval import utils
+from lmms_eval.tasks import TaskManager
+known = TaskManager("ERROR").task_index
+found = {}
+for name in sys.argv[1:]:
+    path = known[name]["yaml_path"]
+    config = utils.load_yaml_config(path, mode="simple")
+    listed = config.get("metric_list") or config.get("aggregate_metric_list") or []
+    found[name] = [metric["metric"] for metric in listed] + [one["name"] for one in config.get("filter_list", [])]
+print("FOUND" + json.dumps(found))
+"""
+
+
+def test_lmms_eval_has_each_named_task_with_its_metric_and_filter():
+    shown = python("-c", DECLARED, *(benchmark.task for benchmark in BENCHMARKS))
+    declared = json.loads(shown.partition("FOUND")[2].splitlines()[0])
+    for benchmark in BENCHMARKS:
+        for key in benchmark.metrics:
+            metric, chosen = key.split(",")
+            assert metric in declared[benchmark.task]
+            assert chosen == "none" or chosen in declared[benchmark.task]
 
 
 @pytest.fixture(scope="module")
