@@ -1,12 +1,13 @@
 """The peers train the same weights on the same tokens with the same loss as ours; see `python -m bench.peers`."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.gpu.trainer import full_labels
-from bench.peers import methods
+from bench.peers import methods, table
 from bench.peers.chats import Collator, read
 from bench.peers.settings import frozen_tower
 from data_prep.__main__ import main as data_prep
@@ -68,3 +69,8 @@ def test_commands_and_lines(monkeypatch):
     by_name = {method.name: methods.lines_written(method) for method in methods.METHODS}
     assert by_name["trainer_finetune"] < by_name["trainer_gkd_loss"]
     assert by_name["ours_interaction"] == by_name["ours_finetune"] + 1
+
+
+def test_the_page_has_the_table_of_the_committed_results():
+    results = json.loads((ROOT / "bench" / "results" / "peers.json").read_text())
+    assert table.table(results) in table.PAGE.read_text(encoding="utf-8")
