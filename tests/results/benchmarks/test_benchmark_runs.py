@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import write_vlm
 
 from pipeline.__main__ import main
@@ -116,7 +117,8 @@ def test_families_and_their_classes(tiny_models, tmp_path):
         model_arguments(comma)
 
 
-def test_without_gpus_there_is_one_process(tiny_models):
+def test_without_gpus_there_is_one_process(tiny_models, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     folder = tiny_models["llava", "student"]
     assert place(folder, None) == Place(1, "cpu")
     with pytest.raises(RecipeError, match="--processes 2: lmms-eval runs several only on GPUs"):
