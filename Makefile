@@ -16,8 +16,8 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-cluster soak test-numerics matrix check-wheel peers bench-cache bench-losses bench-steps check-gpu \
-  families ladder docs \
+.PHONY: help setup lock demo demo-models test test-cluster test-benchmarks soak test-numerics matrix check-wheel peers \
+  bench-cache bench-losses bench-peers bench-steps check-gpu families ladder docs \
   lint types clean
 
 help:  ## list the targets
@@ -48,6 +48,12 @@ test-cluster: $(STAMP)  ## a real SLURM of two nodes and two hosts on this machi
 	@bash tests/install_debian.sh
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster $(ARGS)
 
+# lmms-eval lies apart, with pins of its own: it holds packages below the versions that the project is tested with.
+test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a local task, 2 minutes; installs build/lmms-eval
+	@test -d build/lmms-eval/lmms_eval || $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	  --target build/lmms-eval --requirement tests/results/benchmarks/lmms_eval_requirements.txt
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -s -m benchmarks tests/results/benchmarks $(ARGS)
+
 soak: $(STAMP)  ## both stages killed KILLS=20 times at random moments; each run must end as one never killed, 1 minute a kill
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python tests/soak.py --kills $(or $(KILLS),20) $(ARGS)
 
@@ -76,6 +82,9 @@ peers: $(STAMP)  ## install them into build/peers; the tests that compare with t
 
 bench-losses: peers  ## the losses beside their matrix products, dense torch and other packages, 5 minutes; ARGS=--quick
 	@$(RUN) PYTHONPATH=build/peers python -m bench.losses $(ARGS)
+
+bench-peers: peers  ## the demo's student by transformers' Trainer, TRL's GKD loss and ours, half an hour; ARGS='--size small'
+	@$(RUN) PYTHONPATH=build/peers python -m bench.peers $(ARGS)
 
 bench-steps: $(STAMP)  ## whole steps beside plain ones, data wait, start-up, 8 minutes; ARGS='--shape real' needs a GPU
 	@$(RUN) python -m bench.steps $(ARGS)

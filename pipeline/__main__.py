@@ -29,6 +29,7 @@ from pathlib import Path
 from data_prep.storage import location_argument
 from pipeline.results import push
 from pipeline.results.argument_types import part, positive, share
+from pipeline.results.benchmarks import arguments as benchmarks
 from pipeline.results.plan import arguments as plan
 from pipeline.results.report import arguments as report
 from pipeline.results.trace import arguments as trace
@@ -149,7 +150,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for add, name, summary, text in (
         (plan.add_arguments, "plan", "what a recipe will need: memory, disk, network, hours", plan.TEXT),
         (_add_status, "status", "progress of a run, and what to run next", STATUS),
-        (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE),
+        (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE + benchmarks.TEXT),
         (_add_answer, "answer", "a model answers the questions of a shard folder", ANSWER),
         (trace.add_arguments, "trace", "what each layer predicts on the way to an answer", trace.TEXT),
         (report.add_arguments, "report", "a page about one run, or several side by side", report.TEXT),
@@ -219,13 +220,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
     parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N samples")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="samples per batch (default: 32)")
     parser.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="maximum answer length in tokens (default: 64)",
+        "--batch-size", type=positive, metavar="N", help="samples per batch (default: 32; with --benchmarks 1)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="maximum answer length in tokens (default: 64)"
     )
     parser.add_argument(
         "--max-bad-share", type=share, metavar="SHARE",
@@ -237,6 +236,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write all results to this JSON file (default with --run: RUN/evaluation.json)",
     )
+    benchmarks.add_arguments(parser)
     _add_processes(parser)
 
 
@@ -302,15 +302,22 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.benchmarks is not None:
+        benchmarks.run(options)
+        return
+    from pipeline.errors import RecipeError
     from pipeline.results.evaluate import scoreboard
     from pipeline.results.evaluate.evaluation import evaluate
     from pipeline.results.evaluate.plan import make_plan
     from pipeline.runtime.model_card.card import write_card
 
+    for name in ("include_path", "eval_python"):
+        if getattr(options, name) is not None:
+            raise RecipeError(f"--{name.replace('_', '-')} goes with --benchmarks")
     plan = make_plan(
         options.model, options.run, options.data, options.baseline_data, options.output, options.max_bad_share,
-        options.against, options.without_teacher, limit=options.limit, batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens, processes=options.processes,
+        options.against, options.without_teacher, limit=options.limit, batch_size=options.batch_size or 32,
+        max_new_tokens=options.max_new_tokens or 64, processes=options.processes,
     )  # fmt: skip
     scoreboard.show(evaluate(plan), plan)
     if (

@@ -41,6 +41,10 @@ class StorageError(UserError):
     """A file system does not show to one host what another has written, or cannot take what is to be written."""
 
 
+class BenchmarkError(UserError):
+    """A benchmark was run and left no score."""
+
+
 class SampleError(Exception):
     """One bad sample. It is skipped, counted, and recorded with its key and the reason."""
 

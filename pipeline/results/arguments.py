@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.shards import ShardFolder
@@ -39,3 +39,11 @@ def named_model(text: str) -> tuple[str, Path]:
     if equals and name and folder and "/" not in name:
         return name, Path(folder)
     return Path(text).resolve().name, Path(text)
+
+
+def named_models(texts: Sequence[str]) -> dict[str, Path]:
+    """{name: folder} of several 'NAME=DIR' or 'DIR'. Raises RecipeError where two have one name."""
+    named = dict(named_model(text) for text in texts)
+    if len(named) < len(texts):
+        raise RecipeError(f"two models have one name ({', '.join(texts)}); name them: --model NAME=DIR")
+    return named

@@ -13,7 +13,7 @@ from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data, ModelParts, Recipe
-from pipeline.results.arguments import named_model, open_non_empty, run_recipe
+from pipeline.results.arguments import named_models, open_non_empty, run_recipe
 from pipeline.results.generate import require_model
 from pipeline.runtime.progress import say
 
@@ -61,16 +61,14 @@ def make_plan(
     **sizes: Any,
 ) -> Plan:
     """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
-    named = dict(named_model(text) for text in models)
-    if len(named) < len(models):
-        raise RecipeError(f"two models have one name ({', '.join(models)}); name them: --model NAME=DIR")
+    named = named_models(models)
     if without_teacher and run is None:
         raise RecipeError("--without-teacher leaves out a run's teacher, and there is no --run")
     limits: Data | None = None
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
         limits, sizes["attention"] = recipe.data, recipe.attention
-        of_run = _run_models(run, recipe, without_teacher)
+        of_run = run_models(run, recipe, without_teacher)
         of_role = {
             name: recipe.teacher if name == "teacher" else recipe.student for name in of_run.keys() - named.keys()
         }
@@ -100,7 +98,8 @@ def make_plan(
     )
 
 
-def _run_models(run: Path, recipe: Recipe, without_teacher: bool) -> dict[str, Path]:
+def run_models(run: Path, recipe: Recipe, without_teacher: bool) -> dict[str, Path]:
+    """{name: folder} of a run's teacher, untouched student and, once there is one, distilled student."""
     named = {} if without_teacher else {"teacher": recipe.teacher.path}
     named["untouched"] = recipe.student.path
     if (run / "student").is_dir():
