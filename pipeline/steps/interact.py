@@ -6,7 +6,7 @@ S student target layers, J teacher target layers, T response tokens of the micro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -187,9 +187,7 @@ def _save_verb_ffns(job: Job, engine: Engine, student: VerbalizedVLM) -> None:
 def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Encoded, CacheRecord]:
     """A sample with its record in the cache; only tokens that both keep carry loss. Runs in loader workers."""
     record, kept = view.record(index.sample, index.epoch, encoded.response_ids.numpy())
-    response = encoded.response.clone()
-    response[encoded.response] = torch.from_numpy(kept)
-    return replace(encoded, response=response), record
+    return encoded.only(torch.from_numpy(kept)), record
 
 
 def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
