@@ -143,6 +143,15 @@ class MappedHead(Unembedding):
         """The head itself, over the teacher's ids."""
         return Unembedding(self.weight, len(self.groups.class_of), self.bias, self.scale, self.softcap)
 
+    def at_teacher_ids(self, gradient: Tensor, teacher_logits: Tensor) -> Tensor:
+        """A gradient at the logits [..., V_s + 1] -> at the teacher's [..., V_t], from which they were joined.
+
+        d mapped_i / d z_t is t's share of p'(i), softmax over the teacher ids of i.
+        """
+        mapped, class_of = self.groups.logits(teacher_logits), self.groups.class_of
+        share = (teacher_logits - mapped.index_select(-1, class_of)).exp_()
+        return gradient.index_select(-1, class_of).mul_(share)
+
     def buffer(self, rows: int) -> Tensor:
         """Memory for the logits of so many rows, in float32."""
         return self.weight.new_empty(rows, self.vocab, dtype=torch.float32)

@@ -28,6 +28,7 @@ from pipeline.cache.layout import (
     read_sidecars,
     sidecar_crc32,
 )
+from pipeline.cache.mapping import has_map, save_map
 from pipeline.cache.order import ORDER, has_order, save_order
 from pipeline.cache.paths import IDENTITY
 from pipeline.codec.packing import pack_record, pack_skipped
@@ -35,6 +36,7 @@ from pipeline.codec.registry import Codec, make_codec
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError, SampleError
 from pipeline.signal import Unembedding
+from pipeline.vocabulary_map import VocabularyMap
 
 
 class CacheFolder:
@@ -51,18 +53,24 @@ class CacheFolder:
 
     @property
     def missing_files(self) -> set[str]:
-        """Which of "head" and "order" the codec needs and the folder lacks. They must be saved before any shard.
+        """Which of "head", "order" and "mapping" are needed and the folder lacks. They must be saved before any shard.
 
         A head that does not match its recorded hash counts as missing. Each call hashes the head.
         """
         codec = make_codec(**self.identity.codec)
         present = {"head": has_head(self.path), "order": has_order(self.path)}
-        needed = {"head": codec.needs_head, "order": codec.needs_order}
+        needed = {"head": codec.needs_head, "order": codec.needs_order, "mapping": self.identity.mapped}
+        if needed["mapping"]:
+            present["mapping"] = has_map(self.path, self.identity.fingerprints, self.identity.vocab)
         return {name for name in needed if needed[name] and not present[name]}
 
     def save_head(self, unembedding: Unembedding) -> None:
         """Store the teacher's language head, for a codec with `needs_head`."""
         save_head(self.path, unembedding)
+
+    def save_map(self, mapping: VocabularyMap) -> None:
+        """Store the teacher's ids as the student's, for a mapped vocabulary."""
+        save_map(self.path, mapping)
 
     def save_order(self, order: np.ndarray) -> None:
         """Store the vocabulary order, unless another job has stored one already."""
@@ -107,7 +115,7 @@ class CacheFolder:
         """Write the manifest if all shards are there; return whether they are. Every job calls this at its end.
 
         summary: makes additional manifest fields from all sidecars. Raises ValueError where the codec needs a head or
-        an order and none was saved.
+        an order, or a mapped vocabulary its map, and none was saved.
         """
         if self.missing_files:
             raise ValueError(f"{self.path}: save {self.missing_files} before finish, for codec {self.identity.codec}")
@@ -148,11 +156,14 @@ class CacheWriter:
     def __exit__(self, *error: object) -> None:
         self._spill.close()
 
-    def add(self, key: str, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+    def add(
+        self, key: str, tokens: np.ndarray, arrays: Mapping[str, np.ndarray], places: np.ndarray | None = None
+    ) -> int:
         """Add a sample: its response token ids [T] and the codec's arrays [T, J, ...]. Returns the record's bytes.
 
-        Raises SampleError where a value is not finite (the teacher overflowed); the caller then calls `skip`. Raises
-        ValueError for a key that is not in this shard or was added already, and for arrays of another T or J.
+        places: [T + 1] of a mapped vocabulary, see pack_record. Raises SampleError where a value is not finite (the
+        teacher overflowed); the caller then calls `skip`. Raises ValueError for a key that is not in this shard or was
+        added already, and for arrays of another T or J.
         """
         expected = (len(tokens), len(self._cache.identity.layers))
         for name, array in arrays.items():
@@ -163,7 +174,7 @@ class CacheWriter:
                 f"the teacher's outputs are not finite at {bad} of {len(tokens)} tokens. If this happens to many "
                 "samples in bf16, set precision: fp32"
             )
-        record = pack_record(tokens, self._codec.pack(arrays), self._made_for)
+        record = pack_record(tokens, self._codec.pack(arrays), self._made_for, places)
         self._add_record(key, record)
         self._tokens += len(tokens)
         return len(record)

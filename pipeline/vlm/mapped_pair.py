@@ -38,13 +38,14 @@ class MappedPair:
         self.texts: tuple[Texts, Texts] = (token_texts(teacher), token_texts(student))
 
     def vocabulary_map(self, teacher_rows: int, student_rows: int) -> VocabularyMap:
-        """Teacher ids as student ids, for heads of so many rows.
+        """Teacher ids as student ids, for heads of so many rows. Rows beyond a tokenizer's last id are none.
 
         A teacher id becomes the student id that stands for the same bytes, or has the same role. Of several such ids,
-        the one of the same name, then the lowest whose name is its text (not <0x41> for A). The rest, and rows without
-        a token, are the bucket's. Raises RecipeError where no text is one token to both.
+        the one of the same name, then the lowest whose name is its text (not <0x41> for A). The rest, and rows
+        without a token, are the bucket's. Raises RecipeError where no text is one token to both.
         """
         theirs, ours = self.texts
+        teacher_rows, student_rows = min(teacher_rows, max(theirs) + 1), min(student_rows, max(ours) + 1)
         by_text: dict[bytes, int] = {}
         for index in sorted(ours, key=lambda index: (self._is_byte_name[index], index)):
             if index < student_rows:

@@ -7,8 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from dense_losses import as_dtype, assert_as_accurate, dense_kl, dense_logits, grads, make_h, make_head, random_probs
+from dense_losses import (
+    as_dtype,
+    assert_as_accurate,
+    dense_kl,
+    dense_logits,
+    grads,
+    make_h,
+    make_head,
+    random_probs,
+    topk_signal,
+)
 
+from pipeline.loss import fidelity
 from pipeline.loss.bucket import BUCKET_FLOOR, BucketShare, bucket_mass
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.signal import HiddenSignal, SparseSignal, Unembedding
@@ -180,3 +191,21 @@ def test_the_kl_is_a_lower_bound_and_zero_on_itself():
 def test_a_map_names_only_ids_that_exist():
     with pytest.raises(ValueError, match="expected student ids from 0 to 4, or 5 for the bucket"):
         VocabularyMap(np.array([0, 6], np.int32), 5)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_fidelity_is_measured_over_the_mapped_ids(options):
+    """Against autograd through the mapped head: the joined ids' gradient reaches every teacher row that they join."""
+    mapping, head = make_map(), make_head(THEIRS, 8, seed=3, **options)
+    mapped = MappedHead.of(head, TeacherGroups(mapping))
+    hidden = make_h(TOKENS, TEACHERS, 8)
+    signal = topk_signal(mapped.logits(hidden).double().softmax(-1), 9)
+    found = fidelity.measure(hidden, mapped, signal).read()
+    p = naive(dense_logits(hidden, head).softmax(-1), mapping)
+    for j in range(TEACHERS):
+        h = hidden[:, 1 if j == 0 else j - 1].clone().requires_grad_()
+        q = naive(dense_logits(h, head).softmax(-1), mapping)
+        true = (torch.xlogy(p[:, j], p[:, j]) - torch.xlogy(p[:, j], q)).sum()
+        (gradient,) = torch.autograd.grad(true, h)
+        np.testing.assert_allclose(found.entropy[j], -float(torch.xlogy(p[:, j], p[:, j]).sum()), rtol=1e-5)
+        np.testing.assert_allclose(found.gradient_squared[j], float(gradient.square().sum()), rtol=1e-4)
