@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from pipeline.vlm.alignment import Texts, supervised
 from pipeline.vlm.processing import ChatEncoder, Encoded
 from pipeline.vlm.token_text import token_texts
 from pipeline.vocabulary_map import VocabularyMap
+
+_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>\Z")
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,13 @@ class MappedPair:
         """
         theirs, ours = self.texts
         teacher_rows, student_rows = min(teacher_rows, max(theirs) + 1), min(student_rows, max(ours) + 1)
-        by_text: dict[bytes, int] = {}
-        for index in sorted(ours, key=lambda index: (self._is_byte_name[index], index)):
-            if index < student_rows:
-                by_text.setdefault(ours[index], index)
-        student_names = self._names[1]
+        by_text, student_names = self._by_text(student_rows), self._names[1]
         class_of = np.full(teacher_rows, student_rows, np.int32)
         for token, index in self._names[0].items():
-            same = student_names.get(token, student_rows)
-            if index >= teacher_rows:
-                continue
-            named_alike = same < student_rows and ours[same] == theirs[index]
-            class_of[index] = same if named_alike else by_text.get(theirs[index], student_rows)
+            if index < teacher_rows:
+                same = student_names.get(token, student_rows)
+                alike = same < student_rows and ours[same] == theirs[index]
+                class_of[index] = same if alike else by_text.get(theirs[index], student_rows)
         if (class_of == student_rows).all():
             raise RecipeError(
                 "vocabulary: mapped: no token of the teacher stands for the same text as one of the student; "
@@ -76,10 +73,11 @@ class MappedPair:
         record = Supervised(student.response_ids.numpy()[ours], np.append(ours, int(student.response.sum())))
         return teacher.only(torch.from_numpy(theirs)), student.only(torch.from_numpy(ours)), record
 
-    @cached_property
-    def _is_byte_name(self) -> dict[int, bool]:
-        """Of each student id: whether it is named by its byte, such as <0x41>, where another may stand for it too."""
-        return {index: token.startswith("<0x") for token, index in self._names[1].items()}
+    def _by_text(self, rows: int) -> dict[bytes, int]:
+        """{what a student's id stands for: the id}; of several the lowest that is not named by its byte."""
+        names, texts = self._names[1], self.texts[1]
+        ordered = sorted((_BYTE_NAME.match(token) is not None, index) for token, index in names.items() if index < rows)
+        return {texts[index]: index for _, index in reversed(ordered)}
 
 
 def align_both(pair: MappedPair, raw: RawSample, encoded: Mapping[str, Encoded]) -> tuple[dict[str, Encoded], Any]:

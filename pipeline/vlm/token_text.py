@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -52,13 +52,14 @@ def token_texts(encoder: ChatEncoder) -> dict[int, bytes]:
     return texts
 
 
-def _to_bytes(tokenizer: Any):
+def _to_bytes(tokenizer: Any) -> Callable[[str], bytes]:
     """From a token as its vocabulary writes it to its bytes, by the tokenizer's own decoder."""
     parts = list(_decoders(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]))
     kinds = {part["type"] for part in parts}
     if "ByteLevel" in kinds:
         table = {char: byte for byte, char in bytes_to_unicode().items()}
-        return lambda token: bytes(table[char] for char in token)
+        # As the decoder itself: a token with another character in it stands for its own name.
+        return lambda token: bytes(map(table.__getitem__, token)) if table.keys() >= set(token) else token.encode()
     if kinds & {"Metaspace", "ByteFallback"}:
         blank = next((part["replacement"] for part in parts if part["type"] == "Metaspace"), "▁")
         return lambda token: _fallback(token) or token.replace(blank, " ").encode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,20 +12,31 @@ from bpe_tokenizers import ENGLISH, OTHER, blanks_tokenizer, bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, png, turn, write_vlm
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import RecipeError, SampleError
 from pipeline.vlm.alignment import aligned
 from pipeline.vlm.mapped_pair import MappedPair, align_both, align_teacher
 from pipeline.vlm.processing import ChatEncoder, load_processor
-from pipeline.vlm.token_text import END, EOS, NAMED, PROBE, token_texts
+from pipeline.vlm.token_text import END, EOS, NAMED, PROBE, SPECIAL, token_texts
 
 ROWS = 400
+
+
+def with_a_token_that_is_not_bytes() -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary that also has a character as it is, as some have from an older one."""
+    state = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"]["漢"] = 300
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
+
+
 MAKE = {
     "english": lambda: bpe_tokenizer(ENGLISH, 300),
     "other": lambda: bpe_tokenizer(OTHER, 320, end="</s>"),
     "blanks": lambda: blanks_tokenizer(OTHER, 340, end="</s>"),
     "bytes": byte_tokenizer,
+    "odd": with_a_token_that_is_not_bytes,
 }
 PAIRS = [("english", "other"), ("blanks", "english"), ("bytes", "blanks")]
 
@@ -31,7 +44,7 @@ PAIRS = [("english", "other"), ("blanks", "english"), ("bytes", "blanks")]
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory) -> dict[str, ChatEncoder]:
     root = tmp_path_factory.mktemp("tokenizers")
-    folders = {name: write_vlm(root / name, "qwen2_vl", 1, 16, tokenizer=make()) for name, make in MAKE.items()}
+    folders = {name: write_vlm(root / name, "qwen2_vl", 1, 16, tokenizer=MAKE[name]()) for name in {*sum(PAIRS, ())}}
     return {name: ChatEncoder(load_processor(folder), 512) for name, folder in folders.items()}
 
 
@@ -48,8 +61,6 @@ def chat(*answers: str, blank: str = ""):
 @cache
 def plain(name: str):
     """A tokenizer and its tokens' bytes, without a model."""
-    from types import SimpleNamespace
-
     tokenizer = MAKE[name]()
     template = SimpleNamespace(end_of_turn=lambda: tokenizer.eos_token)
     return tokenizer, token_texts(SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer), template=template))
@@ -112,6 +123,16 @@ def test_ends_of_different_texts_and_cut_ones_are_not_paired():
     assert aligned([b"Yes", END], [b"No", END]) == [(0, 0)]
     assert aligned([b"Yes", END], [b"Yes"]) == [(0, 0)]
     assert aligned([], [b"Yes"]) == []
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_what_a_token_stands_for_is_what_its_decoder_says(name):
+    """Each token alone; where its bytes are no whole character, decoders and python write the same replacement."""
+    tokenizer, texts = plain(name)
+    ids = {token: index for token, index in tokenizer.get_vocab().items() if texts[index][:1] != SPECIAL}
+    assert len(ids) > 250
+    for token, index in ids.items():
+        assert tokenizer.backend_tokenizer.decoder.decode([token]) == texts[index].decode(errors="replace")
 
 
 def test_what_tokens_stand_for(encoders):
