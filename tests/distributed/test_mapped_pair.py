@@ -147,5 +147,5 @@ def test_commands_read_a_mapped_run(finished, capsys):
 
 
 def test_a_shared_vocabulary_is_refused_for_this_pair(finished):
-    with pytest.raises(RecipeError, match=r"token 256 is 'ab' to the teacher and 'th' to .* vocabulary: mapped"):
+    with pytest.raises(RecipeError, match=r"token 256 is 'ab' to the teacher and 'th' to .*vocabulary: mapped"):
         shared_vocabulary(finished.recipe, finished.encoders)
