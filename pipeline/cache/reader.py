@@ -145,21 +145,17 @@ class TeacherCache:
         Opening the cache has checked that tokenizer, chat template and max_length are the same. One cause remains: the
         sample was cut at max_length for one model and not for the other.
         """
-        wanted, found = np.asarray(expected).tolist(), record.tokens.tolist()
-        places, whole = range(len(found)), len(found)
-        if record.places is not None:
-            *places, whole = record.places.tolist()
-        pairs = [
-            (place, wanted[place], token) for place, token in zip(places, found, strict=True) if place < len(wanted)
-        ]
-        differing = next((pair for pair in pairs if pair[1] != pair[2]), None)
-        if differing is None and len(wanted) == whole:
+        wanted, found = np.asarray(expected), record.tokens
+        places = np.arange(len(found) + 1) if record.places is None else record.places
+        if len(wanted) == places[-1] and np.array_equal(wanted[places[:-1]], found):
             return
-        where = (
-            f"expected {len(wanted)} tokens, found {whole}"
-            if differing is None
-            else "at response token {} expected id {}, found {}".format(*differing)
-        )
+        both = places[:-1][places[:-1] < len(wanted)]
+        differing = np.flatnonzero(wanted[both] != found[: len(both)])
+        if len(differing):
+            place = both[differing[0]]
+            where = f"at response token {place} expected id {wanted[place]}, found {found[differing[0]]}"
+        else:
+            where = f"expected {len(wanted)} tokens, found {places[-1]}"
         raise SampleError(
             f"the teacher cache has other response tokens: {where}. Most likely the sample was cut at data.max_length "
             "for one of the two models. Show the record: "
@@ -193,8 +189,9 @@ class TeacherCache:
             signal = self.codec.empty(layers, unembedding, device)
         else:
             signal = self.codec.decode(join_arrays(list(records)), unembedding, device)
-        if self.mapping is None or isinstance(signal, HiddenSignal):
+        if self.mapping is None:
             return signal
+        assert not isinstance(signal, HiddenSignal), "a recipe with vocabulary: mapped and hidden is refused"
         return self.mapping.to_student(signal)
 
     def unembedding(self, device: torch.device | str = "cpu") -> Unembedding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,8 @@ from data_prep.shards import RawSample
 from pipeline.errors import RecipeError, SampleError
 from pipeline.vlm.alignment import Texts, supervised
 from pipeline.vlm.processing import ChatEncoder, Encoded
-from pipeline.vlm.token_text import token_texts
+from pipeline.vlm.token_text import BYTE_NAME, token_texts
 from pipeline.vocabulary_map import VocabularyMap
-
-_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>\Z")
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class MappedPair:
     def _by_text(self, rows: int) -> dict[bytes, int]:
         """{what a student's id stands for: the id}; of several the lowest that is not named by its byte."""
         names, texts = self._names[1], self.texts[1]
-        ordered = sorted((_BYTE_NAME.match(token) is not None, index) for token, index in names.items() if index < rows)
+        ordered = sorted((BYTE_NAME.match(token) is not None, index) for token, index in names.items() if index < rows)
         return {texts[index]: index for _, index in reversed(ordered)}
 
 

@@ -27,7 +27,8 @@ END, EOS, NAMED = SPECIAL + b"end", SPECIAL + b"eos", SPECIAL + b"token "
 PROBE = "Aé 漢字🙂 the end.\n"
 """Text with characters of one to four bytes: what its tokens stand for has to be the text itself."""
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
+BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>\Z")
+"""Name of a token that stands for one byte of a character without a token."""
 
 
 def token_texts(encoder: ChatEncoder) -> dict[int, bytes]:
@@ -79,7 +80,7 @@ def _decoders(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 def _fallback(token: str) -> bytes | None:
     """The byte of a token such as <0xE2>."""
-    match = _BYTE.match(token)
+    match = BYTE_NAME.match(token)
     return bytes([int(match[1], 16)]) if match else None
 
 
