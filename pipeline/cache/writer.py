@@ -125,6 +125,8 @@ class CacheFolder:
         fields = self.identity.to_json()
         fields["fingerprints"]["data"] = self._data_fingerprint
         fields["tokens"] = sum(sidecar["tokens"] for sidecar in sidecars.values())
+        if self.identity.mapped:
+            fields["response_tokens"] = sum(sidecar["response_tokens"] for sidecar in sidecars.values())
         fields["skipped"] = sum(len(sidecar["skipped"]) for sidecar in sidecars.values())
         fields |= summary(list(sidecars.values()))
         if (sha256 := head_sha256(self.path)) is not None:
@@ -148,7 +150,7 @@ class CacheWriter:
         self._spill = tempfile.TemporaryFile(dir=cache.path)  # noqa: SIM115  # closed by __exit__
         self._records: dict[str, tuple[int, int]] = {}
         self._skipped: dict[str, str] = {}
-        self._tokens = 0
+        self._tokens = self._response_tokens = 0
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -177,6 +179,7 @@ class CacheWriter:
         record = pack_record(tokens, self._codec.pack(arrays), self._made_for, places)
         self._add_record(key, record)
         self._tokens += len(tokens)
+        self._response_tokens += len(tokens) if places is None else int(places[-1])
         return len(record)
 
     def skip(self, key: str, reason: str) -> None:
@@ -199,6 +202,8 @@ class CacheWriter:
         entry = write_shard(self.path, ((key, {RECORD: self._read_record(key)}) for key in self._data["keys"]))
         source = {"made_for": self._made_for, "data_sha256": self._data["sha256"]}
         content = {**entry, **source, "tokens": self._tokens, "skipped": self._skipped, **fields}
+        if self._cache.identity.mapped:
+            content["response_tokens"] = self._response_tokens
         write_file(sidecar, _json({**content, "crc32": sidecar_crc32(content)}))
 
     def _add_record(self, key: str, record: bytes) -> None:

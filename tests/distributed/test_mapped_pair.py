@@ -89,6 +89,8 @@ def test_the_manifest_has_the_buckets_share(finished):
     assert manifest["bucket"]["tokens"] == manifest["tokens"] == len(share)
     assert len(manifest["bucket"]["layers"]) == len(manifest["layers"]) == 5
     assert manifest["bucket"]["layers"][-1] == pytest.approx(float(share.mean()), rel=1e-5)
+    whole = sum(int(finished.aligned(sample)[2].places[-1]) for sample in range(SAMPLES))
+    assert manifest["response_tokens"] == whole > manifest["tokens"]
     assert manifest["fingerprints"]["mapping"] == finished.map.digest and manifest["vocab"] == 300
     assert f"{share.mean():.2%} of the teacher's probability is in the bucket" in finished.said
 
@@ -129,7 +131,8 @@ def test_commands_read_a_mapped_run(finished, capsys):
         return f"{code or 0} {' '.join((out.out + out.err).split())}"
 
     assert say("status", finished.run).startswith("0 ")
-    assert "mean of the teacher's probability in it, on 48 tokens" in (told := say("cache-info", finished.run))
+    told = say("cache-info", finished.run)
+    assert "mean of the teacher's probability in it, on 48 tokens" in told and "48 supervised of " in told
     assert "mapped: the student's 299 ids, and one bucket" in told
     sample = say("cache-info", finished.run, "--sample", "s00003")
     assert "2 supervised response tokens" in sample and "Words may be wrong" not in sample

@@ -118,7 +118,7 @@ def contents(cache: CacheOnDisk) -> dict[str, str]:
         "state": cache.state,
         "shards": f"{len(cache.intact):,}",
         "samples": f"{samples:,}, of which skipped {skipped:,}",
-        "tokens": f"{tokens:,} response tokens, {token_layers:,} token-layers",
+        "tokens": f"{tokens:,} {_kind_of_tokens(cache)}, {token_layers:,} token-layers",
         "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _bytes_by_kind(cache.path)),
     }
     if token_layers:
@@ -148,6 +148,12 @@ def fidelity(cache: CacheOnDisk) -> Fidelity | None:
     """Fidelity measured while the shards were made, summed over all intact shards; None if nothing was measured."""
     parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.intact if "fidelity" in shard]
     return sum(parts[1:], parts[0]) if parts else None
+
+
+def _kind_of_tokens(cache: CacheOnDisk) -> str:
+    if not cache.identity.mapped:
+        return "response tokens"
+    return f"supervised of {sum(shard['response_tokens'] for shard in cache.intact):,} response tokens"
 
 
 def bucket_share(cache: CacheOnDisk) -> BucketShare | None:
