@@ -14,7 +14,7 @@ from data_prep.shards import ShardFolder
 from pipeline.cache.find import open_cache
 from pipeline.cache.layout import CacheIdentity
 from pipeline.cache.mapping import MAP, MAPPED, MAPPING, VOCABULARY, read_map
-from pipeline.cache.reader import TeacherCache
+from pipeline.cache.reader import TeacherCache, mismatches
 from pipeline.cache.view import CacheView
 from pipeline.cache.writer import CacheFolder
 from pipeline.codec.packing import pack_record, to_numpy, unpack_places, unpack_record
@@ -162,7 +162,10 @@ def test_a_cache_serves_recipes_of_its_own_vocabulary_alone(tmp_path, data):
     with pytest.raises(CacheError, match="student_tokenizer: expected another, found abc"):
         open_cache(root, data, {**wanted, "student_tokenizer": "another"}, codec, LAYERS, "R")
     fill(root / "topk-shared", data, CacheIdentity(codec, LAYERS, THEIRS), HEAD, mapped=False)
-    assert open_cache(root, data, {VOCABULARY: "shared"}, codec, LAYERS, "R").path.name == "topk-shared"
+    shared = open_cache(root, data, {VOCABULARY: "shared"}, codec, LAYERS, "R")
+    assert shared.path.name == "topk-shared" and shared.identity.student_ids == THEIRS
+    (mismatch,) = mismatches(shared.identity, {VOCABULARY: MAPPED}, codec)
+    assert str(mismatch) == "vocabulary: expected mapped, found shared"
     assert open_cache(root, data, wanted, codec, LAYERS, "R").path.name == "topk-mapped"
 
 
