@@ -34,6 +34,10 @@ class Unembedding:
     softcap: float | None = None
     """Bound of the absolute value of a logit; None: no cap."""
 
+    def buffer(self, rows: int) -> Tensor:
+        """Memory for the products of so many rows: the `out` of `products`."""
+        return self.weight.new_empty(rows, self.vocab)
+
     def detached(self) -> Unembedding:
         """The same head, without gradient to its tensors."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
@@ -63,6 +67,20 @@ class Unembedding:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """What a teacher says outside of the ids that it shares with the student (vocabulary: mapped)."""
+
+    mass: Tensor
+    """[T, J] float32: probability of the teacher's ids that mean no single id of the student."""
+    outside: Tensor
+    """[U] int64: the student's ids that no teacher id means. Their probability is the student's share of the bucket."""
+
+    def part(self, rows: Rows, columns: int | slice = slice(None)) -> Bucket:
+        """The bucket of some tokens and some layers, as in SparseSignal."""
+        return replace(self, mass=self.mass[rows][:, columns])
+
+
+@dataclass(frozen=True)
 class SparseSignal:
     """Distributions over a few ids each, with all other ids together as one bucket, the tail."""
 
@@ -76,11 +94,13 @@ class SparseSignal:
     """[T, J] float32, nats: sum of p log p over the entries and the tail, so that KL(p, p) = 0."""
     has_tail: bool = True
     """False where the codec has no tail. Code then need not read `tail` back from the device to find out."""
+    bucket: Bucket | None = None
+    """None where the models share their ids, and where the tail holds the bucket too."""
 
     def part(self, rows: Rows, columns: int | slice = slice(None)) -> SparseSignal:
         """The signal of some tokens and some layers. An integer `columns` drops the layer dimension."""
         some = {name: getattr(self, name)[rows][:, columns] for name in ("ids", "probs", "tail", "neg_entropy")}
-        return replace(self, **some)
+        return replace(self, bucket=None if self.bucket is None else self.bucket.part(rows, columns), **some)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 TOPS = ["data_prep", "pipeline", "launch"]
-GROUND = ["pipeline.errors", "pipeline.commands", "pipeline.signal", "pipeline.rows", "pipeline.recipe"]
+GROUND = [
+    "pipeline.errors",
+    "pipeline.commands",
+    "pipeline.signal",
+    "pipeline.rows",
+    "pipeline.vocabulary_map",
+    "pipeline.recipe",
+]
 SHARDS = [
     "data_prep.shards",
     "data_prep.schema",
@@ -28,6 +35,7 @@ MAY_IMPORT = {
     "pipeline.commands": [],
     "pipeline.signal": [],
     "pipeline.rows": [],
+    "pipeline.vocabulary_map": ["pipeline.signal"],
     "pipeline.recipe": ["pipeline.errors", "data_prep.schema", "data_prep.storage"],  # data may lie behind URLs
     "pipeline.codec": GROUND,
     "pipeline.loss": GROUND,

@@ -46,12 +46,16 @@ def byte_tokenizer() -> tf.PreTrainedTokenizerFast:
 
 
 def write_vlm(
-    folder: Path, kind: str, layers: int, width: int, seed: int = 0, tie: bool = False, rows: int = 0
+    folder: Path, kind: str, layers: int, width: int, seed: int = 0, tie: bool = False, rows: int = 0, tokenizer=None
 ) -> Path:
-    """A random tiny VLM as a Hugging Face folder; rows > 0 pads the vocabulary to that many rows."""
-    tokenizer = byte_tokenizer()
+    """A random tiny VLM as a Hugging Face folder; rows > 0 pads the vocabulary to that many rows.
+
+    tokenizer: another than byte_tokenizer(); its eos_token ends each turn.
+    """
+    tokenizer = tokenizer or byte_tokenizer()
     build = {"qwen2_vl": _qwen2_vl, "llava_onevision": _llava_onevision, "llava": _llava}.get(kind) or _newer_qwen(kind)
     config, processor = build(tokenizer, layers, width, tie, max(rows, len(tokenizer)))
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", tokenizer.eos_token)
     torch.manual_seed(seed)
     model = tf.AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
@@ -70,7 +74,7 @@ def _text(tokenizer, layers: int, width: int, tie: bool, rows: int) -> dict:
         "max_position_embeddings": 1024,
         "tie_word_embeddings": tie,
         "bos_token_id": None,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     }
 

@@ -58,6 +58,11 @@ def teacher_fingerprints(folder: Path, chat_template: str, hashes: HashStore | N
     return {**model_fingerprints(folder, hashes), "chat_template": text_fingerprint(chat_template)}
 
 
+def student_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
+    """What a cache of a mapped vocabulary depends on of the student: how a chat becomes its response tokens."""
+    return {"student_tokenizer": tokenizer_fingerprint(folder), "student_template": text_fingerprint(chat_template)}
+
+
 def sample_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:
     """What decides how a sample becomes model inputs, besides the models: plain text, not hashes."""
     fingerprints = {"max_length": str(max_length), "decoding": DECODING}

@@ -2,6 +2,7 @@
 
 cache.json         the cache's identity. Written first; every job that fills the cache must have the same identity
 order.int32        the vocabulary order, where the codec needs it
+mapping.int32      the teacher's ids as the student's, where their tokenizers differ
 head.safetensors   the teacher's language head, where the codec needs it
 head.json          the head's sidecar: its SHA-256 at the time of writing
 000000.tar         mirrors data shard 000000.tar: same name, same keys, same order
@@ -24,6 +25,7 @@ from data_prep.schema import parse_json
 from data_prep.storage import local_copy, read_bytes, size_of
 from pipeline.cache.fingerprint import Mismatch, compare, text_fingerprint
 from pipeline.cache.hashes import file_sha256
+from pipeline.cache.mapping import is_mapped
 from pipeline.cache.order import order_sha256, read_order
 from pipeline.cache.paths import ASIDE, IDENTITY
 from pipeline.codec.registry import CODECS, Codec, make_codec
@@ -46,9 +48,10 @@ class CacheIdentity:
     layers: tuple[int, ...]
     """The J teacher layers, counted from 1: the target layers, then the last layer."""
     vocab: int
-    """V, the size of the common vocabulary."""
+    """V, the size of the common vocabulary; of a mapped one the student's ids and the bucket."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Of the teacher's files, verbalizers, chat template and sample limits. The data's are kept for each shard."""
+    """Of the teacher's files, verbalizers, chat template and sample limits; of a mapped vocabulary also the map and the
+    student's tokenizer and template. The data's are kept for each shard."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields of cache.json, which manifest.json also has."""
@@ -60,6 +63,16 @@ class CacheIdentity:
             "vocab": self.vocab,
             "fingerprints": dict(self.fingerprints),
         }
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the distributions are over the student's ids and a bucket."""
+        return is_mapped(self.fingerprints)
+
+    @property
+    def student_ids(self) -> int:
+        """Number of ids that the student's distributions are over: those of a mapped vocabulary without the bucket."""
+        return self.vocab - self.mapped
 
     @property
     def digest(self) -> str:

@@ -32,10 +32,11 @@ from pipeline.cache.layout import (
     read_identity,
     read_sidecars,
 )
-from pipeline.codec.packing import join_arrays, unpack_record
+from pipeline.cache.mapping import SHARED, VOCABULARY, read_map
+from pipeline.codec.packing import join_arrays, unpack_places, unpack_record
 from pipeline.commands import cache_command, train_command
 from pipeline.errors import CacheError, SampleError
-from pipeline.signal import Signal, Unembedding
+from pipeline.signal import HiddenSignal, Signal, Unembedding
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class CacheRecord:
     """[T] int32 response token ids that the arrays were made for."""
     arrays: Mapping[str, np.ndarray]
     """The codec's unpacked arrays [T, J, n]."""
+    places: np.ndarray | None = None
+    """[T + 1] of a mapped vocabulary: the numbers of these tokens among the student's response tokens, from 0; then the
+    number of all. None where each response token has distributions."""
 
 
 class TeacherCache:
@@ -78,6 +82,10 @@ class TeacherCache:
             raise CacheError(mismatch_message(path, differing, recipe))
         self.columns(layers)
         self.codec = cache_codec(path, self.identity, recipe)
+        mapped, prints = self.identity.mapped, self.identity.fingerprints
+        self.mapping = (
+            read_map(path, prints, self.identity.vocab, f"Put it right: {self._repair()}") if mapped else None
+        )
         self._made_for = self.identity.made_for(path)
         self._check_complete(data)
         if self.codec.needs_head:
@@ -123,7 +131,10 @@ class TeacherCache:
             members = self._folder.read_members(index)
             layers = len(self.layers)
             tokens, streams = unpack_record(members[RECORD], self.codec.token_bytes(layers), self._made_for)
-            return CacheRecord(key, tokens, self.codec.unpack(streams, len(tokens), layers))
+            places = unpack_places(members[RECORD], self._made_for) if self.identity.mapped else None
+            if places is not None and len(places) != len(tokens) + 1:
+                raise ValueError(f"it has {len(tokens)} tokens and {len(places) - 1} places")
+            return CacheRecord(key, tokens, self.codec.unpack(streams, len(tokens), layers), places)
         except (DataError, ValueError, KeyError) as error:
             raise CacheError(
                 f"{self.path}: record '{key}' is damaged: {error}. Put it right: {self._repair()}"
@@ -135,15 +146,17 @@ class TeacherCache:
         Opening the cache has checked that tokenizer, chat template and max_length are the same. One cause remains: the
         sample was cut at max_length for one model and not for the other.
         """
-        wanted, found = np.asarray(expected).tolist(), record.tokens.tolist()
-        if wanted == found:
+        wanted, found = np.asarray(expected), record.tokens
+        places = np.arange(len(found) + 1) if record.places is None else record.places
+        if len(wanted) == places[-1] and np.array_equal(wanted[places[:-1]], found):
             return
-        place = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
-        where = (
-            f"expected {len(wanted)} tokens, found {len(found)}"
-            if place is None
-            else f"at response token {place} expected id {wanted[place]}, found {found[place]}"
-        )
+        both = places[:-1][places[:-1] < len(wanted)]
+        differing = np.flatnonzero(wanted[both] != found[: len(both)])
+        if len(differing):
+            place = both[differing[0]]
+            where = f"at response token {place} expected id {wanted[place]}, found {found[differing[0]]}"
+        else:
+            where = f"expected {len(wanted)} tokens, found {places[-1]}"
         raise SampleError(
             f"the teacher cache has other response tokens: {where}. Most likely the sample was cut at data.max_length "
             "for one of the two models. Show the record: "
@@ -174,8 +187,13 @@ class TeacherCache:
     ) -> Signal:
         """As `signal`, from records' arrays that hold only the wanted layers. No records give a signal of no token."""
         if not records:
-            return self.codec.empty(layers, unembedding, device)
-        return self.codec.decode(join_arrays(list(records)), unembedding, device)
+            signal = self.codec.empty(layers, unembedding, device)
+        else:
+            signal = self.codec.decode(join_arrays(list(records)), unembedding, device)
+        if self.mapping is None:
+            return signal
+        assert not isinstance(signal, HiddenSignal), "a recipe with vocabulary: mapped and hidden is refused"
+        return self.mapping.to_student(signal)
 
     def unembedding(self, device: torch.device | str = "cpu") -> Unembedding:
         """The teacher's stored language head. Raises CacheError where the file is missing or has changed."""
@@ -221,7 +239,8 @@ class TeacherCache:
 
 def mismatches(identity: CacheIdentity, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
     """Where a cache's fingerprints and codec differ from the expected ones. `codec` None: it is not compared."""
-    differing = compare(expected, identity.fingerprints)
+    # A cache that says nothing of its vocabulary is of a shared one.
+    differing = compare(expected, {VOCABULARY: SHARED, **identity.fingerprints})
     if codec is not None and dict(codec) != dict(identity.codec):
         expected_json, found_json = (json.dumps(dict(one), sort_keys=True) for one in (codec, identity.codec))
         differing.append(Mismatch("codec", expected_json, found_json))

@@ -41,9 +41,13 @@ class CacheView:
         columns = self.cache.columns(self.layers)
         arrays = {name: array[:, columns] for name, array in record.arrays.items()}
         arrays = self._points_of(record.key, epoch, arrays)
-        kept = self._tokens_of(record.key, epoch, len(record.tokens))
-        arrays = {name: array[kept] for name, array in arrays.items()}
-        return replace(record, tokens=record.tokens[kept], arrays=arrays), kept
+        chosen = self._tokens_of(record.key, epoch, len(record.tokens))
+        arrays = {name: array[chosen] for name, array in arrays.items()}
+        kept = chosen
+        if record.places is not None:
+            kept = np.zeros(len(expected), bool)
+            kept[record.places[:-1][chosen]] = True
+        return replace(record, tokens=record.tokens[chosen], arrays=arrays, places=None), kept
 
     def signal(self, records: list[CacheRecord], device: torch.device | str, head: Unembedding | None) -> Signal:
         """The signal over the tokens of all records, concatenated."""

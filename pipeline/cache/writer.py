@@ -29,6 +29,7 @@ from pipeline.cache.layout import (
     read_sidecars,
     sidecar_crc32,
 )
+from pipeline.cache.mapping import has_map, save_map
 from pipeline.cache.order import ORDER, has_order, save_order
 from pipeline.cache.paths import IDENTITY
 from pipeline.codec.packing import pack_record, pack_skipped
@@ -36,6 +37,7 @@ from pipeline.codec.registry import Codec, make_codec
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError, SampleError
 from pipeline.signal import Unembedding
+from pipeline.vocabulary_map import VocabularyMap
 
 
 class CacheFolder:
@@ -52,18 +54,24 @@ class CacheFolder:
 
     @property
     def missing_files(self) -> set[str]:
-        """Which of "head" and "order" the codec needs and the folder lacks. They must be saved before any shard.
+        """Which of "head", "order" and "mapping" are needed and the folder lacks. They must be saved before any shard.
 
         A head that does not match its recorded hash counts as missing. Each call hashes the head.
         """
         codec = make_codec(**self.identity.codec)
         present = {"head": has_head(self.path), "order": has_order(self.path)}
-        needed = {"head": codec.needs_head, "order": codec.needs_order}
+        needed = {"head": codec.needs_head, "order": codec.needs_order, "mapping": self.identity.mapped}
+        if needed["mapping"]:
+            present["mapping"] = has_map(self.path, self.identity.fingerprints, self.identity.vocab)
         return {name for name in needed if needed[name] and not present[name]}
 
     def save_head(self, unembedding: Unembedding) -> None:
         """Store the teacher's language head, for a codec with `needs_head`."""
         save_head(self.path, unembedding)
+
+    def save_map(self, mapping: VocabularyMap) -> None:
+        """Store the teacher's ids as the student's, for a mapped vocabulary."""
+        save_map(self.path, mapping)
 
     def save_order(self, order: np.ndarray) -> None:
         """Store the vocabulary order, unless another job has stored one already."""
@@ -108,7 +116,7 @@ class CacheFolder:
         """Write the manifest if all shards are there; return whether they are. Every job calls this at its end.
 
         summary: makes additional manifest fields from all sidecars. Raises ValueError where the codec needs a head or
-        an order and none was saved.
+        an order, or a mapped vocabulary its map, and none was saved.
         """
         if self.missing_files:
             raise ValueError(f"{self.path}: save {self.missing_files} before finish, for codec {self.identity.codec}")
@@ -118,6 +126,8 @@ class CacheFolder:
         fields = self.identity.to_json()
         fields["fingerprints"]["data"] = self._data_fingerprint
         fields["tokens"] = sum(sidecar["tokens"] for sidecar in sidecars.values())
+        if self.identity.mapped:
+            fields["response_tokens"] = sum(sidecar["response_tokens"] for sidecar in sidecars.values())
         fields["skipped"] = sum(len(sidecar["skipped"]) for sidecar in sidecars.values())
         fields |= summary(list(sidecars.values()))
         if (sha256 := head_sha256(self.path)) is not None:
@@ -142,7 +152,7 @@ class CacheWriter:
         self._spill = tempfile.TemporaryFile(dir=spill_in)  # noqa: SIM115  # closed by __exit__
         self._records: dict[str, tuple[int, int]] = {}
         self._skipped: dict[str, str] = {}
-        self._tokens = 0
+        self._tokens = self._response_tokens = 0
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -150,11 +160,14 @@ class CacheWriter:
     def __exit__(self, *error: object) -> None:
         self._spill.close()
 
-    def add(self, key: str, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+    def add(
+        self, key: str, tokens: np.ndarray, arrays: Mapping[str, np.ndarray], places: np.ndarray | None = None
+    ) -> int:
         """Add a sample: its response token ids [T] and the codec's arrays [T, J, ...]. Returns the record's bytes.
 
-        Raises SampleError where a value is not finite (the teacher overflowed); the caller then calls `skip`. Raises
-        ValueError for a key that is not in this shard or was added already, and for arrays of another T or J.
+        places: [T + 1] of a mapped vocabulary, see pack_record. Raises SampleError where a value is not finite (the
+        teacher overflowed); the caller then calls `skip`. Raises ValueError for a key that is not in this shard or was
+        added already, and for arrays of another T or J.
         """
         expected = (len(tokens), len(self._cache.identity.layers))
         for name, array in arrays.items():
@@ -165,9 +178,10 @@ class CacheWriter:
                 f"the teacher's outputs are not finite at {bad} of {len(tokens)} tokens. If this happens to many "
                 "samples in bf16, set precision: fp32"
             )
-        record = pack_record(tokens, self._codec.pack(arrays), self._made_for)
+        record = pack_record(tokens, self._codec.pack(arrays), self._made_for, places)
         self._add_record(key, record)
         self._tokens += len(tokens)
+        self._response_tokens += len(tokens) if places is None else int(places[-1])
         return len(record)
 
     def skip(self, key: str, reason: str) -> None:
@@ -190,6 +204,8 @@ class CacheWriter:
         entry = write_shard(self.path, ((key, {RECORD: self._read_record(key)}) for key in self._data["keys"]))
         source = {"made_for": self._made_for, "data_sha256": self._data["sha256"]}
         content = {**entry, **source, "tokens": self._tokens, "skipped": self._skipped, **fields}
+        if self._cache.identity.mapped:
+            content["response_tokens"] = self._response_tokens
         write_file(sidecar, _json({**content, "crc32": sidecar_crc32(content)}))
 
     def _add_record(self, key: str, record: bytes) -> None:

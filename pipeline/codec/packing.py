@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.errors import SampleError
 
-TOKENS, SKIPPED = "tokens", "skipped"
+TOKENS, SKIPPED, PLACES = "tokens", "skipped", "places"
 MOST_TOKENS = 2**20
 """Response tokens of a record. No more are unpacked, whatever a damaged or hostile record claims."""
 LEVEL = 6
@@ -72,14 +72,17 @@ def narrowest(largest: int) -> str:
     return "uint8" if largest < 2**8 else "uint16" if largest < 2**16 else "int32"
 
 
-def pack_record(tokens: np.ndarray, streams: Mapping[str, bytes], made_for: str = "") -> bytes:
+def pack_record(
+    tokens: np.ndarray, streams: Mapping[str, bytes], made_for: str = "", places: np.ndarray | None = None
+) -> bytes:
     """Response token ids [T] and a codec's streams -> the bytes of one record.
 
-    made_for: the hash of the cache's identity (CacheIdentity.made_for). `unpack_record` must get the same one.
+    places: [T + 1], where not all of a sample's response tokens have distributions: the numbers of those that do, from
+    0, and the number of all. made_for: the hash of the cache's identity (CacheIdentity.made_for). `unpack_record` must
+    get the same one.
     """
-    dtype = narrowest(int(tokens.max(initial=0)))
     compressor = zstandard.ZstdCompressor(level=LEVEL)
-    raw = {f"{TOKENS}.{dtype}": raw_stream(tokens, dtype), **streams}
+    raw = {**_integers(TOKENS, tokens), **({} if places is None else _integers(PLACES, places)), **streams}
     return _with_checksum({name: compressor.compress(stream) for name, stream in raw.items()}, made_for)
 
 
@@ -100,12 +103,36 @@ def unpack_record(data: bytes, token_bytes: int, made_for: str = "") -> tuple[np
     record = _verified_content(data, made_for)
     if SKIPPED in record:
         raise SampleError(f"skipped when the teacher cache was made: {record[SKIPPED]}")
-    name = next((name for name in record if name.startswith(f"{TOKENS}.")), None)
-    if name is None:
+    tokens = _take_integers(record, TOKENS)
+    if tokens is None:
         raise ValueError("it has no tokens")
-    frame, dtype = record.pop(name), name.partition(".")[2]
-    tokens = raw_array(_decompress({name: frame}, 4 * MOST_TOKENS)[name], dtype, -1).astype(np.int32)
+    _take_integers(record, PLACES)
     return tokens, _decompress(record, token_bytes * len(tokens))
+
+
+def unpack_places(data: bytes, made_for: str = "") -> np.ndarray:
+    """The places [T + 1] int32 of a record that has them. Raises ValueError as `unpack_record`, and where it has none.
+
+    They are increasing: T numbers of tokens and, above them, how many there are.
+    """
+    places = _take_integers(_verified_content(data, made_for), PLACES)
+    if places is None or not len(places) or (np.diff(places) <= 0).any() or places[0] < 0:
+        raise ValueError("it does not say which response tokens it is for")
+    return places
+
+
+def _integers(name: str, values: np.ndarray) -> dict[str, bytes]:
+    dtype = narrowest(int(values.max(initial=0)))
+    return {f"{name}.{dtype}": raw_stream(values, dtype)}
+
+
+def _take_integers(record: dict[str, Any], name: str) -> np.ndarray | None:
+    """Remove the integers of a name from a record: [n] int32, or None where it has none."""
+    whole = next((key for key in record if key.startswith(f"{name}.")), None)
+    if whole is None:
+        return None
+    stream = _decompress({whole: record.pop(whole)}, 4 * MOST_TOKENS)[whole]
+    return raw_array(stream, whole.partition(".")[2], -1).astype(np.int32)
 
 
 def _decompress(frames: Mapping[str, bytes], most: int) -> dict[str, bytes]:

@@ -66,7 +66,7 @@ class Sampled:
         """[T, J, d] and u [T, J] -> {"ranks": [T, J, N] int32 ascending, "entropy": [T, J] float32, nats}."""
         tokens, layers, _ = hidden.shape
         order, u = (to_device(array, hidden.device) for array in (self.order, uniform))
-        products = unembedding.weight.new_empty(min(chunk, tokens * layers), unembedding.vocab)
+        products = unembedding.buffer(min(chunk, tokens * layers))
         drawn = [
             draw_points(unembedding.products(states, products[: len(states)]), unembedding, order, u_chunk, self.points)
             for states, u_chunk in zip(row_states(hidden, chunk), u.reshape(-1).split(chunk), strict=True)

@@ -1,7 +1,7 @@
 """Fidelity: how far cached signals are from the teacher's true distributions, measured on a few tokens.
 
-J cached teacher layers (the last is the teacher's last), r measured tokens, V common vocabulary, d width, S reference
-students.
+J cached teacher layers (the last is the teacher's last), r measured tokens, V common vocabulary (of a mapped one: the
+student's ids and the bucket), d width, S reference students.
 
 The errors that matter are those of a student's loss, but a cache job has no student in memory. So a teacher layer
 stands in for the student that would follow layer j: the cached layer below it (above it, for the lowest). It is assumed
@@ -23,7 +23,7 @@ and all of these layers are candidates. So a reference student is among its own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from pipeline.loss.chunks import ACCELERATOR_CHUNK_ELEMENTS, CHUNK_ELEMENTS, row_chunks
 from pipeline.loss.matching import draw_probabilities, search_ranges
 from pipeline.signal import HiddenSignal, Signal, Unembedding
+from pipeline.vocabulary_map import MappedHead
 
 FLOATS_PER_LOGIT = 16
 """Memory for each logit of a chunk, in floats: at most eight float64 arrays [c, J, V] exist at the same time."""
@@ -179,7 +180,8 @@ def measure(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> Measure
     usable = hidden.isfinite().flatten(1).all(1)
     sums = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=hidden.device)
     pairs = torch.zeros(2, layers, layers, dtype=torch.float64, device=hidden.device)
-    for rows in row_chunks(tokens, _rows_per_chunk(hidden, unembedding.vocab)):
+    ids = unembedding.vocab + (unembedding.teacher.vocab if isinstance(unembedding, MappedHead) else 0)
+    for rows in row_chunks(tokens, _rows_per_chunk(hidden, ids)):
         one, kl = _compare(hidden[rows], unembedding, signal.part(rows))
         sums += torch.where(usable[rows, None], one, 0.0).sum(1)
         pairs += torch.where(usable[rows, None, None], kl, 0.0).sum(1)
@@ -198,7 +200,7 @@ def _compare(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> tuple[
     """
     logits = unembedding.logits(hidden)
     stand_in = (torch.arange(hidden.shape[1], device=hidden.device) - 1).abs()  # 1, 0, 1, 2, ..., J - 2
-    slope = _slope(logits, stand_in, unembedding)
+    to_head = _gradient_at_products(hidden, logits, stand_in, unembedding)
     log_p = logits.double().log_softmax(-1)
     del logits
     p = log_p.exp()
@@ -208,7 +210,7 @@ def _compare(hidden: Tensor, unembedding: Unembedding, signal: Signal) -> tuple[
     del log_p
     error = _at(kl[1] - kl[0], stand_in)
     mass = torch.where(cached.probs > 0, p, 0.0).sum(-1)
-    norms = _squared_norms(true, cached, rest, stand_in, slope, unembedding)
+    norms = _squared_norms(true, cached, rest, stand_in, to_head, unembedding)
     return torch.stack((-true.neg_entropy, mass, error, error.square(), *norms)), kl
 
 
@@ -263,7 +265,7 @@ def _squared_norms(
     cached: _Targets,
     rest: Tensor | None,
     stand_in: Tensor,
-    slope: Tensor | float,
+    to_head: Callable[[Tensor], Tensor],
     unembedding: Unembedding,
 ) -> Tensor:
     """Squared norms [2, c, J] of the gradients at the stand-ins' head inputs: of the cache's error, and the true one.
@@ -271,18 +273,29 @@ def _squared_norms(
     They are subtracted before the product with the weight: the difference of two low-precision products would be
     rounding.
     """
-    weight = unembedding.weight[: unembedding.vocab]
     q = true.probs.index_select(1, stand_in)
     gradient = true.gradient(q, None)
     error = cached.gradient(q, None if rest is None else _at(rest, stand_in)).sub_(gradient)
     del q
-    both = torch.stack([(one * slope).to(weight.dtype) for one in (error, gradient)])
-    return (both @ weight).double().square().sum(-1)
+    both = torch.stack([to_head(one).to(unembedding.weight.dtype) for one in (error, gradient)])
+    return (both @ unembedding.weight[: both.shape[-1]]).double().square().sum(-1)
 
 
 def _at(pairs: Tensor, columns: Tensor) -> Tensor:
     """Pairs [c, J, S] -> for each of the J layers, its entry in one of the columns [J]: [c, J]."""
     return pairs.gather(2, columns[None, :, None].expand(len(pairs), -1, 1))[..., 0]
+
+
+def _gradient_at_products(
+    hidden: Tensor, logits: Tensor, stand_in: Tensor, unembedding: Unembedding
+) -> Callable[[Tensor], Tensor]:
+    """From a gradient at the stand-ins' logits [c, J, V] to that at the products h W^T + b, whose rows are W's."""
+    if not isinstance(unembedding, MappedHead):
+        slope = _slope(logits, stand_in, unembedding)
+        return lambda gradient: gradient * slope
+    own = unembedding.teacher.logits(hidden)
+    own_slope, at_stand_in = _slope(own, stand_in, unembedding), own.index_select(1, stand_in)
+    return lambda gradient: unembedding.at_teacher_ids(gradient, at_stand_in) * own_slope
 
 
 def _slope(logits: Tensor, stand_in: Tensor, unembedding: Unembedding) -> Tensor | float:

@@ -7,7 +7,8 @@ S student layers, J teacher layers, T response tokens, K kept ids, V common voca
     kl = (p * (log_p - log_q[ids])).sum() + r * (log(r) - log(1 - log_q[ids].exp().sum()))  # SparseSignal: r the tail
 
 The tail r is one bucket. Two distributions that differ only inside it have KL 0, so the second value is never above the
-first. Where the ids are samples there is no tail: r = 0.
+first. Where the ids are samples there is no tail: r = 0. Where the signal is of a mapped vocabulary, its bucket adds
+p_B times a number that no candidate changes (bucket.py).
 
 There are two passes, because the match is drawn between them. `kl_matrix` needs one matrix product with the vocabulary
 for the KL of all candidates. A second product gives the part that their gradients share. The gradient of a sparse KL at
@@ -33,6 +34,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pipeline.loss.bucket import StudentBucket, bucket_surprisal
 from pipeline.loss.chunks import (
     Gradients,
     LayerGradients,
@@ -40,11 +42,11 @@ from pipeline.loss.chunks import (
     accumulator,
     attach_gradients,
     cap_slope,
+    exp_,
     head_loss,
     product_gradients,
     row_chunks,
     rows_per_chunk,
-    softmax_,
     times_weight,
     wide_logits,
 )
@@ -75,6 +77,8 @@ class _Candidates:
     light: Tensor
     """[T, d] E_q[slope * W] over all ids but the heavy ones, divided by the largest q, in the weight's dtype. slope is
     the derivative of scale and soft-cap."""
+    bucket: tuple[Tensor, Tensor] | None
+    """What `bucket_surprisal` returned: [T] and [T, d]; None where the signal has no bucket."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +170,17 @@ def _sparse_gradients(
 ) -> Gradients:
     def loss(rows: slice, logits: Tensor) -> None:
         target = signal.part(rows, column)
-        log_q = softmax_(logits, target.ids)
+        bucket = None if target.bucket is None else StudentBucket.of(logits, target.bucket.outside)
+        log_q, log_total, total = exp_(logits, target.ids)
+        logits.div_(total)
         kl, alpha, beta = _kl_terms(log_q, target)
-        logits.mul_(alpha[:, None]).scatter_add_(1, target.ids, -beta)
+        if target.bucket is None or bucket is None:
+            logits.mul_(alpha[:, None]).scatter_add_(1, target.ids, -beta)
+        else:
+            surprisal, pull = bucket.terms(log_total, target.bucket.mass.to(kl.dtype))
+            kl = kl + surprisal
+            logits.mul_((alpha + pull)[:, None]).scatter_add_(1, target.ids, -beta)
+            logits.index_add_(1, target.bucket.outside, bucket.share * pull[:, None], alpha=-1)
         add_losses(kl)
 
     return product_gradients(h, workspace, loss)
@@ -233,6 +245,7 @@ def _first_pass(
         heavy_ids=h.new_empty(tokens, heavy, dtype=torch.int64),
         heavy_log_q=h.new_empty(tokens, heavy, dtype=wide),
         light=h.new_empty(tokens, weight.shape[1], dtype=weight.dtype),
+        bucket=None if signal.bucket is None else bucket_surprisal(h, workspace, signal.bucket.outside),
     )
     within = slice(columns.start, columns.stop)
 
@@ -244,7 +257,10 @@ def _first_pass(
     ids = signal.ids[:, within].flatten(1)
     for rows, light in probability_chunks(h, workspace, ids, heavy, collect):
         candidates.light[rows] = times_weight(light, weight[:vocab]).to(weight.dtype)
-    kl, _, _ = _kl_terms(candidates.log_q, signal.part(slice(None), within))
+    some = signal.part(slice(None), within)
+    kl, _, _ = _kl_terms(candidates.log_q, some)
+    if candidates.bucket is not None and some.bucket is not None:
+        kl = kl + some.bucket.mass * candidates.bucket[0][:, None]
     values[within] += kl.sum(0, dtype=values.dtype)
     return candidates
 
@@ -273,6 +289,10 @@ def _second_pass(
             mode="sum",
         )
         gradient[rows] = (at_light[rows, None] * candidates.light[rows] + unembedding.scale * sparse).to(gradient.dtype)
+    if candidates.bucket is not None and target.bucket is not None:
+        surprisal, pull = candidates.bucket
+        kl = kl + target.bucket.mass * surprisal
+        gradient += (target.bucket.mass[:, None] * pull).to(gradient.dtype)
     return kl.sum(dtype=torch.float64)
 
 

@@ -29,7 +29,7 @@ OWNED_BY_RECIPE = {
 def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     """Raise RecipeError with all problems that would stop one of the given steps on `world` ranks."""
     asked = set(steps)
-    needs_student = asked != {"cache"}
+    needs_student = asked != {"cache"} or recipe.vocabulary == "mapped"  # the cache is for its tokenizer
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
     problems = _data_problems(recipe) + (_logger_problems(recipe) if needs_student else [])
@@ -40,6 +40,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
         )
     problems += _model_problems(recipe.student, "student") if needs_student else []
     problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
+    problems += _vocabulary_problems(recipe) if {"cache", "interact"} & set(steps) else []
     problems += _deepspeed_problems(recipe, steps)
     for step in steps:
         if step != "cache":
@@ -191,6 +192,15 @@ def _view_problems(recipe: Recipe) -> list[str]:
     if chosen is not None and list(chosen) != sorted(set(chosen)):
         problems.append(f"interact.teacher_layers: expected increasing layers, found {list(chosen)}")
     return problems
+
+
+def _vocabulary_problems(recipe: Recipe) -> list[str]:
+    if recipe.vocabulary == "shared" or recipe.cache.codec.name != "hidden":
+        return []
+    return [
+        "vocabulary: mapped needs cache.codec.name: sampled or topk, found hidden: it stores states that only the "
+        "teacher's own head can read, over the teacher's ids"
+    ]
 
 
 def _interact_problems(interact: Interact) -> list[str]:

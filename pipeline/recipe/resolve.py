@@ -36,6 +36,7 @@ CHANGEABLE = {
     "data.held_out",
     "data.max_bad_share",
     "cache.batch_tokens",
+    "cache.max_bucket_share",
 } | {
     f"{step}.{key}"
     for step in STEPS

@@ -201,6 +201,11 @@ class Cache(Section):
     batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass of the teacher on one rank, image tokens and padding included. A
     longer sample gets a pass of its own. A larger value is faster and needs more memory."""
+    max_bucket_share: Share = 0.1
+    """Only for vocabulary: mapped: share of the teacher's probability, from 0 to 1, that may lie on tokens which are no
+    single token of the student, as the mean over the supervised tokens, for each cached layer. A cache job stops with
+    an error above it: of that share the student learns the sum alone. It is measured on 64 samples before the cache is
+    made, and on all of them at the end; the manifest has it."""
     deepspeed: Path | None = None
     """DeepSpeed config file (JSON) of cache jobs. A cache that is made in the same job as the verbalizers uses
     verbalize's. Left out: the recipe's own deepspeed."""
@@ -275,6 +280,13 @@ class Recipe(Section):
     paper: the paper's order: interaction, then finetuning on the responses.
     wrong_answers: a part of the responses is wrong, as in scraped data: interaction to the end, no finetuning.
     clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it."""
+    vocabulary: Literal["shared", "mapped"] = "shared"
+    """How the teacher's token ids become the student's.
+    shared: they are the same. Tokenizers that give an id two meanings are an error. As in the paper.
+    mapped: for two tokenizers. Only those response tokens are supervised that begin after the same text in both. A
+    teacher's id becomes the student's id of the same text, or role; all others are one bucket, and the KL is taken over
+    the mapped ids and the bucket. The cache is then for this student's tokenizer, with the codec sampled or topk. Not
+    in the paper."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")

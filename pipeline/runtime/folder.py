@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ KERNELS = "kernels.json"
 """File of a run folder: the kernels of its newest invocation."""
 REQUEUE = "requeue.json"
 """File of a run folder that stands there while its newest invocation is one that was asked to stop."""
+
+
+def ids_of(verbalize: Mapping[str, Any], role: str) -> int:
+    """The number of ids of a model's distributions, from step verbalize's summary.
+
+    Of a shared vocabulary both models have the same number, of a mapped one each has its own.
+    """
+    ids = verbalize["vocab"]
+    return ids[role] if isinstance(ids, dict) else ids
 
 
 def mark_done(folder: Path, summary: dict[str, Any]) -> None:

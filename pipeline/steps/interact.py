@@ -6,7 +6,7 @@ S student target layers, J teacher target layers, T response tokens of the micro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -16,10 +16,16 @@ from torch import Tensor, nn
 
 from data_prep.shards import MANIFEST, ShardFolder
 from pipeline.cache.find import open_cache
-from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
+from pipeline.cache.fingerprint import (
+    files_fingerprint,
+    sample_fingerprints,
+    student_fingerprints,
+    teacher_fingerprints,
+)
 from pipeline.cache.hashes import HashStore, check_sha256
 from pipeline.cache.head import HEAD
 from pipeline.cache.layout import codec_params
+from pipeline.cache.mapping import MAPPED, MAPPING, VOCABULARY
 from pipeline.cache.order import ORDER
 from pipeline.cache.paths import IDENTITY
 from pipeline.cache.reader import CacheRecord, TeacherCache
@@ -161,7 +167,7 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     wait_for_files(job.ranks, [verb_ffns])
     _check(job, verb_ffns)
     with sharded_loading(recipe, recipe.interact) as add_to:
-        student = student_with_verbalizers(recipe, view.cache.identity.vocab, dtype_of(recipe), verb_ffns, add_to)
+        student = student_with_verbalizers(recipe, view.cache.identity.student_ids, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(module(student, head), recipe, recipe.interact, job.ranks)
     check_parts(student.backbone, chat_encoders["student"], student.layers, engine.device, engine.dtype)
@@ -200,9 +206,7 @@ def _save_verb_ffns(job: Job, engine: Engine, student: VerbalizedVLM) -> None:
 def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Encoded, CacheRecord]:
     """A sample with its record in the cache; only tokens that both keep carry loss. Runs in loader workers."""
     record, kept = view.record(index.sample, index.epoch, encoded.response_ids.numpy())
-    response = encoded.response.clone()
-    response[encoded.response] = torch.from_numpy(kept)
-    return replace(encoded, response=response), record
+    return encoded.only(torch.from_numpy(kept)), record
 
 
 def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
@@ -222,7 +226,7 @@ def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
     asked = (data, expected, codec, layers, stage_1 / "recipe.yaml")
     what = f"{NAME}: choosing a cache in {stage_1 / 'cache'}"
     path = as_first_rank_sees(job.ranks, what, lambda: open_cache(stage_1 / "cache", *asked).path)
-    wait_for_files(job.ranks, [path / name for name in (IDENTITY, MANIFEST, ORDER, HEAD)])
+    wait_for_files(job.ranks, [path / name for name in (IDENTITY, MANIFEST, ORDER, HEAD, MAPPING)])
     cache = TeacherCache(path, data, expected, layers, stage_1 / "recipe.yaml", codec)
     return CacheView(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
 
@@ -234,9 +238,13 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     """
     hashes = HashStore(recipe.stage_1_run)
     prints = {
+        VOCABULARY: recipe.vocabulary,
         "verbalizers": files_fingerprint([recipe.stage_1_run / "verbalize" / "teacher.safetensors"], hashes),
         **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }
+    if recipe.vocabulary == MAPPED:
+        template = str(load_processor(recipe.student.path).chat_template)
+        prints |= student_fingerprints(recipe.student.path, template)
     if any(recipe.teacher.path.glob("*.safetensors")):
         template = str(load_processor(recipe.teacher.path).chat_template)
         prints |= teacher_fingerprints(recipe.teacher.path, template, hashes)

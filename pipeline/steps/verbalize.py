@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -9,15 +10,18 @@ from torch import Tensor
 from data_prep.shards import ShardFolder
 from pipeline.cache.hashes import HashStore
 from pipeline.recipe.checks import number_of_steps
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.checkpoint.checkpoints import remove_checkpoints
-from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, derived_seed, map_unique
+from pipeline.runtime.data.batches import MB, Align, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank
-from pipeline.vlm.assemble import encoders, load_untrained, shared_vocabulary
+from pipeline.vlm.assemble import encoders, load_untrained, mapped_vocabulary, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
+from pipeline.vlm.mapped_pair import MappedPair, align_both
 from pipeline.vlm.probe import check_parts
+from pipeline.vlm.processing import ChatEncoder
 from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
@@ -32,14 +36,13 @@ def run(job: Job) -> Engine | None:
         job.say(f"{NAME}: already done, in {folder}")
         return None
     chat_encoders = encoders(recipe, ROLES)
-    common = shared_vocabulary(recipe, chat_encoders)
-    if (note := common.describe()) is not None:
+    ids, align, note = _vocabulary(recipe, chat_encoders)
+    if note is not None:
         job.say(f"{NAME}: {note}")
-    vocab = common.size
     with sharded_loading(recipe, recipe.verbalize) as add_to:
         sides = {
             role: load_untrained(
-                getattr(recipe, role), recipe, vocab, dtype_of(recipe), derived_seed(recipe.seed, role), add_to
+                getattr(recipe, role), recipe, ids[role], dtype_of(recipe), derived_seed(recipe.seed, role), add_to
             )
             for role in ROLES
         }
@@ -48,12 +51,25 @@ def run(job: Job) -> Engine | None:
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks, clipped_apart=apart)
     for role, side in sides.items():
         check_parts(side.backbone, chat_encoders[role], side.layers, engine.device, engine.dtype)
-    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=recipe.data.memory_mb * MB)
+    memory = recipe.data.memory_mb * MB
+    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=memory, align=align)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
     averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)
+    vocab = ids if align is not None else ids["teacher"]
     _save(job, engine, folder, {"updates": total, "vocab": vocab, "losses": averages, **_describe(sides)})
     return engine
+
+
+def _vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> tuple[dict[str, int], Align | None, str | None]:
+    """(each model's number of ids; how their tokens are aligned, None where they are the same; what to say of it)."""
+    if recipe.vocabulary == "shared":
+        common = shared_vocabulary(recipe, made)
+        return dict.fromkeys(ROLES, common.size), None, common.describe()
+    pair = MappedPair(made["teacher"], made["student"])
+    mapped = mapped_vocabulary(recipe, pair)
+    ids = {"teacher": len(mapped.class_of), "student": mapped.bucket}
+    return ids, partial(align_both, pair), mapped.describe()
 
 
 def _forward(engine: Engine):

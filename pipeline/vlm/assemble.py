@@ -13,11 +13,13 @@ from pipeline.recipe.schema import Data, Model, Recipe
 from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.config import read_config
 from pipeline.vlm.image_size import PixelLimits
+from pipeline.vlm.mapped_pair import MappedPair
 from pipeline.vlm.parts import text_config
 from pipeline.vlm.processing import ChatEncoder, load_processor
 from pipeline.vlm.verb_ffns import AddTo, initial_verb_ffns, stored_verb_ffns, whole_beside
 from pipeline.vlm.verbalizer import VerbalizedVLM
 from pipeline.vlm.vocabulary import CommonVocabulary, common_vocabulary
+from pipeline.vocabulary_map import VocabularyMap
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -49,6 +51,14 @@ def shared_vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> CommonVoc
     """The common vocabulary of both models. Raises RecipeError where an id means different tokens to them."""
     rows = [vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)]
     return common_vocabulary(made["teacher"].processor.tokenizer, made["student"].processor.tokenizer, *rows)
+
+
+def mapped_vocabulary(recipe: Recipe, pair: MappedPair) -> VocabularyMap:
+    """The teacher's ids as the student's, for vocabulary: mapped. Raises RecipeError where they have no text in common.
+
+    Rows of a head beyond the tokenizer's last id are cut off, as padding is that the models of a shared one lack.
+    """
+    return pair.vocabulary_map(*(vocabulary_rows(model.path) for model in (recipe.teacher, recipe.student)))
 
 
 def load_untrained(

@@ -49,13 +49,20 @@ class ChatTemplate:
     def check(self) -> None:
         """Raise RecipeError, with the reason, where not even the simplest chats can be used."""
         for question in PROBES:
-            chat = [{"role": "user", "content": question}, _turn("A cat.")]
+            chat = [{"role": "user", "content": question}, turn("A cat.")]
             try:
                 self.response_spans(self.render(chat), chat)
                 return
             except SampleError as error:
                 reason = str(error)
         raise RecipeError(f"no chat can be used with this chat template, not even a question and an answer: {reason}")
+
+    def end_of_turn(self) -> str:
+        """The token that ends an assistant turn, with which the student learns to stop."""
+        chat = [{"role": "user", "content": PROBES[-1]}, turn("A cat.")]
+        text = self.render(chat)
+        ((_, end),) = self.response_spans(text, chat)
+        return next(token for token in self._control_tokens if text[:end].endswith(token))
 
     def refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """Raise SampleError where the text of a chat contains one of the tokenizer's control tokens."""
@@ -70,9 +77,13 @@ class ChatTemplate:
 
         Raises SampleError where the template changes an answer, or what stands before it, or ends no turn.
         """
+        return list(self.spans_by_turn(text, messages).values())
+
+    def spans_by_turn(self, text: str, messages: Sequence[Message]) -> dict[int, tuple[int, int]]:
+        """The same spans, by the number of the assistant turn's message, from 0."""
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._response_span(text, messages[: index + 1]) for index in turns]
-        return [span for span in spans if span is not None]
+        spans = {index: self._response_span(text, messages[: index + 1]) for index in turns}
+        return {index: span for index, span in spans.items() if span is not None}
 
     def _response_span(self, text: str, messages: Sequence[Message]) -> tuple[int, int] | None:
         """That of the last of `messages`; None where the template has removed the reasoning from it."""
@@ -127,7 +138,8 @@ def text_of(message: Message) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def _turn(answer: str) -> Message:
+def turn(answer: str) -> Message:
+    """An assistant turn."""
     return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 

@@ -6,7 +6,7 @@ B samples, S tokens of the longest, T response tokens of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,24 @@ class Encoded:
     """What the model's forward takes, with a leading dimension of one sample (or of its images)."""
     response: Tensor
     """[S] bool: the tokens that carry loss, the assistant's words and each end-of-turn token."""
+    turns: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    """[S] int32: the number of the message that a response token is of; 0 elsewhere, for no chat begins with one. It
+    stays as it is where fewer tokens carry loss."""
 
     @property
     def response_ids(self) -> Tensor:
         """[T] the response tokens."""
         return self.inputs["input_ids"][0, self.response]
 
+    def only(self, rows: Tensor) -> Encoded:
+        """The same chat, where of the response tokens only `rows` (a mask, or indices) carry loss."""
+        response = torch.zeros_like(self.response)
+        response[torch.nonzero(self.response)[:, 0][rows]] = True
+        return replace(self, response=response)
+
     def nbytes(self) -> int:
         """Bytes that its tensors take."""
-        return sum(tensor.nbytes for tensor in (*self.inputs.values(), self.response))
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), self.response, self.turns))
 
 
 @dataclass(frozen=True)
@@ -132,11 +141,11 @@ class ChatEncoder:
         pictures = self._decode(images)
         features, before = self._process(text, pictures)
         features, spans = self._truncate(text, features, before, pictures)
-        response = self._mask(text, messages, features, spans)
+        turns = self._turns(text, messages, features, spans)
         inputs = self._model_inputs(features)
-        if not response.any():
+        if not turns.any():
             raise SampleError(f"no response token within max_length={self.max_length} tokens{_of_images(before)}")
-        return Encoded(key, inputs, response)
+        return Encoded(key, inputs, turns > 0, turns)
 
     def check(self) -> None:
         """Raise RecipeError where no chat at all can be encoded.
@@ -208,17 +217,17 @@ class ChatEncoder:
                 features[name] = features[name][:, : self.max_length]
         return features, spans
 
-    def _mask(self, text: str, messages: Sequence[Message], features: dict[str, Any], spans) -> Tensor:
+    def _turns(self, text: str, messages: Sequence[Message], features: dict[str, Any], spans) -> Tensor:
         starts, ends = features["offset_mapping"][0].unbind(-1)
-        mask = torch.zeros(len(starts), dtype=torch.bool)
-        for begin, end in self.template.response_spans(text, messages):
+        turns = torch.zeros(len(starts), dtype=torch.int32)
+        for turn, (begin, end) in self.template.spans_by_turn(text, messages).items():
             grown = sum(
                 (s["new_span"][1] - s["new_span"][0]) - (s["span"][1] - s["span"][0])
                 for s in spans
                 if s["span"][1] <= begin
             )
-            mask |= (starts < end + grown) & (ends > begin + grown)
-        return mask
+            turns[(starts < end + grown) & (ends > begin + grown)] = turn
+        return turns
 
 
 def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:

@@ -58,7 +58,9 @@ def common_vocabulary(teacher: Any, student: Any, teacher_rows: int, student_row
     return CommonVocabulary(size, _alone(theirs, ours), _alone(ours, theirs))
 
 
-_ADVICE = "choose models of one family (teacher.path, student.path)"
+_ADVICE = (
+    "choose models of one family (teacher.path, student.path), or let ids be mapped by their text (vocabulary: mapped)"
+)
 
 
 def _different(index: int, to_teacher: str, to_student: str) -> RecipeError:

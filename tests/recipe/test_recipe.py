@@ -204,6 +204,19 @@ def test_a_missing_recipe_and_broken_yaml_are_errors(tmp_path):
         load_recipe(tmp_path / "broken.yaml")
 
 
+def test_a_mapped_vocabulary_is_refused_with_states_that_only_the_teachers_head_reads(tmp_path, values):
+    shared = load_recipe(write(tmp_path, values)).recipe
+    assert (shared.vocabulary, shared.cache.max_bucket_share) == ("shared", 0.1)
+    values |= {"vocabulary": "mapped", "cache": {"codec": {"name": "hidden"}}}
+    for steps in (["cache"], ["interact"]):
+        with pytest.raises(RecipeError, match="mapped needs cache.codec.name: sampled or topk, found hidden"):
+            check_recipe(load_recipe(write(tmp_path, values)).recipe, steps)
+    values["cache"]["codec"]["name"] = "topk"
+    with pytest.raises(RecipeError) as error:
+        check_recipe(load_recipe(write(tmp_path, values), ["student.path=nowhere"]).recipe, ["cache"])
+    assert str(error.value).startswith("1 problem(s)") and "student.path: no" in str(error.value)
+
+
 def test_options_that_contradict_each_other_are_refused(tmp_path, values):
     values["interact"] |= {"matching": "last_only", "last_weight": 0, "temperature": 0.1}
     values["reinforce"] |= {"label_smoothing": 0.1, "loss_power": 0.5, "train": str(tmp_path / "answers")}

@@ -175,7 +175,7 @@ def test_each_image_part_needs_its_image(encoder):
 
 
 def test_a_programming_error_is_nobodys_sample(encoder, monkeypatch):
-    monkeypatch.setattr(encoder, "_mask", None)
+    monkeypatch.setattr(encoder, "_turns", None)
     with pytest.raises(TypeError):
         encoder("k", *_chat())
 

@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.shards import MANIFEST
+from pipeline.cache.layout import CacheIdentity
+from pipeline.cache.mapping import MAPPING, VOCABULARY
 from pipeline.cache.paths import IDENTITY, newest
 from pipeline.errors import CacheError
+from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
 from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, inspect_cache
 from pipeline.results.status import size_of
@@ -92,10 +95,16 @@ def identity(cache: CacheOnDisk) -> dict[str, str]:
     return {
         "codec": f"{made.codec['name']} ({params})",
         "layers": f"{layers} ({len(made.layers)}, the last is the teacher's own last layer)",
-        "vocabulary": f"{made.vocab:,} ids",
-        **made.fingerprints,
+        "vocabulary": _vocabulary(made),
+        **{name: value for name, value in made.fingerprints.items() if name != VOCABULARY},
         **({"data": data} if data else {}),
     }
+
+
+def _vocabulary(made: CacheIdentity) -> str:
+    if not made.mapped:
+        return f"{made.vocab:,} ids"
+    return f"mapped: the student's {made.student_ids:,} ids, and one bucket for all else that the teacher says"
 
 
 def contents(cache: CacheOnDisk) -> dict[str, str]:
@@ -109,11 +118,14 @@ def contents(cache: CacheOnDisk) -> dict[str, str]:
         "state": cache.state,
         "shards": f"{len(cache.intact):,}",
         "samples": f"{samples:,}, of which skipped {skipped:,}",
-        "tokens": f"{tokens:,} response tokens, {token_layers:,} token-layers",
+        "tokens": f"{tokens:,} {_kind_of_tokens(cache)}, {token_layers:,} token-layers",
         "bytes": f"{size:,}: " + ", ".join(f"{name} {size_text(of)}" for name, of in _bytes_by_kind(cache.path)),
     }
     if token_layers:
         rows["bytes a token-layer"] = f"{size / token_layers:.2f}, all files counted"
+    if (share := bucket_share(cache)) is not None:
+        means = ", ".join(f"{mean:.2%}" for mean in share.means())
+        rows["bucket"] = f"mean of the teacher's probability in it, on {share.tokens:,} tokens, by layer: {means}"
     speed = tokens_per_second(cache)
     if speed is not None:
         layers = speed * len(cache.identity.layers)
@@ -135,6 +147,18 @@ def tokens_per_second(cache: CacheOnDisk) -> float | None:
 def fidelity(cache: CacheOnDisk) -> Fidelity | None:
     """Fidelity measured while the shards were made, summed over all intact shards; None if nothing was measured."""
     parts = [Fidelity.from_json(shard["fidelity"]) for shard in cache.intact if "fidelity" in shard]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _kind_of_tokens(cache: CacheOnDisk) -> str:
+    if not cache.identity.mapped:
+        return "response tokens"
+    return f"supervised of {sum(shard['response_tokens'] for shard in cache.intact):,} response tokens"
+
+
+def bucket_share(cache: CacheOnDisk) -> BucketShare | None:
+    """The bucket's share of a mapped vocabulary, over all intact shards; None if there is none."""
+    parts = [BucketShare.from_json(shard["bucket"]) for shard in cache.intact if "bucket" in shard]
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -177,6 +201,7 @@ def _bytes_by_kind(path: Path) -> Iterator[tuple[str, int]]:
     sizes: dict[str, int] = {}
     for file in sorted(path.iterdir()):
         kind = "manifest" if file.name in (MANIFEST, IDENTITY) else kinds.get(file.suffix, "unfinished")
+        kind = "map" if file.name == MAPPING else kind
         sizes[kind] = sizes.get(kind, 0) + size_of(file)
     yield from sorted(sizes.items(), key=lambda item: -item[1])
 

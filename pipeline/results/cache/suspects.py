@@ -76,6 +76,11 @@ def run(cache: CacheOnDisk, limit: int | None, output: Path | None) -> None:
     """
     if output is not None and output.is_dir():
         raise CacheError(f"--output {output} is a folder; name a file in it, such as {output / 'suspects.jsonl'}")
+    if cache.identity.mapped:
+        raise CacheError(
+            f"--suspects: {cache.path} is of vocabulary: mapped. It ranks by the teacher's probability of each "
+            "response token, but the teacher may say the same text in another token. Show one sample: --sample KEY"
+        )
     if not cache.intact:
         raise CacheError(f"{cache.path} has no whole shard yet ({cache.state}). Make it: {cache.command()}")
     ranked = rank(cache)

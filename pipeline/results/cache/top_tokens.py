@@ -34,6 +34,9 @@ SHOWN = 16
 TEXT_WIDTH = 12
 """Maximum width of a token's text, in terminal columns."""
 
+BUCKET = "(bucket)"
+"""Stands for the bucket of a mapped vocabulary, which is no token."""
+
 PADDING = 2
 """Space added to each table column, in terminal columns."""
 
@@ -60,7 +63,8 @@ def show(cache: CacheOnDisk, key: str, folder: Path | None) -> None:
     path = folder or tokenizer_folder(cache)
     tokenizer = _load_tokenizer(path)
     console = Console(highlight=False)
-    console.print(Text(f"{key}, in {sample.shard}: {len(sample.tokens):,} response tokens", "bold"))
+    kind = "supervised response tokens" if cache.identity.mapped else "response tokens"
+    console.print(Text(f"{key}, in {sample.shard}: {len(sample.tokens):,} {kind}", "bold"))
     console.print(Text(_quoted(tokenizer, sample.tokens)))
     for table in _tables(cache, sample, tokenizer, console.width):
         console.print(table)
@@ -109,7 +113,8 @@ def top1(signal: Signal) -> tuple[Tensor, Tensor]:
 def tokenizer_folder(cache: CacheOnDisk) -> Path:
     """A folder of the run with a tokenizer: the teacher's, the student's or the distilled student's.
 
-    Raises CacheError if none has one.
+    The ids of a mapped vocabulary are the student's, so the teacher's is not asked for then. Raises CacheError if none
+    has one.
     """
     candidates: list[Path] = []
     if cache.recipe is not None:
@@ -117,7 +122,9 @@ def tokenizer_folder(cache: CacheOnDisk) -> Path:
             recipe = load_recipe(cache.recipe).recipe
         except RecipeError as error:
             raise CacheError(f"{error}\nGive --tokenizer DIR instead") from None
-        candidates = [recipe.teacher.path, recipe.student.path, cache.recipe.parent / "student"]
+        candidates = [recipe.student.path, cache.recipe.parent / "student"]
+        if not cache.identity.mapped:
+            candidates.insert(0, recipe.teacher.path)
     for folder in candidates:
         if _has_tokenizer(folder):
             return folder
@@ -148,8 +155,10 @@ def _tables(cache: CacheOnDisk, sample: TopTokens, tokenizer: Any, width: int) -
     tokens = sample.tokens[:SHOWN]
     texts = [Text(_shorten(_quoted(tokenizer, [token]))) for token in tokens]
     left = [[Text("#"), *(Text(str(number)) for number in range(1, len(tokens) + 1))], [Text("token"), *texts]]
+    bucket = cache.identity.student_ids if cache.identity.mapped else None
     layers = [
-        [Text(_layer_heading(cache, j)), *_layer_cells(sample, tokenizer, j)] for j in range(len(cache.identity.layers))
+        [Text(_layer_heading(cache, j)), *_layer_cells(sample, tokenizer, j, bucket)]
+        for j in range(len(cache.identity.layers))
     ]
     room = width - sum(map(_width, left))
     while layers:
@@ -170,9 +179,10 @@ def _layer_heading(cache: CacheOnDisk, column: int) -> str:
     return f"layer {layers[column]}" if column < len(layers) - 1 else "last layer"
 
 
-def _layer_cells(sample: TopTokens, tokenizer: Any, column: int) -> Iterator[Text]:
+def _layer_cells(sample: TopTokens, tokenizer: Any, column: int, bucket: int | None) -> Iterator[Text]:
     for token, ids, shares in zip(sample.tokens, sample.top_ids, sample.shares, strict=False):
-        text = f"{_shorten(_quoted(tokenizer, [ids[column]]))} {shares[column]}"
+        word = BUCKET if ids[column] == bucket else _shorten(_quoted(tokenizer, [ids[column]]))
+        text = f"{word} {shares[column]}"
         yield Text(text, "bold" if ids[column] == token else "")
 
 
@@ -199,7 +209,9 @@ def _legend(cache: CacheOnDisk, folder: Path) -> Iterator[str]:
         "hidden": "its probability, through the cached head",
     }.get(cache.identity.codec["name"], "its probability")
     yield f"Each layer's likeliest id where the token is predicted, and {share}; bold: the token itself."
-    expected = cache.identity.fingerprints.get("tokenizer")
+    if cache.identity.mapped:
+        yield f"{BUCKET}: what the teacher says that is no single token of the student."
+    expected = cache.identity.fingerprints.get("student_tokenizer" if cache.identity.mapped else "tokenizer")
     if expected is not None and (found := tokenizer_fingerprint(folder)) != expected:
         yield f"Words may be wrong: the cache was made with tokenizer {expected}, {folder} has {found}."
 

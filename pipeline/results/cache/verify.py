@@ -18,7 +18,8 @@ from rich.console import Console
 from data_prep.shards import MANIFEST
 from pipeline.cache.head import HEAD, head_sha256, read_head
 from pipeline.cache.layout import cache_codec, missing_shards
-from pipeline.codec.packing import unpack_record
+from pipeline.cache.mapping import MAPPING, has_map
+from pipeline.codec.packing import unpack_places, unpack_record
 from pipeline.codec.registry import CODECS, Codec
 from pipeline.errors import CacheError, SampleError
 from pipeline.results.cache.on_disk import CacheOnDisk, read_record, valid_sidecars
@@ -142,6 +143,8 @@ def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
     tokens, streams = unpack_record(record, codec.token_bytes(layers), cache.made_for)
     try:
         signal = codec.decode(codec.unpack(streams, len(tokens), layers), NO_HEAD)
+        if cache.identity.mapped and len(unpack_places(record, cache.made_for)) != len(tokens) + 1:
+            raise ValueError("it does not say of each of its tokens which response token it is")
     except (KeyError, IndexError) as error:
         raise ValueError(f"it does not decode: {error!r}") from None
     _check_values(signal, cache.identity.vocab)
@@ -168,7 +171,7 @@ def _check_values(signal: Signal, vocab: int) -> None:
 
 
 def check_other_files(cache: CacheOnDisk) -> list[Problem]:
-    """Problems of the sidecars, the manifest and the head."""
+    """Problems of the sidecars, the manifest, the map and the head."""
     listed = {shard["name"]: shard for shard in cache.manifest["shards"]} if cache.manifest else {}
     valid, problems = valid_sidecars(cache.path), []
     for name, entry in listed.items():
@@ -177,6 +180,9 @@ def check_other_files(cache: CacheOnDisk) -> list[Problem]:
             problems.append(Problem(file, "", "the sidecar is gone or damaged; the manifest still has it"))
         elif valid[name] != entry:
             problems.append(Problem(MANIFEST, "", f"it does not say of {name} what its sidecar says"))
+    identity = cache.identity
+    if cache.sidecars and identity.mapped and not has_map(cache.path, identity.fingerprints, identity.vocab):
+        problems.append(Problem(MAPPING, "", "it is gone, or not the map that cache.json names"))
     if cache.sidecars and CODECS[cache.identity.codec["name"]].needs_head:
         problems += _head_problems(cache)
     return problems

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import target_layers
-from pipeline.recipe.schema import Model, ModelParts, StudentTraining
+from pipeline.recipe.schema import Model, ModelParts, Recipe, StudentTraining
 from pipeline.vlm.lora import add_lora
 from pipeline.vlm.parts import (
     decoder_layers,
@@ -149,9 +149,13 @@ def planned_student(model: Model, training: StudentTraining, train_vision: bool,
     return PlannedModel("student", module, target_layers(model))
 
 
-def common_rows(teacher: PlannedModel, student: PlannedModel) -> int:
-    """V, the rows that both heads have: an upper bound of the common vocabulary, which the tokenizers decide."""
-    return min(teacher.rows, student.rows)
+def vocabulary_size(recipe: Recipe, teacher: PlannedModel, student: PlannedModel) -> int:
+    """V, an upper bound of what distributions are over; the tokenizers decide.
+
+    Of a shared vocabulary the rows that both heads have; of a mapped one those of the larger head, and the bucket.
+    """
+    rows = (teacher.rows, student.rows)
+    return min(rows) if recipe.vocabulary == "shared" else max(rows) + 1
 
 
 def modules_in_order(parameters: list[Parameter]) -> Iterator[int]:

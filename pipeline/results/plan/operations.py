@@ -65,14 +65,18 @@ def verbalize_operations(sides: list[PlannedModel], vocab: int, sample: Sample) 
     return total
 
 
-def cache_operations(teacher: PlannedModel, vocab: int, sample: Sample) -> float:
-    """One forward of the teacher, with verb-FFNs and the head for each cached layer."""
+def cache_operations(teacher: PlannedModel, recipe: Recipe, vocab: int, sample: Sample) -> float:
+    """One forward of the teacher, with verb-FFNs and the head for each cached layer: twice to measure a bucket too."""
     heads = (len(teacher.layers) + 1) * head_product(teacher, vocab, sample.response)
+    heads *= 1 if recipe.vocabulary == "shared" else 2
     return backbone_forward(teacher, sample) + verb_ffn_forward(teacher, sample) + heads
 
 
 def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sample: Sample) -> float:
-    """The student's forward and backward, frozen verb-FFNs, and one head product and its gradient a target layer."""
+    """The student's forward and backward, frozen verb-FFNs, and one head product and its gradient a target layer.
+
+    The bucket of a mapped vocabulary takes both again, but not at the last layer.
+    """
     training, kept = recipe.interact, sample.response * recipe.interact.token_share
     used = Sample(sample.tokens, kept, sample.image)
     head = head_product(student, vocab, kept)
@@ -84,7 +88,7 @@ def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sampl
         + blocks
         + supervision
         + last
-        + 2 * head * len(student.layers)
+        + (2 if recipe.vocabulary == "shared" else 4) * head * len(student.layers)
     )
 
 

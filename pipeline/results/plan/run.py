@@ -16,9 +16,9 @@ from pipeline.results.plan.micro_batches import deepspeed_of
 from pipeline.results.plan.models import (
     Parameter,
     PlannedModel,
-    common_rows,
     planned_model,
     planned_student,
+    vocabulary_size,
 )
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.schedule import StepTime
@@ -47,7 +47,7 @@ class Planned:
         self._bytes_per_token_layer = bytes_per_token_layer
         self.teacher = planned_model("teacher", recipe.teacher)
         self.student = planned_model("student", recipe.student)
-        self.vocab = common_rows(self.teacher, self.student)
+        self.vocab = vocabulary_size(recipe, self.teacher, self.student)
 
     def with_recipe(self, recipe: Recipe) -> Planned:
         """The same data under another recipe, which may cut it shorter."""
@@ -129,7 +129,7 @@ class Planned:
         if step == "verbalize":
             return operations.verbalize_operations([self.teacher, self.student], self.vocab, sample)
         if step == "cache":
-            return operations.cache_operations(self.teacher, self.vocab, sample)
+            return operations.cache_operations(self.teacher, self.recipe, self.vocab, sample)
         if step == "interact":
             return operations.interact_operations(self._trained[step], self.recipe, self.vocab, sample)
         return operations.reinforce_operations(self._trained[step], self.recipe, sample)

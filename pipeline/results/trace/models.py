@@ -17,7 +17,7 @@ from pipeline.results.generate import Vlm, load, require_model
 from pipeline.results.trace.layers import ModelTrace, trace
 from pipeline.results.trace.questions import Question
 from pipeline.results.workers import Machine, free_memory
-from pipeline.runtime.folder import done, trained_verb_ffns
+from pipeline.runtime.folder import done, ids_of, trained_verb_ffns
 from pipeline.runtime.progress import say
 from pipeline.vlm.assemble import vocabulary_rows
 from pipeline.vlm.parts import decoder_layers, text_config
@@ -72,7 +72,7 @@ def run_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> Trac
         ("untouched", recipe.student.path, recipe.student, 1, student, 1),
         ("distilled", run / "student", recipe.student, 2, distilled[1], distilled[0]),
     ]
-    vocab = (done(stage_1 / "verbalize") or {}).get("vocab")
+    verbalize = done(stage_1 / "verbalize") or {}
     found, missing = [], []
     for name, folder, role, stage, verb_ffns, verb_stage in wanted[1:] if without_teacher else wanted:
         if not verb_ffns.is_file():
@@ -81,7 +81,9 @@ def run_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> Trac
             missing_file = folder / "config.json"
         else:
             targets = target_layers(Model(path=folder, layers=role.layers))
-            ids, form = vocab or vocabulary_rows(folder), recipe.verbalizer.form
+            side = "teacher" if name == "teacher" else "student"
+            ids = ids_of(verbalize, side) if "vocab" in verbalize else vocabulary_rows(folder)
+            form = recipe.verbalizer.form
             found.append(TracedModel(name, folder, targets, verb_ffns, ids, form, role.parts))
             continue
         make = train_command(stage, (stage_1 if stage == 1 else run) / "recipe.yaml")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data_prep.schema import DataError as ShardError
-from data_prep.shards import ShardFolder
+from data_prep.shards import RawSample, ShardFolder
 from pipeline.errors import SampleError, UserError
 from pipeline.recipe.schema import Training
 from pipeline.runtime.data.bad_samples import Rejected, read_sample
@@ -135,6 +135,11 @@ class LoadedBatch:
         return replace(self, batches=map_unique(Batch.pin_memory, self.batches))
 
 
+Align = Callable[[RawSample, Mapping[str, Encoded]], tuple[dict[str, Encoded], Any]]
+"""(a sample as it is stored, its form for each model) -> (the forms, with fewer tokens that carry loss; what is handed
+over with them)."""
+
+
 class ChatDataset(Dataset):
     """A shard folder's samples, encoded for each model that reads them."""
 
@@ -144,14 +149,16 @@ class ChatDataset(Dataset):
         encoders: Mapping[str, ChatEncoder],
         attach: Callable[[SampleIndex, Encoded], tuple[Encoded, Any]] | None = None,
         memory: int = 0,
+        align: Align | None = None,
     ):
         """attach returns a sample's form and what is handed over with it, such as its record in the teacher cache.
 
         It may reduce the tokens that carry loss. It works with a single encoder only. memory: bytes of encoded samples
-        that are kept for later epochs.
+        that are kept for later epochs. align: for models whose tokenizers differ: chooses the tokens of each that carry
+        loss, and may hand something over. Without it, their response tokens have to be equal.
         """
-        self.folder, self.encoders, self.attach = folder, dict(encoders), attach
-        self._kept: dict[int, dict[str, Encoded]] = {}
+        self.folder, self.encoders, self.attach, self.align = folder, dict(encoders), attach, align
+        self._kept: dict[int, tuple[dict[str, Encoded], Any]] = {}
         self._room = memory
 
     def __len__(self) -> int:
@@ -169,9 +176,9 @@ class ChatDataset(Dataset):
 
     def _read(self, index: SampleIndex) -> tuple[dict[str, Encoded], Any] | Rejected:
         try:
-            encoded = self._kept.get(index.sample) or self._keep(index.sample, self.encode(index.sample))
+            encoded, extra = self._kept.get(index.sample) or self._keep(index.sample)
             if self.attach is None:
-                return encoded, None
+                return encoded, extra
             ((role, only),) = encoded.items()
             only, extra = self.attach(index, only)
             return {role: only}, extra
@@ -180,16 +187,22 @@ class ChatDataset(Dataset):
 
     def encode(self, sample: int) -> dict[str, Encoded]:
         """A sample in each model's form, nothing attached. Raises SampleError where it cannot be used."""
+        return self._encode(sample)[0]
+
+    def _encode(self, sample: int) -> tuple[dict[str, Encoded], Any]:
         raw = read_sample(self.folder, sample)
         encoded = map_unique(lambda encoder: encoder(raw.key, raw.record["messages"], raw.images), self.encoders)
+        if self.align is not None:
+            return self.align(raw, encoded)
         first, *rest = encoded.values()
         if any(not torch.equal(first.response_ids, other.response_ids) for other in rest):
             raise SampleError("teacher and student tokenize the response differently (cut at max_length, most likely)")
-        return encoded
+        return encoded, None
 
-    def _keep(self, sample: int, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
+    def _keep(self, sample: int) -> tuple[dict[str, Encoded], Any]:
+        encoded, extra = self._encode(sample)
         size = sum(one.nbytes() for one in {id(one): one for one in encoded.values()}.values())
         if size <= self._room:
-            self._kept[sample] = encoded
+            self._kept[sample] = encoded, extra
             self._room -= size
-        return encoded
+        return encoded, extra

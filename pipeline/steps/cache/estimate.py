@@ -15,11 +15,12 @@ from pipeline.cache.writer import CacheFolder
 from pipeline.codec.packing import pack_record, to_numpy
 from pipeline.codec.vocabulary_order import order_by_use
 from pipeline.errors import CacheError
+from pipeline.loss.bucket import BucketShare
 from pipeline.runtime.data.batches import LoadedBatch, SampleIndex
 from pipeline.runtime.data.loader import WINDOW
 from pipeline.runtime.progress import size_text
 from pipeline.runtime.ranks import gather_lists
-from pipeline.steps.cache.teacher_pass import TeacherPass
+from pipeline.steps.cache.teacher_pass import TeacherPass, stored_samples
 
 SAMPLES = 64
 """Read beforehand by every rank, evenly over the data: alike whatever the number of ranks and the shards asked for."""
@@ -60,21 +61,26 @@ def find_vocabulary_order(teacher_pass: TeacherPass) -> np.ndarray:
     return order_by_use(sum(teacher_pass.token_usage(loaded) for loaded in _batches(teacher_pass)))  # type: ignore[arg-type]
 
 
-def estimate_size(teacher_pass: TeacherPass, cache: CacheFolder) -> SizeEstimate:
-    """Estimate for one sample: the mean over a few samples, encoded exactly as the job encodes them."""
+def rehearse(teacher_pass: TeacherPass, cache: CacheFolder) -> tuple[SizeEstimate, BucketShare | None]:
+    """Estimate for one sample: the mean over a few samples, encoded exactly as the job encodes them.
+
+    Of a mapped vocabulary also the bucket's share of these samples; of a shared one None.
+    """
     codec, read, size, distributions = cache.codec(), 0, 0, 0
+    shares: list[BucketShare] = []
     for loaded in _batches(teacher_pass):
-        codes = teacher_pass.encode_response(loaded, codec).codes
+        output = teacher_pass.encode_response(loaded, codec)
         batch = loaded.batches["teacher"]
         read += len(batch.keys) + len(loaded.rejected)
         distributions += len(batch.labels) * len(cache.identity.layers)
-        split = {name: to_numpy(array) for name, array in codes.items()}
-        for end, count in zip(np.cumsum(batch.counts), batch.counts, strict=True):
-            rows = slice(end - count, end)
+        split = {name: to_numpy(array) for name, array in output.codes.items()}
+        for _, rows, tokens, places in stored_samples(loaded):
             record = {name: array[rows] for name, array in split.items()}
             if codec.finite(record).all():  # else the job will skip it
-                size += on_disk(len(pack_record(batch.labels[rows].numpy(), codec.pack(record))))
-    return SizeEstimate(distributions / read, size / read)
+                size += on_disk(len(pack_record(tokens, codec.pack(record), places=places)))
+        if output.bucket is not None:
+            shares.append(BucketShare.read(output.bucket))
+    return SizeEstimate(distributions / read, size / read), sum(shares[1:], shares[0]) if shares else None
 
 
 def check_disk_space(cache: CacheFolder, own: SizeEstimate, lacking: SizeEstimate) -> None:

@@ -19,17 +19,19 @@ from pipeline.cache.find import folder_for
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.cache.hashes import HashStore, check_sha256
 from pipeline.cache.layout import CacheIdentity, codec_params
+from pipeline.cache.mapping import MAPPING
 from pipeline.cache.order import ORDER
 from pipeline.cache.paths import IDENTITY
 from pipeline.cache.writer import CacheFolder
 from pipeline.commands import train_command
 from pipeline.errors import CacheError, StorageError
+from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime import watch
 from pipeline.runtime.data.bad_samples import BadSamples
 from pipeline.runtime.data.batches import ChatDataset
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
-from pipeline.runtime.folder import done, mark_done
+from pipeline.runtime.folder import done, ids_of, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.progress import StepProgress, size_text
@@ -42,11 +44,13 @@ from pipeline.runtime.ranks import (
     wait_for_all,
 )
 from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files, wait_until
-from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, estimate_size, find_vocabulary_order
+from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, find_vocabulary_order, rehearse
+from pipeline.steps.cache.mapped import MappedCache, bucket_summary, check_bucket, mapped_cache
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
 from pipeline.vlm.assemble import encoders, load_trained
 from pipeline.vlm.cohost import CoHost
+from pipeline.vlm.mapped_pair import align_teacher
 from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import ChatEncoder
 
@@ -67,17 +71,17 @@ def run(
     """
     recipe = job.recipe
     verbalize = _verbalizers(job)
-    made = encoders(recipe, ["teacher"])
-    data = ShardFolder(recipe.data.train)
-    cache = _open(job, _identity(job, verbalize, made["teacher"]), data)
+    made = encoders(recipe, ["teacher"] if recipe.vocabulary == "shared" else ["teacher", "student"])
+    data, mapped = ShardFolder(recipe.data.train), mapped_cache(recipe, made)
+    cache = _open(job, _identity(job, verbalize, made["teacher"], mapped), data)
     missing_files, missing = _work(job, cache, data, shards, only_missing)
     if missing or missing_files:
         _say_why(job, missing)
         if hosted is None:
             _check_verbalizers(job, verbalize)
-        engine = hosted or load_teacher(job, verbalize["vocab"], made["teacher"])
-        teacher_pass = TeacherPass(job, engine, ChatDataset(data, made), cache.identity.layers, cache.identity.vocab)
-        _prepare(job, teacher_pass, cache, missing_files)
+        engine = hosted or load_teacher(job, ids_of(verbalize, "teacher"), made["teacher"])
+        teacher_pass = _teacher_pass(job, engine, data, made["teacher"], cache.identity, mapped)
+        _prepare(job, teacher_pass, cache, missing_files, mapped)
         _, missing = _work(job, cache, data, shards, only_missing) if missing_files else (missing_files, missing)
         if missing:
             _fill(job, teacher_pass, cache, list(missing))
@@ -97,7 +101,22 @@ def _verbalizers(job: Job) -> dict[str, Any]:
     return summary
 
 
-def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> CacheIdentity:
+def _teacher_pass(
+    job: Job,
+    engine: Engine,
+    data: ShardFolder,
+    encoder: ChatEncoder,
+    identity: CacheIdentity,
+    mapped: MappedCache | None,
+) -> TeacherPass:
+    align = None if mapped is None else partial(align_teacher, mapped.pair)
+    dataset = ChatDataset(data, {"teacher": encoder}, align=align)
+    return TeacherPass(job, engine, dataset, identity.layers, identity.vocab, None if mapped is None else mapped.ids)
+
+
+def _identity(
+    job: Job, verbalize: dict[str, Any], encoder: ChatEncoder, mapped: MappedCache | None = None
+) -> CacheIdentity:
     """The cache's identity. Rank 0 hashes, for all ranks, or waits for another job that hashes the same."""
     recipe, verbalized = job.recipe, verbalize["teacher"]
 
@@ -109,12 +128,14 @@ def _identity(job: Job, verbalize: dict[str, Any], encoder: ChatEncoder) -> Cach
         teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template), hashes)
         data = recipe.data
         of_samples = sample_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
-        return [{**teacher, "verbalizers": verbalizers, **of_samples}]
+        return [
+            {**teacher, "verbalizers": verbalizers, **of_samples, **({} if mapped is None else mapped.fingerprints)}
+        ]
 
     (fingerprints,) = gather_when_ready(job.ranks, f"{NAME}: hashing the teacher, {recipe.teacher.path}", prints)
     layers = (*verbalized["layers"], verbalized["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
-    return CacheIdentity(codec, layers, verbalize["vocab"], fingerprints)
+    return CacheIdentity(codec, layers, verbalize["vocab"] if mapped is None else mapped.ids.size, fingerprints)
 
 
 def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
@@ -186,8 +207,14 @@ def load_teacher(job: Job, vocab: int, encoder: ChatEncoder) -> Engine:
     return engine
 
 
-def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str]) -> None:
+def _prepare(
+    job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_files: set[str], mapped: MappedCache | None
+) -> None:
     """Write the files that must exist before the first shard."""
+    if mapped is not None and "mapping" in missing_files:
+        if job.ranks.first:
+            cache.save_map(mapped.ids)
+        wait_for_files(job.ranks, [cache.path / MAPPING])
     if "head" in missing_files:
         head = teacher_pass.head()
 
@@ -204,7 +231,9 @@ def _prepare(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing_fi
 
 
 def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list[str]) -> None:
-    data, codec, each = teacher_pass.dataset.folder, cache.codec(), estimate_size(teacher_pass, cache)
+    data, codec, (each, bucket) = teacher_pass.dataset.folder, cache.codec(), rehearse(teacher_pass, cache)
+    if bucket is not None:
+        _check_bucket(job, bucket)
     samples, lacking = _samples(job, cache, data, missing)
     job.say(
         f"{NAME}: {len(missing)} of {len(data.shards)} shards to make, about {each * samples}; "
@@ -228,6 +257,13 @@ def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list
             )
             written = writing.put(shard_batch, output) if shard_batch else []
         log.written(written + writing.rest())
+
+
+def _check_bucket(job: Job, bucket: BucketShare) -> None:
+    """Raise CacheError, on all ranks alike, where the few samples that were read say that the bucket is too large."""
+    (share, *_) = (BucketShare.from_json(one) for one in gather_lists([bucket.to_json()]))
+    check_bucket(share, job.recipe.cache.max_bucket_share, f"{share.tokens:,} tokens of samples spread over the data")
+    job.say(f"{NAME}: {share.means()[-1]:.2%} of the teacher's probability is in the bucket, at its last layer")
 
 
 def _samples(job: Job, cache: CacheFolder, data: ShardFolder, missing: list[str]) -> list[int]:
@@ -282,7 +318,8 @@ def _finish(job: Job, cache: CacheFolder, shards: int, made: list[str]) -> None:
             f"{cache.path / unseen}: written by another rank of this job, but rank 0 sees: {why}. Expected one file "
             "system that all hosts share; run the same command again: shards that are whole stay"
         )
-    if cache.finish(partial(_summary, BadSamples(job.recipe.data.max_bad_share))):
+    largest = job.recipe.cache.max_bucket_share if cache.identity.mapped else None
+    if cache.finish(partial(_summary, BadSamples(job.recipe.data.max_bad_share), largest_bucket=largest)):
         size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size_text(size)} in {cache.path}")
@@ -291,13 +328,15 @@ def _finish(job: Job, cache: CacheFolder, shards: int, made: list[str]) -> None:
         job.say(f"{NAME}: {shards - len(left)} of {shards} shards are there; other jobs make the rest")
 
 
-def _summary(bad: BadSamples, sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(bad: BadSamples, sidecars: list[dict[str, Any]], largest_bucket: float | None = None) -> dict[str, Any]:
     """The manifest's summary of what the shards' sidecars measured.
 
-    Raises DataError where too many of all samples could not be used: each job has seen those of its own shards only.
+    Raises DataError where too many of all samples could not be used, and CacheError where a mapped vocabulary's bucket
+    is too large: each job has seen those of its own shards only.
     """
     bad.read = sum(sidecar["samples"] for sidecar in sidecars)
     bad.rejected = sum(len(sidecar["skipped"]) for sidecar in sidecars)
     bad.check_whole()
     first, *rest = (Fidelity.from_json(sidecar["fidelity"]) for sidecar in sidecars)
-    return {"fidelity": sum(rest, first).summary()}
+    bucket = {} if largest_bucket is None else bucket_summary(sidecars, largest_bucket)
+    return {"fidelity": sum(rest, first).summary(), **bucket}

@@ -1,6 +1,7 @@
 """The teacher's pass for the cache: samples in batches of similar length, through the engine, to encoded arrays.
 
-T response tokens, J cached layers, d width of the teacher, V common vocabulary.
+T response tokens, J cached layers, d width of the teacher, V common vocabulary (a mapped one: the student's ids and the
+bucket).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from pipeline.codec.packing import to_device, to_numpy
 from pipeline.codec.random import uniform
 from pipeline.codec.registry import Codec
+from pipeline.loss.bucket import bucket_mass
 from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
@@ -25,6 +27,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.loop import Job
 from pipeline.runtime.node import loader_workers, rank_share
 from pipeline.signal import Unembedding
+from pipeline.vocabulary_map import MappedHead, TeacherGroups, VocabularyMap
 
 MEASURED = 1 / 128
 """Share of the response tokens whose coded distributions are compared with the dense ones."""
@@ -38,16 +41,27 @@ class TeacherOutput:
     """The codec's arrays [T, J, ...]."""
     fidelity: Measurement
     """Their error against the dense distributions, measured on a few of the tokens."""
+    bucket: Tensor | None = None
+    """What `bucket_mass` returned, of all of the tokens; None for a shared vocabulary."""
 
 
 class TeacherPass:
     """The teacher's engine and the dataset that it reads."""
 
-    def __init__(self, job: Job, engine: Engine, dataset: ChatDataset, layers: tuple[int, ...], vocab: int):
-        """All ranks must call."""
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        dataset: ChatDataset,
+        layers: tuple[int, ...],
+        vocab: int,
+        ids: VocabularyMap | None = None,
+    ):
+        """All ranks must call. ids: the teacher's as the student's, for a mapped vocabulary."""
         engine.eval()
         self.job, self.engine, self.dataset, self.layers = job, engine, dataset, layers
-        self._rows = rows_per_chunk(vocab)
+        self._groups = None if ids is None else TeacherGroups(ids, engine.device)
+        self._rows = rows_per_chunk(vocab if ids is None else max(vocab, len(ids.class_of)))
         self._workers = loader_workers(job.recipe.data.workers, rank_share(), WINDOW_WORKERS)
 
     def batches(self, windows: Sequence[Sequence[SampleIndex]]) -> Iterator[list[LoadedBatch]]:
@@ -84,7 +98,27 @@ class TeacherPass:
 
     def _forward(self, loaded: LoadedBatch, encode):
         batch = loaded.batches["teacher"].to(self.engine.device, self.engine.dtype)
-        return self.engine({"teacher": batch}, encode=encode)
+        groups = self._groups
+        if groups is None:
+            return self.engine({"teacher": batch}, encode=encode)
+        return self.engine({"teacher": batch}, encode=lambda hidden, head: encode(hidden, MappedHead.of(head, groups)))
+
+
+def stored_samples(
+    loaded: LoadedBatch,
+) -> Iterator[tuple[str, slice, np.ndarray, np.ndarray | None]]:
+    """Each sample of a batch as its record has it: (key, its rows of the codec's arrays, token ids, places).
+
+    The ids of a mapped vocabulary are the student's; of a shared one there are no places, see pack_record.
+    """
+    batch, end = loaded.batches["teacher"], 0
+    for number, (key, count) in enumerate(zip(batch.keys, batch.counts, strict=True)):
+        rows, end = slice(end, end + count), end + count
+        supervised = loaded.attached[number] if loaded.attached else None
+        if supervised is None:
+            yield key, rows, batch.labels[rows].numpy(), None
+        else:
+            yield key, rows, supervised.tokens, supervised.places
 
 
 def encode_batch(
@@ -106,7 +140,9 @@ def encode_batch(
         if len(rows)
         else codec.empty(layers, unembedding, hidden.device)
     )
-    return TeacherOutput(codes, measure(hidden[to_device(rows, hidden.device)], unembedding, signal))
+    fidelity = measure(hidden[to_device(rows, hidden.device)], unembedding, signal)
+    bucket = bucket_mass(hidden, unembedding, chunk) if isinstance(unembedding, MappedHead) else None
+    return TeacherOutput(codes, fidelity, bucket)
 
 
 def token_usage(chunk: int, hidden: Tensor, unembedding: Unembedding) -> Tensor:

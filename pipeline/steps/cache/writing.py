@@ -12,12 +12,13 @@ from data_prep.shards import ShardFolder
 from pipeline.cache.writer import CacheFolder, CacheWriter
 from pipeline.codec.packing import to_numpy
 from pipeline.errors import CacheError, SampleError
+from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
 from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.data.batches import LoadedBatch, SampleIndex
 from pipeline.runtime.data.loader import WINDOW
 from pipeline.steps.cache.estimate import on_disk
-from pipeline.steps.cache.teacher_pass import TeacherOutput
+from pipeline.steps.cache.teacher_pass import TeacherOutput, stored_samples
 
 LONGEST_QUEUE = 2
 """Batches that may be queued for the writing thread before the teacher's pass waits."""
@@ -87,6 +88,7 @@ class WriterThread:
         self._waiting: deque[Future[WrittenBatch]] = deque()
         self._writer: CacheWriter | None = None
         self._fidelity: list[Fidelity] = []
+        self._bucket: list[BucketShare] = []
 
     def __enter__(self) -> WriterThread:
         return self
@@ -118,21 +120,27 @@ class WriterThread:
     def _write(self, shard_batch: ShardBatch, output: TeacherOutput) -> WrittenBatch:
         if self._writer is None:
             self._writer, self._fidelity = self._cache.writer(shard_batch.shard), []
-        batch, bad, size = shard_batch.loaded.batches["teacher"], list(shard_batch.loaded.rejected), 0
+            self._bucket = []
+        bad, size = list(shard_batch.loaded.rejected), 0
         self._fidelity.append(output.fidelity.read())
+        if output.bucket is not None:
+            self._bucket.append(BucketShare.read(output.bucket))
         for rejected in shard_batch.loaded.rejected:
             self._writer.skip(rejected.key, rejected.reason)
-        arrays, labels, end = {n: to_numpy(a) for n, a in output.codes.items()}, batch.labels.numpy(), 0
-        for key, count in zip(batch.keys, batch.counts, strict=True):
-            rows, end = slice(end, end + count), end + count
+        arrays = {n: to_numpy(a) for n, a in output.codes.items()}
+        for key, rows, tokens, places in stored_samples(shard_batch.loaded):
             try:
-                record = self._writer.add(key, labels[rows], {name: array[rows] for name, array in arrays.items()})
+                own = {name: array[rows] for name, array in arrays.items()}
+                record = self._writer.add(key, tokens, own, places)
                 size += on_disk(record)
             except SampleError as error:
                 self._writer.skip(key, str(error))
                 bad.append(Rejected(key, shard_batch.shard, str(error)))
         if shard_batch.last:
-            self._writer.commit(fidelity=sum(self._fidelity[1:], self._fidelity[0]).to_json())
+            measured = {"fidelity": sum(self._fidelity[1:], self._fidelity[0]).to_json()}
+            if self._bucket:
+                measured["bucket"] = sum(self._bucket[1:], self._bucket[0]).to_json()
+            self._writer.commit(**measured)
             self._writer.__exit__()
             self._writer = None
         return WrittenBatch(shard_batch, size, bad)

@@ -146,10 +146,10 @@ def test_a_folder_without_sizes_is_sorted_by_bytes_and_refused_under_a_budget(ti
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_come_with_their_update_and_rejects_are_counted(tiny_models, tmp_path, workers):
     class Fails(ChatDataset):
-        def encode(self, sample):
+        def _encode(self, sample):
             if sample % 7 == 6:
                 raise SampleError("odd")
-            return super().encode(sample)
+            return super()._encode(sample)
 
         def _read(self, index):
             if index == failing:

@@ -20,10 +20,10 @@ from pipeline.steps.cache.estimate import (
     SAMPLES,
     SizeEstimate,
     check_disk_space,
-    estimate_size,
     evenly_spaced,
     find_vocabulary_order,
     on_disk,
+    rehearse,
 )
 from pipeline.steps.cache.writing import WriterThread
 
@@ -86,7 +86,7 @@ def test_samples_read_beforehand_are_spread_over_the_data(tmp_path, samples):
 
 def test_a_cache_takes_what_was_projected_and_what_is_counted_while_it_grows(tmp_path, data):
     cache = cache_of(tmp_path / "cache", data)
-    estimate = estimate_size(TeacherPass(data), cache) * len(data)
+    estimate = rehearse(TeacherPass(data), cache)[0] * len(data)
     assert estimate.token_layers == len(data) * TOKENS * len(LAYERS)
     with WriterThread(cache) as writing:
         written = [
@@ -109,8 +109,8 @@ def cache_entry(cache: CacheFolder, name: str) -> dict:
 def test_samples_that_cannot_be_used_make_a_cache_smaller(tmp_path, data):
     cache = cache_of(tmp_path / "cache", data)
     whole, half = (
-        estimate_size(TeacherPass(data), cache),
-        estimate_size(TeacherPass(data, tuple(data.keys[::2])), cache),
+        rehearse(TeacherPass(data), cache)[0],
+        rehearse(TeacherPass(data, tuple(data.keys[::2])), cache)[0],
     )
     assert half.token_layers == whole.token_layers / 2 and half.bytes == pytest.approx(whole.bytes / 2, rel=0.1)
 
