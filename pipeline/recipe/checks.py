@@ -30,12 +30,9 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     needs_student = asked != {"cache"}
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
-    problems = _data_problems(recipe)
-    if needs_teacher and recipe.stage_1 is not None:
-        problems.append(
-            f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(needs_teacher))} "
-            "cannot run here: run stage 2 alone, or leave stage_1 out"
-        )
+    problems = _data_problems(recipe) + _other_run_problems(recipe, needs_teacher)
+    if recipe.cache_from is not None:
+        steps = [step for step in steps if step != "cache"]
     problems += _model_problems(recipe.student, "student") if needs_student else []
     problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
     problems += _deepspeed_problems(recipe, steps)
@@ -110,6 +107,21 @@ def number_of_steps(training: Training, samples: int) -> int:
 
 def _is_skipped(training: Training) -> bool:
     return training.steps == 0
+
+
+def _other_run_problems(recipe: Recipe, asked: set[str]) -> list[str]:
+    """asked: the steps of stage 1 that are to run here."""
+    if asked and recipe.stage_1 is not None:
+        return [
+            f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(asked))} "
+            "cannot run here: run stage 2 alone, or leave stage_1 out"
+        ]
+    if asked == {"cache"} and recipe.cache_from is not None:
+        return [
+            f"cache_from: {recipe.cache_from} has this run's cache, so there is none to make here: run the cache job "
+            f"of {recipe.cache_from / 'recipe.yaml'}, or leave cache_from out"
+        ]
+    return []
 
 
 def _data_problems(recipe: Recipe) -> list[str]:

@@ -245,6 +245,11 @@ class Recipe(Section):
     stage_1: Path | None = None
     """Folder of another run whose verbalizers and teacher cache stage 2 uses: several students of one stage 1, to
     compare ways of training. Its models, data, seed and codec must be this recipe's. Left out: the run's own."""
+    cache_from: Path | None = None
+    """Folder of another run whose teacher verbalizers and teacher cache this run reads where they lie: one cache for
+    several students (docs/one_cache.md). Stage 1 then trains the student's verbalizers alone and loads no teacher; of
+    the teacher's folder it needs all but the weights. The teacher, its target layers, the data, its limits, the seed
+    and the codec must be this recipe's, and the student must have all ids of the cache. Left out: the run's own."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
@@ -304,9 +309,19 @@ class Recipe(Section):
         return section.deepspeed or self.deepspeed
 
     @property
-    def stage_1_run(self) -> Path:
-        """The run whose folder has the verbalizers and the cache."""
+    def student_stage_1(self) -> Path:
+        """The run whose stage 1 trained the student's verbalizers."""
         return self.stage_1 or self.run
+
+    @property
+    def teacher_stage_1(self) -> Path:
+        """The run whose folder has the teacher's verbalizers and the cache."""
+        return self.cache_from or self.stage_1 or self.run
+
+    def left_to_another_run(self) -> dict[str, tuple[str, Path]]:
+        """{step of stage 1 that another run has done: (the field that names that run, its folder)}."""
+        found = dict.fromkeys(("verbalize", "cache"), ("stage_1", self.stage_1)) if self.stage_1 is not None else {}
+        return found | ({"cache": ("cache_from", self.cache_from)} if self.cache_from is not None else {})
 
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")

@@ -152,3 +152,12 @@ def test_a_skipped_update_hides_no_losses(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     steps, _ = status(run)
     assert steps[0].losses == {"teacher/1": 2.0} and steps[0].progress.startswith("update 2 of ")
+
+
+def test_a_run_with_another_run_s_cache_trains_its_own_verbalizers_and_goes_on_with_stage_2(run, tmp_path):
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values | {"cache_from": str(tmp_path / "other")}))
+    steps, following = status(run)
+    assert [step.state for step in steps[:2]] == ["not begun", "in cache_from"] and "--stage 1" in following
+    mark_done(run / "verbalize", {"updates": 3})
+    assert "--stage 2" in status(run)[1]

@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.cache.paths import newest
 from pipeline.errors import CacheError
+from pipeline.recipe.resolve import load_recipe
 from pipeline.results.arguments import run_recipe
 from pipeline.results.cache.info import MEASURES, contents, fidelity
 from pipeline.results.cache.on_disk import inspect_cache
@@ -26,7 +27,7 @@ TRAINED = ("verbalize", "interact", "reinforce")
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """A run's teacher cache."""
+    """The teacher cache that a run uses: its own, or another run's."""
 
     folder: str
     contents: Mapping[str, str]
@@ -81,7 +82,7 @@ def read_run(folder: Path) -> RunFacts:
         preset=preset_of(folder),
         kernels=read_kernels(folder),
         lines={step: read_metrics(folder, step) for step in TRAINED},
-        cache=_cache(folder),
+        cache=_cache(load_recipe(recipe).recipe.model_copy(update={"run": folder}).teacher_stage_1),
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
         rejects=_rejects(folder / "rejects.jsonl"),
     )
@@ -96,6 +97,7 @@ def differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
 
 
 def _cache(run: Path) -> CacheFacts | None:
+    """The newest cache of the run whose cache is used."""
     folder = newest(run / "cache")
     if folder is None:
         return None
