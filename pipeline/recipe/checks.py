@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import SHIPPED
-from pipeline.recipe.schema import STEPS, Interact, Model, Recipe, Reinforce, Training
+from pipeline.recipe.schema import STEPS, Interact, Model, Recipe, Reinforce, StudentTraining, Training
 
 # Each setting has one place. The recipe owns these, so a DeepSpeed config must say "auto" for them or leave them out.
 OWNED_BY_RECIPE = {
@@ -41,6 +41,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
             problems += _training_problems(getattr(recipe, step), step, world)
     if "interact" in steps:
         problems += _view_problems(recipe) + _interact_problems(recipe.interact)
+    problems += _train_problems(recipe, [step for step in steps if step in ("interact", "reinforce")])
     if "reinforce" in steps:
         problems += _reinforce_problems(recipe.reinforce)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
@@ -189,6 +190,29 @@ def _view_problems(recipe: Recipe) -> list[str]:
     if chosen is not None and list(chosen) != sorted(set(chosen)):
         problems.append(f"interact.teacher_layers: expected increasing layers, found {list(chosen)}")
     return problems
+
+
+def _train_problems(recipe: Recipe, steps: list[str]) -> list[str]:
+    """Settings of what trains that contradict each other, or have no effect in any step of stage 2."""
+    lora = [step for step in steps if getattr(recipe, step).lora_rank]
+    problems = []
+    if lora and "decoder" not in recipe.train:
+        problems.append(
+            f"train: {list(recipe.train)} leaves out the decoder, but {lora[0]}.lora_rank puts adapters on it; name "
+            f"decoder too, or set {lora[0]}.lora_rank: 0"
+        )
+    for step in steps:
+        if not getattr(recipe, step).lora_rank and (unused := _lora_settings(getattr(recipe, step))):
+            problems.append(f"{step}.{unused[0]} is set, but {step}.lora_rank is 0: set it, or leave {unused[0]} out")
+    if steps == ["interact", "reinforce"] and recipe.export.adapter and not lora:
+        problems.append("export.adapter: no step has adapters; set interact.lora_rank or reinforce.lora_rank")
+    return problems
+
+
+def _lora_settings(training: StudentTraining) -> list[str]:
+    """The fields of LoRA that are not at their defaults, where rank 0 gives them no meaning."""
+    fields = ("lora_dropout", "lora_targets")
+    return [name for name in fields if getattr(training, name) != type(training).model_fields[name].default]
 
 
 def _interact_problems(interact: Interact) -> list[str]:

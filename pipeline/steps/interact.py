@@ -157,7 +157,8 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images)
     if recipe.interact.train_verbalizers:
         _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
-    finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
+    folders = recipe.student.path, folder / "student"
+    finish(job, NAME, engine, student.backbone, folders, {"updates": total, "losses": averages})
 
 
 def _check(job: Job, verb_ffns: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline.runtime.shared_files import wait_for_files
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 from pipeline.vlm.backbone import load_student, run_backbone
 from pipeline.vlm.export import copy_student
+from pipeline.vlm.lora import adapter_beside
 from pipeline.vlm.parts import final_norm, image_parts, may_be_unused
 from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import Batch
@@ -31,7 +32,7 @@ NAME = "reinforce"
 
 
 class Finetuned(nn.Module):
-    """The student and its own head, all of it training but the vision tower."""
+    """The student and its own head; the parts that the recipe names train."""
 
     def __init__(self, backbone: nn.Module, vocab: int, loss: Callable[..., Tensor] = linear_cross_entropy):
         """loss: as linear_cross_entropy, but perhaps more tolerant of wrong labels."""
@@ -58,6 +59,8 @@ def run(job: Job) -> None:
 
         def copy() -> None:
             copy_student(begun_from, recipe.run / "student")
+            if (adapter := adapter_beside(begun_from)).is_dir() and recipe.export.adapter:
+                copy_student(adapter, adapter_beside(recipe.run / "student"))
             mark_done(folder, {"updates": 0})
 
         on_first_rank(job.ranks, f"{NAME}: copying {begun_from}", copy)
@@ -74,7 +77,8 @@ def run(job: Job) -> None:
     total = number_of_steps(recipe.reinforce, len(dataset))
     forward, unused, images = _forward(engine, name), may_be_unused(backbone), image_parts(backbone)
     averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images)
-    finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
+    folders = begun_from, recipe.run / "student"
+    finish(job, NAME, engine, backbone, folders, {"updates": total, "losses": averages})
 
 
 def loss_of(reinforce: Reinforce) -> tuple[str, Callable[..., Tensor]]:

@@ -57,7 +57,10 @@ def test_bfloat16_with_a_tied_student_and_unequal_vocabularies(tied_models, data
 def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_update(tiny_models, data, tmp_path):
     plain = {"interact": {"steps": 0}, "reinforce": SHORT}
     found = []
-    for name, options in (("a", {}), ("b", {"gradient_checkpointing": True, "train_vision": True})):
+    for name, options in (
+        ("a", {}),
+        ("b", {"gradient_checkpointing": True, "train": ["decoder", "projector", "vision", "head"]}),
+    ):
         recipe = tiny_recipe(tmp_path / name, tiny_models, KIND, data, **plain, **options)
         deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
         found.append(lines(tmp_path / name / "run", "reinforce"))
@@ -70,8 +73,10 @@ def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_updat
 
 
 def test_lora_trains_adapters_alone_and_exports_merged_weights(tiny_models, data, tmp_path):
-    lora = {**SHORT, "lora_rank": 4, "lora_alpha": 8}
+    """And keeps the adapters where it is asked to: of each step, on the model that the step began with."""
+    lora = {**SHORT, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1}
     recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, verbalize=SHORT, interact=lora, reinforce=lora)
+    recipe.write_text(recipe.read_text() + "export: {adapter: true}\n")
     deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
     start = load_file(tiny_models[KIND, "student"] / "model.safetensors")
@@ -84,6 +89,12 @@ def test_lora_trains_adapters_alone_and_exports_merged_weights(tiny_models, data
         for name in moved:
             change = torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4)
             assert change <= 4, f"{name} changed by more than a rank of lora_rank"
+    for folder, before, after in (("interact", start, half), (".", half, ours)):
+        kept = load_file(tmp_path / "run" / folder / "adapter" / "adapter_model.safetensors")
+        stem = "model.language_model.layers.0.self_attn.q_proj"
+        up, down = (kept[f"base_model.model.{stem}.lora_{side}.weight"] for side in "BA")
+        (name,) = (name for name in before if name.endswith("layers.0.self_attn.q_proj.weight"))
+        torch.testing.assert_close(before[name] + up @ down * 2, after[name])
 
 
 def test_too_many_bad_samples_stop_the_run_with_one_error(tiny_models, data, tmp_path):

@@ -115,14 +115,16 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path, values):
     run = tmp_path / "run"
     run.mkdir()
     lines = load_recipe(path).to_yaml().splitlines()
-    new = ("train_projector", "max_pixels", "min_pixels", "micro_batch_tokens")
-    older = [line for line in lines if not line.strip().startswith(new)]
+    new = ("max_pixels", "min_pixels", "micro_batch_tokens")
+    older = [line for line in lines if not line.strip().startswith(new) and not line.startswith("train:")]
     assert len(lines) - len(older) == 6
     (run / "recipe.yaml").write_text("\n".join(older))
     refuse_changes(load_recipe(path), STEPS)
     refuse_changes(load_recipe(run / "recipe.yaml"), STEPS)
-    with pytest.raises(RecipeError, match="train_projector: the run has True, now False"):
-        refuse_changes(load_recipe(path, ["train_projector=false"]), STEPS)
+    with pytest.raises(
+        RecipeError, match=r"train: the run has \['decoder', 'projector', 'head'\], now \['decoder', 'head'\]"
+    ):
+        refuse_changes(load_recipe(path, ["train=[decoder,head]"]), STEPS)
 
 
 def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
@@ -387,3 +389,23 @@ def test_a_run_with_another_s_cache_has_no_cache_job(tmp_path, another):
         RecipeError, match=r"cache_from: .*base has this run's cache, .* cache job of .*base/recipe.yaml"
     ):
         check_recipe(recipe, ("cache",))
+
+
+def test_what_trains_is_one_field_and_contradicts_no_adapter(tmp_path, values):
+    path = write(tmp_path, values)
+    with pytest.raises(RecipeError, match="unknown key 'train_vision'; did you mean 'train'"):
+        load_recipe(path, ["train_vision=true"])
+    with pytest.raises(RecipeError, match="train: "):
+        load_recipe(path, ["train=[]"])
+    recipe = load_recipe(path, ["interact.lora_rank=4", "train=[projector]"]).recipe
+    with pytest.raises(RecipeError, match=r"leaves out the decoder, but interact.lora_rank puts adapters on it"):
+        check_recipe(recipe, ("interact", "reinforce"))
+    idle = load_recipe(path, ["reinforce.lora_dropout=0.1", "export.adapter=true"]).recipe
+    with pytest.raises(RecipeError) as raised:
+        check_recipe(idle, ("interact", "reinforce"))
+    said = str(raised.value)
+    assert "reinforce.lora_dropout is set, but reinforce.lora_rank is 0" in said
+    assert "export.adapter: no step has adapters" in said
+    both = load_recipe(path, ["interact.lora_rank=4", "export.adapter=true", "interact.lora_targets=[q_proj]"]).recipe
+    check_recipe(both, ("interact", "reinforce"))
+    assert not both.trains(both.interact, "head") and both.trains(both.reinforce, "head")

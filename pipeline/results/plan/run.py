@@ -141,10 +141,7 @@ class Planned:
     @cached_property
     def _trained(self) -> dict[str, PlannedModel]:
         recipe = self.recipe
-        return {
-            step: planned_student(recipe.student, getattr(recipe, step), recipe.train_vision, recipe.train_projector)
-            for step in STEPS[2:]
-        }
+        return {step: planned_student(recipe.student, getattr(recipe, step), recipe.train) for step in STEPS[2:]}
 
     def _time(self, step: str, machine: Machine, moved: Traffic) -> StepTime:
         each = self.operations(step)
