@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def _choose_batches(draft: Draft, samples: Samples, known: bool, machine: Machin
 
 def _fit(draft: Draft, samples: Samples, machine: Machine) -> None:
     """What the memory model of `plan` asks for, step by step; then the largest micro-batches."""
-    planned = Planned(draft.recipe(), samples)
+    # GPUs without a shard idle while the cache is made, which `plan` says: no reason to refuse a recipe.
+    planned = Planned(draft.recipe(), replace(samples, shards=max(samples.shards, machine.gpus)))
     for step in planned.steps:
         if not fits(planned.plan(step, machine), machine):
             changes = remedy(planned, step, machine)

@@ -37,14 +37,14 @@ def models_of(kind: str, folder: Path) -> tuple[Path, Path]:
 def test_a_tiny_pair_gets_a_recipe_that_a_run_and_plan_take(kind, data, tmp_path, capsys):
     teacher, student = models_of(kind, tmp_path)
     out = tmp_path / "recipe.yaml"
-    asked = ["--data", str(data), "--gpus", "2", "--gpu-memory", "8", "--out", str(out)]
+    asked = ["--data", str(data), "--gpus", "4", "--gpu-memory", "8", "--out", str(out)]
     assert main(["recipes", "--for", str(teacher), str(student), *asked]) == 0
     recipe = load_recipe(out, [f"run={tmp_path / 'run'}"]).recipe
-    check_recipe(recipe, STEPS, world=2)
+    check_recipe(recipe, STEPS, world=4)
     assert target_layers(recipe.student) == (2,) and target_layers(recipe.teacher) == (1, 4)
     assert recipe.precision == "fp32" and recipe.interact.lora_rank == 64
-    assert recipe.interact.batch_size == 2, "16 samples, at least 50 updates, 2 GPUs"
-    assert main(["plan", "--recipe", str(out), "--gpus", "2", "--gpu-memory", "8"]) == 0
+    assert recipe.interact.batch_size == 4, "16 samples, at least 50 updates, 4 GPUs"
+    assert main(["plan", "--recipe", str(out), "--gpus", "4", "--gpu-memory", "8"]) == 0
     assert "does not fit" not in capsys.readouterr().out
 
 
