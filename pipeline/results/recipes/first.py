@@ -61,7 +61,7 @@ def first_recipe(teacher: Path, student: Path, data: Path | None = None, machine
     """
     draft = _begin(teacher, student, data)
     measured = data is not None and _has_tokenizer(student)
-    samples = _samples(draft, measured)
+    samples = _samples(draft, data is not None, measured)
     _choose_layers(draft, samples, measured)
     _choose_batches(draft, samples, data is not None, machine)
     if machine is not None:
@@ -95,10 +95,10 @@ def _begin(teacher: Path, student: Path, data: Path | None) -> Draft:
     return draft
 
 
-def _samples(draft: Draft, measured: bool) -> Samples:
+def _samples(draft: Draft, known: bool, measured: bool) -> Samples:
     recipe = draft.recipe()
     vision = vision_of(planned_model("student", recipe.student))
-    given = Given(None, None, None, None) if measured else ASSUMED
+    given = Given() if measured else replace(ASSUMED, samples=None) if known else ASSUMED
     return describe_samples(recipe, given, vision.patches_per_token, vision.patch_numbers)
 
 
@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
+    return (folder / "tokenizer.json").is_file()
 
 
 def _both(recipe: Recipe) -> bool:

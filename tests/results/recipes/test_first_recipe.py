@@ -91,8 +91,17 @@ def test_a_teacher_too_shallow_for_any_targets_is_refused():
         choose_targets(2, 2, sparse=False)
 
 
-def test_samples_of_mostly_image_tokens_get_sparse_targets(data, tmp_path, monkeypatch):
-    teacher, student = (tiny.write_vlm(tmp_path / r, "qwen2_vl", d, 32) for r, d in (("teacher", 24), ("student", 10)))
+def test_data_counts_also_where_its_lengths_cannot_be_measured(data):
+    """A student's config.json alone: the number of samples is data.train's, the lengths are assumed, and said to be."""
+    text = first_recipe(CONFIGS / "smolvlm_500m", CONFIGS / "smolvlm_256m", data)
+    assert yaml.safe_load(text)["interact"]["batch_size"] == 1 and "16 samples in at least 50 updates" in text
+    assert "900 tokens a sample" in text and "(assumed: no --data, or no tokenizer of the student)" in text
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava_onevision"])
+def test_samples_of_mostly_image_tokens_get_sparse_targets(kind, data, tmp_path, monkeypatch):
+    """Whether the processor tells the kinds of tokens (Qwen2-VL's) or not."""
+    teacher, student = (tiny.write_vlm(tmp_path / r, kind, d, 32) for r, d in (("teacher", 24), ("student", 10)))
     assert yaml.safe_load(first_recipe(teacher, student, data))["student"]["layers"] == [2, 6]
     monkeypatch.setattr(first, "MANY_IMAGE_TOKENS", 2)  # of a tiny picture there are few
     text = first_recipe(teacher, student, data)
