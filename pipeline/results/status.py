@@ -76,8 +76,8 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
 
 def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
     """The command to run next. Stage 1 is not needed without interaction (interact.steps: 0)."""
-    left = recipe.left_to_another_run()
-    for step in [step for step in STEPS if step not in left] if recipe.interact.steps != 0 else STEPS[2:]:
+    own = [step for step in STEPS if step not in recipe.left_to_another_run()]
+    for step in own if recipe.interact.steps != 0 else STEPS[2:]:
         if step not in complete:
             return train_command(STAGE[step], run / "recipe.yaml")
     if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:
