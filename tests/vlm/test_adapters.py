@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Interact
+from pipeline.steps.reinforce import Finetuned
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.export import save_student
 from pipeline.vlm.lora import adapter_beside, add_lora, merge_lora, save_adapter
@@ -102,3 +103,20 @@ def test_each_part_trains_alone(tie, tmp_path):
     assert embeddings.requires_grad != tie
     trained("decoder", "head")
     assert embeddings.requires_grad and head.requires_grad
+
+
+@pytest.mark.parametrize("part", ["decoder", "projector", "vision", "head"])
+def test_an_update_moves_the_part_that_trains_alone(part, tiny_models):
+    """Gradients reach it through what is frozen, also with recomputed layers."""
+    folder = tiny_models["qwen2_vl", "student"]
+    model = load_vlm(folder, torch.float32)
+    set_trainable(model, (part,))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    encoder = ChatEncoder(load_processor(folder), 512)
+    chats = [encoder(key, record["messages"], images) for key, record, images in tiny.chats(3)]
+    batch, module = collate(chats, encoder.filler(), 0), Finetuned(model, len(encoder.processor.tokenizer)).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    module(batch).sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
