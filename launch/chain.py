@@ -103,10 +103,9 @@ def _left_out(recipe: Recipe, with_data: bool) -> dict[str, str]:
 def _stage_1_left_out(recipe: Recipe) -> dict[str, str]:
     if recipe.interact.steps == 0:
         return dict.fromkeys(("stage1", "cache"), "not needed: interact.steps is 0")
-    if recipe.stage_1 is not None:
-        return dict.fromkeys(("stage1", "cache"), f"in stage_1: {recipe.stage_1}")
-    found = {}
-    if done(recipe.run / "verbalize"):
+    left = recipe.left_to_another_run()
+    found = {job: f"in {left[step][0]}: {left[step][1]}" for job, (step, *_) in STEPS_OF.items() if step in left}
+    if "stage1" not in found and done(recipe.run / "verbalize"):
         found["stage1"] = f"done: {recipe.run / 'verbalize'}"
         cache = done(recipe.run / "cache")
         if cache and cache["shards"] == planned(recipe, "cache"):

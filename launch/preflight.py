@@ -89,7 +89,9 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     from pipeline.runtime.ranks import gather_lists
 
     recipe = load_recipe(options.recipe, options.overrides).recipe
-    steps = options.steps or [step for step in STEPS if not done(recipe.run / step)]
+    steps = options.steps or [
+        step for step in STEPS if step not in recipe.left_to_another_run() and not done(recipe.run / step)
+    ]
     deadline.at = JOINING
     ranks = engine.start(options.verbose)
     deadline.at = f"looking at {recipe.run} and what {options.recipe} names"

@@ -1,5 +1,6 @@
 """Plan a run, and inspect its results.
 
+  python -m pipeline recipes
   python -m pipeline plan --recipe recipes/NAME.yaml --gpus 64 --gpu-memory 80
   python -m pipeline status runs/demo
   python -m pipeline evaluate --run runs/demo
@@ -11,6 +12,7 @@
   python -m pipeline cache-info runs/demo
   python -m pipeline env
 
+recipes lists the recipes that come with the package, and writes a first one for two models.
 plan says what a recipe will need, before anything is started. status shows which steps are done and what to run next.
 evaluate compares models on held-out data. answer lets a model answer the questions of a shard folder. trace shows what
 each layer of a model predicts. report writes a page about one run or several; watch writes it again and again, to
@@ -31,6 +33,7 @@ from pipeline.results import push
 from pipeline.results.argument_types import part, positive, share
 from pipeline.results.benchmarks import arguments as benchmarks
 from pipeline.results.plan import arguments as plan
+from pipeline.results.recipes import arguments as recipes
 from pipeline.results.report import arguments as report
 from pipeline.results.trace import arguments as trace
 
@@ -148,6 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = _manual(argparse.ArgumentParser, prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, name, summary, text in (
+        (recipes.add_arguments, "recipes", "the shipped recipes, and a first one for two models", recipes.TEXT),
         (plan.add_arguments, "plan", "what a recipe will need: memory, disk, network, hours", plan.TEXT),
         (_add_status, "status", "progress of a run, and what to run next", STATUS),
         (_add_evaluate, "evaluate", "compare models on held-out data", EVALUATE + benchmarks.TEXT),
@@ -355,6 +359,7 @@ def _env(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "recipes": recipes.run,
     "plan": plan.run,
     "status": _status,
     "evaluate": _evaluate,

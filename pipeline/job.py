@@ -15,7 +15,13 @@ from data_prep.schema import DataError as ShardError
 from data_prep.shards import MANIFEST, write_file
 from pipeline.errors import REQUEUE_EXIT, UserError
 from pipeline.recipe.checks import check_recipe
-from pipeline.recipe.resolve import Resolved, load_recipe, refuse_another_student, refuse_changes
+from pipeline.recipe.resolve import (
+    Resolved,
+    load_recipe,
+    refuse_another_student,
+    refuse_another_teacher,
+    refuse_changes,
+)
 from pipeline.runtime.first_error import report, report_failure
 from pipeline.runtime.stop import Requeue, listen
 
@@ -73,6 +79,7 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
     resolved = load_recipe(recipe, overrides)
     check_recipe(resolved.recipe, steps, world)
     refuse_another_student(resolved.recipe)
+    refuse_another_teacher(resolved.recipe)
     refuse_changes(resolved, begun_steps(resolved.recipe.run))
     return resolved
 
@@ -108,6 +115,9 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
         for step in steps:
             heed_stop(f"{step}: not begun")
             watch.doing(f"{step}: opening data and models", long=True)
+            if step == "cache" and resolved.recipe.cache_from is not None:
+                job.say(f"cache: that of {resolved.recipe.cache_from}, which stage 2 reads there")
+                continue
             if step == "cache":  # many jobs may fill one cache
                 _keep_environment(job, step)
                 cache.run(job, hosted, shards, only_missing)

@@ -51,6 +51,8 @@ say "vlsi"
 vlsi status runs/demo
 vlsi status runs/demo | grep -q 'next: .*evaluate'
 vlsi env | grep -E 'version|commit|transformers|recipes'
+vlsi recipes | grep 'Qwen2-VL-72B-Instruct -> Qwen2-VL-2B-Instruct'
+vlsi recipes --for "$MODELS/teacher" "$MODELS/student" --out first.yaml
 [ -f runs/demo/student/model.safetensors ]
 vlsi trace --run runs/demo --limit 2 --max-new-tokens 4 --page traces
 [ -f traces/index.html ]

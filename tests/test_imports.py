@@ -42,9 +42,10 @@ MAY_IMPORT = {
     "pipeline.cache": [*GROUND, *SHARDS, "data_prep.lock", "pipeline.codec"],  # jobs share its folder
     "pipeline.vlm": [*GROUND, *SHARDS, "pipeline.loss"],
     "pipeline.runtime": [*GROUND, *SHARDS, "pipeline.vlm"],
-    "pipeline.steps.verbalize": PARTS,  # steps are no part of one another
+    "pipeline.steps.teacher_cache": PARTS,  # no step: what two of them need
+    "pipeline.steps.verbalize": [*PARTS, "pipeline.steps.teacher_cache"],  # steps are no part of one another
     "pipeline.steps.cache": PARTS,
-    "pipeline.steps.interact": PARTS,
+    "pipeline.steps.interact": [*PARTS, "pipeline.steps.teacher_cache"],
     "pipeline.steps.reinforce": PARTS,
     "pipeline.results": PARTS,
     "pipeline.results.answer": [*PARTS, "pipeline.results", "data_prep.lock"],  # processes share its folder

@@ -45,17 +45,27 @@ def model_fingerprints(folder: Path, hashes: HashStore | None = None) -> dict[st
     hashes: where hashes of files are remembered. Raises CacheError where the folder has no safetensors weights or no
     tokenizer.
     """
+    return {"weights": weights_fingerprint(folder, hashes), **weightless_fingerprints(folder)}
+
+
+def weightless_fingerprints(folder: Path) -> dict[str, str]:
+    """Fingerprints of all of a Hugging Face folder but its weights. Raises CacheError where it has no tokenizer."""
     return {
-        "weights": weights_fingerprint(folder, hashes),
         "config": json_fingerprint([folder / "config.json"]),
         "tokenizer": tokenizer_fingerprint(folder),
         "processor": json_fingerprint([folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]),
     }
 
 
-def teacher_fingerprints(folder: Path, chat_template: str, hashes: HashStore | None = None) -> dict[str, str]:
-    """Everything about the teacher that affects its outputs: its folder's fingerprints and its chat template."""
-    return {**model_fingerprints(folder, hashes), "chat_template": text_fingerprint(chat_template)}
+def teacher_fingerprints(
+    folder: Path, chat_template: str, hashes: HashStore | None = None, weights: bool = True
+) -> dict[str, str]:
+    """Everything about the teacher that affects its outputs: its folder's fingerprints and its chat template.
+
+    weights: whether its weights are there, to be hashed.
+    """
+    prints = model_fingerprints(folder, hashes) if weights else weightless_fingerprints(folder)
+    return {**prints, "chat_template": text_fingerprint(chat_template)}
 
 
 def student_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards import write_file
+from data_prep.storage import read_bytes
 from pipeline.errors import CacheError
 from pipeline.vocabulary_map import VocabularyMap
 
@@ -54,4 +55,4 @@ def read_map(path: Path, fingerprints: Mapping[str, str], size: int, repair: str
 
 
 def _read(path: Path, size: int) -> VocabularyMap:
-    return VocabularyMap(np.fromfile(path / MAPPING, "<i4"), size - 1)
+    return VocabularyMap(np.frombuffer(bytearray(read_bytes(path / MAPPING)), "<i4"), size - 1)

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import SHIPPED
-from pipeline.recipe.schema import STEPS, Interact, Model, Recipe, Reinforce, Training
+from pipeline.recipe.schema import STEPS, Interact, Model, Recipe, Reinforce, StudentTraining, Training
 
 # Each setting has one place. The recipe owns these, so a DeepSpeed config must say "auto" for them or leave them out.
 OWNED_BY_RECIPE = {
@@ -32,15 +32,13 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     needs_student = asked != {"cache"} or recipe.vocabulary == "mapped"  # the cache is for its tokenizer
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
-    problems = _data_problems(recipe) + (_logger_problems(recipe) if needs_student else [])
-    if needs_teacher and recipe.stage_1 is not None:
-        problems.append(
-            f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(needs_teacher))} "
-            "cannot run here: run stage 2 alone, or leave stage_1 out"
-        )
+    problems = _data_problems(recipe) + _other_run_problems(recipe, needs_teacher)
+    problems += _logger_problems(recipe) if needs_student else []
+    if recipe.cache_from is not None:
+        steps = [step for step in steps if step != "cache"]
     problems += _model_problems(recipe.student, "student") if needs_student else []
     problems += _model_problems(recipe.teacher, "teacher") if needs_teacher else []
-    problems += _vocabulary_problems(recipe) if {"cache", "interact"} & set(steps) else []
+    problems += _vocabulary_problems(recipe)
     problems += _deepspeed_problems(recipe, steps)
     for step in steps:
         if step != "cache":
@@ -48,6 +46,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
             problems += _held_out_problems(recipe, step)
     if "interact" in steps:
         problems += _view_problems(recipe) + _interact_problems(recipe.interact)
+    problems += _train_problems(recipe, [step for step in steps if step in ("interact", "reinforce")])
     if "reinforce" in steps:
         problems += _reinforce_problems(recipe.reinforce)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
@@ -114,6 +113,21 @@ def number_of_steps(training: Training, samples: int) -> int:
 
 def _is_skipped(training: Training) -> bool:
     return training.steps == 0
+
+
+def _other_run_problems(recipe: Recipe, asked: set[str]) -> list[str]:
+    """asked: the steps of stage 1 that are to run here."""
+    if asked and recipe.stage_1 is not None:
+        return [
+            f"stage_1: {recipe.stage_1} has this run's verbalizers and cache, so {' and '.join(sorted(asked))} "
+            "cannot run here: run stage 2 alone, or leave stage_1 out"
+        ]
+    if asked == {"cache"} and recipe.cache_from is not None:
+        return [
+            f"cache_from: {recipe.cache_from} has this run's cache, so there is none to make here: run the cache job "
+            f"of {recipe.cache_from / 'recipe.yaml'}, or leave cache_from out"
+        ]
+    return []
 
 
 def _data_problems(recipe: Recipe) -> list[str]:
@@ -195,12 +209,42 @@ def _view_problems(recipe: Recipe) -> list[str]:
 
 
 def _vocabulary_problems(recipe: Recipe) -> list[str]:
-    if recipe.vocabulary == "shared" or recipe.cache.codec.name != "hidden":
+    if recipe.vocabulary == "shared":
+        return []
+    if recipe.cache_from is not None:
+        return [
+            "vocabulary: mapped cannot be used with cache_from: which tokens of another student's cache this one's "
+            "verbalizers would be trained on is not settled; leave cache_from out"
+        ]
+    if recipe.cache.codec.name != "hidden":
         return []
     return [
         "vocabulary: mapped needs cache.codec.name: sampled or topk, found hidden: it stores states that only the "
         "teacher's own head can read, over the teacher's ids"
     ]
+
+
+def _train_problems(recipe: Recipe, steps: list[str]) -> list[str]:
+    """Settings of what trains that contradict each other, or have no effect in any step of stage 2."""
+    lora = [step for step in steps if getattr(recipe, step).lora_rank]
+    problems = []
+    if lora and "decoder" not in recipe.train:
+        problems.append(
+            f"train: {list(recipe.train)} leaves out the decoder, but {lora[0]}.lora_rank puts adapters on it; name "
+            f"decoder too, or set {lora[0]}.lora_rank: 0"
+        )
+    for step in steps:
+        if not getattr(recipe, step).lora_rank and (unused := _lora_settings(getattr(recipe, step))):
+            problems.append(f"{step}.{unused[0]} is set, but {step}.lora_rank is 0: set it, or leave {unused[0]} out")
+    if steps == ["interact", "reinforce"] and recipe.export.adapter and not lora:
+        problems.append("export.adapter: no step has adapters; set interact.lora_rank or reinforce.lora_rank")
+    return problems
+
+
+def _lora_settings(training: StudentTraining) -> list[str]:
+    """The fields of LoRA that are not at their defaults, where rank 0 gives them no meaning."""
+    fields = ("lora_dropout", "lora_targets")
+    return [name for name in fields if getattr(training, name) != type(training).model_fields[name].default]
 
 
 def _interact_problems(interact: Interact) -> list[str]:

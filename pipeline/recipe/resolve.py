@@ -24,6 +24,7 @@ CHANGEABLE = {
     "run",
     "preset",
     "stage_1",
+    "cache_from",
     "deepspeed",
     "kernels",
     "gradient_checkpointing",
@@ -51,8 +52,10 @@ CHANGEABLE = {
 }
 
 
-STUDENT_OF_STAGE_1 = ("student.path", "student.layers", "verbalizer.form")
-"""What the student's verbalizers depend on."""
+STUDENT_OF_STAGE_1 = ("student.path", "student.layers", "verbalizer.form", "cache_from")
+"""What the student's verbalizers depend on, and where their teacher's are."""
+TEACHER_OF_CACHE = ("teacher.layers", "verbalizer.form")
+"""What the teacher's verbalizers depend on, besides the teacher."""
 
 SHIPPED = Path(__file__).parents[2]
 """The folder with ds_configs/ and recipes/: the checkout, or the folder of the installed packages."""
@@ -142,15 +145,39 @@ def refuse_another_student(recipe: Recipe) -> None:
     """
     if recipe.stage_1 is None:
         return
-    path = recipe.stage_1 / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(f"stage_1: {recipe.stage_1} is no run: expected a run's folder, with recipe.yaml in it")
-    theirs, ours = leaves(_validate(_read_yaml(path), str(path))), leaves(recipe)
-    differing = [key for key in STUDENT_OF_STAGE_1 if theirs[key] != ours[key]]
-    if differing:
-        lines = [f"  {key}: {recipe.stage_1} has {theirs[key]}, this recipe {ours[key]}" for key in differing]
+    theirs = _recipe_of("stage_1", recipe.stage_1)
+    _refuse_other_values("stage_1", "student", recipe.stage_1, theirs, recipe, STUDENT_OF_STAGE_1)
+
+
+def refuse_another_teacher(recipe: Recipe) -> None:
+    """Raise RecipeError where cache_from is no run, has no cache of its own, or verbalizers of other layers or form.
+
+    All else about the teacher and the data is checked against the cache's own fingerprints.
+    """
+    if recipe.cache_from is None:
+        return
+    theirs = _recipe_of("cache_from", recipe.cache_from)
+    if (owner := theirs.teacher_stage_1) != theirs.run:
         raise RecipeError(
-            "stage_1 is a run of another student:\n" + "\n".join(lines) + "\nSet the same values, or leave stage_1 out."
+            f"cache_from: {recipe.cache_from} has no cache of its own, but uses that of {owner}. "
+            f"Set cache_from: {owner}"
+        )
+    _refuse_other_values("cache_from", "teacher", recipe.cache_from, theirs, recipe, TEACHER_OF_CACHE)
+
+
+def _recipe_of(field: str, run: Path) -> Recipe:
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{field}: {run} is no run: expected a run's folder, with recipe.yaml in it")
+    return _validate(_read_yaml(path), str(path))
+
+
+def _refuse_other_values(field: str, who: str, run: Path, its: Recipe, recipe: Recipe, keys: Iterable[str]) -> None:
+    theirs, ours = leaves(its), leaves(recipe)
+    lines = [f"  {key}: {run} has {theirs[key]}, this recipe {ours[key]}" for key in keys if theirs[key] != ours[key]]
+    if lines:
+        raise RecipeError(
+            f"{field} is a run of another {who}:\n" + "\n".join(lines) + f"\nSet the same values, or leave {field} out."
         )
 
 

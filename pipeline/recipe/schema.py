@@ -17,6 +17,8 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Part = Literal["decoder", "projector", "vision", "head"]
+"""A part of the student that may train."""
 
 
 def _location(value: object) -> Path:
@@ -84,10 +86,10 @@ class ModelParts(Section):
     head: str | None = None
     """The language head, a linear layer. Left out: the model's own output embeddings."""
     vision: tuple[str, ...] | None = None
-    """The modules that encode images; train_vision is about these. Left out: found."""
+    """The modules that encode images: the part vision of train. Left out: found."""
     projector: tuple[str, ...] | None = None
-    """The modules that map encoded images into the decoder; train_projector is about these. They may lie inside a
-    module of vision. Left out: found."""
+    """The modules that map encoded images into the decoder: the part projector of train. They may lie inside a module
+    of vision. Left out: found."""
 
 
 class Model(Section):
@@ -171,10 +173,15 @@ class StudentTraining(Training):
     last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
-    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train_vision and
-    train_projector). Paper: 64."""
+    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train). Paper: 64."""
     lora_alpha: Positive = 64
     """Alpha of LoRA: the adapters' product is multiplied by lora_alpha / lora_rank. Paper: 64."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are set to zero while it trains, others each time. With it, another number of
+    ranks gives other numbers, though a resumed run gives the same. Not stated in the paper."""
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the decoder's linear layers that get an adapter, such as [q_proj, v_proj]. Left out: all of them.
+    Not stated in the paper."""
 
 
 class Codec(Section):
@@ -264,6 +271,15 @@ class Reinforce(StudentTraining):
     finds unlikely weighs less, so wrong answers do. 0: cross-entropy, as in the paper. 1: 1 - p."""
 
 
+class Export(Section):
+    """What is kept beside a trained student."""
+
+    adapter: bool = False
+    """Whether a step with LoRA also keeps its adapters, in a folder `adapter` beside its merged student: interact's in
+    RUN/interact/adapter, reinforce's in RUN/adapter. peft loads them onto the model that the step began with, which
+    adapter_config.json names."""
+
+
 class Recipe(Section):
     """A whole run: two models, the data and the four steps."""
 
@@ -272,6 +288,11 @@ class Recipe(Section):
     stage_1: Path | None = None
     """Folder of another run whose verbalizers and teacher cache stage 2 uses: several students of one stage 1, to
     compare ways of training. Its models, data, seed and codec must be this recipe's. Left out: the run's own."""
+    cache_from: Path | None = None
+    """Folder of another run whose teacher verbalizers and teacher cache this run reads where they lie: one cache for
+    several students (docs/one_cache.md). Stage 1 then trains the student's verbalizers alone and loads no teacher; of
+    the teacher's folder it needs all but the weights. The teacher, its target layers, the data, its limits, the seed
+    and the codec must be this recipe's, and the student must have all ids of the cache. Left out: the run's own."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
@@ -320,11 +341,13 @@ class Recipe(Section):
     report: bool = True
     """Whether RUN/report.html is written after each step, and when a step is stopped: a few seconds on rank 0. What
     goes wrong there is a warning. At any time: python -m pipeline report RUN."""
-    train_vision: bool = False
-    """Whether stage 2 trains the student's vision tower too. It has no effect on a step with LoRA."""
-    train_projector: bool = True
-    """Whether stage 2 trains the projector, which maps the vision tower's output into the decoder. Set it to false for
-    data without images. It has no effect on a step with LoRA."""
+    train: Annotated[tuple[Part, ...], Field(min_length=1)] = ("decoder", "projector", "head")
+    """Parts of the student that stage 2 trains. A step with LoRA trains its adapters on the decoder instead, and no
+    part's own weights. Paper (section 3): the whole language model; of the vision tower it says nothing.
+    decoder: the decoder layers, their final norm, and the embeddings of text.
+    projector: what maps the vision tower's output into the decoder. Leave it out for data without images.
+    vision: the vision tower.
+    head: the language head. One that is tied to the embeddings trains where both decoder and head are named."""
     data: Data
     """The instruction data of all steps."""
     teacher: Model
@@ -341,15 +364,31 @@ class Recipe(Section):
     """Stage 2a: trains the student to follow the cached distributions."""
     reinforce: Reinforce
     """Stage 2b: finetunes the student on the responses."""
+    export: Export = Export()
+    """What is kept beside the trained student."""
+
+    def trains(self, training: StudentTraining, part: Part) -> bool:
+        """Whether a step trains a part's own weights: adapters take the place of all of them."""
+        return not training.lora_rank and part in self.train
 
     def deepspeed_of(self, section: Training | Cache) -> Path:
         """The DeepSpeed config file of a step, given its section."""
         return section.deepspeed or self.deepspeed
 
     @property
-    def stage_1_run(self) -> Path:
-        """The run whose folder has the verbalizers and the cache."""
+    def student_stage_1(self) -> Path:
+        """The run whose stage 1 trained the student's verbalizers."""
         return self.stage_1 or self.run
+
+    @property
+    def teacher_stage_1(self) -> Path:
+        """The run whose folder has the teacher's verbalizers and the cache."""
+        return self.cache_from or self.stage_1 or self.run
+
+    def left_to_another_run(self) -> dict[str, tuple[str, Path]]:
+        """{step of stage 1 that another run has done: (the field that names that run, its folder)}."""
+        found = dict.fromkeys(("verbalize", "cache"), ("stage_1", self.stage_1)) if self.stage_1 is not None else {}
+        return found | ({"cache": ("cache_from", self.cache_from)} if self.cache_from is not None else {})
 
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")

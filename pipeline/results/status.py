@@ -70,15 +70,16 @@ def status(run: Path) -> tuple[list[StepStatus], str]:
     recipe = load_recipe(run / "recipe.yaml").recipe
     begun = begun_steps(run)
     steps = [_step(run, name, recipe, name in begun) for name in STEPS]
-    if recipe.stage_1 is not None:
-        steps[:2] = [replace(step, state="in stage_1", progress=str(recipe.stage_1)) for step in steps[:2]]
+    for number, step in enumerate(steps):
+        if (left := recipe.left_to_another_run().get(step.name)) is not None:
+            steps[number] = replace(step, state=f"in {left[0]}", progress=str(left[1]))
     return steps, next_command(run, recipe, [step.name for step in steps if step.state == "done"])
 
 
 def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
     """The command to run next. Stage 1 is not needed without interaction (interact.steps: 0)."""
-    own = STEPS if recipe.interact.steps != 0 and recipe.stage_1 is None else STEPS[2:]
-    for step in own:
+    own = [step for step in STEPS if step not in recipe.left_to_another_run()]
+    for step in own if recipe.interact.steps != 0 else STEPS[2:]:
         if step not in complete:
             return train_command(STAGE[step], run / "recipe.yaml")
     if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:

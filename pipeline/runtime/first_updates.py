@@ -66,8 +66,8 @@ class FirstUpdatesCheck:
             raise TrainableMismatch(
                 f"after {CHECK_AFTER} updates {len(still)} of {of} trained tensors have not moved{_first(still)} and "
                 f"{len(drifted)} of {len(names) - of} frozen ones have{_first(drifted)}. Such a part takes no part in "
-                "the loss, or its gradient is lost. Leave out what need not train (train_projector: false, "
-                "train_vision: false), or report this with the recipe"
+                "the loss, or its gradient is lost. Leave out of train what need not (projector, "
+                "vision), or report this with the recipe"
             )
 
 

@@ -111,7 +111,7 @@ def train(
     if loop.first < total and (unused := check.never_used()):
         job.say(
             f"{name}: no batch had an image, so {len(unused)} trained tensors, first {unused[0]}, are as they were; "
-            "train_projector: false leaves the projector out"
+            "`train` without projector leaves it out"
         )
     return loop.averages
 

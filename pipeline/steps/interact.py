@@ -14,29 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_prep.shards import MANIFEST, ShardFolder
-from pipeline.cache.find import open_cache
-from pipeline.cache.fingerprint import (
-    files_fingerprint,
-    sample_fingerprints,
-    student_fingerprints,
-    teacher_fingerprints,
-)
-from pipeline.cache.hashes import HashStore, check_sha256
-from pipeline.cache.head import HEAD
-from pipeline.cache.layout import codec_params
-from pipeline.cache.mapping import MAPPED, MAPPING, VOCABULARY
-from pipeline.cache.order import ORDER
-from pipeline.cache.paths import IDENTITY
-from pipeline.cache.reader import CacheRecord, TeacherCache
+from data_prep.shards import ShardFolder
+from pipeline.cache.hashes import check_sha256
+from pipeline.cache.reader import CacheRecord
 from pipeline.cache.view import CacheView
 from pipeline.commands import train_command
-from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import Matching, matching_rule
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
 from pipeline.recipe.checks import number_of_steps
-from pipeline.recipe.schema import Interact, Recipe
+from pipeline.recipe.schema import Interact
 from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
@@ -46,11 +33,12 @@ from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank, sum_over_ranks, wait_for_all
 from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
 from pipeline.signal import HiddenSignal, Signal, Unembedding
+from pipeline.steps.teacher_cache import open_teacher_cache
 from pipeline.vlm.assemble import encoders, student_with_verbalizers
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.parts import decoder_layers, image_parts, may_be_unused
 from pipeline.vlm.probe import check_parts
-from pipeline.vlm.processing import Batch, Encoded, load_processor
+from pipeline.vlm.processing import Batch, Encoded
 from pipeline.vlm.response_scores import score_responses
 from pipeline.vlm.verb_ffns import save_verb_ffns
 from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
@@ -163,7 +151,7 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
         return
     data = ShardFolder(recipe.data.train)
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
-    verb_ffns = recipe.stage_1_run / "verbalize" / "student.safetensors"
+    verb_ffns = recipe.student_stage_1 / "verbalize" / "student.safetensors"
     wait_for_files(job.ranks, [verb_ffns])
     _check(job, verb_ffns)
     with sharded_loading(recipe, recipe.interact) as add_to:
@@ -182,7 +170,8 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images, held_out)
     if recipe.interact.train_verbalizers:
         _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
-    finish(job, NAME, engine, student.backbone, folder / "student", {"updates": total, "losses": averages})
+    folders = recipe.student.path, folder / "student"
+    finish(job, NAME, engine, student.backbone, folders, {"updates": total, "losses": averages})
 
 
 def _check(job: Job, verb_ffns: Path) -> None:
@@ -210,45 +199,13 @@ def _attach(view: CacheView, index: SampleIndex, encoded: Encoded) -> tuple[Enco
 
 
 def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
-    """Open the run's cache: the one that rank 0 chooses. All ranks must call.
+    """Open the cache that the run uses: the one that rank 0 chooses. All ranks must call.
 
     Raises CacheError, on all of them, if anything that it was made from has changed.
     """
-    recipe = job.recipe
-    stage_1 = recipe.stage_1_run
-    verbalize = as_first_rank_sees(job.ranks, f"{NAME}: looking for verbalizers", lambda: done(stage_1 / "verbalize"))
-    if verbalize is None:
-        raise CacheError(f"no verbalizers in {stage_1 / 'verbalize'}; run: {train_command(1, stage_1 / 'recipe.yaml')}")
-    what = f"{NAME}: hashing what the cache was made from"
-    expected = as_first_rank_sees(job.ranks, what, lambda: _expected(recipe))
-    layers = (*(recipe.interact.teacher_layers or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
-    codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
-    asked = (data, expected, codec, layers, stage_1 / "recipe.yaml")
-    what = f"{NAME}: choosing a cache in {stage_1 / 'cache'}"
-    path = as_first_rank_sees(job.ranks, what, lambda: open_cache(stage_1 / "cache", *asked).path)
-    wait_for_files(job.ranks, [path / name for name in (IDENTITY, MANIFEST, ORDER, HEAD, MAPPING)])
-    cache = TeacherCache(path, data, expected, layers, stage_1 / "recipe.yaml", codec)
-    return CacheView(cache, layers, recipe.interact.points, recipe.interact.token_share, recipe.seed)
-
-
-def _expected(recipe: Recipe) -> dict[str, str]:
-    """Fingerprints that the cache must have.
-
-    The teacher's are included if its weights are still there; stage 2 does not need them.
-    """
-    hashes = HashStore(recipe.stage_1_run)
-    prints = {
-        VOCABULARY: recipe.vocabulary,
-        "verbalizers": files_fingerprint([recipe.stage_1_run / "verbalize" / "teacher.safetensors"], hashes),
-        **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
-    }
-    if recipe.vocabulary == MAPPED:
-        template = str(load_processor(recipe.student.path).chat_template)
-        prints |= student_fingerprints(recipe.student.path, template)
-    if any(recipe.teacher.path.glob("*.safetensors")):
-        template = str(load_processor(recipe.teacher.path).chat_template)
-        prints |= teacher_fingerprints(recipe.teacher.path, template, hashes)
-    return prints
+    interact, seed = job.recipe.interact, job.recipe.seed
+    cache, layers = open_teacher_cache(job, NAME, data, interact.teacher_layers)
+    return CacheView(cache, layers, interact.points, interact.token_share, seed)
 
 
 def _forward(engine: Engine, interact: Interact, seed: int, view: CacheView, layers: tuple[int, ...]):

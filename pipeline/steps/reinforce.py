@@ -24,6 +24,7 @@ from pipeline.runtime.shared_files import wait_for_files
 from pipeline.vlm.assemble import encoders, vocabulary_rows
 from pipeline.vlm.backbone import load_student, run_backbone
 from pipeline.vlm.export import copy_student
+from pipeline.vlm.lora import adapter_beside
 from pipeline.vlm.parts import final_norm, image_parts, may_be_unused
 from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import Batch
@@ -34,7 +35,7 @@ NAME = "reinforce"
 
 
 class Finetuned(nn.Module):
-    """The student and its own head, all of it training but the vision tower."""
+    """The student and its own head; the parts that the recipe names train."""
 
     def __init__(self, backbone: nn.Module, vocab: int, loss: Callable[..., Tensor] = linear_cross_entropy):
         """loss: as linear_cross_entropy, but perhaps more tolerant of wrong labels."""
@@ -66,6 +67,8 @@ def run(job: Job) -> None:
 
         def copy() -> None:
             copy_student(begun_from, recipe.run / "student")
+            if (adapter := adapter_beside(begun_from)).is_dir() and recipe.export.adapter:
+                copy_student(adapter, adapter_beside(recipe.run / "student"))
             write_card(recipe.run, recipe.run / "student")
             mark_done(folder, {"updates": 0})
 
@@ -85,7 +88,8 @@ def run(job: Job) -> None:
     score = partial(engine, score=True)
     held_out = open_held_out(NAME, recipe.reinforce, recipe.data.held_out, chat_encoders["student"], score)
     averages = train(job, NAME, recipe.reinforce, total, engine, dataset, forward, unused, images, held_out)
-    finish(job, NAME, engine, backbone, recipe.run / "student", {"updates": total, "losses": averages})
+    folders = begun_from, recipe.run / "student"
+    finish(job, NAME, engine, backbone, folders, {"updates": total, "losses": averages})
 
 
 def loss_of(reinforce: Reinforce) -> tuple[str, Callable[..., Tensor]]:

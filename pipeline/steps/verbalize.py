@@ -1,4 +1,7 @@
-"""Stage 1a: teacher and student, both frozen, sit in one engine; each target layer of each learns a verbalizer."""
+"""Stage 1a: teacher and student, both frozen, sit in one engine; each target layer of each learns a verbalizer.
+
+With cache_from the student sits there alone: another run has the teacher's verbalizers.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.folder import mark_done
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank
+from pipeline.steps.teacher_cache import check_for_another_student
 from pipeline.vlm.assemble import encoders, load_untrained, mapped_vocabulary, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.mapped_pair import MappedPair, align_both
@@ -30,33 +34,35 @@ ROLES = ("teacher", "student")
 
 
 def run(job: Job) -> Engine | None:
-    """Train both models' verbalizers; returns the engine that holds them, or None if the step was already done."""
+    """Train the verbalizers; returns the engine that holds the models, or None if the step was already done."""
     recipe, folder = job.recipe, job.recipe.run / NAME
     if job.has_done(NAME):
         job.say(f"{NAME}: already done, in {folder}")
         return None
-    chat_encoders = encoders(recipe, ROLES)
-    ids, align, note = _vocabulary(recipe, chat_encoders)
+    data, both = ShardFolder(recipe.data.train), encoders(recipe, ROLES)
+    ids, align, note = _vocabulary(recipe, both)
     if note is not None:
         job.say(f"{NAME}: {note}")
+    if recipe.cache_from is not None:
+        ids = dict.fromkeys(ROLES, check_for_another_student(job, NAME, data, ids["student"]))
+    chat_encoders = {role: both[role] for role in ROLES if role == "student" or recipe.cache_from is None}
     with sharded_loading(recipe, recipe.verbalize) as add_to:
         sides = {
             role: load_untrained(
                 getattr(recipe, role), recipe, ids[role], dtype_of(recipe), derived_seed(recipe.seed, role), add_to
             )
-            for role in ROLES
+            for role in chat_encoders
         }
     # No verb-FFN has a part in another's loss: one norm for all would let the worst hold up the rest.
     apart = [block for side in sides.values() for block in side.verb_ffns.values()]
     engine = Engine(CoHost(sides), recipe, recipe.verbalize, job.ranks, clipped_apart=apart)
     for role, side in sides.items():
         check_parts(side.backbone, chat_encoders[role], side.layers, engine.device, engine.dtype)
-    memory = recipe.data.memory_mb * MB
-    dataset = ChatDataset(ShardFolder(recipe.data.train), chat_encoders, memory=memory, align=align)
+    dataset = ChatDataset(data, chat_encoders, memory=recipe.data.memory_mb * MB, align=align)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
     averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)
-    vocab = ids if align is not None else ids["teacher"]
+    vocab = ids if align is not None else ids["student"]
     _save(job, engine, folder, {"updates": total, "vocab": vocab, "losses": averages, **_describe(sides)})
     return engine
 
@@ -77,21 +83,21 @@ def _forward(engine: Engine):
         batches = map_unique(lambda batch: batch.to(engine.device, engine.dtype), loaded.batches)
         losses = engine(batches)
         sums: dict[str, Tensor] = {}
-        for role in ROLES:
-            layers = engine.module.sides[role].all_layers()
+        for role, side in engine.module.sides.items():
+            layers = side.all_layers()
             sums |= {f"{role}/{layer}": value for layer, value in zip(layers, losses[role], strict=True)}
         # Without the last entry: that is the model's own loss, for comparison, and nothing of it trains.
-        return StepOutput(sum(losses[role][:-1].sum() for role in ROLES), sums)
+        return StepOutput(sum(loss[:-1].sum() for loss in losses.values()), sums)
 
     return forward
 
 
 def _save(job: Job, engine: Engine, folder: Path, summary: dict[str, object]) -> None:
-    weights = {role: engine.gathered(engine.module.sides[role].verb_ffns) for role in ROLES}
+    weights = {role: engine.gathered(side.verb_ffns) for role, side in engine.module.sides.items()}
 
     def write() -> None:
-        files = {role: folder / f"{role}.safetensors" for role in ROLES}
-        for role in ROLES:
+        files = {role: folder / f"{role}.safetensors" for role in weights}
+        for role in weights:
             save_verb_ffns(weights[role], files[role])
         hashes = HashStore(job.recipe.run).digests(list(files.values()))  # for the cache's identity too
         mark_done(folder, {**summary, "sha256": {role: hashes[file] for role, file in files.items()}})

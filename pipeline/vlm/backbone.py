@@ -86,9 +86,9 @@ def load_student(folder: Path | str, dtype: torch.dtype, recipe: Recipe, trainin
     """
     model: Any = load_vlm(folder, dtype, recipe.attention, parts=recipe.student.parts)
     if training.lora_rank:
-        add_lora(model, training.lora_rank, training.lora_alpha, recipe.seed)
+        add_lora(model, training, recipe.seed)
     else:
-        set_trainable(model, recipe.train_vision, recipe.train_projector)
+        set_trainable(model, recipe.train)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -27,7 +27,7 @@ def save_student(model: Any, weights: dict[str, Tensor], original: Path, folder:
 
 
 def copy_student(original: Path, folder: Path) -> None:
-    """Copy the model unchanged: the result of a run with zero updates."""
+    """Copy a model's folder, or its adapters', unchanged: the result of a step with zero updates."""
     with whole_folder(folder) as aside:
         shutil.copytree(original, aside, dirs_exist_ok=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,16 +90,24 @@ def may_be_unused(model: nn.Module) -> tuple[str, ...]:
     return family(model).may_be_unused
 
 
-def set_trainable(model: nn.Module, train_vision: bool, train_projector: bool) -> None:
-    """Mark what stage 2 trains: the decoder and its head, and of the rest what is asked for.
+def set_trainable(model: nn.Module, train: Collection[str]) -> None:
+    """Mark what stage 2 trains: the parts that `train` names, as in a recipe.
 
-    Projectors may lie inside an image encoder; they follow train_projector alone.
+    Projectors may lie inside an image encoder; they follow "projector" alone. A head that is tied to the embeddings is
+    the decoder's as well: it trains where both are named.
     """
     parts = parts_of(model)
-    model.requires_grad_(True)
+    model.requires_grad_("decoder" in train)
+    head = lm_head(model)
+    tied = any(own is other for own in head.parameters() for other in _embeddings(model))
+    head.requires_grad_("head" in train and ("decoder" in train or not tied))
     for name in parts.vision:
-        model.get_submodule(name).requires_grad_(train_vision)
+        model.get_submodule(name).requires_grad_("vision" in train)
     for name in parts.projectors:
-        model.get_submodule(name).requires_grad_(train_projector)
+        model.get_submodule(name).requires_grad_("projector" in train)
     for name in parts.others:
         model.get_submodule(name).requires_grad_(False)
+
+
+def _embeddings(model: Any) -> list[nn.Parameter]:
+    return list(model.get_input_embeddings().parameters())

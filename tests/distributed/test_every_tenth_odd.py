@@ -160,9 +160,9 @@ def test_text_alone_trains_and_the_projector_is_named(tiny_models, tmp_path):
     recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, verbalize={"steps": 3}, interact={"steps": 3})
     said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
     said += deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
-    assert "interact: no batch had an image, so" in said and "train_projector: false" in said
+    assert "interact: no batch had an image, so" in said and "`train` without projector" in said
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
-    alone = ["--set", f"run={tmp_path / 'alone'}", "interact.steps=0", "train_projector=false"]
+    alone = ["--set", f"run={tmp_path / 'alone'}", "interact.steps=0", "train=[decoder,head]"]
     assert "no batch had an image" not in deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, *alone)
 
 

@@ -80,7 +80,7 @@ def test_tensors_that_stand_still_or_drift_are_named_on_every_rank(tmp_path, zer
     assert first == second, "all ranks decide alike, or the others hang"
     alone, never, with_images, drifted = first
     assert "1 of 2 trained tensors have not moved (first: unused.weight)" in alone
-    assert "and 0 of 1 frozen ones have" in alone and "train_projector: false" in alone
+    assert "and 0 of 1 frozen ones have" in alone and "Leave out of train what need not" in alone
     assert never == "never used: ['unused.weight']", "without images nothing is held against it"
     assert "1 of 1 trained tensors have not moved (first: unused.weight)" in with_images, "at the second with images"
     assert "1 of 1 frozen ones have (first: frozen.weight)" in drifted

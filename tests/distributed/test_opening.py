@@ -18,6 +18,7 @@ from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
 from pipeline.steps.interact import open_cache_view
+from pipeline.steps.teacher_cache import check_for_another_student
 
 KIND = "qwen2_vl"
 
@@ -113,3 +114,53 @@ def test_layers_that_are_not_cached_are_named(root):
         CacheError, match=r"asked for teacher layers \[5, 6\], cached are \[1, 2, 3, 4, 6\]: \[5\] missing"
     ):
         opened(root, "interact.teacher_layers=[5]")
+
+
+def checked(root: Path, *settings: str, common: int = 300) -> int:
+    """What stage 1 of another student asks of this run's cache."""
+    ours = [f"run={root / 'another'}", f"cache_from={root / 'run'}", *settings]
+    recipe = load_recipe(root / "recipe.yaml", ours).recipe
+    return check_for_another_student(Job(recipe, Ranks()), "verbalize", ShardFolder(recipe.data.train), common)
+
+
+def test_another_student_may_use_the_cache_and_the_teacher_s_weights_may_be_gone(root):
+    vocab = checked(root)
+    assert vocab == opened(root).cache.identity.vocab
+    (root / "teacher" / "model.safetensors").unlink()
+    assert checked(root) == vocab == checked(root, common=vocab)
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "weights"])
+def test_another_teacher_is_refused_to_another_student_also_without_its_weights(root, name):
+    (root / "teacher" / "model.safetensors").unlink()
+    CHANGES[name](root)
+    with pytest.raises(CacheError, match=f"{name}: expected "):
+        checked(root)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.max_length=100"], r"max_length: expected 100, found 4096"),
+        (["seed=9"], r'codec: expected .*"seed": 9}, found .*"seed": 0}'),
+        (
+            ["teacher.layers=[1,2,3]"],
+            r"has the teacher layers \[1, 2, 3, 4\], this recipe \[1, 2, 3\]. Set teacher.layers",
+        ),
+    ],
+)
+def test_a_recipe_that_the_cache_was_not_made_for_is_refused_to_another_student(root, settings, said):
+    with pytest.raises(CacheError, match=said):
+        checked(root, *settings)
+
+
+def test_a_student_that_lacks_ids_of_the_cache_is_told_which_student_comes_first(root):
+    vocab = checked(root)
+    with pytest.raises(CacheError, match=f"is over {vocab} ids, of which this student has only the first {vocab - 1}"):
+        checked(root, common=vocab - 1)
+
+
+def test_another_student_s_data_must_be_the_cache_s(root):
+    other = tiny.write_data(root / "other", 8, shards=2, seed=1)
+    with pytest.raises(CacheError, match="made from other data"):
+        checked(root, f"data.train={other}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,10 @@ def test_bfloat16_with_a_tied_student_and_unequal_vocabularies(tied_models, data
 def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_update(tiny_models, data, tmp_path):
     plain = {"interact": {"steps": 0}, "reinforce": SHORT}
     found = []
-    for name, options in (("a", {}), ("b", {"gradient_checkpointing": True, "train_vision": True})):
-        recipe = tiny_recipe(tmp_path / name, tiny_models, KIND, data, **plain, **options)
+    more = "gradient_checkpointing: true\ntrain: [decoder, projector, vision, head]\n"
+    for name, options in (("a", ""), ("b", more)):
+        recipe = tiny_recipe(tmp_path / name, tiny_models, KIND, data, **plain)
+        recipe.write_text(recipe.read_text() + options)
         deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
         found.append(lines(tmp_path / name / "run", "reinforce"))
     assert found[0][0]["cross_entropy"] == pytest.approx(found[1][0]["cross_entropy"], rel=1e-6)
@@ -69,8 +72,10 @@ def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_updat
 
 
 def test_lora_trains_adapters_alone_and_exports_merged_weights(tiny_models, data, tmp_path):
-    lora = {**SHORT, "lora_rank": 4, "lora_alpha": 8}
+    """And keeps the adapters where it is asked to: of each step, on the model that the step began with."""
+    lora = {**SHORT, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1}
     recipe = tiny_recipe(tmp_path, tiny_models, KIND, data, verbalize=SHORT, interact=lora, reinforce=lora)
+    recipe.write_text(recipe.read_text() + "export: {adapter: true}\n")
     deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
     start = load_file(tiny_models[KIND, "student"] / "model.safetensors")
@@ -83,6 +88,12 @@ def test_lora_trains_adapters_alone_and_exports_merged_weights(tiny_models, data
         for name in moved:
             change = torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4)
             assert change <= 4, f"{name} changed by more than a rank of lora_rank"
+    for folder, before, after in (("interact", start, half), (".", half, ours)):
+        kept = load_file(tmp_path / "run" / folder / "adapter" / "adapter_model.safetensors")
+        stem = "model.language_model.layers.0.self_attn.q_proj"
+        up, down = (kept[f"base_model.model.{stem}.lora_{side}.weight"] for side in "BA")
+        (name,) = (name for name in before if name.endswith("layers.0.self_attn.q_proj.weight"))
+        torch.testing.assert_close(before[name] + up @ down * 2, after[name])
 
 
 def test_too_many_bad_samples_stop_the_run_with_one_error(tiny_models, data, tmp_path):
@@ -134,17 +145,25 @@ def second_run(recipe: Path, folder: Path, **changed) -> Path:
     """Another run on the same stage 1. None removes a section."""
     values = yaml.safe_load(recipe.read_text())
     values |= {"run": str(folder / "run"), "stage_1": values["run"]} | changed
+    folder.mkdir(exist_ok=True)
     path = folder / "second.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path
 
 
-def test_a_second_run_uses_the_first_one_s_stage_1_and_a_preset_ends_it_with_interaction(stage_1, tmp_path):
-    recipe = second_run(stage_1, tmp_path, preset="wrong_answers", reinforce=None)
-    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe, check=2)
-    assert "has this run's verbalizers and cache, so cache and verbalize cannot run here" in said
+@pytest.fixture(scope="module")
+def followed(stage_1, tmp_path_factory) -> Path:
+    """A second run on that stage 1, after its interaction, with which it ends."""
+    folder = tmp_path_factory.mktemp("followed")
+    recipe = second_run(stage_1, folder, preset="wrong_answers", reinforce=None)
     deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
-    run = tmp_path / "run"
+    return folder / "run"
+
+
+def test_a_second_run_uses_the_first_one_s_stage_1_and_a_preset_ends_it_with_interaction(followed):
+    run = followed
+    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", run / "recipe.yaml", check=2)
+    assert "has this run's verbalizers and cache, so cache and verbalize cannot run here" in said
     assert not (run / "verbalize").exists() and not (run / "cache").exists()
     ours = load_file(run / "student" / "model.safetensors")
     left = load_file(run / "interact" / "student" / "model.safetensors")
@@ -158,6 +177,35 @@ def test_a_second_run_uses_the_first_one_s_stage_1_and_a_preset_ends_it_with_int
     for place, student in enumerate((1, 2)):
         matched = pairs[student, followed[0]["match"][place]]
         assert not one_micro_step or matched == pytest.approx(followed[0][f"layer/{student}"], abs=1e-4)
+
+
+def test_a_cache_made_with_another_student_trains_this_one_as_its_own_would(stage_1, followed, tiny_models, tmp_path):
+    """Stage 1 with a wider student, then this student on that run's cache: bitwise the run that makes its own.
+
+    It needs no weights of the teacher.
+    """
+    own, values = stage_1.parent / "run", yaml.safe_load(stage_1.read_text())
+    wide = tiny.write_vlm(tmp_path / "wide", KIND, 3, 64, seed=9)
+    first = second_run(stage_1, tmp_path / "first", stage_1=None, student={"path": str(wide), "layers": [1, 2]})
+    deepspeed(2, "train.py", "--stage", 1, "--recipe", first)
+    folders = {"first": tmp_path / "first" / "run", "second": tmp_path / "second" / "run"}
+    caches = [cache_folder(run) for run in (folders["first"], own)]
+    for name in ("000000.tar", "000001.tar"):
+        assert (caches[0] / name).read_bytes() == (caches[1] / name).read_bytes(), "whoever the student was"
+    weightless = tmp_path / "teacher"
+    shutil.copytree(tiny_models[KIND, "teacher"], weightless, ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe = second_run(
+        stage_1, tmp_path / "second", stage_1=None, cache_from=str(folders["first"]), preset="wrong_answers",
+        teacher=values["teacher"] | {"path": str(weightless)}, reinforce=None,
+    )  # fmt: skip
+    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    run = folders["second"]
+    assert f"cache: that of {folders['first']}" in said and not (run / "cache").exists()
+    assert {path.name for path in (run / "verbalize").glob("*.safetensors")} == {"student.safetensors"}
+    assert not any(name.startswith("teacher/") for line in lines(run, "verbalize") for name in line)
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe)
+    for name, maker in (("verbalize/student.safetensors", own), ("student/model.safetensors", followed)):
+        assert (run / name).read_bytes() == (maker / name).read_bytes(), name
 
 
 def test_deep_supervision_without_the_teacher_trains_up_to_the_last_target_layer_alone(stage_1, tiny_models, tmp_path):

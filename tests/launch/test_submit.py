@@ -216,3 +216,10 @@ def test_without_slurm_other_ways_are_named(recipe, capsys, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert run(recipe) == 2
     assert "no sbatch here" in (said := capsys.readouterr().err) and "--dry-run" in said and "--hostfile" in said
+
+
+def test_a_run_with_another_run_s_cache_has_no_cache_job(slurm, recipe, tmp_path):
+    assert run(recipe, "--set", f"cache_from={tmp_path / 'other'}") == 0
+    assert [job.name for job in read_jobs(tmp_path / "run")] == ["stage1", "stage2", "evaluate"]
+    stage2 = (slurm / "calls.txt").read_text().splitlines()[1]
+    assert "--dependency=afterok:1 " in stage2

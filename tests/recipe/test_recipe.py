@@ -14,7 +14,7 @@ import yaml
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, number_of_steps, target_layers
 from pipeline.recipe.presets import PRESETS
-from pipeline.recipe.resolve import SHIPPED, load_recipe, refuse_another_student, refuse_changes
+from pipeline.recipe.resolve import SHIPPED, load_recipe, refuse_another_student, refuse_another_teacher, refuse_changes
 from pipeline.recipe.schema import Model, Recipe, Section, Training, leaves
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")
@@ -117,14 +117,16 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path, values):
     run = tmp_path / "run"
     run.mkdir()
     lines = load_recipe(path).to_yaml().splitlines()
-    new = ("train_projector", "max_pixels", "min_pixels", "micro_batch_tokens")
-    older = [line for line in lines if not line.strip().startswith(new)]
+    new = ("max_pixels", "min_pixels", "micro_batch_tokens")
+    older = [line for line in lines if not line.strip().startswith(new) and not line.startswith("train:")]
     assert len(lines) - len(older) == 6
     (run / "recipe.yaml").write_text("\n".join(older))
     refuse_changes(load_recipe(path), STEPS)
     refuse_changes(load_recipe(run / "recipe.yaml"), STEPS)
-    with pytest.raises(RecipeError, match="train_projector: the run has True, now False"):
-        refuse_changes(load_recipe(path, ["train_projector=false"]), STEPS)
+    with pytest.raises(
+        RecipeError, match=r"train: the run has \['decoder', 'projector', 'head'\], now \['decoder', 'head'\]"
+    ):
+        refuse_changes(load_recipe(path, ["train=[decoder,head]"]), STEPS)
 
 
 def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
@@ -389,3 +391,68 @@ def test_a_logger_that_is_not_installed_is_refused_with_its_extra(tmp_path, valu
     check_recipe(load_recipe(path, ["log_to=[]"]).recipe, STEPS)
     with pytest.raises(RecipeError, match=r"log_to.*'tensorboard', 'wandb' or 'trackio'"):
         load_recipe(path, ["log_to=[mlflow]"])
+
+
+@pytest.fixture
+def another(tmp_path, values) -> dict:
+    """The values of a recipe that takes the cache of another run, which has a recipe of its own."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "recipe.yaml").write_text(load_recipe(write(tmp_path, values | {"run": str(base)})).to_yaml())
+    return values | {"run": str(tmp_path / "own"), "cache_from": str(base)}
+
+
+def test_a_cache_of_another_run_must_be_that_run_s_own_and_of_the_same_teacher(tmp_path, another):
+    base = another["cache_from"]
+    recipe = load_recipe(write(tmp_path, another), ["student.layers=[1,2]"]).recipe
+    refuse_another_teacher(recipe)
+    assert recipe.left_to_another_run() == {"cache": ("cache_from", Path(base))}
+    assert (recipe.teacher_stage_1, recipe.student_stage_1) == (Path(base), tmp_path / "own")
+    paper = load_recipe(write(tmp_path, another), ["verbalizer.form=paper"]).recipe
+    with pytest.raises(
+        RecipeError, match="another teacher:\n  verbalizer.form: .*base has residual, this recipe paper"
+    ):
+        refuse_another_teacher(paper)
+    third = tmp_path / "third"
+    third.mkdir()
+    (third / "recipe.yaml").write_text(load_recipe(write(tmp_path, another | {"run": str(third)})).to_yaml())
+    borrowed = load_recipe(write(tmp_path, another), [f"cache_from={third}"]).recipe
+    with pytest.raises(
+        RecipeError, match=f"third has no cache of its own, but uses that of {base}. Set cache_from: {base}"
+    ):
+        refuse_another_teacher(borrowed)
+    # Stage 2 once more, on that run's verbalizers: they were trained beside the same cache.
+    again = [f"stage_1={third}"]
+    refuse_another_student(load_recipe(write(tmp_path, another), again).recipe)
+    alone = load_recipe(write(tmp_path, {**another, "cache_from": None}), again).recipe
+    with pytest.raises(RecipeError, match=r"cache_from: .*third has .*base, this recipe None"):
+        refuse_another_student(alone)
+
+
+def test_a_run_with_another_s_cache_has_no_cache_job(tmp_path, another):
+    recipe = load_recipe(write(tmp_path, another)).recipe
+    check_recipe(recipe, ("verbalize", "cache"))
+    with pytest.raises(
+        RecipeError, match=r"cache_from: .*base has this run's cache, .* cache job of .*base/recipe.yaml"
+    ):
+        check_recipe(recipe, ("cache",))
+
+
+def test_what_trains_is_one_field_and_contradicts_no_adapter(tmp_path, values):
+    path = write(tmp_path, values)
+    with pytest.raises(RecipeError, match="unknown key 'train_vision'; did you mean 'train'"):
+        load_recipe(path, ["train_vision=true"])
+    with pytest.raises(RecipeError, match="train: "):
+        load_recipe(path, ["train=[]"])
+    recipe = load_recipe(path, ["interact.lora_rank=4", "train=[projector]"]).recipe
+    with pytest.raises(RecipeError, match=r"leaves out the decoder, but interact.lora_rank puts adapters on it"):
+        check_recipe(recipe, ("interact", "reinforce"))
+    idle = load_recipe(path, ["reinforce.lora_dropout=0.1", "export.adapter=true"]).recipe
+    with pytest.raises(RecipeError) as raised:
+        check_recipe(idle, ("interact", "reinforce"))
+    said = str(raised.value)
+    assert "reinforce.lora_dropout is set, but reinforce.lora_rank is 0" in said
+    assert "export.adapter: no step has adapters" in said
+    both = load_recipe(path, ["interact.lora_rank=4", "export.adapter=true", "interact.lora_targets=[q_proj]"]).recipe
+    check_recipe(both, ("interact", "reinforce"))
+    assert not both.trains(both.interact, "head") and both.trains(both.reinforce, "head")

@@ -28,7 +28,7 @@ def run(made, tmp_path):
     shutil.copytree(made.root / "student", base)
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: so-so\nlanguage: [en, ko]\n---\n# Base\n")
     recipe = (run / "recipe.yaml").read_text().replace(f"{made.root}/student", f"'{base}'")
-    (run / "recipe.yaml").write_text(recipe.replace(f"run: {made.run}", f"run: {run}") + "train_projector: false\n")
+    (run / "recipe.yaml").write_text(recipe.replace(f"run: {made.run}", f"run: {run}") + "train: [decoder]\n")
     mark_done(run / "interact", {"updates": 3})
     mark_done(run / "reinforce", {"updates": 0})
     return run
@@ -47,7 +47,7 @@ def test_it_says_what_the_runs_files_say(run):
     assert "Not evaluated when this was written" in text
     for said in ("Base-2B", "| licence | so-so |", "| interact | 3 updates of 4 samples |", "| reinforce | left out |"):
         assert said in text, said
-    assert "12 samples, source `not stated`" in text and "train_projector: false" in text and "layers: [1, 2]" in text
+    assert "12 samples, source `not stated`" in text and "train: [decoder]" in text and "layers: [1, 2]" in text
     assert "* 4 ranks on cpu" not in text, "complete steps keep the environment that they ran in"
     assert "2412.01822" in text
 

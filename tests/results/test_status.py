@@ -164,3 +164,12 @@ def test_the_newest_measurement_on_held_out_data_stays_in_sight(run, capsys):
     assert "75.0%" in capsys.readouterr().out
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines[:2]))
     assert status(run)[0][2].losses == {"last": 1.0}, "what was trained on, also where both were measured"
+
+
+def test_a_run_with_another_run_s_cache_trains_its_own_verbalizers_and_goes_on_with_stage_2(run, tmp_path):
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values | {"cache_from": str(tmp_path / "other")}))
+    steps, following = status(run)
+    assert [step.state for step in steps[:2]] == ["not begun", "in cache_from"] and "--stage 1" in following
+    mark_done(run / "verbalize", {"updates": 3})
+    assert "--stage 2" in status(run)[1]

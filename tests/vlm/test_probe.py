@@ -41,7 +41,7 @@ def test_a_step_moves_all_that_trains_and_nothing_else(loaded):
     """One update of reinforce's module on chats with images and one without, in one process."""
     folder, _, encoder = loaded
     model = load_vlm(folder, torch.float32)
-    set_trainable(model, train_vision=False, train_projector=True)
+    set_trainable(model, ("decoder", "projector", "head"))
     module = Finetuned(model, len(encoder.processor.tokenizer)).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,13 +88,13 @@ class CacheOnDisk:
 
 
 def find_caches(path: Path) -> list[Path]:
-    """Folders of the caches at a path: the path itself, the caches of a run, or the caches directly in the path.
+    """Folders of the caches at a path: the path itself, the caches that a run uses, or the caches directly in the path.
 
     Raises CacheError if there is none.
     """
     if (path / IDENTITY).is_file():
         return [path]
-    for root in (path / "cache", path):
+    for root in _roots(path):
         if found := sorted(cache_folders(root)):
             return found
     kind = "a folder without any" if path.is_dir() else "a file" if path.exists() else "no such folder"
@@ -103,6 +103,15 @@ def find_caches(path: Path) -> list[Path]:
         f"no teacher cache at {path}: expected a cache's folder (with {IDENTITY} in it), a run's cache/ or a run's "
         f"folder; found {kind}. Make one: {cache_command(own if own.is_file() else 'R')}"
     )
+
+
+def _roots(path: Path) -> Iterator[Path]:
+    """Folders that may have caches in them; another run's last, where the recipe of a run leaves the cache to it."""
+    yield path / "cache"
+    yield path
+    own = path / "recipe.yaml"
+    if own.is_file() and (another := load_recipe(own).recipe.left_to_another_run().get("cache")) is not None:
+        yield another[1] / "cache"
 
 
 def inspect_cache(path: Path) -> CacheOnDisk:

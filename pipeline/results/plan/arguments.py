@@ -15,7 +15,7 @@ TEXT = """Say what a recipe will need on given GPUs: memory, disk, network, oper
     --set teacher.path=recipes/configs/qwen2_vl_72b student.path=recipes/configs/qwen2_vl_7b \\
     --samples 2900000 --tokens-per-sample 900 --image-tokens 650 --response-tokens 150
 
-Nothing is loaded: of each model's folder only config.json is read. recipes/configs/ has those of the paper's models.
+Nothing is loaded: of each model's folder only config.json is read. recipes/configs/ has those of the shipped pairs.
 
 The number of samples comes from data.train's manifest, and their lengths from 256 of them, encoded as the student gets
 them. Where the data or the student's tokenizer is not here, give the four numbers. Memory is that of a micro-batch of

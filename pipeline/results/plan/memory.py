@@ -135,7 +135,7 @@ def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -
     # For each target layer: log q at all candidates' points, and the state that its second pass needs.
     candidates = len(student.layers) * (shape.response * searched * points * 4 + tensor)
     gradients = (len(student.layers) + 1) * tensor
-    losses = _head(work, student, shape, training.lora_rank == 0) + Peak(gradients, candidates + gradients)
+    losses = _head(work, student, shape, recipe.trains(training, "head")) + Peak(gradients, candidates + gradients)
     peak = signal + _student(work, student, training, shape) + verbalized + losses
     parameters = student.parameters()
     return _memory(work, [], [*parameters, *student.verb_ffns(form, trains)], peak, shape, [student])
@@ -145,12 +145,13 @@ def reinforce_memory(work: Workload, student: PlannedModel) -> StepMemory:
     """The student's forward and backward, and its head's loss."""
     training = work.recipe.reinforce
     shape = work.longest(training)
-    peak = _student(work, student, training, shape) + _head(work, student, shape, training.lora_rank == 0)
+    head = _head(work, student, shape, work.recipe.trains(training, "head"))
+    peak = _student(work, student, training, shape) + head
     return _memory(work, [], student.parameters(), peak, shape, [student])
 
 
 def _student(work: Workload, student: PlannedModel, training: StudentTraining, shape: Shape) -> Peak:
-    vision = work.recipe.train_vision and not training.lora_rank
+    vision = work.recipe.trains(training, "vision")
     peak = acts.trained_backbone(student, shape, work.dtype, work.recipe.gradient_checkpointing, vision)
     return Peak(peak.kept, peak.working + joined_bytes(student.parameters(), work.zero))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -137,15 +137,15 @@ def planned_model(role: str, model: Model) -> PlannedModel:
     return PlannedModel(role, _on_meta(model.path, model.parts), target_layers(model))
 
 
-def planned_student(model: Model, training: StudentTraining, train_vision: bool, train_projector: bool) -> PlannedModel:
+def planned_student(model: Model, training: StudentTraining, train: Collection[str]) -> PlannedModel:
     """The student with what a step of stage 2 trains: adapters, or its own weights."""
     module = _build(_config(model.path))
     recognise(module, model.parts)
     if training.lora_rank:
         with torch.device("meta"):
-            add_lora(module, training.lora_rank, training.lora_alpha, seed=0)
+            add_lora(module, training, seed=0)
     else:
-        set_trainable(module, train_vision, train_projector)
+        set_trainable(module, train)
     return PlannedModel("student", module, target_layers(model))
 
 

@@ -82,7 +82,7 @@ def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sampl
     head = head_product(student, vocab, kept)
     blocks = verb_ffn_forward(student, used) * (3 if training.train_verbalizers else 2)
     supervision = 2 * head * len(student.layers) if training.deep_supervision_weight else 0
-    last = head * (2 if training.lora_rank else 3) * (2 if training.cross_entropy_weight else 1)
+    last = head * (3 if recipe.trains(training, "head") else 2) * (2 if training.cross_entropy_weight else 1)
     return (
         _trained_backbone(student, recipe, training, used)
         + blocks
@@ -95,7 +95,7 @@ def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sampl
 def reinforce_operations(student: PlannedModel, recipe: Recipe, sample: Sample) -> float:
     """The student's forward and backward, and the head once."""
     training = recipe.reinforce
-    head = head_product(student, student.rows, sample.response) * (2 if training.lora_rank else 3)
+    head = head_product(student, student.rows, sample.response) * (3 if recipe.trains(training, "head") else 2)
     return _trained_backbone(student, recipe, training, sample) + head
 
 
@@ -109,10 +109,9 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
     weights = sample.tokens * 2 * sum(p.elements for p in student.parameters() if p.trained and ".layers." in p.module)
     inputs = sample.tokens * 2 * student.decoder_elements() + 2.5 * attention(student, sample)
     tower = _vision(vision, sample)
-    if training.lora_rank:
-        return tower + decoder + again + inputs + weights
-    tower *= 3 if recipe.train_vision else 1
-    if recipe.train_projector and not recipe.train_vision:
+    if recipe.trains(training, "vision"):
+        tower *= 3
+    elif recipe.trains(training, "projector"):
         tower += 4 * sample.image * vision.projector_elements
     return tower + decoder + again + inputs + weights
 

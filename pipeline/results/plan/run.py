@@ -61,8 +61,13 @@ class Planned:
     def steps(self) -> list[str]:
         """The steps that the recipe runs."""
         skipped = {step for step in STEPS if step != "cache" and getattr(self.recipe, step).steps == 0}
-        own = STEPS[2:] if self.recipe.stage_1 is not None else STEPS
-        return [step for step in own if step not in skipped]
+        skipped |= self.recipe.left_to_another_run().keys()
+        return [step for step in STEPS if step not in skipped]
+
+    @property
+    def verbalized(self) -> list[PlannedModel]:
+        """The models whose verbalizers this run trains."""
+        return [self.student] if self.recipe.cache_from is not None else [self.teacher, self.student]
 
     @property
     def cached_layers(self) -> int:
@@ -101,7 +106,7 @@ class Planned:
     def memory(self, step: str, work: Workload) -> StepMemory:
         """One GPU's memory in a step."""
         if step == "verbalize":
-            return memory.verbalize_memory(work, [self.teacher, self.student])
+            return memory.verbalize_memory(work, self.verbalized)
         if step == "cache":
             return memory.cache_memory(work, self.teacher)
         if step == "interact":
@@ -112,10 +117,9 @@ class Planned:
         """(those that only a forward uses, those that a backward uses too)."""
         form = self.recipe.verbalizer.form
         if step == "verbalize":
-            sides = (self.teacher, self.student)
             return (
-                [p for side in sides for p in side.parameters()],
-                [p for side in sides for p in side.verb_ffns(form, trained=True)],
+                [p for side in self.verbalized for p in side.parameters()],
+                [p for side in self.verbalized for p in side.verb_ffns(form, trained=True)],
             )
         if step == "cache":
             return [*self.teacher.parameters(), *self.teacher.verb_ffns(form, trained=False)], []
@@ -127,7 +131,7 @@ class Planned:
         """Floating-point operations of the mean sample."""
         sample = operations.mean_sample(self.samples)
         if step == "verbalize":
-            return operations.verbalize_operations([self.teacher, self.student], self.vocab, sample)
+            return operations.verbalize_operations(self.verbalized, self.vocab, sample)
         if step == "cache":
             return operations.cache_operations(self.teacher, self.recipe, self.vocab, sample)
         if step == "interact":
@@ -137,10 +141,7 @@ class Planned:
     @cached_property
     def _trained(self) -> dict[str, PlannedModel]:
         recipe = self.recipe
-        return {
-            step: planned_student(recipe.student, getattr(recipe, step), recipe.train_vision, recipe.train_projector)
-            for step in STEPS[2:]
-        }
+        return {step: planned_student(recipe.student, getattr(recipe, step), recipe.train) for step in STEPS[2:]}
 
     def _time(self, step: str, machine: Machine, moved: Traffic) -> StepTime:
         each = self.operations(step)

@@ -14,6 +14,7 @@ from data_prep.storage import is_file
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Recipe
 from pipeline.vlm.assemble import chat_encoder
+from pipeline.vlm.config import read_config
 
 MEASURED_SAMPLES = 256
 """Samples that are encoded to measure the lengths, evenly over the data."""
@@ -114,7 +115,7 @@ def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float],
 def _lengths(recipe: Recipe, folder: Path, most: int) -> dict[str, float]:
     """Mean and largest lengths of a part of the samples, encoded as the student gets them."""
     data, encoder = ShardFolder(folder), chat_encoder(recipe.student.path, recipe.data)
-    count = min(most, len(data))
+    count, image_id = min(most, len(data)), getattr(read_config(recipe.student.path), "image_token_id", None)
     columns: dict[str, list[float]] = {"tokens": [], "response": [], "image": [], "pixel_bytes": []}
     for number in range(count):
         raw = data.read(number * len(data) // count)
@@ -124,7 +125,7 @@ def _lengths(recipe: Recipe, folder: Path, most: int) -> dict[str, float]:
             continue  # a step would leave it out too
         columns["tokens"].append(encoded.inputs["input_ids"].numel())
         columns["response"].append(int(encoded.response.sum()))
-        columns["image"].append(_image_tokens(encoded.inputs))
+        columns["image"].append(_image_tokens(encoded.inputs, image_id))
         columns["pixel_bytes"].append(sum(t.nbytes for t in encoded.inputs.values() if t.is_floating_point()))
     if not columns["tokens"]:
         raise RecipeError(f"none of {count} samples of {folder} can be encoded; see python -m data_prep lint {folder}")
@@ -132,6 +133,9 @@ def _lengths(recipe: Recipe, folder: Path, most: int) -> dict[str, float]:
     return means | {"longest": max(columns["tokens"]), "longest_response": max(columns["response"])}
 
 
-def _image_tokens(inputs: Mapping[str, Tensor]) -> int:
+def _image_tokens(inputs: Mapping[str, Tensor], image_id: int | None) -> int:
+    """By the tokens' kinds, where the processor tells them, else by the id of the image token (LLaVA)."""
     kinds = inputs.get("mm_token_type_ids")
-    return int((kinds == 1).sum()) if kinds is not None else 0
+    if kinds is not None:
+        return int((kinds == 1).sum())
+    return int((inputs["input_ids"] == image_id).sum()) if image_id is not None else 0

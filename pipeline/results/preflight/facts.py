@@ -78,8 +78,8 @@ def paths_of(recipe: Recipe, steps: list[str]) -> dict[str, Path]:
     found = {"data.train": recipe.data.train / "manifest.json", "student.path": recipe.student.path / "config.json"}
     if {"verbalize", "cache"} & set(steps):
         found["teacher.path"] = recipe.teacher.path / "config.json"
-    if recipe.stage_1 is not None:
-        found["stage_1"] = recipe.stage_1 / "recipe.yaml"
+    for key, other in recipe.left_to_another_run().values():
+        found[key] = other / "recipe.yaml"
     if "reinforce" in steps and recipe.reinforce.train is not None:
         found["reinforce.train"] = recipe.reinforce.train / "manifest.json"
     for step in steps:

@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.cache.paths import newest
 from pipeline.errors import CacheError
+from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS
 from pipeline.results.arguments import run_recipe
 from pipeline.results.cache.info import MEASURES, contents, fidelity
@@ -28,7 +29,7 @@ TRAINED = ("verbalize", "interact", "reinforce")
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """A run's teacher cache."""
+    """The teacher cache that a run uses: its own, or another run's."""
 
     folder: str
     contents: Mapping[str, str]
@@ -86,7 +87,7 @@ def read_run(folder: Path) -> RunFacts:
         kernels=read_kernels(folder),
         environments={step: found for step in STEPS if (found := read_environment(folder, step)) is not None},
         lines={step: read_metrics(folder, step) for step in TRAINED},
-        cache=_cache(folder),
+        cache=_cache(load_recipe(recipe).recipe.model_copy(update={"run": folder}).teacher_stage_1),
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
         rejects=_rejects(folder / "rejects.jsonl"),
     )
@@ -101,6 +102,7 @@ def differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
 
 
 def _cache(run: Path) -> CacheFacts | None:
+    """The newest cache of the run whose cache is used."""
     folder = newest(run / "cache")
     if folder is None:
         return None

@@ -63,8 +63,9 @@ def run_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> Trac
     The distilled student uses the verbalizers that interact.train_verbalizers trained with it, else the untouched
     student's, which are not trained again (paper, 4.4). Raises RecipeError if none is available.
     """
-    stage_1 = recipe.stage_1 or run
-    teacher, student = (stage_1 / "verbalize" / f"{role}.safetensors" for role in ("teacher", "student"))
+    recipe = recipe.model_copy(update={"run": run})  # the folder may have been moved
+    teachers, students = recipe.teacher_stage_1, recipe.student_stage_1
+    teacher, student = teachers / "verbalize" / "teacher.safetensors", students / "verbalize" / "student.safetensors"
     again = recipe.interact.train_verbalizers and recipe.interact.steps != 0
     distilled = (2, trained_verb_ffns(run)) if again else (1, student)
     wanted = [  # name, model's folder, its section of the recipe, stage that makes it, verbalizers, their stage
@@ -72,7 +73,7 @@ def run_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> Trac
         ("untouched", recipe.student.path, recipe.student, 1, student, 1),
         ("distilled", run / "student", recipe.student, 2, distilled[1], distilled[0]),
     ]
-    verbalize = done(stage_1 / "verbalize") or {}
+    verbalize = done(students / "verbalize") or {}
     found, missing = [], []
     for name, folder, role, stage, verb_ffns, verb_stage in wanted[1:] if without_teacher else wanted:
         if not verb_ffns.is_file():
@@ -86,7 +87,8 @@ def run_models(run: Path, recipe: Recipe, without_teacher: bool = False) -> Trac
             form = recipe.verbalizer.form
             found.append(TracedModel(name, folder, targets, verb_ffns, ids, form, role.parts))
             continue
-        make = train_command(stage, (stage_1 if stage == 1 else run) / "recipe.yaml")
+        maker = run if stage == 2 else teachers if name == "teacher" else students
+        make = train_command(stage, maker / "recipe.yaml")
         missing.append(f"{name} is left out: no {missing_file}; {make}")
     if not found:
         raise RecipeError("nothing to trace yet:\n" + "\n".join(f"  {line}" for line in missing))

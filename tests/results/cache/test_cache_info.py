@@ -27,6 +27,7 @@ from pipeline.loss.fidelity import Fidelity, measure
 from pipeline.results.cache import info, verify
 from pipeline.results.cache.on_disk import find_caches, inspect_cache, read_record
 from pipeline.results.cache.top_tokens import read_top_tokens
+from pipeline.results.report.facts import read_run
 from pipeline.signal import Unembedding
 
 LAYERS, D, V = (1, 3, 5), 8, 265
@@ -158,6 +159,18 @@ def test_every_path_that_names_a_cache(made):
     (cache,) = find_caches(made / "topk")
     assert find_caches(made / "topk" / "cache") == find_caches(cache) == [cache]
     assert inspect_cache(cache).recipe == made / "topk" / "recipe.yaml"
+
+
+def test_a_run_with_another_run_s_cache_shows_that_one_and_so_does_its_report(made, tmp_path):
+    run = tmp_path / "second"
+    write_recipe(run, made)
+    with (run / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"cache_from: {made / 'topk'}\n")
+    (cache,) = find_caches(made / "topk")
+    assert find_caches(run) == [cache]
+    facts = read_run(run)
+    assert facts.cache is not None and facts.cache.folder == str(cache)
+    assert [step.state for step in facts.steps] == ["not begun", "in cache_from", "not begun", "not begun"]
 
 
 def test_several_caches_are_listed_and_one_must_be_named(copied, made, capsys):

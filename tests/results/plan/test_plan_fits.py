@@ -122,4 +122,11 @@ def test_a_measured_speed_takes_the_place_of_the_stated_utilisation():
 def test_steps_that_a_recipe_leaves_out_are_not_planned():
     assert paper_plan("reinforce.epochs=null", "reinforce.steps=0").steps == ["verbalize", "cache", "interact"]
     assert paper_plan("stage_1=runs/other").steps == ["interact", "reinforce"]
+    machine = Machine(64, 80)
+    whole, part = (paper_plan(*more).plan("reinforce", machine).memory for more in ((), ("train=[decoder]",)))
+    assert part.optimizer < whole.optimizer, "a frozen head and projector have no optimizer states"
+    alone, both = paper_plan("cache_from=runs/other"), paper_plan()
+    assert alone.steps == ["verbalize", "interact", "reinforce"]
+    shares = [one.plan("verbalize", machine).memory.weights for one in (alone, both)]
+    assert shares[0] < shares[1] / 8, "of a teacher that is 10 times the student"
     assert paper_recipe().gradient_checkpointing

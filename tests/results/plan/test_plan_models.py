@@ -41,13 +41,14 @@ def test_counts_are_those_of_the_loaded_model(tiny_models, kind):
     assert [p.elements for p in planned.parameters()] == [p.numel() for p in real.parameters()]
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_what_trains_is_what_the_step_trains(tiny_models, rank):
+@pytest.mark.parametrize(("rank", "targets"), [(0, None), (4, None), (4, ("q_proj", "v_proj"))])
+def test_what_trains_is_what_the_step_trains(tiny_models, rank, targets):
     pytest.importorskip("peft")
     folder = tiny_models["qwen2_vl", "student"]
     real = load_vlm(folder, None)
-    add_lora(real, rank, 64, seed=0) if rank else set_trainable(real, train_vision=False, train_projector=True)
-    planned = planned_student(Model(path=folder), Interact(batch_size=1, lora_rank=rank), False, True)
+    training, train = Interact(batch_size=1, lora_rank=rank, lora_targets=targets), ("decoder", "projector")
+    add_lora(real, training, seed=0) if rank else set_trainable(real, train)
+    planned = planned_student(Model(path=folder), training, train)
     assert [(p.elements, p.trained) for p in planned.parameters()] == [
         (p.numel(), p.requires_grad) for p in real.parameters()
     ]

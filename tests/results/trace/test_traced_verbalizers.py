@@ -59,3 +59,10 @@ def test_without_their_file_the_distilled_student_is_left_out_not_shown_with_oth
     (line,) = missing
     assert "distilled is left out: no" in line and "interact/student_verbalizers.safetensors" in line
     assert "launch/train.py --stage 2" in line
+
+
+def test_with_another_run_s_cache_the_teacher_is_traced_with_that_run_s_verbalizers(run, made):
+    (run / "verbalize" / "teacher.safetensors").unlink()
+    found, missing = traced(run, f"cache_from={made.run}")
+    assert not missing and same(found["teacher"], made.run / "verbalize" / "teacher.safetensors")
+    assert same(found["untouched"], run / "verbalize" / "student.safetensors")

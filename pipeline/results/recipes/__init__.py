@@ -1,0 +1,1 @@
+"""`python -m pipeline recipes`: the shipped recipes, and a first one for two models."""

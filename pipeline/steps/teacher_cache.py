@@ -1,0 +1,104 @@
+"""The teacher cache that a run uses: its own, or that of another run. No step, but what two of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.shards import MANIFEST, ShardFolder
+from pipeline.cache.find import open_cache
+from pipeline.cache.fingerprint import (
+    files_fingerprint,
+    sample_fingerprints,
+    student_fingerprints,
+    teacher_fingerprints,
+)
+from pipeline.cache.hashes import HashStore
+from pipeline.cache.head import HEAD
+from pipeline.cache.layout import codec_params
+from pipeline.cache.mapping import MAPPED, MAPPING, VOCABULARY
+from pipeline.cache.order import ORDER
+from pipeline.cache.paths import IDENTITY
+from pipeline.cache.reader import TeacherCache
+from pipeline.commands import train_command
+from pipeline.errors import CacheError
+from pipeline.recipe.checks import target_layers
+from pipeline.recipe.schema import Recipe
+from pipeline.runtime.folder import done
+from pipeline.runtime.loop import Job
+from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
+from pipeline.vlm.processing import load_processor
+
+
+def open_teacher_cache(
+    job: Job, step: str, data: ShardFolder, asked: Sequence[int] | None = None
+) -> tuple[TeacherCache, tuple[int, ...]]:
+    """(the cache that rank 0 chooses, the layers to be used of it: `asked` or all targets, then the last).
+
+    All ranks must call. Raises CacheError, on all of them, if anything that it was made from has changed, or is another
+    than the recipe's.
+    """
+    recipe = job.recipe
+    run = recipe.teacher_stage_1
+    verbalize = as_first_rank_sees(job.ranks, f"{step}: looking for verbalizers", lambda: done(run / "verbalize"))
+    if verbalize is None:
+        raise CacheError(f"no verbalizers in {run / 'verbalize'}; run: {train_command(1, run / 'recipe.yaml')}")
+    what = f"{step}: hashing what the cache was made from"
+    expected = as_first_rank_sees(job.ranks, what, lambda: _expected(recipe))
+    layers = (*(asked or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
+    codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
+    wanted = (data, expected, codec, layers, run / "recipe.yaml")
+    what = f"{step}: choosing a cache in {run / 'cache'}"
+    path = as_first_rank_sees(job.ranks, what, lambda: open_cache(run / "cache", *wanted).path)
+    wait_for_files(job.ranks, [path / name for name in (IDENTITY, MANIFEST, ORDER, HEAD, MAPPING)])
+    return TeacherCache(path, data, expected, layers, run / "recipe.yaml", codec), layers
+
+
+def check_for_another_student(job: Job, step: str, data: ShardFolder, common: int) -> int:
+    """Check the cache of `cache_from` for this recipe's student; returns the size of its vocabulary.
+
+    common: ids that teacher and student have in common. All ranks must call. Raises CacheError, on all of them, where
+    the cache was made from anything else, its target layers are not the recipe's, or it has ids that are not common.
+    """
+    recipe = job.recipe
+    cache, layers = open_teacher_cache(job, step, data)
+    targets = target_layers(recipe.teacher)
+    if layers[:-1] != targets:
+        raise CacheError(
+            f"cache_from: {recipe.cache_from} has the teacher layers {list(layers[:-1])}, this recipe {list(targets)}. "
+            f"Set teacher.layers: {list(layers[:-1])}, or leave cache_from out"
+        )
+    if cache.identity.vocab > common:
+        raise CacheError(
+            f"cache_from: {cache.path} is over {cache.identity.vocab:,} ids, of which this student has only the first "
+            f"{common:,}. Make the cache with the student that has the fewest ids, and take the others' from there; or "
+            "leave cache_from out"
+        )
+    return cache.identity.vocab
+
+
+def _expected(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints that the cache must have.
+
+    The teacher's are included as far as its files are still there; stage 2 does not need them.
+    """
+    run = recipe.teacher_stage_1
+    hashes = HashStore(run)
+    prints = {
+        VOCABULARY: recipe.vocabulary,
+        "verbalizers": files_fingerprint([run / "verbalize" / "teacher.safetensors"], hashes),
+        **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
+    }
+    if recipe.vocabulary == MAPPED:
+        prints |= student_fingerprints(recipe.student.path, str(load_processor(recipe.student.path).chat_template))
+    folder = recipe.teacher.path
+    weights = any(folder.glob("*.safetensors"))
+    if weights or (recipe.cache_from is not None and _has_processor(folder)):
+        template = str(load_processor(folder).chat_template)
+        prints |= teacher_fingerprints(folder, template, hashes, weights)
+    return prints
+
+
+def _has_processor(folder: Path) -> bool:
+    """Whether all of a teacher's folder but the weights is there, as far as names tell."""
+    return (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file()
