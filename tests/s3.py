@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -73,6 +74,7 @@ def s3_server() -> Iterator[S3]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own: its pauses are of seconds
         _forget_clients()
+        urlopen(Request(f"{found.endpoint}/moto-api/reset", method="POST")).close()  # servers of a process share state
         _make_bucket()
         yield found
     _forget_clients()

@@ -36,6 +36,7 @@ def start(program: Sequence[str], folder: Path, environment: Mapping[str, str], 
 
 
 def _run(program: list[str], folder: str, environment: dict[str, str], output: str) -> None:
+    multiprocessing.set_start_method(None, force=True)  # the program's own processes start as they would anywhere
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.schema import DataError
-from data_prep.storage import is_url, location
+from data_prep.storage import is_url
+from pipeline.recipe.location import Location
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -19,19 +19,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Part = Literal["decoder", "projector", "vision", "head"]
 """A part of the student that may train."""
-
-
-def _location(value: object) -> Path:
-    if not isinstance(value, str) and not isinstance(value, Path) and not is_url(value):
-        raise ValueError("expected a path or a URL")
-    try:
-        return location(value)  # type: ignore[arg-type]
-    except DataError as error:
-        raise ValueError(str(error)) from None
-
-
-Location = Annotated[Path, PlainValidator(_location)]
-"""A folder, or a URL such as s3://bucket/shards."""
 
 
 class Section(BaseModel):

@@ -116,7 +116,7 @@ def test_the_fused_interaction_loss_is_as_accurate_as_plain_torch(options, sprea
     results = {}
     for fused in (False, True):
         monkeypatch.setattr(kernels, "fused", lambda weight, fused=fused: fused)
-        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if name != "has_tail"}
+        moved = {name: field.to(DEVICE) for name, field in vars(signal).items() if isinstance(field, torch.Tensor)}
         x, device_signal = h.to(DEVICE).requires_grad_(), replace(signal, **moved)
         matrix = kl_matrix(x, on_device(head), device_signal, [range(2)], chunk=4)
         loss = matched_kl(x, on_device(head), device_signal, [1], matrix)[0]

@@ -198,7 +198,7 @@ def test_a_watched_report_reloads_itself_until_the_last_page(browser, tmp_path):
     def write(progress: str, reload_s: int | None) -> None:
         steps = [StepStatus("interact", "begun", progress, {}, 0)]
         lines: dict = {"verbalize": [], "interact": [], "reinforce": []}
-        facts = RunFacts("run", tmp_path, "run: x\n", steps, "", "", None, lines, None, {}, [])
+        facts = RunFacts("run", tmp_path, "run: x\n", steps, "", "", None, {}, lines, None, {}, [])
         write_report(tmp_path / "report.html", [facts], reload_s)
 
     page = browser.new_page()

@@ -89,7 +89,7 @@ def test_stage_2(folder, batch, rank, checkpointing):
     made, sample = batch
     recipe = recipe_of(folder, lora_rank=rank, gradient_checkpointing=checkpointing)
     recipe = recipe.model_copy(update={"reinforce": recipe.reinforce.model_copy(update={"lora_rank": rank})})
-    planned = planned_student(recipe.student, recipe.interact, False, True)
+    planned = planned_student(recipe.student, recipe.interact, recipe.train)
     backbone = load_student(folder / "student", torch.float32, recipe, recipe.interact).train()
     finetuned = Finetuned(backbone, ROWS)
     # With LoRA the first layer's inputs need no gradient. A plan does not subtract that: it is 2 % of these 3 layers.
