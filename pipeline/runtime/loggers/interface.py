@@ -49,3 +49,8 @@ def matches(line: Line) -> Iterator[tuple[str, int]]:
     for student, teacher in zip(students, line.get("match", ()), strict=False):  # a skipped update has no losses
         if teacher is not None:
             yield student, teacher
+
+
+def values(line: Line) -> dict[str, float | int]:
+    """All that a logger of numbers shows of a line: its scalars, and match/STUDENT for each matched pair."""
+    return {**dict(scalars(line)), **{f"match/{student}": teacher for student, teacher in matches(line)}}

@@ -8,7 +8,7 @@ from typing import Any
 
 import wandb
 
-from pipeline.runtime.loggers.interface import Line, StepLog, matches, scalars
+from pipeline.runtime.loggers.interface import Line, StepLog, values
 from pipeline.runtime.loggers.settings import recipe_of
 
 
@@ -39,8 +39,7 @@ class Wandb:
 
     def write(self, line: Line) -> None:
         """Show one line, on rank 0."""
-        matched = {f"match/{student}": teacher for student, teacher in matches(line)}
-        self._run.log({**dict(scalars(line)), **matched}, step=line["update"])
+        self._run.log(values(line), step=line["update"])
 
     def close(self) -> None:
         """Write what is left."""
