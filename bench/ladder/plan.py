@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.ladder.arms import Arm
-from bench.ladder.cells import Cell
+from bench.ladder.cells import Cell, Task
 from bench.ladder.jobs import Job, settings
 
 OTHER_TASK = 200
 """Samples of the task outside the training mix."""
 
 UNTRAINED = {"teacher": "teacher", "untouched": "student"}
-"""Models that are evaluated beside the arms -> their folders in the demo's pair."""
-
-COMMON = {"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256}
-"""One process on a CPU, and data that is read many times."""
+"""Models that are evaluated beside the arms -> their folders in the pair."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +103,23 @@ class SeedFolder:
     def _data(self) -> Job:
         cell, task = self.cell, self.cell.task
         return Job(self.folder / "data", _shard(
-            self.folder / "data", task.source, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong),
+            self.folder / "data", task, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong),
             *task.questions,
         ))  # fmt: skip
 
     def _other(self) -> Job:
         folder, task = self.folder / "other", self.cell.task
-        return Job(folder, _shard(folder, task.source, self.seed, 0, OTHER_TASK, *task.other_questions))
+        return Job(folder, _shard(folder, task, self.seed, 0, OTHER_TASK, *task.other_questions))
 
     def _stage_1(self, arm: Arm) -> Job:
         run = self.folder / arm.stage_1_name
         steps = {} if self.cell.stage_1 is None else {"verbalize.steps": self.cell.stage_1}
-        values = {**self._common(run), "verbalize.micro_batch_size": 32, **steps, **arm.stage_1}
+        values = {
+            **self._common(run),
+            "verbalize.micro_batch_size": self.cell.task.micro_batch_size,
+            **steps,
+            **arm.stage_1,
+        }
         return Job(run, self._train(1, values), (self._data().path,))
 
     def _ranking(self) -> Path:
@@ -130,14 +132,14 @@ class SeedFolder:
 
     def _answers(self) -> Job:
         answers = self.folder / "answers"
-        teacher = f"demo/models/{self.cell.data}/teacher"
+        teacher = f"{self.cell.task.models}/teacher"
         command = ("-m", "pipeline", "answer", "--model", teacher, "--data", str(self._data().path / "train"))
         return Job(answers, (*command, "--output", str(answers), "--batch-size", "100"), (self._data().path,))
 
     def _train_job(self, one: Tried) -> Job:
         run, needs = self.folder / one.name, [self._data()]
         values = {**self._common(run), **one.arm.settings(self.cell.updates, one.learning_rate, one.factor)}
-        values |= {"interact.micro_batch_size": 32, "reinforce.micro_batch_size": 32}
+        values |= {f"{step}.micro_batch_size": self.cell.task.micro_batch_size for step in ("interact", "reinforce")}
         if one.arm.uses_stage_1:
             needs.append(self._stage_1(one.arm))
             values["stage_1"] = str(self._stage_1(one.arm).path)
@@ -156,7 +158,7 @@ class SeedFolder:
             if not models:
                 continue
             if "teacher" not in known:
-                models |= {name: Path("demo/models", self.cell.data, role) for name, role in UNTRAINED.items()}
+                models |= {name: Path(self.cell.task.models, role) for name, role in UNTRAINED.items()}
             path = self.folder / f"{kind}-{len(list(self.folder.glob(f'{kind}-*.done')))}"
             named = [argument for name, model in models.items() for argument in ("--model", f"{name}={model}")]
             command = ("-m", "pipeline", "evaluate", *named, "--data", str(shards), "--output", f"{path}.json")
@@ -174,14 +176,12 @@ class SeedFolder:
     def _common(self, run: Path) -> dict[str, object]:
         data = self._data().path
         shards = {"data.train": str(data / "train"), "data.held_out": str(data / "held_out")}
-        return {"run": str(run), "seed": self.seed, **shards, **COMMON}
+        return {"run": str(run), "seed": self.seed, **shards, **self.cell.task.common}
 
     def _train(self, stage: int, values: dict[str, object], program: str = Arm.program) -> tuple[str, ...]:
         return (*program.split(), "--stage", str(stage), "--recipe", self.cell.task.recipe, *settings(values))
 
 
-def _shard(folder: Path, source: str, seed: int, train: int, held_out: int, *more: str) -> tuple[str, ...]:
+def _shard(folder: Path, task: Task, seed: int, train: int, held_out: int, *more: str) -> tuple[str, ...]:
     sizes = ("--count", str(train), "--held-out-count", str(held_out), "--samples-per-shard", "100")
-    return (
-        "-m", "data_prep", "shard", "--source", source, "--seed", str(seed), *sizes, *more, "--output", str(folder)
-    )  # fmt: skip
+    return (*task.shard, "--seed", str(seed), *sizes, *more, "--output", str(folder))

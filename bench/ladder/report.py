@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ladder.arms import ARMS, BY_NAME, MAIN, Arm, arms_of
-from bench.ladder.cells import Cell, Scale
+from bench.ladder.cells import TASKS, Cell, Scale
 from bench.ladder.plan import SeedFolder
 from bench.ladder.statistics import interval, paired
 from bench.ladder.sweep import choose, sweep, swept_arm
@@ -33,13 +33,15 @@ COMPARED = (
     ("ordered_argmin", "interaction"),
 )
 """Arms whose difference is reported beside that from finetuning."""
+PUBLISHED = ("cpu", "real")
+"""Scales whose cells docs/evidence.md shows."""
 RECALLS = (0.5, 0.8, 0.95, 1.0)
 
 Results = dict[str, Any]
 
 
 def write(folder: Path, scale: Scale, name: str) -> None:
-    """Write bench/results/ladder_NAME.json; at the `cpu` scale also the tables and the figure of docs/evidence.md.
+    """Write bench/results/ladder_NAME.json; at the scales in PUBLISHED also the tables and figures of docs/evidence.md.
 
     A cell of which less has run here than the file has stays as it is there: cells may be made one by one, on several
     machines.
@@ -52,12 +54,13 @@ def write(folder: Path, scale: Scale, name: str) -> None:
         "cells": {cell: found for cell, found in now.items() if found},
     }
     print(f"written to {write_results(f'ladder_{name}', results)}")
-    if name == "cpu" and EVIDENCE.exists():
+    if name in PUBLISHED and EVIDENCE.exists():
         from bench.ladder import figure, regimes
 
-        figure.draw(results["cells"], EVIDENCE.parent / "figures" / "ladder.svg")
-        regimes.draw(results["cells"], EVIDENCE.parent / "figures" / "regimes.svg")
-        EVIDENCE.write_text(with_tables(EVIDENCE.read_text(), results["cells"]))
+        small, real = (read_results(f"ladder_{scale}").get("cells", {}) for scale in PUBLISHED)
+        figure.draw(small, EVIDENCE.parent / "figures" / "ladder.svg")
+        regimes.draw(small, EVIDENCE.parent / "figures" / "regimes.svg")
+        EVIDENCE.write_text(with_tables(EVIDENCE.read_text(), {**small, **real}))
 
 
 def _the_larger(before: Results, now: Results) -> Results:
@@ -140,11 +143,12 @@ def _emphasised(arm: Results | None, best: Results) -> str:
 
 def markdown(cell: Results) -> list[str]:
     """A cell's table: a line for each arm, in groups."""
-    models = ", ".join(f"{text} {_exact(cell[name]['mean'])}{_other(cell[name])}" for text, name in MODELS)
+    other = TASKS[cell["data"]].other
+    models = ", ".join(f"{text} {_exact(cell[name]['mean'])}{_other(cell[name], other)}" for text, name in MODELS)
     lines = [
         f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. {models}.",
         "",
-        "| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | other task |",
+        f"| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | {other} |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     group = None
@@ -153,7 +157,24 @@ def markdown(cell: Results) -> list[str]:
             group = BY_NAME[name].group
             lines.append(f"| *{group}* | | | | | |")
         lines.append(_line(name, found))
-    return [*lines, *_comparisons(cell)]
+    return [*lines, *_by_type(cell), *_comparisons(cell)]
+
+
+def _models(cell: Results) -> list[tuple[str, Results]]:
+    return [(name, cell[name]) for _, name in MODELS]
+
+
+def _by_type(cell: Results) -> list[str]:
+    """Exact match for each type of question, and the perplexity of the right answers, where there are several types."""
+    rows = {name: found for name, found in [*_models(cell), *cell["arms"].items()] if len(found.get("by_type", {})) > 1}
+    if not rows:
+        return []
+    types = list(next(iter(rows.values()))["by_type"])
+    lines = ["", f"| | {' | '.join(types)} | perplexity |", "| --- " * (len(types) + 2) + "|"]
+    for name, found in rows.items():
+        shares = " | ".join(_exact(found["by_type"][kind]) for kind in types)
+        lines.append(f"| `{name}` | {shares} | {found['perplexity']:.2f} |")
+    return lines
 
 
 def _comparisons(cell: Results) -> list[str]:
@@ -173,8 +194,8 @@ def _range(found: Results) -> str:
     return f"{found['low']:+.3f} to {found['high']:+.3f}"
 
 
-def _other(model: Results) -> str:
-    return f" (other task {_exact(model['other_task'])})" if "other_task" in model else ""
+def _other(model: Results, name: str) -> str:
+    return f" ({name} {_exact(model['other_task'])})" if "other_task" in model else ""
 
 
 def _line(name: str, found: Results) -> str:
@@ -210,6 +231,7 @@ def _arm(folder: Path, cell: Cell, scale: Scale, arm: Arm) -> Results:
         "learning_rate": tried.learning_rate,
         "updates": round((arm.interact + arm.reinforce) * tried.factor * cell.updates),
         "sweep": {f"{one.learning_rate:g} x {one.factor:g}": mean for one, mean in means.items()},
+        **_held_out_means(seeds, tried.name),
         **({"other_task": interval(list(other.values())).mean} if other else {}),
         **({"draw_entropy": sum(drawn) / len(drawn)} if drawn else {}),
     }
@@ -257,8 +279,22 @@ def _untrained(folder: Path, cell: Cell, model: str) -> Results:
     return {
         "seeds": scores,
         **asdict(interval(list(scores.values()))),
+        **_held_out_means(seeds, model),
         **({"other_task": interval(list(other.values())).mean} if other else {}),
     }
+
+
+def _held_out_means(seeds: dict[int, SeedFolder], run: str) -> Results:
+    """Of a model on the held-out samples, over seeds: perplexity, and exact match by type of question."""
+    found = [results[run] for one in seeds.values() if run in (results := one.results("held_out"))]
+    if not found:
+        return {}
+    types = {kind: _mean([one["by_type"][kind]["exact_match"] for one in found]) for kind in found[0]["by_type"]}
+    return {"perplexity": _mean([one["perplexity"] for one in found]), "by_type": types}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _exact(share: float | None) -> str:

@@ -9,7 +9,7 @@ from running import ROOT
 from bench.ladder.arms import ARMS, BY_NAME, MAIN, MATCHINGS, Arm, arms_of
 from bench.ladder.cells import SCALES, Cell
 from bench.ladder.jobs import settings
-from bench.ladder.plan import COMMON, SeedFolder, Tried
+from bench.ladder.plan import SeedFolder, Tried
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardFolder
 from pipeline.errors import RecipeError
@@ -22,7 +22,7 @@ CELL = SCALES["smoke"].cells[0]
 
 def recipe_of(folder, values):
     (folder / "manifest.json").touch()
-    values = {"run": str(folder / "run"), "data.train": str(folder), **COMMON, **values}
+    values = {"run": str(folder / "run"), "data.train": str(folder), **CELL.task.common, **values}
     return load_recipe(ROOT / CELL.task.recipe, settings(values)[1:]).recipe
 
 

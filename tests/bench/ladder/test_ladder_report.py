@@ -40,7 +40,10 @@ def evaluation(folder, seed, number, scores, kind="held_out"):
     for name in scores:
         if not path.with_name(f"{name}.done").exists():
             write(path.with_name(f"{name}.done"), {"cpu_seconds": 10.0 + seed, "command": [], "commit": "abc"})
-    write(path.with_suffix(".json"), {name: {"exact_match": score} for name, score in scores.items()})
+    kinds = {"next": 0.4, "tile": 0.6}
+    by_type = {kind: {"exact_match": share, "samples": 1} for kind, share in kinds.items()}
+    models = {name: {"exact_match": score, "perplexity": 2.0, "by_type": by_type} for name, score in scores.items()}
+    write(path.with_suffix(".json"), models)
     write(path.with_suffix(".done"), {"cpu_seconds": 1.0, "command": [], "commit": "abc"})
 
 
@@ -165,7 +168,7 @@ def test_tables_stand_between_their_markers(folder):
     assert rest == "between\n<!-- ladder other -->\n(has not run)\n<!-- end -->\nafter | old\n"
     lines = table.splitlines()
     assert "old" not in lines and lines == report.markdown(cells["some"])
-    (ours,) = [line for line in lines if line.startswith("| `interaction`")]
+    (ours,) = [line for line in lines if line.startswith("| `interaction`:")]
     assert "| **.850** (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 50, 40 | .250 |")
     assert "Teacher .990, untouched student .200." in lines[0]
     assert report.with_tables(once, cells) == once
@@ -182,3 +185,9 @@ def test_pairs_of_arms_are_compared_below_the_table(folder, monkeypatch):
     assert list(cell["compared"]) == ["interaction minus finetune_early"], "paper has not run"
     line = report.markdown(cell)[-1]
     assert line.startswith("* interaction minus finetune_early: +0.210 (") and "p = ." in line
+
+
+def test_a_cell_of_several_types_has_a_table_of_them(folder):
+    lines = report.markdown(report.cell_results(folder, CELL, SCALE))
+    assert "| | next | tile | perplexity |" in lines
+    assert "| `interaction` | .400 | .600 | 2.00 |" in lines
