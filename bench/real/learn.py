@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.real.learn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="the teacher's updates (default 600)")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="the teacher's updates (default 400)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads (default 2)")
     options = parser.parse_args()
     try:
