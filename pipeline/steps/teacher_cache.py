@@ -55,10 +55,10 @@ def open_teacher_cache(
 
 
 def check_for_another_student(job: Job, step: str, data: ShardFolder, common: int) -> int:
-    """Check the cache of `cache_from` for this recipe's student; returns the size of its vocabulary.
+    """Check the cache of `cache_from` for this recipe's student; returns the number of ids that it is compared over.
 
-    common: ids that teacher and student have in common. All ranks must call. Raises CacheError, on all of them, where
-    the cache was made from anything else, its target layers are not the recipe's, or it has ids that are not common.
+    common: ids that teacher and student have in common: of the cache's, those. All ranks must call. Raises CacheError, on
+    all of them, where the cache was made from anything else, or its target layers are not the recipe's.
     """
     recipe = job.recipe
     cache, layers = open_teacher_cache(job, step, data)
@@ -69,12 +69,11 @@ def check_for_another_student(job: Job, step: str, data: ShardFolder, common: in
             f"Set teacher.layers: {list(layers[:-1])}, or leave cache_from out"
         )
     if cache.identity.vocab > common:
-        raise CacheError(
-            f"cache_from: {cache.path} is over {cache.identity.vocab:,} ids, of which this student has only the first "
-            f"{common:,}. Make the cache with the student that has the fewest ids, and take the others' from there; or "
-            "leave cache_from out"
+        job.say(
+            f"{step}: {cache.path} is over {cache.identity.vocab:,} ids, of which this student has the first "
+            f"{common:,}: the other {cache.identity.vocab - common:,} get no probability"
         )
-    return cache.identity.vocab
+    return min(cache.identity.student_ids, common)
 
 
 def _expected(recipe: Recipe) -> dict[str, str]:
