@@ -279,7 +279,8 @@ class Recipe(Section):
     """Folder of another run whose teacher verbalizers and teacher cache this run reads where they lie: one cache for
     several students (docs/one_cache.md). Stage 1 then trains the student's verbalizers alone and loads no teacher; of
     the teacher's folder it needs all but the weights. The teacher, its target layers, the data, its limits, the seed
-    and the codec must be this recipe's, and the student must have all ids of the cache. Left out: the run's own."""
+    and the codec must be this recipe's; with vocabulary: mapped also the student's tokenizer and chat template. Left
+    out: the run's own."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
