@@ -89,12 +89,13 @@ def name_of(model: nn.Module, part: object) -> str | None:
     return next((name for name, module in model.named_modules() if module is part), None)
 
 
-def gathered_whole(model: nn.Module) -> list[nn.Module]:
-    """Modules that read the weight of a part without calling it, as linear attention does with its convolution.
+def read_uncalled(model: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+    """(module, weight) where a module may read the weight of a part without calling it.
 
-    ZeRO-3 gathers a weight for the module that is called; these must have all of theirs gathered at once.
+    As linear attention does with its convolution. ZeRO-3 gathers a weight for the module that is called.
     """
-    return [part for part in model.modules() if any(isinstance(child, nn.Conv1d) for child in part.children())]
+    parts = ((part, child) for part in model.modules() for child in part.children() if isinstance(child, nn.Conv1d))
+    return [(part, weight) for part, child in parts for weight in child.parameters()]
 
 
 def _layers(model: Any, named: str | None) -> str:
