@@ -1,4 +1,4 @@
-"""ZeRO-3 has a weight that a module reads without calling its part, as linear attention does, forward and backward."""
+"""ZeRO-3 has a weight that a module reads without calling its part, as linear attention does."""
 
 from __future__ import annotations
 
@@ -26,25 +26,37 @@ class LinearAttention(nn.Module):
         return x + self.out(mixed.mT)
 
 
+class Tower(nn.Module):
+    """Resizes its table of positions as SigLIP 2's, of which it reads the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.position_embedding = nn.Embedding(3, WIDTH)
+
+    def forward(self, x):
+        table = self.position_embedding.weight.T[None]
+        return x + nn.functional.interpolate(table, size=x.shape[1], mode="linear").mT
+
+
 class Layers(nn.Sequential):
     def forward(self, x):
         return super().forward(x).square().sum()
 
 
 def gradients(ranks, config: str) -> tuple[list[int], dict[str, list[float]]]:
-    """The shape in which a convolution's weight is kept, and the gradients of one update."""
+    """The sizes in which a table and a convolution are kept, and the gradients of one update."""
     from pipeline.runtime.engine import Engine
 
     recipe = small_recipe("zero2", batch_size=RANKS, clip=0.0).model_copy(update={"deepspeed": Path(config)})
     torch.manual_seed(0)
-    engine = Engine(Layers(*(LinearAttention() for _ in range(3))), recipe, recipe.reinforce, ranks)
+    engine = Engine(Layers(Tower(), *(LinearAttention() for _ in range(3))), recipe, recipe.reinforce, ranks)
     engine.train()
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(ranks.rank))
     engine.backward(engine(x), RANKS, last=True)
     found = {name: safe_get_full_grad(weight).flatten().tolist() for name, weight in engine.module.named_parameters()}
-    shape = list(engine.module[0].conv1d.weight.shape)
+    sizes = [engine.module[0].position_embedding.weight.numel(), engine.module[1].conv1d.weight.numel()]
     engine.close()
-    return shape, found
+    return sizes, found
 
 
 def both(ranks, configs: list[str]):
@@ -57,5 +69,6 @@ def test_its_gradient_is_that_of_zero_2(tmp_path):
     (tmp_path / "zero3.json").write_text(json.dumps(partitioned))
     configs = [str(ROOT / "ds_configs" / "zero2.json"), str(tmp_path / "zero3.json")]
     (whole, expected), (kept, found) = on_ranks(RANKS, tmp_path, both, configs)[0]
-    assert whole == [WIDTH, 1, 4] and kept == [0], "between its uses it is partitioned"
-    assert found == expected and any(expected["0.conv1d.weight"])
+    assert whole == [3 * WIDTH, 4 * WIDTH] and kept == [0, 0], "between their uses they are partitioned"
+    assert found == expected
+    assert any(expected["0.position_embedding.weight"]) and any(expected["1.conv1d.weight"])
