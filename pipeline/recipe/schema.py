@@ -160,7 +160,8 @@ class StudentTraining(Training):
     last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
-    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train). Paper: 64."""
+    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train). Paper: 64.
+    DoRA is not offered: peft's reads a base layer's weight that ZeRO-3 has not gathered."""
     lora_alpha: Positive = 64
     """Alpha of LoRA: the adapters' product is multiplied by lora_alpha / lora_rank. Paper: 64."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
