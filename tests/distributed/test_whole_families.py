@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from running import ROOT, deepspeed, python, tiny_recipe
-from tiny import chats, write_data
+from tiny import MORE_KINDS, chats, write_data, write_vlm
 from tiny_families import FAMILIES, as_parameter, write_family
 
 from pipeline.vlm.backbone import load_vlm
@@ -21,13 +21,15 @@ ALWAYS = ("gemma3", "qwen3_vl_moe")
 
 
 @pytest.mark.parametrize(
-    "kind", [as_parameter(kind, *([] if kind in ALWAYS else [pytest.mark.families])) for kind in FAMILIES]
+    "kind",
+    [as_parameter(kind, *([] if kind in ALWAYS else [pytest.mark.families])) for kind in (*FAMILIES, *MORE_KINDS)],
 )
 def test_both_stages_export_evaluate_and_trace(kind, tmp_path):
     """Ranks have chats with images and without, and experts that one rank's tokens chose and the other's did not."""
     data = write_data(tmp_path / "data", 20, shards=2)
     depths = {"teacher": 5, "student": 3}
-    models = {(kind, role): write_family(tmp_path / role, kind, depth) for role, depth in depths.items()}
+    write = write_family if kind in FAMILIES else write_vlm
+    models = {(kind, role): write(tmp_path / role, kind, depth, 32) for role, depth in depths.items()}
     config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # as of a real model, no weight stays whole
     (tmp_path / "zero3.json").write_text(json.dumps(config))
