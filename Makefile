@@ -16,8 +16,8 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_ROO
   $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-models test test-cluster test-benchmarks soak test-numerics matrix check-wheel peers \
-  bench-cache bench-losses bench-peers bench-steps check-gpu families ladder real-weights docs \
+.PHONY: help setup lock demo demo-models test test-cluster test-benchmarks test-torchvision soak test-numerics matrix \
+  check-wheel peers bench-cache bench-losses bench-peers bench-steps check-gpu families ladder real-weights docs \
   lint types clean
 
 help:  ## list the targets
@@ -53,6 +53,12 @@ test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a
 	@test -d build/lmms-eval/lmms_eval || $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	  --target build/lmms-eval --requirement tests/results/benchmarks/lmms_eval_requirements.txt
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -s -m benchmarks tests/results/benchmarks $(ARGS)
+
+# It lies apart: PyPI has torchvision for CUDA alone, which the tests import beside a CPU build of torch too.
+test-torchvision: $(STAMP)  ## model families whose processors need torchvision, and its tokens, 8 minutes; installs build/torchvision
+	@test -d build/torchvision/torchvision || $(PIP) install --quiet --no-deps --target build/torchvision torchvision==0.28.0
+	@$(RUN) PYTHONPATH=$(CURDIR)/tests/cpu_torchvision:$(CURDIR)/build/torchvision HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  python -m pytest -m "families or not families" tests/vlm tests/distributed/test_whole_families.py $(ARGS)
 
 soak: $(STAMP)  ## both stages killed KILLS=20 times at random moments; each run must end as one never killed, 1 minute a kill
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python tests/soak.py --kills $(or $(KILLS),20) $(ARGS)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from tiny import CHAT, QWEN_CHAT, byte_tokenizer
+from transformers.utils import is_torchvision_available
 
 from pipeline.vlm.image_only import IMAGE_ONLY
 
@@ -216,6 +218,94 @@ def _ovis2(layers: int, width: int):
     return config, tf.Ovis2Processor(images, tokenizer, image_seq_length=4, chat_template=template)
 
 
+def _mistral3(layers: int, width: int):
+    tokenizer = _tokenizer(img="[IMG]", img_break="[IMG_BREAK]", img_end="[IMG_END]")
+    config = tf.Mistral3Config(
+        text_config=_text(tokenizer, layers, width, "mistral", sliding_window=None),
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": IMAGE, "patch_size": 7, "rope_parameters": dict(ROPE),
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    images = tf.PixtralImageProcessor(size={"longest_edge": IMAGE}, patch_size={"height": 7, "width": 7})
+    template = CHAT.replace("IMAGE", "[IMG]")
+    return config, tf.PixtralProcessor(images, tokenizer, patch_size=7, spatial_merge_size=2, chat_template=template)
+
+
+def _cohere2_vision(layers: int, width: int):
+    """Attention and MLP side by side, sliding attention, a tied head, and a logit scale that the model leaves out."""
+    tokenizer = _tokenizer(
+        boi_token="<|START_OF_IMG|>", eoi_token="<|END_OF_IMG|>", image_token="<|IMG_PATCH|>",
+        img_line_break_token="<|IMG_LINE_BREAK|>",
+    )  # fmt: skip
+    kinds = ["sliding_attention", "full_attention"] * layers
+    config = tf.Cohere2VisionConfig(
+        text_config=_text(tokenizer, layers, width, "cohere2", sliding_window=16, layer_types=kinds[:layers]),
+        vision_config=_siglip(patch_size=7),
+        image_token_id=tokenizer.image_token_id,
+        downsample_factor=2,
+        alignment_intermediate_size=2 * width,
+    )
+    images = tf.Cohere2VisionImageProcessor(
+        size={"height": IMAGE, "width": IMAGE}, patch_size=7, downsample_factor=2, crop_to_patches=False
+    )
+    images.patch_size = 2
+    return config, tf.Cohere2VisionProcessor(images, tokenizer, chat_template=CHAT.replace("IMAGE", "<|IMG_PATCH|>"))
+
+
+def _lfm2_vl(layers: int, width: int):
+    """Short convolutions between attention layers, whose weight is read uncalled; a final norm of another name."""
+    tokenizer = _tokenizer(
+        image_token="<|img|>", image_start_token="<|image_start|>", image_end_token="<|image_end|>",
+        image_thumbnail_token="<|img_thumbnail|>",
+    )  # fmt: skip
+    kinds = ["conv", "full_attention"] * layers
+    config = tf.Lfm2VlConfig(
+        text_config=_text(
+            tokenizer, layers, width, "lfm2", layer_types=kinds[:layers], block_auto_adjust_ff_dim=False, conv_L_cache=3
+        ),
+        vision_config={
+            "model_type": "siglip2_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "patch_size": 7, "num_patches": 16, "vision_use_head": False,
+        },
+        image_token_id=tokenizer.image_token_id,
+        projector_hidden_size=32,
+        downsample_factor=2,
+    )  # fmt: skip
+    images = tf.Lfm2VlImageProcessor(
+        do_image_splitting=False, use_thumbnail=False, encoder_patch_size=7, downsample_factor=2, tile_size=IMAGE,
+        min_image_tokens=1, max_image_tokens=4,
+    )  # fmt: skip
+    return config, tf.Lfm2VlProcessor(images, tokenizer, chat_template=CHAT.replace("IMAGE", "<|img|>"))
+
+
+def _llama4(layers: int, width: int):
+    """Experts, attention in chunks, and layers without positions."""
+    tokenizer = _tokenizer(
+        image="<|image|>", begin="<|image_start|>", end="<|image_end|>", patch="<|patch|>",
+        across="<|tile_x_separator|>", down="<|tile_y_separator|>",
+    )  # fmt: skip
+    config = tf.Llama4Config(
+        text_config=_text(
+            tokenizer, layers, width, "llama4_text", intermediate_size_mlp=2 * width, num_local_experts=4,
+            attention_chunk_size=64,
+        ),
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": IMAGE, "patch_size": 7, "vision_output_dim": 32, "projector_input_dim": 32,
+            "projector_output_dim": 32, "rope_parameters": dict(ROPE),
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<|patch|>"),
+        boi_token_index=tokenizer.convert_tokens_to_ids("<|image_start|>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<|image_end|>"),
+    )  # fmt: skip
+    images = tf.Llama4ImageProcessor(size={"height": IMAGE, "width": IMAGE}, max_patches=1)
+    return config, tf.Llama4Processor(images, tokenizer, patch_size=7, chat_template=CHAT.replace("IMAGE", "<|image|>"))
+
+
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
 HYBRID = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -230,5 +320,21 @@ FAMILIES = {
     "llava_next": _llava_next,
     "internvl": _internvl,
     "ovis2": _ovis2,
+    "mistral3": _mistral3,
+    "cohere2_vision": _cohere2_vision,
+    "lfm2_vl": _lfm2_vl,
+    "llama4": _llama4,
 }
 """What each kind of family needs of the pipeline is in its builder's words."""
+NEED_TORCHVISION = ("mistral3", "cohere2_vision", "lfm2_vl", "llama4")
+"""transformers builds their processors only where torchvision can be imported."""
+BROKEN = {"llama4": "5.24"}
+"""The transformers in which a family's own forward fails; tests/bench/families holds the pipeline to saying so."""
+
+
+def as_parameter(kind: str, *marks: pytest.MarkDecorator) -> Any:
+    """A family as a test's parameter, skipped where this installation cannot run it."""
+    broken = tf.__version__.startswith(BROKEN.get(kind, "none"))
+    lacks = kind in NEED_TORCHVISION and not is_torchvision_available()
+    reason = f"transformers {tf.__version__} cannot run it" if broken else "needs torchvision: make test-torchvision"
+    return pytest.param(kind, marks=[*marks, pytest.mark.skipif(broken or lacks, reason=reason)])

@@ -29,21 +29,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 LARGEST = 300_000_000
 """Weights of a model that is still shrunk enough to be built."""
 
-EXPLANATION = """
-Each model is built from its family's default config, shrunk, with random weights, and run on a chat with
-random pixels and on one of text, as `pipeline/vlm/probe.py` does with each model that is loaded.
-*verified*: its parts are what they were taken for. *refused*: the pipeline says so at load, with its reason.
-*not tried*: this command could make no small model, or no image for it; a real one may still work.
-
-The pipeline encodes chats with the model's own processor, which this sweep does without. Tiny models with
-their processors go through both stages, export, `evaluate` and `trace` on two ranks under ZeRO-3 in the tests:
-qwen2_vl, llava_onevision, gemma3 and qwen3_vl_moe in every run; qwen3_5 (stage 2 under ZeRO-2), idefics3, smolvlm,
-llava_next, internvl and ovis2 with `make test ARGS='-m families tests/distributed/test_whole_families.py'`.
-
-Without torchvision transformers builds no processor of cohere2_vision, lfm2_vl, llama4 and mistral3; the error
-says what to install. Those of Qwen's families, llava_onevision, internvl and smolvlm are then built without
-their video part.
-""".strip().splitlines()
+EXPLANATION = Path(__file__).with_name("explanation.md")
 """What the page says above its table."""
 
 
@@ -108,7 +94,7 @@ def _needed(model: torch.nn.Module, parts: Parts) -> str:
     if any("experts" in name for name, _ in model.named_modules()):
         notes.append("experts")
     if parts.others:
-        notes.append(f"{', '.join(f'`{name}`' for name in parts.others)} never trains")
+        notes.append(f"{', '.join(f'`{name}`' for name in sorted(parts.others))} never trains")
     if family(model).parts or family(model).may_be_unused:
         notes.append(f"a row in families.py: {family(model).reason}")
     return "; ".join(notes)
@@ -116,7 +102,8 @@ def _needed(model: torch.nn.Module, parts: Parts) -> str:
 
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split()).split(" Name it in the recipe")[0]
-    return (text if isinstance(error, RecipeError) else f"{type(error).__name__}: {text}")[:200].replace("|", "/")
+    said = text if isinstance(error, RecipeError) else f"{type(error).__name__}: {text}"
+    return said[:200].replace("|", "/").strip()
 
 
 def page(tried: list[Tried]) -> str:
@@ -128,8 +115,7 @@ def page(tried: list[Tried]) -> str:
         f"Made by `make families` on {datetime.date.today()}, with transformers {transformers.__version__} and torch "
         f"{torch.__version__}: **{count} of {len(tried)}** image-text-to-text families of transformers are verified.",
         "",
-        *EXPLANATION,
-        "",
+        EXPLANATION.read_text(encoding="utf-8"),
         "| family | outcome | what it needed, or why not |",
         "| --- | --- | --- |",
         *(f"| {one.kind} | {one.outcome} | {one.note} |" for one in tried),

@@ -19,6 +19,7 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_toke
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # JSON keys that do not change the outputs (written by the saving library), or that have a fingerprint of their own.
 INCIDENTAL = ("transformers_version", "_name_or_path", "chat_template")
+STUDENT_FINGERPRINTS = ("student_tokenizer", "student_template")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def teacher_fingerprints(
 
 def student_fingerprints(folder: Path, chat_template: str) -> dict[str, str]:
     """What a cache of a mapped vocabulary depends on of the student: how a chat becomes its response tokens."""
-    return {"student_tokenizer": tokenizer_fingerprint(folder), "student_template": text_fingerprint(chat_template)}
+    prints = tokenizer_fingerprint(folder), text_fingerprint(chat_template)
+    return dict(zip(STUDENT_FINGERPRINTS, prints, strict=True))
 
 
 def sample_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from data_prep.schema import parse_json
 from data_prep.storage import local_copy, read_bytes, size_of
-from pipeline.cache.fingerprint import Mismatch, compare, text_fingerprint
+from pipeline.cache.fingerprint import STUDENT_FINGERPRINTS, Mismatch, compare, text_fingerprint
 from pipeline.cache.hashes import file_sha256
 from pipeline.cache.mapping import is_mapped
 from pipeline.cache.order import order_sha256, read_order
@@ -190,9 +190,14 @@ def command_to_move_aside(path: Path) -> str:
 def mismatch_message(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, detail: str = "") -> str:
     """The error message for a cache whose fingerprints are not the expected ones."""
     lines = [f"  {mismatch}" for mismatch in mismatches] + ([f"  {detail}"] if detail else [])
-    names = ", ".join(mismatch.name for mismatch in mismatches)
+    names = [mismatch.name for mismatch in mismatches]
+    if set(STUDENT_FINGERPRINTS) & set(names):
+        lines.append(
+            "  vocabulary: mapped: a cache is for one tokenizer and chat template of students; where it is another "
+            "run's (cache_from), leave cache_from out"
+        )
     return (
-        f"{path} was made from something else ({names}):\n"
+        f"{path} was made from something else ({', '.join(names)}):\n"
         + "\n".join(lines)
         + f"\nBring back what it was made from, or make a new one beside it: {cache_command(recipe)}"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from pipeline.cache.cut import cut_to
 from pipeline.cache.reader import CacheRecord, TeacherCache
 from pipeline.codec.random import uniform
 from pipeline.codec.sampled import Sampled, every_nth
@@ -29,6 +30,8 @@ class CacheView:
     """Share of the response tokens that an epoch uses, in (0, 1]."""
     seed: int = 0
     """The run's seed, for the choice of tokens. The choice of points uses the codec's seed, as drawing them did."""
+    ids: int | None = None
+    """Number of the student's ids, where the cache has more (cut.py); None: the student has all of the cache's."""
 
     def record(self, index: int, epoch: int, expected: np.ndarray) -> tuple[CacheRecord, np.ndarray]:
         """A sample's record for an epoch, and a mask [T] bool of the tokens that it keeps.
@@ -51,7 +54,8 @@ class CacheView:
 
     def signal(self, records: list[CacheRecord], device: torch.device | str, head: Unembedding | None) -> Signal:
         """The signal over the tokens of all records, concatenated."""
-        return self.cache.decode([record.arrays for record in records], len(self.layers), device, head)
+        signal = self.cache.decode([record.arrays for record in records], len(self.layers), device, head)
+        return signal if self.ids is None else cut_to(signal, self.ids)
 
     def _points_of(self, key: str, epoch: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Different points in each epoch. The first is drawn for each token and layer, so every epoch is unbiased."""

@@ -209,14 +209,7 @@ def _view_problems(recipe: Recipe) -> list[str]:
 
 
 def _vocabulary_problems(recipe: Recipe) -> list[str]:
-    if recipe.vocabulary == "shared":
-        return []
-    if recipe.cache_from is not None:
-        return [
-            "vocabulary: mapped cannot be used with cache_from: which tokens of another student's cache this one's "
-            "verbalizers would be trained on is not settled; leave cache_from out"
-        ]
-    if recipe.cache.codec.name != "hidden":
+    if recipe.vocabulary == "shared" or recipe.cache.codec.name != "hidden":
         return []
     return [
         "vocabulary: mapped needs cache.codec.name: sampled or topk, found hidden: it stores states that only the "

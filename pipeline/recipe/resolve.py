@@ -60,6 +60,10 @@ TEACHER_OF_CACHE = ("teacher.layers", "verbalizer.form")
 SHIPPED = Path(__file__).parents[2]
 """The folder with ds_configs/ and recipes/: the checkout, or the folder of the installed packages."""
 
+NO_DORA = (
+    "DoRA is not offered: peft's reads a base layer's weight that ZeRO-3 has not gathered. LoRA is: interact.lora_rank "
+    "and reinforce.lora_rank"
+)
 MOST_VALUES = 10_000
 """Values of a recipe, aliases counted as often as they stand: a hundred times what all fields together have."""
 
@@ -284,6 +288,8 @@ def _validate(values: Mapping[str, Any], source: str) -> Recipe:
 def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
+        if "dora" in where.lower():
+            return f"unknown key '{where}': {NO_DORA}"
         close = difflib.get_close_matches(str(item["loc"][-1]), _fields_at(item["loc"][:-1]), n=1, cutoff=0.5)
         hint = f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(_fields_at(item['loc'][:-1]))}"
         return f"unknown key '{where}'{hint}"

@@ -160,7 +160,8 @@ class StudentTraining(Training):
     last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
-    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train). Paper: 64."""
+    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train). Paper: 64.
+    DoRA is not offered: peft's reads a base layer's weight that ZeRO-3 has not gathered."""
     lora_alpha: Positive = 64
     """Alpha of LoRA: the adapters' product is multiplied by lora_alpha / lora_rank. Paper: 64."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -279,7 +280,8 @@ class Recipe(Section):
     """Folder of another run whose teacher verbalizers and teacher cache this run reads where they lie: one cache for
     several students (docs/one_cache.md). Stage 1 then trains the student's verbalizers alone and loads no teacher; of
     the teacher's folder it needs all but the weights. The teacher, its target layers, the data, its limits, the seed
-    and the codec must be this recipe's, and the student must have all ids of the cache. Left out: the run's own."""
+    and the codec must be this recipe's; with vocabulary: mapped also the student's tokenizer and chat template. Left
+    out: the run's own."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"

@@ -19,14 +19,13 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Cache, Recipe, Training
 from pipeline.runtime.checkpoint.trained_state import TrainedState
 from pipeline.runtime.clipping import clip_factors, part_norms
 from pipeline.runtime.deepspeed_config import step_config, zero_stage
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.assemble import dtype_of
-from pipeline.vlm.structure import gathered_whole
+from pipeline.vlm.structure import read_uncalled
 from pipeline.vlm.verb_ffns import Add, AddTo, Fill, whole_beside
 
 
@@ -98,7 +97,8 @@ class Engine:
         config = step_config(recipe, section, clip=0.0 if self._parts else self._clip)
         self.stage = zero_stage(config)
         if self.stage == 3:
-            _gather_at_once(gathered_whole(module))
+            for part, weight in read_uncalled(module):
+                deepspeed.zero.register_external_parameter(part, weight)
         optimizer = None
         if training:
             # Fused: the usual form makes several tensors of the size of all that this rank trains, in every update.
@@ -251,18 +251,6 @@ class Engine:
             if master is not None:
                 return master.detach()
         return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()
-
-
-def _gather_at_once(parts: Sequence[nn.Module]) -> None:
-    """Let ZeRO-3 gather all weights of such a part when it is called. Raises RecipeError where a part trains."""
-    for part in parts:
-        if any(parameter.requires_grad for parameter in part.parameters()):
-            raise RecipeError(
-                f"ZeRO-3 cannot train {type(part).__name__}, which reads weights of its parts without calling them "
-                "(linear attention): DeepSpeed loses them before the backward pass. Use ds_configs/zero2.json "
-                "in interact.deepspeed and reinforce.deepspeed"
-            )
-        deepspeed.utils.set_z3_leaf_module(part, True)
 
 
 def _bits(values: Tensor) -> int:

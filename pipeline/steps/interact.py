@@ -19,6 +19,7 @@ from pipeline.cache.hashes import check_sha256
 from pipeline.cache.reader import CacheRecord
 from pipeline.cache.view import CacheView
 from pipeline.commands import train_command
+from pipeline.errors import CacheError
 from pipeline.loss.linear_ce import linear_cross_entropy
 from pipeline.loss.matching import Matching, matching_rule
 from pipeline.loss.sparse_kl import column_kl, kl_matrix, matched_kl
@@ -27,7 +28,7 @@ from pipeline.recipe.schema import Interact
 from pipeline.runtime.data.batches import MB, ChatDataset, LoadedBatch, SampleIndex, derived_seed
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
 from pipeline.runtime.finish import finish
-from pipeline.runtime.folder import done, mark_done, trained_verb_ffns
+from pipeline.runtime.folder import done, ids_of, mark_done, trained_verb_ffns
 from pipeline.runtime.held_out import open_held_out
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, train
 from pipeline.runtime.ranks import on_first_rank, sum_over_ranks, wait_for_all
@@ -154,8 +155,9 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     verb_ffns = recipe.student_stage_1 / "verbalize" / "student.safetensors"
     wait_for_files(job.ranks, [verb_ffns])
     _check(job, verb_ffns)
+    ids = view.cache.identity.student_ids if view.ids is None else view.ids
     with sharded_loading(recipe, recipe.interact) as add_to:
-        student = student_with_verbalizers(recipe, view.cache.identity.student_ids, dtype_of(recipe), verb_ffns, add_to)
+        student = student_with_verbalizers(recipe, ids, dtype_of(recipe), verb_ffns, add_to)
     head = StoredHead(view.cache.unembedding()) if view.cache.codec.needs_head else None
     engine = Engine(module(student, head), recipe, recipe.interact, job.ranks)
     check_parts(student.backbone, chat_encoders["student"], student.layers, engine.device, engine.dtype)
@@ -203,9 +205,15 @@ def open_cache_view(job: Job, data: ShardFolder) -> CacheView:
 
     Raises CacheError, on all of them, if anything that it was made from has changed.
     """
-    interact, seed = job.recipe.interact, job.recipe.seed
+    recipe, interact = job.recipe, job.recipe.interact
     cache, layers = open_teacher_cache(job, NAME, data, interact.teacher_layers)
-    return CacheView(cache, layers, interact.points, interact.token_share, seed)
+    stage_1 = recipe.student_stage_1
+    summary = as_first_rank_sees(job.ranks, f"{NAME}: reading {stage_1}", lambda: done(stage_1 / "verbalize"))
+    if summary is None:
+        raise CacheError(f"no verbalizers in {stage_1 / 'verbalize'}; run: {train_command(1, stage_1 / 'recipe.yaml')}")
+    ids = ids_of(summary, "student")
+    fewer = ids if ids < cache.identity.student_ids else None
+    return CacheView(cache, layers, interact.points, interact.token_share, recipe.seed, fewer)
 
 
 def _forward(engine: Engine, interact: Interact, seed: int, view: CacheView, layers: tuple[int, ...]):

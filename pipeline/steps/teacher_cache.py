@@ -28,6 +28,7 @@ from pipeline.runtime.folder import done
 from pipeline.runtime.loop import Job
 from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
 from pipeline.vlm.processing import load_processor
+from pipeline.vocabulary_map import VocabularyMap
 
 
 def open_teacher_cache(
@@ -54,11 +55,14 @@ def open_teacher_cache(
     return TeacherCache(path, data, expected, layers, run / "recipe.yaml", codec), layers
 
 
-def check_for_another_student(job: Job, step: str, data: ShardFolder, common: int) -> int:
-    """Check the cache of `cache_from` for this recipe's student; returns the size of its vocabulary.
+def check_for_another_student(
+    job: Job, step: str, data: ShardFolder, common: int, mapped: VocabularyMap | None = None
+) -> int:
+    """Check the cache of `cache_from` for this recipe's student; returns the number of ids that it is compared over.
 
-    common: ids that teacher and student have in common. All ranks must call. Raises CacheError, on all of them, where
-    the cache was made from anything else, its target layers are not the recipe's, or it has ids that are not common.
+    common: ids that teacher and student have in common, or the student's where the teacher's are `mapped` to them. Of a
+    shared vocabulary these are the ids that the cache has too. All ranks must call. Raises CacheError, on all of them,
+    where the cache was made from anything else, its target layers are not the recipe's, or its map is another one.
     """
     recipe = job.recipe
     cache, layers = open_teacher_cache(job, step, data)
@@ -68,13 +72,26 @@ def check_for_another_student(job: Job, step: str, data: ShardFolder, common: in
             f"cache_from: {recipe.cache_from} has the teacher layers {list(layers[:-1])}, this recipe {list(targets)}. "
             f"Set teacher.layers: {list(layers[:-1])}, or leave cache_from out"
         )
-    if cache.identity.vocab > common:
-        raise CacheError(
-            f"cache_from: {cache.path} is over {cache.identity.vocab:,} ids, of which this student has only the first "
-            f"{common:,}. Make the cache with the student that has the fewest ids, and take the others' from there; or "
-            "leave cache_from out"
+    if mapped is not None:
+        _check_map(cache, mapped)
+    elif cache.identity.vocab > common:
+        job.say(
+            f"{step}: {cache.path} is over {cache.identity.vocab:,} ids, of which this student has the first "
+            f"{common:,}: the other {cache.identity.vocab - common:,} get no probability"
         )
-    return cache.identity.vocab
+    return min(cache.identity.student_ids, common)
+
+
+def _check_map(cache: TeacherCache, mapped: VocabularyMap) -> None:
+    """Raise CacheError where the cache's map is another: one tokenizer, but heads of other numbers of rows."""
+    theirs = cache.mapping
+    assert theirs is not None, "that it is mapped is one of the fingerprints"
+    if theirs.digest != mapped.digest:
+        raise CacheError(
+            f"cache_from: {cache.path} has another map of the teacher's ids, though the student's tokenizer is the "
+            f"same. It has the {theirs.describe()}. This student has the {mapped.describe()}: expected heads with a "
+            "row for each token. Leave cache_from out"
+        )
 
 
 def _expected(recipe: Recipe) -> dict[str, str]:

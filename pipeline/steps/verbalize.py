@@ -13,7 +13,6 @@ from torch import Tensor
 from data_prep.shards import ShardFolder
 from pipeline.cache.hashes import HashStore
 from pipeline.recipe.checks import number_of_steps
-from pipeline.recipe.schema import Recipe
 from pipeline.runtime.checkpoint.checkpoints import remove_checkpoints
 from pipeline.runtime.data.batches import MB, Align, ChatDataset, LoadedBatch, derived_seed, map_unique
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
@@ -23,7 +22,7 @@ from pipeline.runtime.ranks import on_first_rank
 from pipeline.steps.teacher_cache import check_for_another_student
 from pipeline.vlm.assemble import encoders, load_untrained, mapped_vocabulary, shared_vocabulary
 from pipeline.vlm.cohost import CoHost
-from pipeline.vlm.mapped_pair import MappedPair, align_both
+from pipeline.vlm.mapped_pair import MappedPair, align_both, align_student
 from pipeline.vlm.probe import check_parts
 from pipeline.vlm.processing import ChatEncoder
 from pipeline.vlm.verb_ffns import save_verb_ffns
@@ -40,11 +39,7 @@ def run(job: Job) -> Engine | None:
         job.say(f"{NAME}: already done, in {folder}")
         return None
     data, both = ShardFolder(recipe.data.train), encoders(recipe, ROLES)
-    ids, align, note = _vocabulary(recipe, both)
-    if note is not None:
-        job.say(f"{NAME}: {note}")
-    if recipe.cache_from is not None:
-        ids = dict.fromkeys(ROLES, check_for_another_student(job, NAME, data, ids["student"]))
+    ids, align = _vocabulary(job, data, both)
     chat_encoders = {role: both[role] for role in ROLES if role == "student" or recipe.cache_from is None}
     with sharded_loading(recipe, recipe.verbalize) as add_to:
         sides = {
@@ -67,15 +62,27 @@ def run(job: Job) -> Engine | None:
     return engine
 
 
-def _vocabulary(recipe: Recipe, made: dict[str, ChatEncoder]) -> tuple[dict[str, int], Align | None, str | None]:
-    """(each model's number of ids; how their tokens are aligned, None where they are the same; what to say of it)."""
+def _vocabulary(job: Job, data: ShardFolder, made: dict[str, ChatEncoder]) -> tuple[dict[str, int], Align | None]:
+    """(each model's number of ids; how their tokens are aligned, None where they are the same), and say what is not
+    shared. With cache_from the other run's cache must fit. All ranks must call."""
+    recipe, borrowed = job.recipe, job.recipe.cache_from is not None
     if recipe.vocabulary == "shared":
         common = shared_vocabulary(recipe, made)
-        return dict.fromkeys(ROLES, common.size), None, common.describe()
+        _say(job, common.describe())
+        size = check_for_another_student(job, NAME, data, common.size) if borrowed else common.size
+        return dict.fromkeys(ROLES, size), None
     pair = MappedPair(made["teacher"], made["student"])
     mapped = mapped_vocabulary(recipe, pair)
+    _say(job, mapped.describe())
+    if borrowed:
+        check_for_another_student(job, NAME, data, mapped.bucket, mapped)
     ids = {"teacher": len(mapped.class_of), "student": mapped.bucket}
-    return ids, partial(align_both, pair), mapped.describe()
+    return ids, partial(align_student if borrowed else align_both, pair)
+
+
+def _say(job: Job, note: str | None) -> None:
+    if note is not None:
+        job.say(f"{NAME}: {note}")
 
 
 def _forward(engine: Engine):

@@ -32,7 +32,7 @@ class MappedPair:
 
     def __init__(self, teacher: ChatEncoder, student: ChatEncoder):
         """Raises RecipeError where a tokenizer's tokens cannot be read as text."""
-        self.student = student
+        self.teacher, self.student = teacher, student
         self._names = tuple(encoder.processor.tokenizer.get_vocab() for encoder in (teacher, student))
         self.texts: tuple[Texts, Texts] = (token_texts(teacher), token_texts(student))
 
@@ -90,6 +90,13 @@ def align_teacher(
     student = pair.student(raw.key, raw.record["messages"], raw.images)
     teacher, _, record = pair.align(encoded["teacher"], student)
     return {"teacher": teacher}, record
+
+
+def align_student(pair: MappedPair, raw: RawSample, encoded: Mapping[str, Encoded]) -> tuple[dict[str, Encoded], Any]:
+    """For a dataset of the student's samples: what the teacher's form of each lets be supervised."""
+    teacher = pair.teacher(raw.key, raw.record["messages"], raw.images)
+    _, student, _ = pair.align(teacher, encoded["student"])
+    return {"student": student}, None
 
 
 def _tokens(encoded: Encoded) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
@@ -148,6 +149,11 @@ def _whole(model: Any, batch: Batch) -> _Seen:
     try:
         with _reached(model, image_parts(model)) as reached:
             out = model(**batch.inputs, use_cache=False, output_hidden_states=True)
+    except (AttributeError, NameError, TypeError) as error:  # a fault of its code, whatever the data
+        raise RecipeError(
+            f"transformers {transformers.__version__} cannot run model_type '{model.config.model_type}': its own "
+            f"forward ends with {type(error).__name__}: {error}. Install another version of transformers"
+        ) from error
     finally:
         handle.remove()
     if not inputs:

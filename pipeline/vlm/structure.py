@@ -40,6 +40,8 @@ VISION = re.compile(r"vision|visual|image")
 """Found in the name of an image encoder."""
 OTHER = re.compile(r"audio|speech|sound|video|generation|vq")
 """Found in the name of a part that neither text nor an image reaches."""
+POSITIONS = re.compile("pos")
+"""Found in the name of a table of positions, and in that of no table of tokens."""
 
 
 def find_parts(model: Any, named: Mapping[str, Any]) -> Parts:
@@ -89,12 +91,19 @@ def name_of(model: nn.Module, part: object) -> str | None:
     return next((name for name, module in model.named_modules() if module is part), None)
 
 
-def gathered_whole(model: nn.Module) -> list[nn.Module]:
-    """Modules that read the weight of a part without calling it, as linear attention does with its convolution.
+def read_uncalled(model: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+    """(module, weight) where a module may read the weight of a part without calling it.
 
-    ZeRO-3 gathers a weight for the module that is called; these must have all of theirs gathered at once.
+    As linear attention does with its convolution, and towers that resize their table of positions. ZeRO-3 gathers a
+    weight for the module that is called.
     """
-    return [part for part in model.modules() if any(isinstance(child, nn.Conv1d) for child in part.children())]
+    return [
+        (part, weight)
+        for part in model.modules()
+        for name, child in part.named_children()
+        if isinstance(child, nn.Conv1d) or (isinstance(child, nn.Embedding) and POSITIONS.search(name))
+        for weight in child.parameters()
+    ]
 
 
 def _layers(model: Any, named: str | None) -> str:

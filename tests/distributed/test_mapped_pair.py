@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from tiny import png, write_data, write_vlm
 from data_prep.shards import ShardFolder
 from pipeline.__main__ import main
 from pipeline.cache.reader import TeacherCache
-from pipeline.errors import RecipeError
+from pipeline.errors import CacheError, RecipeError
 from pipeline.loss.bucket import BUCKET_FLOOR
 from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime.data.batches import DataOrder, derived_seed
+from pipeline.runtime.loop import Job
+from pipeline.runtime.ranks import Ranks
+from pipeline.steps.teacher_cache import check_for_another_student
 from pipeline.vlm.assemble import encoders, mapped_vocabulary, shared_vocabulary
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.mapped_pair import MappedPair
@@ -122,6 +126,36 @@ def test_interaction_begins_with_the_kl_over_the_mapped_ids_and_the_bucket(finis
     assert all(np.isfinite([line["layer/1"], line["layer/2"], line["last"]]).all() for line in interact)
     reinforce = [line for line in lines if line["step"] == "reinforce"]
     assert reinforce[-1]["cross_entropy"] < reinforce[0]["cross_entropy"] - 0.2
+
+
+def test_another_run_borrows_its_cache_and_trains_the_same_student(finished, tmp_path):
+    """The same student once more, without the teacher's weights: to the bit what was trained beside the teacher."""
+    weightless = tmp_path / "teacher"
+    shutil.copytree(finished.folder / "teacher", weightless, ignore=shutil.ignore_patterns("*.safetensors"))
+    own = [f"run={tmp_path / 'run'}", f"cache_from={finished.run}", f"teacher.path={weightless}"]
+    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", finished.run / "recipe.yaml", "--set", *own)
+    assert f"cache: that of {finished.run}" in said and not (tmp_path / "run" / "cache").exists()
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", tmp_path / "run" / "recipe.yaml")
+    for name in ("verbalize/student.safetensors", "student/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished.run / name).read_bytes(), name
+
+
+def test_a_student_of_another_tokenizer_is_refused_the_cache(finished, tmp_path):
+    other = write_vlm(tmp_path / "student", KIND, 3, 32, tokenizer=bpe_tokenizer(OTHER, 280, end="</s>"), rows=352)
+    settings = [f"run={tmp_path / 'run'}", f"cache_from={finished.run}", f"student.path={other}"]
+    job = Job(load_recipe(finished.run / "recipe.yaml", settings).recipe, Ranks())
+    with pytest.raises(
+        CacheError, match="(?s)student_tokenizer: expected .*one tokenizer and chat template of students"
+    ):
+        check_for_another_student(job, "verbalize", finished.data, 299, finished.map)
+
+
+def test_a_student_of_the_same_tokenizer_with_fewer_rows_is_refused_the_cache(finished, tmp_path):
+    settings = [f"run={tmp_path / 'run'}", f"cache_from={finished.run}"]
+    job = Job(load_recipe(finished.run / "recipe.yaml", settings).recipe, Ranks())
+    fewer = finished.pair.vocabulary_map(len(finished.map.class_of), 290)
+    with pytest.raises(CacheError, match=r"another map .* student's 299; .* This student has .* student's 290; "):
+        check_for_another_student(job, "verbalize", finished.data, fewer.bucket, fewer)
 
 
 def test_commands_read_a_mapped_run(finished, capsys):

@@ -154,10 +154,14 @@ def test_a_recipe_that_the_cache_was_not_made_for_is_refused_to_another_student(
         checked(root, *settings)
 
 
-def test_a_student_that_lacks_ids_of_the_cache_is_told_which_student_comes_first(root):
-    vocab = checked(root)
-    with pytest.raises(CacheError, match=f"is over {vocab} ids, of which this student has only the first {vocab - 1}"):
-        checked(root, common=vocab - 1)
+def test_ids_of_the_cache_that_a_student_lacks_are_named_once_and_cut_off(root, capsys):
+    """What stage 1 says, and over which ids stage 2 then compares, by what stage 1 has left of it."""
+    vocab = opened(root).cache.identity.vocab
+    assert opened(root).ids is None and checked(root, common=vocab - 1) == vocab - 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"is over {vocab} ids, of which this student has the first {vocab - 1}: the other 1 get no" in said
+    edit_json(root / "run" / "verbalize" / "done.json", vocab=vocab - 1)
+    assert opened(root).ids == vocab - 1
 
 
 def test_another_student_s_data_must_be_the_cache_s(root):

@@ -36,6 +36,14 @@ def test_unknown_keys_are_errors_with_a_hint_and_all_are_reported(tmp_path, valu
     assert "reinforce.learning_rate: Input should be greater than 0, found -1" in message
 
 
+@pytest.mark.parametrize("key", ["use_dora", "lora_use_dora", "dora"])
+def test_dora_is_refused_with_its_reason(tmp_path, values, key):
+    with pytest.raises(
+        RecipeError, match=rf"unknown key 'interact\.{key}': DoRA is not offered: .* ZeRO-3 .*lora_rank"
+    ):
+        load_recipe(write(tmp_path, values), [f"interact.{key}=true"])
+
+
 def test_overrides_and_origins(tmp_path, values):
     resolved = load_recipe(write(tmp_path, values), ["interact.steps=3", "seed=7"])
     assert resolved.recipe.interact.steps == 3 and resolved.recipe.seed == 7

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from tiny import CHAT, chats
-from tiny_families import FAMILIES, _tokenizer, write_family
+from tiny_families import FAMILIES, _tokenizer, as_parameter, write_family
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ModelParts
@@ -21,7 +21,7 @@ from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 TARGETS = (1, 2)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=map(as_parameter, FAMILIES))
 def loaded(request, tmp_path_factory):
     folder = write_family(tmp_path_factory.mktemp(request.param), request.param, 3)
     encoder = ChatEncoder(load_processor(folder), 512)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from tiny_families import BROKEN
 from transformers import AutoModelForImageTextToText
 
 from bench.families.__main__ import page, try_family
@@ -43,6 +45,14 @@ def test_verified_with_what_it_needed(kind, needed):
 def test_refused_with_the_reason(kind, why):
     tried = try_family(kind)
     assert tried.outcome == "refused" and why in tried.note
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith(BROKEN["llama4"]), reason="this version can")
+def test_a_family_that_this_transformers_cannot_run_is_refused_with_its_fault():
+    tried = try_family("llama4")
+    assert tried.outcome == "refused"
+    assert f"transformers {transformers.__version__} cannot run model_type 'llama4'" in tried.note
+    assert "AttributeError: 'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'" in tried.note
 
 
 def test_a_prefix_that_sees_all_of_itself_must_end_before_the_response():

@@ -28,7 +28,6 @@ from pipeline.vlm.export import save_student
 pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parents[3]
-HERE = Path(__file__).parent
 INSTALLED = ROOT / "build" / "lmms-eval"
 SAMPLES, TOKENS = 12, 8
 TASK = """task: {name}
@@ -77,7 +76,7 @@ def crash(doc, results):
 def python(*words: object, check: int = 0) -> str:
     """Run `python ...` with lmms-eval on its path; returns what it printed."""
     assert INSTALLED.is_dir(), f"no {INSTALLED}: make test-benchmarks installs it"
-    path = [ROOT, INSTALLED, *([] if torch.version.cuda else [HERE / "cpu_torchvision"])]
+    path = [ROOT, INSTALLED, ROOT / "tests" / "cpu_torchvision"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == check, done.stdout + done.stderr

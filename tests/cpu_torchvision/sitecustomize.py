@@ -1,4 +1,4 @@
-"""Lets PyPI's torchvision be imported beside a CPU build of torch; on PYTHONPATH of the real lmms-eval test alone.
+"""Lets PyPI's torchvision be imported beside a CPU build of torch: on PYTHONPATH of the tests that need torchvision.
 
 PyPI's torchvision is a CUDA build. Without CUDA its library of operators does not load, and then its Python part fails
 at import, because it gives meta kernels to operators that were never declared. So they are declared before it is
@@ -33,6 +33,8 @@ class BeforeTorchvision(importlib.abc.MetaPathFinder):
         if name == "torchvision" and self.library is None:
             import torch
 
+            if torch.version.cuda:  # its own library declares them
+                return None
             self.library = torch.library.Library("torchvision", "DEF")
             for schema in SCHEMAS:
                 self.library.define(schema)
