@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import Recipe
-from pipeline.results.status import planned
+from pipeline.results.status import evaluated, planned
 from pipeline.runtime.folder import done
 
 NAMES = ("data", "stage1", "cache", "stage2", "evaluate")
@@ -95,7 +95,7 @@ def _left_out(recipe: Recipe, with_data: bool) -> dict[str, str]:
         found["stage2"] = f"done: {student.parent}"
     if recipe.data.held_out is None:
         found["evaluate"] = "the recipe has no data.held_out"
-    elif "stage2" in found and (recipe.run / "evaluation.json").is_file():
+    elif "stage2" in found and evaluated(recipe.run):
         found["evaluate"] = f"done: {recipe.run / 'evaluation.json'}"
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -82,11 +83,24 @@ def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
     for step in own if recipe.interact.steps != 0 else STEPS[2:]:
         if step not in complete:
             return train_command(STAGE[step], run / "recipe.yaml")
-    if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:
+    if recipe.data.held_out is not None and not evaluated(run):
         return f"python -m pipeline evaluate --run {run}"
     if "verbalize" in complete or recipe.stage_1 is not None:
         return f"python -m pipeline trace --run {run} --image FILE --question TEXT"
     return f"nothing: the student is in {run}/student"
+
+
+def evaluated(run: Path) -> bool:
+    """Whether evaluation.json has the results of all models that its newest command was to evaluate.
+
+    It is written after each model, the smallest first, so one of a command that was ended lacks some of them.
+    """
+    try:
+        results = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        asked = {name for result in results.values() for name in result.get("asked", ())}
+    except (OSError, ValueError, AttributeError, TypeError):  # missing or damaged: the command itself says which
+        return False
+    return {"untouched", "distilled", *asked} <= results.keys()
 
 
 def show(run: Path, steps: list[StepStatus], following: str) -> None:
