@@ -96,7 +96,8 @@ def test_the_scripts_are_the_plain_ones_with_this_runs_header(recipe, tmp_path, 
 def test_a_site_file_reaches_every_job(recipe, tmp_path):
     site = tmp_path / "site.yaml"
     site.write_text(
-        "account: lab\nqos: long\npartition: h100\nsbatch: [--constraint=ib]\nmodules: [cuda/12.8]\nwarning_s: 300\nmax_requeues: 7\n"
+        "account: lab\nqos: long\npartition: h100\nsbatch: [--constraint=ib]\nmodules: [cuda/12.8]\nwarning_s: 300\n"
+        "max_requeues: 7\n"
         "environment: {NCCL_SOCKET_IFNAME: ib0, MESSAGE: 'two words'}\n"
         "container: {runtime: apptainer, image: /images/vlsi.sif, mounts: [/data]}\n"
     )
