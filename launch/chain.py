@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError
+from pipeline.recipe.resolve import own_caches
 from pipeline.recipe.schema import Recipe
 from pipeline.results.status import evaluated, planned
 from pipeline.runtime.folder import done
@@ -109,5 +110,5 @@ def _stage_1_left_out(recipe: Recipe) -> dict[str, str]:
         found["stage1"] = f"done: {recipe.run / 'verbalize'}"
         cache = done(recipe.run / "cache")
         if cache and cache["shards"] == planned(recipe, "cache"):
-            found["cache"] = f"done: {recipe.run / 'cache' / cache['folder']}"
+            found["cache"] = f"done: {own_caches(recipe) / cache['folder']}"
     return found
