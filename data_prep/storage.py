@@ -73,6 +73,35 @@ def read_bytes(path: Path) -> bytes:
     return _retried(path, lambda: _store(path).cat_file(str(path))) if is_url(path) else path.read_bytes()
 
 
+def listed(folder: Path, pattern: str = "**/*") -> dict[Path, int]:
+    """{file: bytes} of the files below a folder whose path there matches, as they are now; of no folder none.
+
+    Raises DataError where a store does not answer.
+    """
+    if is_url(folder):
+        return _retried(folder, lambda: _listed(folder, pattern))
+    found = {}
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if path.is_file():
+                found[path] = path.stat().st_size
+    return found
+
+
+def modified(path: Path) -> float:
+    """When a file was last written, in seconds; 0 where its store does not say. Raises DataError where it is silent."""
+    if not is_url(path):
+        return path.stat().st_mtime_ns / 1e9
+
+    def ask() -> float:
+        try:
+            return _store(path).modified(str(path)).timestamp()
+        except NotImplementedError:  # a web server's files
+            return 0.0
+
+    return _retried(path, ask)
+
+
 @contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
     """A file on this machine: the file itself, or a copy of what is behind a URL, for as long as it is needed."""
@@ -127,6 +156,14 @@ class Upload:
 
 class _CutOff(OSError):
     """A store's answer ended early."""
+
+
+def _listed(folder: Path, pattern: str) -> dict[Path, int]:
+    store = _store(folder)
+    store.invalidate_cache()  # it keeps listings for as long as the process lives, and other jobs write there
+    entries = store.glob(f"{folder}/{pattern}", detail=True)
+    files = {name: entry["size"] for name, entry in entries.items() if entry["type"] == "file"}
+    return {location(store.unstrip_protocol(name)): size for name, size in files.items()}
 
 
 def _store(path: Path) -> AbstractFileSystem:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError
+from pipeline.recipe.resolve import own_caches
 from pipeline.recipe.schema import Recipe
-from pipeline.results.status import planned
+from pipeline.results.status import evaluated, planned
 from pipeline.runtime.folder import done
 
 NAMES = ("data", "stage1", "cache", "stage2", "evaluate")
@@ -95,7 +96,7 @@ def _left_out(recipe: Recipe, with_data: bool) -> dict[str, str]:
         found["stage2"] = f"done: {student.parent}"
     if recipe.data.held_out is None:
         found["evaluate"] = "the recipe has no data.held_out"
-    elif "stage2" in found and (recipe.run / "evaluation.json").is_file():
+    elif "stage2" in found and evaluated(recipe.run):
         found["evaluate"] = f"done: {recipe.run / 'evaluation.json'}"
     return found
 
@@ -109,5 +110,5 @@ def _stage_1_left_out(recipe: Recipe) -> dict[str, str]:
         found["stage1"] = f"done: {recipe.run / 'verbalize'}"
         cache = done(recipe.run / "cache")
         if cache and cache["shards"] == planned(recipe, "cache"):
-            found["cache"] = f"done: {recipe.run / 'cache' / cache['folder']}"
+            found["cache"] = f"done: {own_caches(recipe) / cache['folder']}"
     return found

@@ -74,7 +74,7 @@ def _settings(job: ChainJob, request: Request) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += _container_lines(site.container, request.folder) if site.container else [_path_line(request.python)]
-    lines.append(f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}")
+    lines += [f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}", f"MAX_REQUEUES={site.max_requeues}"]
     lines += _variables(job, request)
     return lines
 

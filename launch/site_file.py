@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from pipeline.errors import RecipeError
 
@@ -49,6 +49,9 @@ class Site(_Section):
     warning_s: Annotated[int, Field(ge=60, le=65535)] = 600
     """Seconds before the time limit at which the ranks are told to checkpoint; a checkpoint must fit in. SLURM may send
     the signal up to a minute earlier."""
+    max_requeues: PositiveInt = 100
+    """How often a job may go back to the queue, for whatever reason, before its script no longer sends it there: then
+    it fails. A job that never gets beyond loading would come back for ever."""
     gpu_tflops: PositiveFloat = 989.0
     """Peak of one GPU in bf16, 10^12 operations a second, for times from the plan. 989: H100 and H200; A100: 312."""
     network: PositiveFloat = 50.0

@@ -276,7 +276,12 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cache_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cache", type=Path, metavar="CACHE", help="a cache's folder, a run's cache/ or a run's folder")
+    parser.add_argument(
+        "cache",
+        type=location_argument,
+        metavar="CACHE",
+        help="a cache's folder or URL, a run's cache/ or a run's folder",
+    )
     parser.add_argument("--verify", action="store_true", help="hash every shard and decode every record")
     parser.add_argument("--sample", metavar="KEY", help="show instead each layer's most likely tokens for this sample")
     parser.add_argument(

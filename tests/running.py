@@ -59,14 +59,45 @@ def deepspeed(ranks: int, script: str, *arguments: object, check: int | None = 0
     launcher: under DeepSpeed's own launcher. Without it the ranks get the environment that the launcher would set, and
     the others are ended when one fails, as it does: this saves its four seconds.
     """
-    program = [f"launch/{script}", *map(str, arguments)]
+    program = _program(script, arguments)
     port = str(free_port())
     if not launcher and _on_cpu():
         return _warm([_rank(rank, ranks, port) for rank in range(ranks)], program, check)
     if not launcher:
         return _on_ranks(ranks, port, program, check)
-    start = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", str(ranks)]
+    start = [_beside("deepspeed"), "-q", "--num_accelerators", str(ranks)]
     return run([*start, "--master_port", port, *program], check)
+
+
+def torchrun(ranks: int, script: str, *arguments: object) -> str:
+    """The same under torchrun."""
+    return run(
+        [_beside("torchrun"), f"--nproc-per-node={ranks}", f"--master-port={free_port()}", *_program(script, arguments)]
+    )
+
+
+def mpirun(ranks: int, script: str, *arguments: object) -> str:
+    """The same under mpirun. It gives each rank a terminal, on which progress would move: TERM says that it cannot."""
+    return run(
+        [
+            _beside("mpirun"),
+            "-n",
+            str(ranks),
+            "--oversubscribe",
+            "-x",
+            "TERM=dumb",
+            sys.executable,
+            *_program(script, arguments),
+        ]
+    )
+
+
+def _beside(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _program(script: str, arguments: Sequence[object]) -> list[str]:
+    return [f"launch/{script}", *map(str, arguments)]
 
 
 def python(*arguments: object, check: int | None = 0) -> str:

@@ -1,5 +1,7 @@
 """Find a run's teacher caches. Each cache identity has a folder of its own, so caches are never mixed.
 
+They lie in RUN/cache, or where cache.folder says: a folder or a URL.
+
 RUN/cache/sampled-3f2a9c1b/      one cache, named by its codec and a hash of its identity (layout.py: its contents)
 RUN/cache/sampled-3f2a9c1b.old/  a cache that was moved aside: ignored
 RUN/cache/done.json              which cache was finished last
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import ShardFolder
+from data_prep.storage import listed
 from pipeline.cache.fingerprint import data_fingerprint, text_fingerprint
 from pipeline.cache.layout import CacheIdentity, command_to_move_aside, read_identity, read_sidecars
 from pipeline.cache.paths import cache_folders
@@ -99,7 +102,7 @@ def _conflicts_with_data(path: Path, identity: CacheIdentity, data: ShardFolder)
     Shards that belong to another cache are ignored here. They are rebuilt, like missing ones.
     """
     made_from = {shard["name"]: shard["sha256"] for shard in data.manifest["shards"]}
-    sidecars = read_sidecars(path, sorted(file.name for file in path.glob("*.tar")))
+    sidecars = read_sidecars(path, sorted(file.name for file in listed(path, "*.tar")))
     made_for = identity.made_for(path)
     own = {name: sidecar for name, sidecar in sidecars.items() if sidecar["made_for"] == made_for}
     return any(made_from.get(name) != sidecar["data_sha256"] for name, sidecar in own.items())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.schema import parse_json
-from data_prep.storage import local_copy, read_bytes, size_of
+from data_prep.storage import is_url, local_copy, read_bytes, size_of
 from pipeline.cache.fingerprint import STUDENT_FINGERPRINTS, Mismatch, compare, text_fingerprint
 from pipeline.cache.hashes import file_sha256
 from pipeline.cache.mapping import is_mapped
@@ -184,7 +184,16 @@ def command_to_remake(path: Path, recipe: Path | str) -> str:
 
 def command_to_move_aside(path: Path) -> str:
     """The command that renames a cache folder so that its run ignores it. Nothing is deleted."""
+    if is_url(path):
+        return _store_command(path, f"[fs.mv(file, path + {ASIDE!r} + file[len(path):]) for file in fs.find(path)]")
     return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}{ASIDE}')}"
+
+
+def command_to_remove(files: Sequence[Path]) -> str:
+    """The command that removes files of a cache."""
+    if any(map(is_url, files)):
+        return " && ".join(_store_command(file, "fs.rm(path)") for file in files)
+    return f"rm {' '.join(shlex.quote(str(file)) for file in files)}"
 
 
 def mismatch_message(path: Path, mismatches: Sequence[Mismatch], recipe: Path | str, detail: str = "") -> str:
@@ -225,6 +234,11 @@ def _problem(
     except (KeyError, TypeError) as error:
         return f"its sidecar is damaged ({error!r})"
     return None
+
+
+def _store_command(path: Path, call: str) -> str:
+    code = f"from fsspec.core import url_to_fs; fs, path = url_to_fs({str(path)!r}); {call}"
+    return f"python -c {shlex.quote(code)}"
 
 
 def _sha256_of(file: Path) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_prep.storage import listed, modified
+
 IDENTITY = "cache.json"
 """The file that marks a folder as a cache. It is written first."""
 
@@ -12,9 +14,9 @@ ASIDE = ".old"
 
 
 def cache_folders(root: Path) -> list[Path]:
-    """The caches under RUN/cache that were not moved aside, in the order in which they were started."""
-    files = [file for file in root.glob(f"*/{IDENTITY}") if not file.parent.name.endswith(ASIDE)]
-    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
+    """The caches under a run's cache folder that were not moved aside, in the order in which they were started."""
+    files = [file for file in listed(root, f"*/{IDENTITY}") if not file.parent.name.endswith(ASIDE)]
+    return [file.parent for file in sorted(files, key=modified)]
 
 
 def newest(root: Path) -> Path | None:

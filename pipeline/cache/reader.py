@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_prep.schema import DataError, parse_json
 from data_prep.shards import MANIFEST, ShardFolder
-from data_prep.storage import read_bytes
+from data_prep.storage import listed, read_bytes
 from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint
 from pipeline.cache.head import check_head, read_head
 from pipeline.cache.layout import (
@@ -229,7 +229,7 @@ class TeacherCache:
             manifest = parse_json(read_bytes(self.path / MANIFEST))
             return {shard["name"]: shard for shard in manifest["shards"]}
         except FileNotFoundError:
-            return read_sidecars(self.path, sorted(file.name for file in self.path.glob("*.tar")))
+            return read_sidecars(self.path, sorted(file.name for file in listed(self.path, "*.tar")))
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{self.path / MANIFEST} is damaged ({error!r}). Put it right: {self._repair()}") from None
 

@@ -127,6 +127,11 @@ def _other_run_problems(recipe: Recipe, asked: set[str]) -> list[str]:
             f"cache_from: {recipe.cache_from} has this run's cache, so there is none to make here: run the cache job "
             f"of {recipe.cache_from / 'recipe.yaml'}, or leave cache_from out"
         ]
+    if recipe.cache.folder is not None and (other := recipe.left_to_another_run().get("cache")) is not None:
+        return [
+            f"cache.folder: {recipe.cache.folder} would never be used: this run's cache is that of {other[0]}, "
+            f"{other[1]}, and read where that run's recipe says; leave cache.folder out"
+        ]
     return []
 
 

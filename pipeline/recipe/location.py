@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import PlainValidator
+from pydantic import PlainSerializer, PlainValidator
 
 from data_prep.schema import DataError
 from data_prep.storage import is_url, location
@@ -20,5 +20,5 @@ def _location(value: object) -> Path:
         raise ValueError(str(error)) from None
 
 
-Location = Annotated[Path, PlainValidator(_location)]
+Location = Annotated[Path, PlainValidator(_location), PlainSerializer(lambda found: found)]
 """A folder, or a URL such as s3://bucket/shards."""

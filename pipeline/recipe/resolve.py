@@ -37,6 +37,7 @@ CHANGEABLE = {
     "data.held_out",
     "data.max_bad_share",
     "cache.batch_tokens",
+    "cache.folder",
     "cache.max_bucket_share",
 } | {
     f"{step}.{key}"
@@ -167,6 +168,21 @@ def refuse_another_teacher(recipe: Recipe) -> None:
             f"Set cache_from: {owner}"
         )
     _refuse_other_values("cache_from", "teacher", recipe.cache_from, theirs, recipe, TEACHER_OF_CACHE)
+
+
+def own_caches(recipe: Recipe) -> Path:
+    """The folder or URL of a run's own caches: cache.folder, or RUN/cache."""
+    return recipe.cache.folder or recipe.run / "cache"
+
+
+def caches_of(run: Path) -> Path:
+    """The same of a run's folder, by its recipe.yaml; the run may have been moved since it was begun.
+
+    Raises RecipeError where its recipe.yaml is damaged.
+    """
+    path = run / "recipe.yaml"
+    folder = _validate(_read_yaml(path), str(path)).cache.folder if path.is_file() else None
+    return folder or run / "cache"
 
 
 def _recipe_of(field: str, run: Path) -> Recipe:

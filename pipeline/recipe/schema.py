@@ -193,6 +193,9 @@ class Cache(Section):
 
     codec: Codec = Codec()
     """The codec that stores the distributions, and its parameters."""
+    folder: Location | None = None
+    """Folder, or URL such as s3://bucket/NAME-cache, in which this run's caches are made and read, where the disk of
+    `run` has no room for them. Each has a folder of its own in it. Left out: RUN/cache."""
     batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass of the teacher on one rank, image tokens and padding included. A
     longer sample gets a pass of its own. A larger value is faster and needs more memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,14 +14,16 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from data_prep import storage
 from data_prep.schema import DataError
 from data_prep.shards import read_manifest
+from data_prep.storage import is_url
 from pipeline.cache.paths import newest
 from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import number_of_steps
 from pipeline.recipe.presets import PRESETS
-from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.resolve import load_recipe, own_caches
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.results import jobs_table
 from pipeline.results.jobs import FOLDER, read_jobs
@@ -82,11 +85,24 @@ def next_command(run: Path, recipe: Recipe, complete: list[str]) -> str:
     for step in own if recipe.interact.steps != 0 else STEPS[2:]:
         if step not in complete:
             return train_command(STAGE[step], run / "recipe.yaml")
-    if not (run / "evaluation.json").is_file() and recipe.data.held_out is not None:
+    if recipe.data.held_out is not None and not evaluated(run):
         return f"python -m pipeline evaluate --run {run}"
     if "verbalize" in complete or recipe.stage_1 is not None:
         return f"python -m pipeline trace --run {run} --image FILE --question TEXT"
     return f"nothing: the student is in {run}/student"
+
+
+def evaluated(run: Path) -> bool:
+    """Whether evaluation.json has the results of all models that its newest command was to evaluate.
+
+    It is written after each model, the smallest first, so one of a command that was ended lacks some of them.
+    """
+    try:
+        results = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        asked = {name for result in results.values() for name in result.get("asked", ())}
+    except (OSError, ValueError, AttributeError, TypeError):  # missing or damaged: the command itself says which
+        return False
+    return {"untouched", "distilled", *asked} <= results.keys()
 
 
 def show(run: Path, steps: list[StepStatus], following: str) -> None:
@@ -153,23 +169,21 @@ def data_of(run: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder. Files that a running job removes meanwhile are not counted."""
-    total = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes of a file, or of all files in a folder or behind a URL; none of those that a job removes meanwhile."""
+    if not is_url(path) and path.is_file():
+        return storage.size_of(path) or 0
+    return sum(storage.listed(path).values())
 
 
 def _step(run: Path, name: str, recipe: Recipe, begun: bool) -> StepStatus:
     summary, lines = done(run / name), read_metrics(run, name)
     losses = (summary or {}).get("losses") or _newest_losses(lines)
     state = "done" if summary is not None else "begun" if begun or lines else "not begun"
-    size = size_of(run / name)
+    elsewhere = name == "cache" and recipe.cache.folder is not None and name not in recipe.left_to_another_run()
+    folder = own_caches(recipe) if elsewhere else run / name
+    size = size_of(folder)
     if name == "cache":
-        progress = _shard_progress(run / name, planned(recipe, name)) if begun else ""
+        progress = _shard_progress(folder, planned(recipe, name)) if begun or elsewhere else ""
     elif summary is not None:
         progress = f"{summary['updates']} updates" if summary["updates"] else "left out (0 updates)"
     else:
@@ -199,8 +213,11 @@ def _shard_progress(root: Path, of: int | str) -> str:
     """Progress of the cache that was begun last; and the time left, at the pace from its first shard to its newest."""
     if (cache := newest(root)) is None:
         return ""
-    made = sorted(path.stat().st_mtime for path in cache.glob("*.tar"))
-    text = f"{len(made)} of {of} shards"
+    shards = storage.listed(cache, "*.tar")
+    text = f"{len(shards)} of {of} shards"
+    if is_url(cache):  # to ask for each shard's time would be a request each
+        return text
+    made = sorted(map(storage.modified, shards))
     if len(made) < 2 or not isinstance(of, int) or len(made) >= of:
         return text
     each = (made[-1] - made[0]) / (len(made) - 1)

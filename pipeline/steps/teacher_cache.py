@@ -23,6 +23,7 @@ from pipeline.cache.reader import TeacherCache
 from pipeline.commands import train_command
 from pipeline.errors import CacheError
 from pipeline.recipe.checks import target_layers
+from pipeline.recipe.resolve import caches_of, own_caches
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.folder import done
 from pipeline.runtime.loop import Job
@@ -49,8 +50,13 @@ def open_teacher_cache(
     layers = (*(asked or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
     codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
     wanted = (data, expected, codec, layers, run / "recipe.yaml")
-    what = f"{step}: choosing a cache in {run / 'cache'}"
-    path = as_first_rank_sees(job.ranks, what, lambda: open_cache(run / "cache", *wanted).path)
+    root = (
+        own_caches(recipe)
+        if run == recipe.run
+        else as_first_rank_sees(job.ranks, f"{step}: {run}", lambda: caches_of(run))
+    )
+    what = f"{step}: choosing a cache in {root}"
+    path = as_first_rank_sees(job.ranks, what, lambda: open_cache(root, *wanted).path)
     wait_for_files(job.ranks, [path / name for name in (IDENTITY, MANIFEST, ORDER, HEAD, MAPPING)])
     return TeacherCache(path, data, expected, layers, run / "recipe.yaml", codec), layers
 

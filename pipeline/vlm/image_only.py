@@ -7,6 +7,7 @@ object of __init__, so each class writes out its own.
 
 from __future__ import annotations
 
+import copyreg
 import json
 import re
 from pathlib import Path
@@ -124,8 +125,21 @@ IMAGE_ONLY: dict[str, type[ProcessorMixin]] = {
     "InternVLProcessor": _InternVL,
     "SmolVLMProcessor": _SmolVLM,
 }
+
+
+def _unpickled(name: str) -> ProcessorMixin:
+    form = IMAGE_ONLY[name]
+    return form.__new__(form)
+
+
+def _pickled(processor: ProcessorMixin) -> tuple[Any, ...]:
+    """Under the public class's name pickle would find that class, and refuse: loader workers that are not forked."""
+    return _unpickled, (type(processor).__name__,), vars(processor)
+
+
 for _name, _form in IMAGE_ONLY.items():
     _form.__name__ = _form.__qualname__ = _name  # saved folders carry the public class's name
+    copyreg.pickle(_form, _pickled)
 
 
 def load_image_only(folder: Path) -> ProcessorMixin | None:

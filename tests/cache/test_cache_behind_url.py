@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +15,7 @@ from s3 import S3, s3_server
 
 from data_prep import storage
 from pipeline.cache.find import folder_for, open_cache
+from pipeline.cache.layout import command_to_move_aside, command_to_remove
 from pipeline.cache.paths import cache_folders
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.writer import CacheFolder
@@ -85,3 +88,18 @@ def test_a_job_makes_what_is_missing_or_was_changed(server, data):
         TeacherCache(path, data)
     assert fill(CacheFolder(path, of, data), data, missing)
     assert not CacheFolder(path, of, data).missing(verify=True) and storage.read_bytes(path / names[1]) == whole
+
+
+def test_the_commands_that_messages_advise_work_there(server, data):
+    root = storage.location(f"{ROOT}-aside")
+    path = made(root, "topk", data)
+    run_in_a_shell(command_to_remove([path / "000000.json"]))
+    assert "000000.json" not in [file.name for file in storage.listed(path, "*")]
+    run_in_a_shell(command_to_move_aside(path))
+    assert not cache_folders(root) and [file.parent.name for file in storage.listed(root, "*/cache.json")] == [
+        f"{path.name}.old"
+    ]
+
+
+def run_in_a_shell(command: str) -> None:
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)

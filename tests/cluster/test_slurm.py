@@ -45,7 +45,7 @@ def sbatch(slurm, *arguments: object) -> str:
     return subprocess.run(command, env=slurm, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def submitted(slurm, folder: Path, name: str, code: int) -> Job:
+def submitted(slurm, folder: Path, name: str, code: int, *limit: str) -> Job:
     """A job of two nodes whose ranks wait until they are asked to end, and end with `code` when started again."""
     (folder / "rank.py").write_text(RANK)
     script = folder / f"{name}.sbatch"
@@ -54,21 +54,23 @@ def submitted(slurm, folder: Path, name: str, code: int) -> Job:
         f"set -euo pipefail\nsource launch/slurm/ranks.sh\nranks {folder}/rank.py {folder}/{name} {code}\n"
     )
     output = f"{folder}/{name}-%j.out"
-    return Job(name, sbatch(slurm, f"--output={output}", script), output)
+    return Job(name, sbatch(slurm, *limit, f"--output={output}", script), output)
 
 
 def test_only_ranks_that_were_asked_to_end_bring_their_job_back(slurm, tmp_path):
-    """Three jobs, side by side: one goes on after a signal, one fails after it, one is cancelled."""
-    well, badly, cancelled = (
-        submitted(slurm, tmp_path, n, c) for n, c in (("well", 0), ("badly", 3), ("cancelled", 0))
-    )
+    """Three jobs, side by side: one goes on after its time limit's warning, one fails after a signal, one is cancelled.
+
+    SLURM's limits are whole minutes, and it looks every half minute for those whose warning comes due in the next.
+    """
+    well = submitted(slurm, tmp_path, "well", 0, "--time=1", "--signal=USR1@20")
+    badly, cancelled = (submitted(slurm, tmp_path, name, code) for name, code in (("badly", 3), ("cancelled", 0)))
     behind = [f"--dependency=afterok:{badly.id}", "--kill-on-invalid-dep=yes", "--wrap=true"]
     after = Job("after", sbatch(slurm, *behind, "--output=/dev/null"), "/dev/null")
-    for job in (well, badly, cancelled):
+    for job in (badly, cancelled, well):
         until("two ranks to run", lambda job=job: len(list(tmp_path.glob(f"{job.name}[01]"))) == 2, 60)
         if job is cancelled:
             subprocess.run(["scancel", job.id], env=slurm, check=True)
-        else:
+        elif job is badly:
             subprocess.run(["scancel", "--signal=USR1", job.id], env=slurm, check=True)
         until("it to leave its first start", lambda job=job: state(job).state not in ("RUNNING", "COMPLETING"), 60)
     until("the jobs to end", lambda: not any(state(job).active for job in (well, badly, cancelled)), 90)

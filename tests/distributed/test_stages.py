@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from running import cache_folder, deepspeed, python, tiny_recipe
+from running import cache_folder, deepspeed, mpirun, python, tiny_recipe, torchrun
+from s3 import s3_server
 from safetensors.torch import load_file
 from tiny import KINDS, chats, write_data
 
+from data_prep import storage
+from pipeline.results.cache import on_disk
+from pipeline.results.cache.info import run as cache_info
+from pipeline.results.status import status
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.processing import ChatEncoder, collate, load_processor
 
@@ -55,15 +61,17 @@ def exported_loss(student: Path, samples) -> float:
 
 @pytest.fixture(scope="module", params=KINDS)
 def finished(request, tmp_path_factory, tiny_models, data):
-    """A whole run of one family; the teacher's folder is gone before stage 2."""
+    """A whole run of one family, under another launcher; the teacher's folder is gone before stage 2."""
     folder = tmp_path_factory.mktemp(request.param)
     models = {**tiny_models, (request.param, "teacher"): folder / "teacher"}
     shutil.copytree(tiny_models[request.param, "teacher"], folder / "teacher")
     reported = request.param == KINDS[0]
     recipe = tiny_recipe(folder, models, request.param, data, verbalize={"steps": 12}, report=reported)
-    said = deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe, launcher=True)
+    own = partial(deepspeed, launcher=True)
+    stage_1, stage_2 = (own, own) if request.param == KINDS[0] else (mpirun, torchrun)  # the recipe is the same
+    said = stage_1(2, "train.py", "--stage", 1, "--recipe", recipe)
     shutil.rmtree(folder / "teacher")
-    said += deepspeed(2, "train.py", "--stage", 2, "--recipe", recipe, launcher=True)
+    said += stage_2(2, "train.py", "--stage", 2, "--recipe", recipe)
     return request.param, folder, recipe, said
 
 
@@ -97,6 +105,33 @@ def test_the_cache_mirrors_the_data(finished, data):
     assert [s["keys"] for s in ours["shards"]] == [s["keys"] for s in theirs["shards"]]
     assert ours["layers"] == [1, 2, 3, 4, 6] and ours["tokens"] > 0
     assert "cache: complete, 3 shards" in said
+
+
+def test_a_cache_in_a_bucket_changes_no_number(finished, tiny_models, tmp_path, capsys):
+    """Made by two ranks and read by stage 2 behind a URL, with faults on the way: as the run with its own folder."""
+    kind, folder, recipe, _ = finished
+    if kind != KINDS[0]:
+        pytest.skip("one family is enough")
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run" / "verbalize", run / "verbalize")
+    with s3_server() as server:
+        server.every(5, "busy", "cut")
+        where = ["--recipe", recipe, "--set", f"run={run}", "cache.folder=s3://bucket/caches", "report=false"]
+        where.append(f"teacher.path={tiny_models[kind, 'teacher']}")
+        assert "cache: complete, 3 shards" in deepspeed(2, "cache.py", *where)
+        made = len(server.injected)
+        deepspeed(2, "train.py", "--stage", 2, *where)
+        assert 0 < made < len(server.injected), "both have met faults"
+        far, near = on_disk.find_caches(run), cache_folder(folder / "run")
+        assert far == [storage.location(f"s3://bucket/caches/{near.name}")] and not list(run.glob("cache/*/*"))
+        assert on_disk.inspect_cache(far[0], run).complete and status(run)[0][1].progress == "3 of 3 shards"
+        cache_info(run, True, None, None)  # hashes and decodes all
+        assert "verified 3 shards" in capsys.readouterr().out
+        names = {file.name for file in near.iterdir() if not file.name.startswith(".")}
+        assert {file.name for file in storage.listed(far[0], "*")} == names
+        assert all(storage.read_bytes(far[0] / name) == (near / name).read_bytes() for name in names)
+    students = [(root / "student" / "model.safetensors").read_bytes() for root in (run, folder / "run")]
+    assert students[0] == students[1]
 
 
 def test_interaction_draws_ordered_matches_and_its_losses_fall(finished):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import REQUEUE_EXIT
+from pipeline.results.jobs import last_error
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -112,6 +113,27 @@ def test_a_failure_with_a_node_gone_brings_the_job_back(tmp_path):
     output, code = run_script(tmp_path, "stage2.sbatch", CODE="233", NODES_GONE="1")
     assert "not every node of the job runs as much as 'true': a node is gone" in output
     assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15
+
+
+@pytest.mark.parametrize(("left_with", "nodes_gone"), [(REQUEUE_EXIT, "0"), (233, "1")])
+def test_a_job_that_comes_back_for_ever_is_ended(tmp_path, left_with, nodes_gone):
+    """One that needs longer to load than its time limit would otherwise never stop."""
+    counts = {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}
+    output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(left_with), NODES_GONE=nodes_gone, **counts)
+    assert code == left_with and "scontrol requeue" not in output
+    said = "error: job 7 has gone back to the queue 3 times, as often as max_requeues of the site file allows"
+    assert said in output and last_error_of(output, tmp_path).startswith(said)  # what `status` shows
+    counts["MAX_REQUEUES"] = "4"
+    (tmp_path / "once_more").mkdir()
+    output, _ = run_script(
+        tmp_path / "once_more", "stage2.sbatch", CODE=str(left_with), NODES_GONE=nodes_gone, **counts
+    )
+    assert output.splitlines()[-1] == "scontrol requeue 7"
+
+
+def last_error_of(output: str, folder: Path) -> str:
+    (folder / "job.out").write_text(output)
+    return last_error(folder / "job.out")
 
 
 def test_as_rank_outside_of_srun_names_the_command():

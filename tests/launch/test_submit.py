@@ -97,6 +97,7 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     site = tmp_path / "site.yaml"
     site.write_text(
         "account: lab\nqos: long\npartition: h100\nsbatch: [--constraint=ib]\nmodules: [cuda/12.8]\nwarning_s: 300\n"
+        "max_requeues: 7\n"
         "environment: {NCCL_SOCKET_IFNAME: ib0, MESSAGE: 'two words'}\n"
         "container: {runtime: apptainer, image: /images/vlsi.sif, mounts: [/data]}\n"
     )
@@ -105,6 +106,7 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     for option in ("account=lab", "qos=long", "partition=h100", "constraint=ib", "signal=USR1@300"):
         assert f"#SBATCH --{option}\n" in text
     assert "module load cuda/12.8\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
+    assert "\nMAX_REQUEUES=7\n" in text
     inside = f"in_container=(apptainer exec --nv --bind {os.getcwd()} --bind /data /images/vlsi.sif)\n"
     assert inside in text and str(Path(sys.executable).parent) not in text
     site.write_text("container: {runtime: enroot, image: lab/vlsi:1, mounts: ['/data', '/a:/b']}\n")
@@ -135,7 +137,7 @@ def test_what_is_done_is_left_out(slurm, recipe, tmp_path, capsys):
     mark_done(folder / "reinforce", {"updates": 3})
     (folder / "student").mkdir()
     (folder / "student" / "config.json").touch()
-    (folder / "evaluation.json").touch()
+    (folder / "evaluation.json").write_text('{"untouched": {}, "distilled": {}}')
     capsys.readouterr()
     assert run(recipe) == 0 and "nothing to do: all is done" in capsys.readouterr().out
 

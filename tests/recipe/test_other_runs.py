@@ -9,7 +9,7 @@ from recipe_file import write
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe
-from pipeline.recipe.resolve import load_recipe, refuse_another_student, refuse_another_teacher
+from pipeline.recipe.resolve import caches_of, load_recipe, own_caches, refuse_another_student, refuse_another_teacher
 
 
 def test_another_run_s_stage_1_must_be_of_the_same_student(tmp_path, values):
@@ -71,3 +71,14 @@ def test_a_run_with_another_s_cache_has_no_cache_job(tmp_path, another):
         RecipeError, match=r"cache_from: .*base has this run's cache, .* cache job of .*base/recipe.yaml"
     ):
         check_recipe(recipe, ("cache",))
+
+
+def test_a_run_with_another_s_cache_names_no_folder_for_its_own(tmp_path, another):
+    recipe = load_recipe(write(tmp_path, another), ["cache.folder=s3://bucket/caches"]).recipe
+    with pytest.raises(RecipeError, match=r"cache.folder: s3://bucket/caches would never be used: .* of cache_from, "):
+        check_recipe(recipe, ("verbalize", "cache"))
+    left_out = load_recipe(write(tmp_path, {**another, "cache_from": None}), ["cache.folder=s3://bucket/caches"]).recipe
+    assert str(own_caches(left_out)) == "s3://bucket/caches"
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "recipe.yaml").write_text(write(tmp_path, {**another, "cache_from": None}).read_text())
+    assert caches_of(tmp_path / "moved") == tmp_path / "moved" / "cache"

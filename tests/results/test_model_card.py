@@ -135,6 +135,14 @@ def test_a_complete_step_keeps_the_environment_it_ran_in(tmp_path):
     assert read_environment(tmp_path, "cache") is None
 
 
+def test_a_url_is_named_as_a_folder_is(run):
+    """A run that trained from a bucket could not write its card, so it never ended."""
+    with (run / "recipe.yaml").open("a") as file:
+        file.write("cache: {folder: 's3://secret-bucket/caches'}\n")
+    text = model_card(run)
+    assert "folder: caches" in text and "secret-bucket" not in text
+
+
 def test_the_recipe_in_it_is_a_recipe(run):
     block = model_card(run).split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(block)["student"]["path"] == "Base-2B"

@@ -80,9 +80,19 @@ def test_a_half_run_shows_its_last_update_and_its_shards(run):
 def test_a_complete_run_asks_for_its_evaluation_then_for_a_trace(run):
     for step in ("verbalize", "cache", "interact", "reinforce"):
         mark_done(run / step, {"updates": 3})
-    assert status(run)[1] == f"python -m pipeline evaluate --run {run}"
-    (run / "evaluation.json").write_text("{}")
-    assert status(run)[1].startswith(f"python -m pipeline trace --run {run}")
+    of_all = {"asked": ["teacher", "untouched", "distilled"]}
+    for results in (
+        None,
+        {},
+        {"untouched": {}, "question_only": {}},  # of before stage 2
+        {"untouched": of_all, "distilled": of_all, "question_only": {}},  # ended within the teacher, the largest
+    ):
+        if results is not None:
+            (run / "evaluation.json").write_text(json.dumps(results))
+        assert status(run)[1] == f"python -m pipeline evaluate --run {run}", results
+    for results in ({name: of_all for name in of_all["asked"]}, {"untouched": {}, "distilled": {}}):
+        (run / "evaluation.json").write_text(json.dumps(results))
+        assert status(run)[1].startswith(f"python -m pipeline trace --run {run}"), results
 
 
 def test_without_interaction_stage_1_is_not_asked_for(run):
@@ -134,7 +144,7 @@ def test_a_run_with_another_run_s_stage_1_goes_on_with_stage_2(run, tmp_path):
     assert "--stage 2" in following
     for step in ("interact", "reinforce"):
         mark_done(run / step, {"updates": 3})
-    (run / "evaluation.json").touch()
+    (run / "evaluation.json").write_text(json.dumps({"untouched": {}, "distilled": {}}))
     assert status(run)[1].startswith("python -m pipeline trace")
 
 

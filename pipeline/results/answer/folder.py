@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ from pipeline.runtime.folder import write_json
 
 IDENTITY = "answers.json"
 REJECTS = "rejects.jsonl"
+AGAIN_S = (0.5, 2.0)
+"""How long to wait, at random between these, before other parts' shards are looked for again."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,19 @@ class AnswerFolder:
     def missing(self) -> list[int]:
         """Numbers, from 0, of the data shards that are still to be answered."""
         return [number for number, shard in enumerate(self.data.shards) if self.done(shard) is None]
+
+    def still_missing(self) -> list[int]:
+        """`missing`, asked once more after a moment where some are: of two parts that end at once, one sees both.
+
+        Over NFS a host may go on finding a file missing until it learns that the folder has changed: from its own next
+        change there, to which the server answers with the times before and after it. Two that change it at the same
+        tick learn nothing of each other, so each changes it again, at another moment.
+        """
+        if not self.missing():
+            return []
+        time.sleep(random.uniform(*AGAIN_S))
+        write_json(self.path / IDENTITY, self.origin.to_json())  # the same bytes
+        return self.missing()
 
     def finish(self, bad_samples: BadSamples) -> tuple[int, int]:
         """Write rejects.jsonl and the manifest, when no shard is missing. Returns (samples read, samples used).

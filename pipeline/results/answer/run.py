@@ -35,7 +35,7 @@ def run(plan: Plan) -> None:
         return
     if missing:
         _Job(plan, folder).answer(missing)
-    left = folder.missing()
+    left = folder.still_missing()
     if left:
         say(_left(plan, left))
         return

@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.shards import MANIFEST
+from data_prep.storage import listed
 from pipeline.cache.layout import CacheIdentity
 from pipeline.cache.mapping import MAPPING, VOCABULARY
 from pipeline.cache.paths import IDENTITY, newest
 from pipeline.errors import CacheError
 from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
-from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, inspect_cache
+from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, inspect_cache, owner_of
 from pipeline.results.status import size_of
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.progress import size_text
@@ -43,14 +44,15 @@ def run(
     """
     _check_options(sample, tokenizer, suspects, limit, output)
     folders = find_caches(path)
+    owner = owner_of(path)
     if len(folders) > 1:
-        _show_list(folders)
+        _show_list(folders, owner)
         latest = newest(folders[0].parent) or folders[-1]
         raise CacheError(
             f"{len(folders)} caches in {path}: name one. The one begun last: "
             f"python -m pipeline cache-info {shlex.quote(str(latest))}"
         )
-    cache = inspect_cache(folders[0])
+    cache = inspect_cache(folders[0], owner)
     if suspects:
         from pipeline.results.cache import suspects as ranking
 
@@ -174,12 +176,12 @@ def _check_options(
             raise CacheError(f"{name} is for the ranking of --suspects: give --suspects too")
 
 
-def _show_list(folders: Sequence[Path]) -> None:
+def _show_list(folders: Sequence[Path], owner: Path | None) -> None:
     table = Table("cache", "state")
     table.add_column("on disk", justify="right")
     for folder in folders:
         try:
-            state = inspect_cache(folder).state
+            state = inspect_cache(folder, owner).state
         except CacheError:
             state = "cannot be read: name it to see why"
         table.add_row(folder.name, state, size_text(size_of(folder)))
@@ -199,10 +201,10 @@ def _bytes_by_kind(path: Path) -> Iterator[tuple[str, int]]:
     """(kind of file, bytes) for each kind that is present, largest first."""
     kinds = {".tar": "records", ".json": "sidecars", ".int32": "order", ".safetensors": "head"}
     sizes: dict[str, int] = {}
-    for file in sorted(path.iterdir()):
+    for file, size in sorted(listed(path, "*").items()):
         kind = "manifest" if file.name in (MANIFEST, IDENTITY) else kinds.get(file.suffix, "unfinished")
         kind = "map" if file.name == MAPPING else kind
-        sizes[kind] = sizes.get(kind, 0) + size_of(file)
+        sizes[kind] = sizes.get(kind, 0) + size
     yield from sorted(sizes.items(), key=lambda item: -item[1])
 
 

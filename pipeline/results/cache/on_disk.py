@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from data_prep.schema import DataError
 from data_prep.shards import MANIFEST, read_manifest
+from data_prep.storage import is_file, is_url, listed
 from pipeline.cache.layout import (
     FORMAT,
     RECORD,
@@ -24,7 +25,7 @@ from pipeline.cache.layout import (
 from pipeline.cache.paths import IDENTITY, cache_folders
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError, RecipeError
-from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.resolve import caches_of, load_recipe
 
 SIDECAR = {"keys", "offsets", "end", "bytes", "sha256", "made_for", "data_sha256", "tokens", "skipped"}
 """Fields that every sidecar has."""
@@ -54,7 +55,7 @@ class CacheOnDisk:
     planned: int | None
     """Number of shards of the complete cache; None if neither the manifest nor the run's data tells it."""
     recipe: Path | None
-    """recipe.yaml of the run that contains the cache; None if there is none."""
+    """recipe.yaml of the run that the cache belongs to; None if none is known."""
 
     @property
     def complete(self) -> bool:
@@ -92,13 +93,17 @@ def find_caches(path: Path) -> list[Path]:
 
     Raises CacheError if there is none.
     """
-    if (path / IDENTITY).is_file():
+    if is_file(path / IDENTITY):
         return [path]
     for root in _roots(path):
         if found := sorted(cache_folders(root)):
             return found
-    kind = "a folder without any" if path.is_dir() else "a file" if path.exists() else "no such folder"
     own = path / "recipe.yaml"
+    if is_url(path):
+        raise CacheError(
+            f"no teacher cache at {path}: expected a cache's folder (with {IDENTITY} in it), or one of caches"
+        )
+    kind = "a folder without any" if path.is_dir() else "a file" if path.exists() else "no such folder"
     raise CacheError(
         f"no teacher cache at {path}: expected a cache's folder (with {IDENTITY} in it), a run's cache/ or a run's "
         f"folder; found {kind}. Make one: {cache_command(own if own.is_file() else 'R')}"
@@ -107,20 +112,27 @@ def find_caches(path: Path) -> list[Path]:
 
 def _roots(path: Path) -> Iterator[Path]:
     """Folders that may have caches in them; another run's last, where the recipe of a run leaves the cache to it."""
-    yield path / "cache"
+    yield path / "cache" if is_url(path) else caches_of(path)
     yield path
+    if (owner := owner_of(path)) is not None and owner != path:
+        yield caches_of(owner)
+
+
+def owner_of(path: Path) -> Path | None:
+    """The run whose caches the run at a path uses, itself or another; None where there is no run."""
     own = path / "recipe.yaml"
-    if own.is_file() and (another := load_recipe(own).recipe.left_to_another_run().get("cache")) is not None:
-        yield another[1] / "cache"
+    if is_url(path) or not own.is_file():
+        return None
+    _, owner = load_recipe(own).recipe.left_to_another_run().get("cache", ("", path))
+    return owner
 
 
-def inspect_cache(path: Path) -> CacheOnDisk:
-    """Read the state of a cache folder.
+def inspect_cache(path: Path, run: Path | None = None) -> CacheOnDisk:
+    """Read the state of a cache folder. run: the one that it belongs to; left out, the one that it lies in, if any.
 
     Raises CacheError: another format version, or cache.json or the manifest is damaged.
     """
-    recipe_path = Path(os.path.normpath(path / ".." / "..")) / "recipe.yaml"
-    recipe = recipe_path if recipe_path.is_file() else None
+    recipe = _recipe_of(path, run)
     identity = read_identity(path, recipe or "R")
     manifest = _manifest(path, recipe)
     listed = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
@@ -138,7 +150,7 @@ def inspect_cache(path: Path) -> CacheOnDisk:
 
 def valid_sidecars(path: Path) -> dict[str, Shard]:
     """{shard: sidecar} of all valid sidecars in a folder; a damaged sidecar counts as missing."""
-    names = [file.with_suffix(".tar").name for file in path.glob("*.json") if file.name not in (IDENTITY, MANIFEST)]
+    names = [file.with_suffix(".tar").name for file in listed(path, "*.json") if file.name not in (IDENTITY, MANIFEST)]
     return {
         name: sidecar
         for name, sidecar in read_sidecars(path, names).items()
@@ -163,8 +175,15 @@ def read_record(file: BinaryIO, sidecar: Shard, index: int) -> bytes:
         raise ValueError(f"its place in the tar is damaged: {error}") from None
 
 
+def _recipe_of(path: Path, run: Path | None) -> Path | None:
+    if run is None and is_url(path):
+        return None
+    found = (run or Path(os.path.normpath(path / ".." / ".."))) / "recipe.yaml"
+    return found if found.is_file() else None
+
+
 def _manifest(path: Path, recipe: Path | None) -> dict[str, Any] | None:
-    if not (path / MANIFEST).is_file():
+    if not is_file(path / MANIFEST):
         return None
     try:
         return read_manifest(path, FORMAT, VERSION)

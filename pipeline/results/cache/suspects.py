@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.shards import write_file
+from data_prep.storage import local_copy
 from pipeline.cache.head import head_sha256, read_head
 from pipeline.cache.layout import cache_codec
 from pipeline.codec.packing import join_arrays, unpack_record
@@ -137,7 +138,7 @@ def _score_shard(cache: CacheOnDisk, shard: Shard, codec: Codec, head: Unembeddi
 def _records(cache: CacheOnDisk, shard: Shard, codec: Codec) -> Iterator[_Record]:
     """A shard's records, without the skipped ones. Raises ValueError, with the key, for a damaged one."""
     layers = len(cache.identity.layers)
-    with open(cache.path / shard["name"], "rb") as file:
+    with local_copy(cache.path / shard["name"]) as copy, open(copy, "rb") as file:
         for index, key in enumerate(shard["keys"]):
             try:
                 record = read_record(file, shard, index)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from data_prep.storage import local_copy
 from pipeline.cache.fingerprint import TOKENIZER_FILES, tokenizer_fingerprint
 from pipeline.cache.head import read_head
 from pipeline.cache.layout import cache_codec
@@ -84,7 +85,7 @@ def read_top_tokens(cache: CacheOnDisk, key: str) -> TopTokens:
     head_sha256 = cache.manifest["head_sha256"] if cache.manifest and codec.needs_head else None
     head = read_head(cache.path, head_sha256, "cpu", cache.recipe or "R") if codec.needs_head else None
     try:
-        with open(cache.path / name, "rb") as file:
+        with local_copy(cache.path / name) as copy, open(copy, "rb") as file:
             record = read_record(file, sidecar, sidecar["keys"].index(key))
         layers = len(cache.identity.layers)
         tokens, streams = unpack_record(record, codec.token_bytes(layers), cache.made_for)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -16,8 +15,9 @@ import torch
 from rich.console import Console
 
 from data_prep.shards import MANIFEST
+from data_prep.storage import is_file, local_copy
 from pipeline.cache.head import HEAD, head_sha256, read_head
-from pipeline.cache.layout import cache_codec, missing_shards
+from pipeline.cache.layout import cache_codec, command_to_remove, missing_shards
 from pipeline.cache.mapping import MAPPING, has_map
 from pipeline.codec.packing import unpack_places, unpack_record
 from pipeline.codec.registry import CODECS, Codec
@@ -111,10 +111,10 @@ def check_shard(cache: CacheOnDisk, codec: Codec, name: str) -> ShardCheck:
     wrong = missing_shards(cache.path, cache.identity, [cache.expected[name]], cache.sidecars, verify=True)
     problems = [Problem(name, "", why) for why in wrong.values()]
     foreign = sidecar["made_for"] != cache.made_for  # its records belong to another codec, and would be misread
-    if foreign or not (cache.path / name).is_file():
+    if foreign or not is_file(cache.path / name):
         return ShardCheck(name, tuple(problems), True, 0, 0, 0.0)
     tokens, skipped, seconds = 0, set(), 0.0
-    with open(cache.path / name, "rb") as file:
+    with local_copy(cache.path / name) as copy, open(copy, "rb") as file:
         for index, key in enumerate(sidecar["keys"]):
             try:
                 record, started = read_record(file, sidecar, index), time.process_time()
@@ -154,8 +154,8 @@ def decode(record: bytes, codec: Codec, cache: CacheOnDisk) -> int:
 def repair_command(cache: CacheOnDisk, checked: Sequence[ShardCheck]) -> str:
     """The command that repairs the cache. It first removes each sidecar that declares bad records valid."""
     misleading = [shard.name for shard in checked if shard.problems and not shard.found_by_only_missing]
-    files = " ".join(shlex.quote(str((cache.path / name).with_suffix(".json"))) for name in misleading)
-    return f"rm {files} && {cache.command()}" if misleading else cache.command()
+    files = [(cache.path / name).with_suffix(".json") for name in misleading]
+    return f"{command_to_remove(files)} && {cache.command()}" if misleading else cache.command()
 
 
 def _check_values(signal: Signal, vocab: int) -> None:

@@ -84,8 +84,11 @@ def _evaluate_one(plan: Plan, name: str, groups: Sequence[Devices]) -> dict[str,
 
 
 def _in_order(plan: Plan, results: Mapping[str, dict[str, Any]]) -> Results:
+    """Each of the plan's models also says which models were asked for with it: `status` sees whether one is lacking."""
     others = [name for name in results if name not in plan.models and name != QUESTION_ONLY]
-    return {name: results[name] for name in (*others, *plan.models, QUESTION_ONLY) if name in results}
+    own = {name: {**results[name], "asked": [*plan.models]} for name in plan.models if name in results}
+    order = (*others, *plan.models, QUESTION_ONLY)
+    return {name: own.get(name, results[name]) for name in order if name in results}
 
 
 def _write(plan: Plan, results: Results) -> None:

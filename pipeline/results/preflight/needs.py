@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.cache.paths import newest
+from pipeline.recipe.resolve import own_caches
 from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.models import planned_model, vision_of
@@ -59,7 +60,9 @@ def _most(sizes: dict[str, int]) -> tuple[int, str]:
 def _disk(recipe: Recipe, planned: Planned, step: str) -> int:
     """Bytes that a step has still to write: the rest of the cache; or its checkpoints, one more while it is written."""
     if step == "cache":
-        begun = newest(recipe.run / "cache")
+        if recipe.cache.folder is not None:  # not on the run's disk; the cache job looks at that one
+            return 0
+        begun = newest(own_caches(recipe))
         return max(0, int(planned.cache().bytes) - (size_of(begun) if begun else 0))
     parameters = planned.parameters(step)[1]
     width = 2 if recipe.precision == "bf16" else 4

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.cache.paths import newest
 from pipeline.errors import CacheError
-from pipeline.recipe.resolve import load_recipe
+from pipeline.recipe.resolve import caches_of, load_recipe
 from pipeline.recipe.schema import STEPS
 from pipeline.results.arguments import run_recipe
 from pipeline.results.cache.info import MEASURES, contents, fidelity
@@ -103,11 +103,11 @@ def differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
 
 def _cache(run: Path) -> CacheFacts | None:
     """The newest cache of the run whose cache is used."""
-    folder = newest(run / "cache")
+    folder = newest(caches_of(run))
     if folder is None:
         return None
     try:
-        cache = inspect_cache(folder)
+        cache = inspect_cache(folder, run)
     except CacheError as error:
         return CacheFacts(str(folder), {"state": str(error)}, [])
     measured = fidelity(cache)

@@ -13,6 +13,7 @@ import yaml
 
 from data_prep.schema import DataError, parse_json
 from data_prep.shards import read_manifest, write_file
+from data_prep.storage import is_url
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe, StudentTraining
 from pipeline.runtime.folder import done
@@ -161,7 +162,7 @@ def _data(recipe: Recipe) -> Iterator[str]:
 
 
 def _recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, without defaults, a path by its folder's name."""
+    """The recipe as YAML, without defaults, a path or URL by its folder's name."""
     return yaml.safe_dump(
         _shortened(recipe.model_dump(exclude_defaults=True)), sort_keys=False, default_flow_style=None
     )
@@ -170,6 +171,8 @@ def _recipe_text(recipe: Recipe) -> str:
 def _shortened(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _shortened(inner) for key, inner in value.items()}
+    if is_url(value):
+        return value.name
     if isinstance(value, Path):
         return folder_name(value) if value.is_absolute() else str(value)
     return list(value) if isinstance(value, tuple) else value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardFolder
+from data_prep.storage import is_url
 from pipeline.cache.writer import CacheFolder
 from pipeline.codec.packing import pack_record, to_numpy
 from pipeline.codec.vocabulary_order import order_by_use
@@ -86,16 +87,19 @@ def rehearse(teacher_pass: TeacherPass, cache: CacheFolder) -> tuple[SizeEstimat
 def check_disk_space(cache: CacheFolder, own: SizeEstimate, lacking: SizeEstimate) -> None:
     """Raise CacheError, on all ranks alike, where the missing part of the cache does not fit on the disk.
 
-    The whole missing part counts, not this job's alone: the jobs that make the rest fill the same disk.
+    The whole missing part counts, not this job's alone: the jobs that make the rest fill the same disk. Of a store
+    behind a URL nobody knows how much room it has.
     """
+    if is_url(cache.path):
+        return
     free = gather_lists([shutil.disk_usage(cache.path).free])[0]
     if lacking.bytes <= free:
         return
-    run = cache.path.parents[1]
     raise CacheError(
         f"{cache.path}: all that the cache lacks would take {lacking}, this job's part of it {size_text(own.bytes)}, "
-        f"but {size_text(free)} are free there. Free some, or move the run to a larger disk (mv {run} FOLDER) and name "
-        f"it in every command (--set run=FOLDER){_or_less(cache.identity.codec)}"
+        f"but {size_text(free)} are free there. Free some, or move the run's caches to a larger disk "
+        f"(mv {cache.path.parent} FOLDER) or a store, and name it in every command (--set cache.folder=FOLDER)"
+        f"{_or_less(cache.identity.codec)}"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data_prep.shards import ShardFolder
+from data_prep.storage import listed
 from pipeline.cache.find import folder_for
 from pipeline.cache.fingerprint import files_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.cache.hashes import HashStore, check_sha256
@@ -27,6 +28,7 @@ from pipeline.commands import train_command
 from pipeline.errors import CacheError, StorageError
 from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
+from pipeline.recipe.resolve import own_caches
 from pipeline.runtime import watch
 from pipeline.runtime.data.bad_samples import BadSamples
 from pipeline.runtime.data.batches import ChatDataset
@@ -140,7 +142,7 @@ def _identity(
 
 def _open(job: Job, identity: CacheIdentity, data: ShardFolder) -> CacheFolder:
     """The folder for this identity. Rank 0 looks, and begins it where there is none, for all ranks."""
-    root, recipe = job.recipe.run / NAME, job.recipe.run / "recipe.yaml"
+    root, recipe = own_caches(job.recipe), job.recipe.run / "recipe.yaml"
 
     def begin() -> Path:
         return CacheFolder(folder_for(root, identity, data), identity, data, recipe).path
@@ -320,7 +322,7 @@ def _finish(job: Job, cache: CacheFolder, shards: int, made: list[str]) -> None:
         )
     largest = job.recipe.cache.max_bucket_share if cache.identity.mapped else None
     if cache.finish(partial(_summary, BadSamples(job.recipe.data.max_bad_share), largest_bucket=largest)):
-        size = sum(file.stat().st_size for file in cache.path.glob("*.tar"))
+        size = sum(listed(cache.path, "*.tar").values())
         mark_done(job.recipe.run / NAME, {"folder": cache.path.name, "shards": shards, "bytes": size})
         job.say(f"{NAME}: complete, {shards} shards, {size_text(size)} in {cache.path}")
     else:

@@ -21,6 +21,7 @@ from pipeline.results.answer.folder import AnswerFolder
 from pipeline.results.answer.plan import Part, make_plan, origin_of
 from pipeline.results.answer.run import run
 from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.folder import write_json
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.chat_template import text_of
 
@@ -153,6 +154,23 @@ def test_two_parts_make_what_one_job_makes(world, tmp_path, capsys):
     assert not (output / "manifest.json").exists()
     run(plan_of(world.model, world.data, output, part=(1, 2)))
     assert "used" in capsys.readouterr().out
+    assert files(output) == files(world.output)
+
+
+def test_of_two_parts_that_end_at_the_same_moment_one_writes_the_manifest(world, tmp_path, monkeypatch):
+    """As over NFS: the other part's sidecars are there, and are seen only after a change of this host's own."""
+    output, done, late = tmp_path / "out", AnswerFolder.done, {"000001.tar", "000003.tar"}
+    run(plan_of(world.model, world.data, output, part=(2, 2)))
+    module = "pipeline.results.answer.folder"
+
+    def changes(path, content):
+        late.clear()
+        write_json(path, content)
+
+    monkeypatch.setattr(f"{module}.write_json", changes)
+    monkeypatch.setattr(f"{module}.AGAIN_S", (0, 0))
+    monkeypatch.setattr(AnswerFolder, "done", lambda self, one: None if one.name in late else done(self, one))
+    run(plan_of(world.model, world.data, output, part=(1, 2)))
     assert files(output) == files(world.output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
@@ -68,6 +70,16 @@ def test_an_error_of_our_own_is_not_taken_for_the_loaders(dataset):
 
     with pytest.raises(RuntimeError, match="of our own"):
         next(loader.load(Wrong(dataset.folder, dataset.encoders), INDICES, 0, "cpu"))
+
+
+def test_workers_may_be_started_without_a_fork(dataset, monkeypatch):
+    """Python 3.14 starts processes by forkserver unless told otherwise: everything that a worker needs is pickled."""
+    here = [one.batches["student"].inputs["input_ids"] for one in loader.load(dataset, INDICES, 0, "cpu")]
+    monkeypatch.setattr(
+        loader, "DataLoader", functools.partial(loader.DataLoader, multiprocessing_context="forkserver")
+    )
+    there = [one.batches["student"].inputs["input_ids"] for one in loader.load(dataset, INDICES, 1, "cpu")]
+    assert len(there) == 2 and all(map(torch.equal, here, there))
 
 
 IN_A_CONTAINER = """

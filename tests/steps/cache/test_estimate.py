@@ -15,7 +15,7 @@ from data_prep.shards import ShardFolder
 from pipeline.cache.layout import CacheIdentity
 from pipeline.cache.writer import CacheFolder
 from pipeline.errors import CacheError
-from pipeline.recipe.resolve import load_recipe, refuse_changes
+from pipeline.recipe.resolve import load_recipe, own_caches, refuse_changes
 from pipeline.steps.cache.estimate import (
     SAMPLES,
     SizeEstimate,
@@ -55,7 +55,11 @@ def test_jobs_that_together_cannot_fit_are_refused_with_both_numbers(tmp_path, d
     said = refusal(cache)
     assert "lacks would take 20,000,000.0 TB (400,000,000,000,000,000 token-layers of 50 bytes)" in said
     assert "this job's part of it 200,000.0 TB, but " in said and "are free there" in said
-    assert f"mv {tmp_path / 'run'} FOLDER" in said and "--set cache.codec.points=32" in said
+    assert (
+        f"mv {tmp_path / 'run' / 'cache'} FOLDER" in said
+        and "--set cache.folder=FOLDER" in said
+        and "--set cache.codec.points=32" in said
+    )
     with pytest.raises(CacheError, match="are free there"):
         check_disk_space(cache, small, small * 10**18)
 
@@ -68,13 +72,13 @@ def test_what_a_refusal_advises_is_taken_by_a_run_after_stage_1(tmp_path, tiny_m
     first.recipe.run.mkdir()
     (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
     said = refusal(CacheFolder(first.recipe.run / "cache" / "some-1", CacheIdentity(codec, (2, 4), 20), data))
-    first.recipe.run.rename(tmp_path / "moved")
+    (first.recipe.run / "cache").rename(tmp_path / "moved")
     advised = re.findall(r"--set (\S+?)[;)]", said.replace("FOLDER", str(tmp_path / "moved")))
     assert len(advised) == (1 if codec.get("points") == 16 else 2)
     taken = load_recipe(recipe, advised)
     refuse_changes(taken, ["verbalize"])
     assert (taken.recipe.cache.codec != first.recipe.cache.codec) == (len(advised) == 2)
-    assert yaml.safe_load((taken.recipe.run / "recipe.yaml").read_text())["run"] == str(tmp_path / "run")
+    assert own_caches(taken.recipe) == tmp_path / "moved"
 
 
 @pytest.mark.parametrize("samples", [1, 5, 64, 65, 100])
