@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,6 +52,13 @@ class TensorBoard:
             edges = np.arange(min(teachers) - 0.5, max(teachers) + 1)
             self._board.add_histogram(f"match/{student}", np.array(teachers), update, bins=edges)
         self._lately.clear()
+
+
+def write_texts(run: Path, name: str, texts: Mapping[str, str]) -> None:
+    """Show texts in Markdown, once for the run; those that were shown under this name before no longer count."""
+    with SummaryWriter(str(run / "tensorboard" / name), purge_step=0) as board:
+        for title, text in texts.items():
+            board.add_text(title, text, 0)
 
 
 def kl_figure(pairs: Pairs) -> Figure:
