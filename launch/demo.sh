@@ -92,6 +92,8 @@ timed "suspects" python -m pipeline cache-info "$RUNS/demo" --suspects --limit 8
 # 7. What each layer says about one held-out picture. Leaves runs/trace.html.
 SAMPLE=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"][0]["keys"][0])' "$SHARDS/held_out/manifest.json")
 ! wanted interaction || timed "trace" python -m pipeline trace --run "$RUNS/demo-interaction" --sample "$SAMPLE" --page "$RUNS/trace.html"
+#    Then about one whose answer went from wrong to right, and so on, for the report. Leaves runs/demo/traces/.
+! wanted paper || timed "changed" python -m pipeline trace --run "$RUNS/demo" --changed --max-new-tokens 16
 
 # 8. How the runs went, side by side. Leaves runs/report.html.
 timed "report" python -m pipeline report "${REPORTED[@]}" --output "$RUNS/report.html"
@@ -107,5 +109,6 @@ printf '  %-28s %s\n' \
   "$RUNS/demo-finetuned/" "the student finetuned on the given answers" \
   "$RUNS/demo-answers/" "the student finetuned on the teacher's answers" \
   "$RUNS/trace.html" "the trace as a page: open it in a browser; docs/reading_a_trace.md" \
+  "$RUNS/demo/traces/" "traces of answers that changed, as pages; the report shows them too" \
   "$RUNS/report.html" "losses, matches, speed and evaluation of the runs, as a page" \
   "$RUNS/demo/evaluation.json" "the table above as numbers; what it shows beyond this seed: docs/evidence.md"

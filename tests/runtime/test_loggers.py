@@ -28,6 +28,12 @@ def values(update: int) -> dict:
     return line | ({"kl": [[2, 2, 0.5], [2, 6, 0.25], [6, 10, 0.125]]} if update % 50 == 1 else {})
 
 
+def pictures_of(update: int) -> set[str]:
+    """What wandb and trackio show of an update besides its numbers."""
+    histograms = {"matches/2", "matches/6"} if update % 50 == 0 else set()
+    return histograms | ({"kl"} if update % 50 == 1 else set())
+
+
 def stop_and_resume(run: Path, log_to: list[str]) -> None:
     first = Metrics(run, "interact", 0, log_to)
     for update in range(1, STOPPED + 1):
@@ -98,6 +104,8 @@ def steps_of_wandb(path: Path) -> list[int]:
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             steps.append(int(items["_step"]))
+            shown = {name.removesuffix("/_type") for name in items if name.endswith("/_type")}
+            assert shown == pictures_of(steps[-1])
             assert "layer/2" in items and "match/2" in items
     return steps
 
@@ -129,6 +137,10 @@ def test_trackio_lies_in_the_run_folder_and_has_every_update_once(tmp_path, monk
         rows = connection.execute("select run_name, step, metrics from metrics order by step").fetchall()
     assert Counter(step for _, step, _ in rows) == Counter(range(1, TOTAL + 1))
     assert {name for name, _, _ in rows} == {"interact"} and json.loads(rows[2][2])["match/2"] == 6
+    for _, step, metrics in rows:
+        assert {name for name, value in json.loads(metrics).items() if isinstance(value, dict)} == pictures_of(step)
+    assert sum(json.loads(rows[49][2])["matches/2"]["values"]) == 50, "also of updates before the stop"
+    assert list((tmp_path / "trackio").rglob("*.png")), "the picture is there"
     (tmp_path / "recipe.yaml").write_text("run: elsewhere/a\n")  # of the same name, where TRACKIO_DIR is shared
     stop_and_resume(tmp_path, ["trackio"])
     with sqlite3.connect(database) as connection:

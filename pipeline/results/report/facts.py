@@ -18,6 +18,7 @@ from pipeline.recipe.schema import STEPS
 from pipeline.results.arguments import run_recipe
 from pipeline.results.cache.info import MEASURES, contents, fidelity
 from pipeline.results.cache.on_disk import inspect_cache
+from pipeline.results.evaluate.changes import read_evaluation
 from pipeline.results.status import StepStatus, preset_of, status
 from pipeline.runtime.folder import read_kernels, read_metrics
 from pipeline.runtime.progress import size_text
@@ -76,7 +77,6 @@ def read_run(folder: Path) -> RunFacts:
     """Read a run's folder; a step that has left nothing is absent. Raises RecipeError if the folder is no run."""
     recipe = run_recipe(folder)
     steps, following = status(folder)
-    evaluation = folder / "evaluation.json"
     return RunFacts(
         name=folder.resolve().name,
         folder=folder,
@@ -88,7 +88,7 @@ def read_run(folder: Path) -> RunFacts:
         environments={step: found for step in STEPS if (found := read_environment(folder, step)) is not None},
         lines={step: read_metrics(folder, step) for step in TRAINED},
         cache=_cache(load_recipe(recipe).recipe.model_copy(update={"run": folder}).teacher_stage_1),
-        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
+        evaluation=read_evaluation(folder),
         rejects=_rejects(folder / "rejects.jsonl"),
     )
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.results.pages.svg import BLUE, inline, page_style
 from pipeline.runtime.kl_grid import kl_grid
@@ -30,6 +31,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
     with page_style():
         figure = Figure(figsize=(5.6, 2.9), layout="constrained")
         axes = figure.add_subplot(title=title, xlabel="update", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         # Its palest colours would be lost on white, its darkest on black.
         palette = matplotlib.colormaps[COLOURS](np.linspace(0.35, 0.78, len(series))) if len(series) > 1 else [BLUE]
         for (name, (updates, values)), colour in zip(series.items(), palette, strict=False):
@@ -92,6 +94,7 @@ def shares(parts: Mapping[str, float], title: str, unit: str) -> Markup:
     with page_style():
         figure = Figure(figsize=(5.6, 0.7 + 0.3 * len(parts)), layout="constrained")
         axes = figure.add_subplot(title=title, xlabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(4))  # labels of small numbers are long
         bars = axes.barh(list(parts), list(parts.values()), color=BLUE)
         axes.bar_label(bars, fmt=" %.3g")
         axes.invert_yaxis()

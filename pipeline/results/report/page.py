@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from data_prep.shards import write_file
 from pipeline.results.cache.info import MEASURES
 from pipeline.results.environment import environment
+from pipeline.results.evaluate.changes import Change, changes, compared
 from pipeline.results.evaluate.comparison import sentences
 from pipeline.results.pages.render import render
-from pipeline.results.report.changes import changes
 from pipeline.results.report.facts import RunFacts, bytes_text, differences
 from pipeline.results.report.figures import curves, kl_maps, match_map, shares
 from pipeline.results.status import losses_of_line
 from pipeline.results.trace.figure import match_figure
+from pipeline.results.trace.kept import FOLDER, kept_traces
 from pipeline.results.trace.matches import read_matches
 from pipeline.runtime.folder import HELD_OUT
 
@@ -36,6 +40,19 @@ class Section:
     figures: Sequence[Markup]
 
 
+@dataclass(frozen=True)
+class Changed:
+    """Answers that changed from the untouched to a run's distilled student."""
+
+    ways: Sequence[Change]
+    traces: Sequence[tuple[Change, Mapping[str, Any]]]
+    """Those of the samples that the ways name, as far as they are traced."""
+    pages: str
+    """Address of the folder of the traces' pages, as seen from the report."""
+    command: str
+    """What traces those that are not; empty where all are."""
+
+
 def write_report(path: Path, runs: Sequence[RunFacts], reload_s: int | None = None) -> None:
     """Write the page, whole or not at all. reload_s: seconds after which a browser reads it again; None: never."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +66,7 @@ def write_report(path: Path, runs: Sequence[RunFacts], reload_s: int | None = No
         sections={run.name: list(_sections(run)) for run in runs},
         evaluations=evaluated,
         comparisons=_comparisons(runs),
-        changes={run.name: changes(run.folder, run.evaluation) for run in runs},
+        changed={run.name: _changed(run, path) for run in runs},
         measures=MEASURES,
         bytes_text=bytes_text,
         written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -142,6 +159,18 @@ def _together(runs: Sequence[RunFacts]) -> Iterator[Section]:
 def _evaluations(runs: Sequence[RunFacts]) -> list[tuple[str, str, Mapping[str, Any]]]:
     """(run, model, its results)."""
     return [(run.name, model, results) for run in runs for model, results in run.evaluation.items()]
+
+
+def _changed(run: RunFacts, report: Path) -> Changed | None:
+    """None where the two students were not evaluated on the same data."""
+    results = compared(run.folder, run.evaluation)
+    if results is None:
+        return None
+    ways, kept = changes(*results), kept_traces(run.folder, results)
+    missing = any(one.samples and one.key not in kept for one in ways)
+    command = shlex.join(["python", "-m", "pipeline", "trace", "--run", str(run.folder), "--changed"])
+    pages = quote(os.path.relpath(run.folder / FOLDER, report.parent))
+    return Changed(ways, [(one, kept[one.key]) for one in ways if one.key in kept], pages, command if missing else "")
 
 
 def _comparisons(runs: Sequence[RunFacts]) -> list[str]:

@@ -14,6 +14,7 @@ TEXT = """Show what each target layer of a model predicts on the way to an answe
   python -m pipeline trace --run runs/demo --sample 000017
   python -m pipeline trace --run runs/demo --sample 000017 --data shards/train --page trace.html
   python -m pipeline trace --run runs/demo --limit 20 --page traces
+  python -m pipeline trace --run runs/demo --changed
   python -m pipeline trace --model Qwen2-VL-2B --image tiles.png --question "what comes next?" --page trace.html
 
 With --run the models are the teacher, the untouched student and the distilled student. The distilled student uses the
@@ -27,6 +28,10 @@ With --page the same becomes an HTML page that opens offline, with the ten likel
 that were matched; docs/reading_a_trace.md explains it. With --limit there is a page for each question and an index of
 them, those first that changed most between the untouched and the distilled student. With --model no run is needed:
 every layer is read through the logit lens, the model's own norm and head without trained verbalizers.
+
+With --changed the samples are those by which RUN/evaluation.json tells the untouched from the distilled student: the
+first, by key, that went from wrong to right, from right to wrong, and that both had wrong. Their pages go to
+RUN/traces, and the run's report shows them from then on; so does TensorBoard, if the run logs to it.
 
 A model that the run does not have yet is left out, and the command that makes it is shown. The teacher runs too, last,
 spread over the GPUs at hand if one is too small; with --without-teacher only the students do. What the teacher's layers
@@ -51,10 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=positive, metavar="N", help="instead: the first N samples, read along their answers"
     )
     parser.add_argument(
+        "--changed",
+        action="store_true",
+        help="instead: one sample for each way in which answers changed, into RUN/traces and the run's report",
+    )
+    parser.add_argument(
         "--data",
         type=location_argument,
         metavar="SHARDS",
-        help="shard folder of the samples (default: the recipe's data.held_out)",
+        help="shard folder of the samples (default: the recipe's data.held_out; with --changed what was evaluated)",
     )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=32, metavar="N", help="maximum answer length in tokens (default: 32)"
@@ -73,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     from pipeline.results.trace import run as command
 
     names = (
-        "run", "models", "image", "question", "answer", "sample", "limit", "data", "max_new_tokens", "without_teacher",
-        "page", "json",
+        "run", "models", "image", "question", "answer", "sample", "limit", "changed", "data", "max_new_tokens",
+        "without_teacher", "page", "json",
     )  # fmt: skip
     command.run(command.Asked(**{name: getattr(options, name) for name in names}))

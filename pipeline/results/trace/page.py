@@ -14,7 +14,7 @@ from data_prep.shards import write_file
 from pipeline.results.evaluate.answers import is_right
 from pipeline.results.pages.render import render
 from pipeline.results.trace.figure import match_figure
-from pipeline.results.trace.layers import ModelTrace, Reading, Token, TokenPrediction
+from pipeline.results.trace.layers import LayerTrace, ModelTrace, Reading, Token, TokenPrediction
 from pipeline.results.trace.matches import Matches
 from pipeline.results.trace.questions import Question
 from pipeline.vlm.processing import decode_image
@@ -52,7 +52,7 @@ def write_page(path: Path, traced: Traced, about: About, index: bool = False) ->
     page = render(
         "trace.html",
         question=traced.question,
-        pictures=[_picture(image) for image in traced.question.images],
+        pictures=[picture(image) for image in traced.question.images],
         traces=traced.traces,
         along_expected=traced.along_expected and traced.question.expected is not None,
         lens=about.lens,
@@ -65,7 +65,7 @@ def write_page(path: Path, traced: Traced, about: About, index: bool = False) ->
         at=_place,
         shown=shown_token,
         rounded=_rounded,
-        finished=lambda one: bool(one.answer) and one.answer[-1].ends,
+        finished=lambda one: finished(one.answer),
         shades=lambda reading: _shades(reading, scale),
     )
     write_file(path, page)
@@ -83,7 +83,7 @@ def write_index(path: Path, pages: Mapping[str, Traced], about: About) -> None:
         {
             "page": name,
             "question": pages[name].question,
-            "picture": next(map(_picture, pages[name].question.images), None),
+            "picture": next(map(picture, pages[name].question.images), None),
             "answers": [_answer(one, pages[name].question) for one in pages[name].traces],
             "change": changes[name],
         }
@@ -124,18 +124,28 @@ def visible(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
 
 
+def finished(predictions: Sequence[TokenPrediction]) -> bool:
+    """Whether an answer came to its end of turn."""
+    return bool(predictions) and predictions[-1].ends
+
+
+def layer_name(layer: LayerTrace, trace: ModelTrace) -> str:
+    """A layer as a table's row is called."""
+    return "last" if layer is trace.layers[-1] else str(layer.layer)
+
+
 def file_name(key: str, number: int) -> str:
     """A page's file name for a sample's key, which may hold anything: its plain characters behind its number."""
     return f"{number:05d}_{re.sub(r'[^A-Za-z0-9_-]+', '-', key)[:60]}.html"
 
 
-def _picture(image: bytes) -> dict[str, Any]:
-    """As a data URI, upright, and no larger than LARGEST."""
-    picture = decode_image(image)
-    picture.thumbnail((LARGEST, LARGEST))
+def picture(image: bytes) -> dict[str, Any]:
+    """An image as a data URI, upright, and no larger than LARGEST; and whether it is to be shown enlarged."""
+    decoded = decode_image(image)
+    decoded.thumbnail((LARGEST, LARGEST))
     written = io.BytesIO()
-    small = picture.width <= SMALL
-    picture.save(written, "PNG" if small else "JPEG", **({} if small else {"quality": 90}))
+    small = decoded.width <= SMALL
+    decoded.save(written, "PNG" if small else "JPEG", **({} if small else {"quality": 90}))
     kind = "png" if small else "jpeg"
     return {"uri": f"data:image/{kind};base64,{base64.b64encode(written.getvalue()).decode()}", "small": small}
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import Any
+
+import numpy as np
 
 from pipeline.runtime.loggers.interface import Line, StepLog, values
+from pipeline.runtime.loggers.pictures import RecentMatches, as_image, kl_figure
 from pipeline.runtime.loggers.settings import recipe_of
 
 
@@ -24,12 +28,19 @@ class Trackio:
             self._run = trackio.init(
                 project, log.step, config=recipe, embed=False, auto_log_gpu=False, auto_log_cpu=False
             )
+        self._image, self._histogram = trackio.Image, trackio.Histogram
+        self._matches = RecentMatches()
         for line in log.kept:
             self.write(line)
 
     def write(self, line: Line) -> None:
         """Show one line, on rank 0."""
-        self._run.log(values(line), step=line["update"])
+        shown: dict[str, Any] = values(line)
+        if line.get("kl"):
+            shown["kl"] = self._image(as_image(kl_figure(line["kl"])))
+        for student, (teachers, edges) in self._matches.add(line).items():
+            shown[f"matches/{student}"] = self._histogram(np_histogram=np.histogram(teachers, edges))
+        self._run.log(shown, step=line["update"])
 
     def close(self) -> None:
         """Write what is left."""

@@ -6,9 +6,11 @@ import os
 import secrets
 from typing import Any
 
+import numpy as np
 import wandb
 
 from pipeline.runtime.loggers.interface import Line, StepLog, values
+from pipeline.runtime.loggers.pictures import RecentMatches, as_image, kl_figure
 from pipeline.runtime.loggers.settings import recipe_of
 
 
@@ -33,13 +35,19 @@ class Wandb:
             config=recipe_of(log.run),
             settings=wandb.Settings(console="off", silent=True),  # standard output is the panel's
         )
+        self._matches = RecentMatches(log.kept if self._run.resumed else ())
         if not self._run.resumed:
             for line in log.kept:
                 self.write(line)
 
     def write(self, line: Line) -> None:
         """Show one line, on rank 0."""
-        self._run.log(values(line), step=line["update"])
+        shown: dict[str, Any] = values(line)
+        if line.get("kl"):
+            shown["kl"] = wandb.Image(as_image(kl_figure(line["kl"])))
+        for student, (teachers, edges) in self._matches.add(line).items():
+            shown[f"matches/{student}"] = wandb.Histogram(np_histogram=np.histogram(teachers, edges))
+        self._run.log(shown, step=line["update"])
 
     def close(self) -> None:
         """Write what is left."""

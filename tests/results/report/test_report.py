@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 
 import pytest
 
-from pipeline.__main__ import main, parse
-from pipeline.results.report.changes import changes
+from pipeline.__main__ import main
+from pipeline.results.evaluate.changes import Change, changes, compared
 from pipeline.results.report.facts import differences, read_run
 from pipeline.results.report.figures import POINTS, curves, kl_maps
 from pipeline.results.report.page import loss_series
@@ -109,17 +108,16 @@ def test_two_runs_show_their_difference_first_and_their_curves_together(run, tmp
 def test_answers_that_changed_are_counted_with_one_of_each_kind(tmp_path):
     before = {"wrong": ["b", "c", "d", "x"], "data": "d ata"}
     after = {"wrong": ["a", "d"], "data": "d ata", "rejected": [{"key": "x", "reason": "torn"}]}
-    found = changes(tmp_path, {"untouched": before, "distilled": after})
-    assert [(one.way, one.samples, one.key) for one in found] == [
-        ("wrong to right", 2, "b"), ("right to wrong", 1, "a"), ("wrong in both", 1, "d"),
+    assert changes(before, after) == [
+        Change("wrong to right", 2, "b"), Change("right to wrong", 1, "a"), Change("wrong in both", 1, "d"),
     ]  # fmt: skip
-    words = shlex.split(found[0].command)
-    assert words[words.index("--sample") + 1] == "b" and words[words.index("--data") + 1] == "d ata"
-    assert parse(words[3:]).command == "trace", "it can be typed as it stands"
-    assert changes(tmp_path, {"untouched": before, "distilled": after | {"data": "other"}}) == []
-    assert changes(tmp_path, {"untouched": before}) == []
-    (none, *_) = changes(tmp_path, {"untouched": after, "distilled": after})
-    assert (none.samples, none.command) == (0, "")
+    assert changes(after, after)[0] == Change("wrong to right", 0, "")
+    assert compared(tmp_path, {"untouched": before, "distilled": after}) == (before, after)
+    assert compared(tmp_path, {"untouched": before, "distilled": after | {"data": "other"}}) is None
+    assert compared(tmp_path, {"untouched": before}) is None
+    named = {name: after | {"model": str(tmp_path / name / "student")} for name in ("other", "mine")}
+    found = compared(tmp_path / "mine", {"untouched": before, **named})
+    assert found is not None and found[1] is named["mine"], "the demo's students have names of their own"
 
 
 def test_the_page_says_what_each_step_ran_on(run):
