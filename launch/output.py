@@ -19,8 +19,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def choose_output(options: argparse.Namespace) -> None:
     """Let this process print as its command line says."""
-    from pipeline.runtime import progress
-    from pipeline.runtime.logs import filter_logs
+    from pipeline.runtime.display import progress
+    from pipeline.runtime.display.logs import filter_logs
 
     filter_logs(options.verbose)
     progress.choose_output(options.quiet, options.log_format)

@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from pipeline.errors import REQUEUE_EXIT, UserError
     from pipeline.results.preflight.together import Deadline
+    from pipeline.runtime.display.logs import filter_logs
     from pipeline.runtime.launcher import end_with_the_launcher
-    from pipeline.runtime.logs import filter_logs
 
     # Nothing is begun yet, so a job that is asked to end now may simply be started again.
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -175,8 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     from data_prep.atomic import storage_fault
     from data_prep.schema import DataError as ShardError
     from pipeline.errors import SampleError, UserError
-    from pipeline.runtime.logs import filter_logs
-    from pipeline.runtime.stop import exit_at_signals
+    from pipeline.runtime.display.logs import filter_logs
+    from pipeline.runtime.faults.stop import exit_at_signals
 
     filter_logs(options.verbose)
     if options.command in RESUMABLE:

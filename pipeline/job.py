@@ -22,8 +22,8 @@ from pipeline.recipe.resolve import (
     refuse_another_teacher,
     refuse_changes,
 )
-from pipeline.runtime.first_error import report, report_failure
-from pipeline.runtime.stop import Requeue, listen
+from pipeline.runtime.faults.first_error import report, report_failure
+from pipeline.runtime.faults.stop import Requeue, listen
 
 if TYPE_CHECKING:
     from pipeline.recipe.schema import Recipe
@@ -86,7 +86,8 @@ def prepare(recipe: Path, overrides: Iterable[str], steps: Sequence[str], world:
 
 def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -> int:
     """Join the other ranks and run the steps; returns the exit code, 0 or REQUEUE_EXIT."""
-    from pipeline.runtime import engine, watch
+    from pipeline.runtime import engine
+    from pipeline.runtime.faults import watch
     from pipeline.runtime.folder import clear_requeue, write_requeue
     from pipeline.runtime.launcher import end_with_the_launcher
     from pipeline.runtime.loop import Job, Stopped
@@ -173,7 +174,7 @@ def _keep_report(job: Job) -> None:
     """Rank 0 writes the run's report, where the recipe wants it; the others do not wait."""
     if job.ranks.first and job.recipe.report:
         from pipeline.results.report.run import keep_report
-        from pipeline.runtime import watch
+        from pipeline.runtime.faults import watch
 
         watch.doing("writing the report", long=True)
         keep_report(job.recipe.run)

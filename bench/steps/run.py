@@ -85,7 +85,7 @@ def main() -> None:
         threads = 2 if shapes == ["real-cpu"] else 1
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
         torch.set_num_threads(threads)
-    from pipeline.runtime.logs import filter_logs
+    from pipeline.runtime.display.logs import filter_logs
 
     filter_logs()
     from bench.steps.measures import measure

@@ -52,7 +52,7 @@ def main() -> int:
     stamps["process"] = (process_start(), 0.0)
     stamps["interpreter"] = BEGUN
     from launch import train
-    from pipeline.runtime.logs import filter_logs
+    from pipeline.runtime.display.logs import filter_logs
 
     filter_logs()
     from pipeline.runtime import engine, loop

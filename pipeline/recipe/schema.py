@@ -160,8 +160,8 @@ class StudentTraining(Training):
     last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
-    merged into the weights at the end. 0: no LoRA; the student's own weights are trained (see train). Paper: 64.
-    DoRA is not offered: peft's reads a base layer's weight that ZeRO-3 has not gathered."""
+    merged into the weights at the end; no DoRA, which reads weights that ZeRO-3 has not gathered. 0: no LoRA; the
+    student's own weights are trained (see train). Paper: 64."""
     lora_alpha: Positive = 64
     """Alpha of LoRA: the adapters' product is multiplied by lora_alpha / lora_rank. Paper: 64."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -201,9 +201,9 @@ class Cache(Section):
     longer sample gets a pass of its own. A larger value is faster and needs more memory."""
     max_bucket_share: Share = 0.1
     """Only for vocabulary: mapped: share of the teacher's probability, from 0 to 1, that may lie on tokens which are no
-    single token of the student, as the mean over the supervised tokens, for each cached layer. A cache job stops with
-    an error above it: of that share the student learns the sum alone. It is measured on 64 samples before the cache is
-    made, and on all of them at the end; the manifest has it."""
+    single token of the student, as the mean over the supervised tokens, for each cached layer: of it the student
+    learns the sum alone. A cache job stops with an error above it, measured on 64 samples before the cache is made, and
+    on all at the end; the manifest has it."""
     deepspeed: Path | None = None
     """DeepSpeed config file (JSON) of cache jobs. A cache that is made in the same job as the verbalizers uses
     verbalize's. Left out: the recipe's own deepspeed."""

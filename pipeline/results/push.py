@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Upload, or say what would be. Raises RecipeError where that cannot be, before anything is sent."""
-    from pipeline.runtime.progress import say, size_text
+    from pipeline.runtime.display.progress import say, size_text
 
     student = _student(options.run)
     _check_name(options.to)
@@ -54,9 +54,9 @@ def _student(run: Path) -> Path:
     """The folder of the finished student, its card written anew. Raises RecipeError where the run is not complete."""
     from pipeline.errors import RecipeError
     from pipeline.results.status import status
+    from pipeline.runtime.display.progress import say
     from pipeline.runtime.folder import done
     from pipeline.runtime.model_card.card import write_card
-    from pipeline.runtime.progress import say
 
     _, following = status(run)
     student = run / "student"

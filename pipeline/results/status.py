@@ -28,8 +28,8 @@ from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.results import jobs_table
 from pipeline.results.jobs import FOLDER, read_jobs
 from pipeline.runtime.data.data_wait import WINDOW
+from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.folder import HELD_OUT, begun_steps, done, read_kernels, read_metrics, read_requeue
-from pipeline.runtime.progress import size_text
 
 # Fields of a metrics.jsonl line that are not losses.
 _NOT_LOSSES = {"step", "update", "time", "learning_rate", "tokens", "tokens_per_s", "update_s", "data_wait"}

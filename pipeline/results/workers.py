@@ -23,8 +23,8 @@ import torch
 
 from pipeline.errors import RecipeError
 from pipeline.results.generate import run_dtype
-from pipeline.runtime.logs import filter_logs, is_filtered
-from pipeline.runtime.stop import leave_signals_to_parent
+from pipeline.runtime.display.logs import filter_logs, is_filtered
+from pipeline.runtime.faults.stop import leave_signals_to_parent
 from pipeline.vlm.placement import (
     Devices,
     available_cpu_memory,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.runtime.data.batches import LoadedBatch
+from pipeline.runtime.faults.stop import asked_to_stop
 from pipeline.runtime.ranks import Ranks, sum_over_ranks
-from pipeline.runtime.stop import asked_to_stop
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from torch import Tensor
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError
 from pipeline.recipe.schema import StudentTraining
-from pipeline.runtime import watch
 from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.data.batches import ChatDataset, SampleIndex
 from pipeline.runtime.data.cutting import cut
 from pipeline.runtime.data.lengths import Lengths, fit_lengths
 from pipeline.runtime.data.loader import load
+from pipeline.runtime.display.progress import say
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.faults import watch
 from pipeline.runtime.folder import HELD_OUT
-from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.vlm.processing import Batch, ChatEncoder
 

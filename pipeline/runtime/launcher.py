@@ -15,7 +15,7 @@ from pathlib import PurePath
 
 import psutil
 
-from pipeline.runtime.stop import LAUNCHER_GONE, ask_to_stop
+from pipeline.runtime.faults.stop import LAUNCHER_GONE, ask_to_stop
 
 LAUNCHERS = {
     "deepspeed",

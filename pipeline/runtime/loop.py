@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
-from pipeline.runtime import watch
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.counts import UpdateCounts, count_update
 from pipeline.runtime.data.bad_samples import BadSamples
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, derived_seed
 from pipeline.runtime.data.data_wait import DataWaitNotice
 from pipeline.runtime.data.feed import Feed, open_feed
+from pipeline.runtime.display.progress import say
+from pipeline.runtime.display.training_progress import TrainingProgress, UpdateView
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.faults import watch
+from pipeline.runtime.faults.non_finite import SkippedUpdates
+from pipeline.runtime.faults.stop import Requeue
 from pipeline.runtime.first_updates import FirstUpdatesCheck
 from pipeline.runtime.folder import done
 from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
-from pipeline.runtime.non_finite import SkippedUpdates
-from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
-from pipeline.runtime.stop import Requeue
-from pipeline.runtime.training_progress import TrainingProgress, UpdateView
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.runtime import watch
-from pipeline.runtime.progress import say
-from pipeline.runtime.stop import Requeue, asked_to_stop
+from pipeline.runtime.display.progress import say
+from pipeline.runtime.faults import watch
+from pipeline.runtime.faults.stop import Requeue, asked_to_stop
 
 Item = TypeVar("Item")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from running import free_port, start_ranks, tiny_recipe
 from tiny import write_data
 
+from pipeline.runtime.faults.watch import BEAT_S
 from pipeline.runtime.folder import read_metrics
-from pipeline.runtime.watch import BEAT_S
 
 STARTS_WITHIN_S = 200
 """On a machine that others use as well: beside seven more jobs on two cores it took over 120."""

@@ -18,8 +18,8 @@ from torch import nn
 from data_prep.shards import ShardFolder
 from pipeline.errors import DivergedError
 from pipeline.runtime.data.batches import DataOrder, derived_seed
+from pipeline.runtime.faults.non_finite import SkippedUpdates
 from pipeline.runtime.folder import read_metrics
-from pipeline.runtime.non_finite import SkippedUpdates
 from pipeline.runtime.ranks import Ranks
 
 CONFIGS = [

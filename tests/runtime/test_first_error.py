@@ -5,8 +5,8 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from pipeline.runtime import first_error, watch
-from pipeline.runtime.first_error import report, report_failure
+from pipeline.runtime.faults import first_error, watch
+from pipeline.runtime.faults.first_error import report, report_failure
 
 HOST = socket.gethostname()
 

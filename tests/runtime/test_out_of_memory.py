@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.runtime.out_of_memory import is_out_of_memory, what_helps
+from pipeline.runtime.faults.out_of_memory import is_out_of_memory, what_helps
 
 
 def on_cpu() -> BaseException:

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.runtime import ranks, stop
+from pipeline.runtime import ranks
 from pipeline.runtime.counts import count_update
+from pipeline.runtime.faults import stop
 from pipeline.runtime.ranks import Ranks, heed_stop, until_all_done
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import threading
-from pipeline.runtime import stop
+from pipeline.runtime.faults import stop
 stop.REPEAT_S = {repeat}
 stop.listen()
 print("up", flush=True)
@@ -24,7 +25,7 @@ threading.Event().wait(60)  # as in a collective: no Python code of this thread 
 """
 LOADER = """
 import multiprocessing, os, signal, time
-from pipeline.runtime import stop
+from pipeline.runtime.faults import stop
 def load():
     stop.leave_signals_to_parent()
     os.kill(os.getpid(), signal.SIGTERM)

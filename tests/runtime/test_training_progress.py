@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.runtime import progress
-from pipeline.runtime.loss_groups import loss_groups
-from pipeline.runtime.progress import Pace, StepProgress, choose_output, say
-from pipeline.runtime.training_panel import TrainingPanel, blocks
-from pipeline.runtime.training_progress import TrainingProgress, UpdateView
+from pipeline.runtime.display import progress
+from pipeline.runtime.display.loss_groups import loss_groups
+from pipeline.runtime.display.progress import Pace, StepProgress, choose_output, say
+from pipeline.runtime.display.training_panel import TrainingPanel, blocks
+from pipeline.runtime.display.training_progress import TrainingProgress, UpdateView
 
 ROOT = Path(__file__).parents[2]
 STUDENT, TEACHER = (*range(2, 28, 4), 28), (*range(2, 80, 4), 80)
@@ -141,8 +141,8 @@ PROGRAM = """
 import sys
 sys.path[:0] = ["tests/runtime"]
 from test_training_progress import of_interact
-from pipeline.runtime.progress import say
-from pipeline.runtime.training_progress import TrainingProgress
+from pipeline.runtime.display.progress import say
+from pipeline.runtime.display.training_progress import TrainingProgress
 step = TrainingProgress("interact", 150, 0, shown=True)
 for update in range(1, 31):
     step.advance(of_interact(update))

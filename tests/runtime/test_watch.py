@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from running import free_port
 
-from pipeline.runtime.watch import Failure, Watch
+from pipeline.runtime.faults.watch import Failure, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 BEAT_S, HANG_S = 0.02, 0.3
@@ -94,7 +94,7 @@ def test_the_first_failure_is_the_one_that_all_ranks_end_with():
 RANK = """
 import os, sys, threading
 import torch.distributed as dist
-from pipeline.runtime import watch
+from pipeline.runtime.faults import watch
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 os.environ["RANK"] = str(rank)
 watch.BEAT_S = 0.2

@@ -23,7 +23,7 @@ from bench.steps.ratios import PreparedRun, TimedCalls, cache_passes, sizes, stu
 from bench.steps.startup import one_rank
 from bench.timing import interleaved, ratio
 from pipeline.runtime import engine
-from pipeline.runtime.logs import filter_logs
+from pipeline.runtime.display.logs import filter_logs
 
 GOALS = {
     "interact_over_finetune": ("at most", 1.15),

@@ -16,7 +16,7 @@ from pipeline.results.arguments import batches
 from pipeline.results.generate import load
 from pipeline.results.workers import Machine, Workers
 from pipeline.runtime.data.bad_samples import BadSamples, Rejected, read_sample
-from pipeline.runtime.progress import StepProgress, say
+from pipeline.runtime.display.progress import StepProgress, say
 from pipeline.vlm.placement import Devices
 
 Answered = bytes | SampleError

@@ -18,8 +18,8 @@ from pipeline.results.benchmarks.model_classes import model_arguments, model_cla
 from pipeline.results.benchmarks.outcome import LOG, outcome
 from pipeline.results.benchmarks.plan import Plan, check_judge, judge
 from pipeline.results.identity import model_identity
+from pipeline.runtime.display.progress import say
 from pipeline.runtime.folder import write_json
-from pipeline.runtime.progress import say
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 """{model: {benchmark: what `outcome` found, with "identity", "versions", "date" and "seconds"}}"""

@@ -19,8 +19,8 @@ from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
 from pipeline.results.cache.on_disk import CacheOnDisk, find_caches, inspect_cache, owner_of
 from pipeline.results.status import size_of
+from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.folder import read_metrics
-from pipeline.runtime.progress import size_text
 
 MEASURES = ("entropy", "mass", "kl_bias", "kl_rms", "gradient_error")
 """Fidelity measures of a layer, in the column order of the table."""

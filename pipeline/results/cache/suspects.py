@@ -31,7 +31,7 @@ from pipeline.errors import CacheError, SampleError
 from pipeline.results.cache.data import CachedData
 from pipeline.results.cache.likelihood import explanation, given_log_probs, score
 from pipeline.results.cache.on_disk import CacheOnDisk, Shard, read_record
-from pipeline.runtime.progress import StepProgress
+from pipeline.runtime.display.progress import StepProgress
 from pipeline.signal import Unembedding
 
 SHOWN = 20

@@ -23,7 +23,7 @@ from pipeline.codec.packing import unpack_places, unpack_record
 from pipeline.codec.registry import CODECS, Codec
 from pipeline.errors import CacheError, SampleError
 from pipeline.results.cache.on_disk import CacheOnDisk, read_record, valid_sidecars
-from pipeline.runtime.progress import StepProgress
+from pipeline.runtime.display.progress import StepProgress
 from pipeline.signal import HiddenSignal, Signal, Unembedding
 
 NO_HEAD = Unembedding(torch.zeros(0, 0), 0)

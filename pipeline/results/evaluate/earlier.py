@@ -16,7 +16,7 @@ from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import bad_samples_of
 from pipeline.results.identity import model_identity, question_identity
 from pipeline.runtime.data.bad_samples import Rejected
-from pipeline.runtime.progress import say
+from pipeline.runtime.display.progress import say
 
 
 def identity_of(plan: Plan, name: str) -> dict[str, str]:

@@ -19,8 +19,8 @@ from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import load_scorer, summarize
 from pipeline.results.workers import Machine, Workers, places
 from pipeline.runtime.data.bad_samples import read_sample
+from pipeline.runtime.display.progress import say
 from pipeline.runtime.folder import write_json
-from pipeline.runtime.progress import say
 from pipeline.vlm.placement import Devices
 
 BASELINE_SAMPLES = 50_000

@@ -15,7 +15,7 @@ from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data, ModelParts, Recipe
 from pipeline.results.arguments import named_models, open_non_empty, run_recipe
 from pipeline.results.generate import require_model
-from pipeline.runtime.progress import say
+from pipeline.runtime.display.progress import say
 
 QUESTION_ONLY = "question_only"
 """The baseline's name in the results."""

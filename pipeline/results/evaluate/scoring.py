@@ -18,7 +18,7 @@ from pipeline.results.evaluate.answers import Exchange, Tally, is_right, last_ex
 from pipeline.results.evaluate.plan import Plan
 from pipeline.results.generate import Vlm, decode_text, greedy, load, pad_left
 from pipeline.runtime.data.bad_samples import BadSamples, Rejected, read_sample
-from pipeline.runtime.progress import StepProgress
+from pipeline.runtime.display.progress import StepProgress
 from pipeline.vlm.backbone import run_backbone
 from pipeline.vlm.parts import final_norm, text_config
 from pipeline.vlm.placement import Devices

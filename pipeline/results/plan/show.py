@@ -14,7 +14,7 @@ from rich.table import Table
 from pipeline.results.plan.knobs import applied, fits, largest_micro_batch, remedy
 from pipeline.results.plan.machine import GIB, Machine
 from pipeline.results.plan.run import Planned, StepPlan
-from pipeline.runtime.progress import size_text
+from pipeline.runtime.display.progress import size_text
 
 SIZES = (8, 64, 512)
 """Numbers of GPUs that are compared."""

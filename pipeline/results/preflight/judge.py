@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.results.preflight.facts import Facts
 from pipeline.results.preflight.needs import Needs
-from pipeline.runtime.progress import size_text
+from pipeline.runtime.display.progress import size_text
 
 SHOWN = 4
 """Hosts that a line names."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.results.preflight.judge import Finding
-from pipeline.runtime.progress import size_text
+from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks, wait_for_all
 
 LIMIT_S = 55.0

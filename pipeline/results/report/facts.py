@@ -20,8 +20,8 @@ from pipeline.results.cache.info import MEASURES, contents, fidelity
 from pipeline.results.cache.on_disk import inspect_cache
 from pipeline.results.evaluate.changes import read_evaluation
 from pipeline.results.status import StepStatus, preset_of, status
+from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.folder import read_kernels, read_metrics
-from pipeline.runtime.progress import size_text
 from pipeline.runtime.versions import read_environment
 
 TRAINED = ("verbalize", "interact", "reinforce")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.results.pages.svg import BLUE, inline, page_style
-from pipeline.runtime.kl_grid import kl_grid
+from pipeline.runtime.display.kl_grid import kl_grid
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl of one step."""

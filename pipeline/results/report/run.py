@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.errors import RecipeError
 from pipeline.results.report.facts import read_run
 from pipeline.results.report.page import write_report
-from pipeline.runtime.progress import say
+from pipeline.runtime.display.progress import say
 
 REPORT = "report.html"
 """The report of one run, in its folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.results.report.facts import RunFacts, read_run
 from pipeline.results.report.page import write_report
-from pipeline.runtime.progress import say
+from pipeline.runtime.display.progress import say
 
 
 def watch(run: Path, every_s: int) -> None:

@@ -17,8 +17,8 @@ from pipeline.results.generate import Vlm, load, require_model
 from pipeline.results.trace.layers import ModelTrace, trace
 from pipeline.results.trace.questions import Question
 from pipeline.results.workers import Machine, free_memory
+from pipeline.runtime.display.progress import say
 from pipeline.runtime.folder import done, ids_of, trained_verb_ffns
-from pipeline.runtime.progress import say
 from pipeline.vlm.assemble import vocabulary_rows
 from pipeline.vlm.parts import decoder_layers, text_config
 from pipeline.vlm.placement import Devices

@@ -12,7 +12,7 @@ from data_prep.shards import ShardFolder
 from pipeline.errors import RecipeError, SampleError
 from pipeline.results.arguments import open_non_empty
 from pipeline.results.evaluate.answers import last_exchange
-from pipeline.runtime.progress import say
+from pipeline.runtime.display.progress import say
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.results.trace.matches import read_matches
 from pipeline.results.trace.models import TracedModels, lens_models, run_models, trace_models
 from pipeline.results.trace.page import About, Traced, file_name, write_index, write_page
 from pipeline.results.trace.questions import Question, question_from_data, question_from_file, questions_from_data
-from pipeline.runtime.progress import say
+from pipeline.runtime.display.progress import say
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from pipeline.runtime.checkpoint.files import (
     write_rank_file,
 )
 from pipeline.runtime.checkpoint.trained_state import TrainedState, host_copy
+from pipeline.runtime.display.progress import say
 from pipeline.runtime.node import rank_share
-from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready, sum_over_ranks
 from pipeline.runtime.shared_files import wait_for_files
 

@@ -12,8 +12,8 @@ from pipeline.runtime.data.batches import ChatDataset, DataOrder, LoadedBatch, S
 from pipeline.runtime.data.cutting import needs_lengths
 from pipeline.runtime.data.lengths import LengthModel, Lengths, feature_count, fit_lengths
 from pipeline.runtime.data.loader import batches_ahead, load, waiting_room
+from pipeline.runtime.display.progress import say
 from pipeline.runtime.node import Share, loader_workers, rank_share
-from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import Ranks
 
 Updates = Iterator[list[list[SampleIndex]]]

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from pipeline.errors import DataError
 from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex, map_unique
-from pipeline.runtime.progress import size_text
-from pipeline.runtime.stop import leave_signals_to_parent
+from pipeline.runtime.display.progress import size_text
+from pipeline.runtime.faults.stop import leave_signals_to_parent
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
 
 STALLED_S = 300

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.runtime.kl_grid import Pairs, kl_grid
+from pipeline.runtime.display.kl_grid import Pairs, kl_grid
 from pipeline.runtime.loggers.interface import Line, matches
 
 HISTOGRAM_EVERY = 50

@@ -19,7 +19,7 @@ from pipeline.errors import CacheError
 from pipeline.loss.bucket import BucketShare
 from pipeline.runtime.data.batches import LoadedBatch, SampleIndex
 from pipeline.runtime.data.loader import WINDOW
-from pipeline.runtime.progress import size_text
+from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.ranks import gather_lists
 from pipeline.steps.cache.teacher_pass import TeacherPass, stored_samples
 

@@ -29,14 +29,14 @@ from pipeline.errors import CacheError, StorageError
 from pipeline.loss.bucket import BucketShare
 from pipeline.loss.fidelity import Fidelity
 from pipeline.recipe.resolve import own_caches
-from pipeline.runtime import watch
 from pipeline.runtime.data.bad_samples import BadSamples
 from pipeline.runtime.data.batches import ChatDataset
+from pipeline.runtime.display.progress import StepProgress, size_text
 from pipeline.runtime.engine import Engine, dtype_of, sharded_loading
+from pipeline.runtime.faults import watch
 from pipeline.runtime.folder import done, ids_of, mark_done
 from pipeline.runtime.loop import Job, record_rejected
 from pipeline.runtime.metrics import Metrics
-from pipeline.runtime.progress import StepProgress, size_text
 from pipeline.runtime.ranks import (
     gather_lists,
     gather_when_ready,

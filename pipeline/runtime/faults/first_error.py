@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 
-from pipeline.runtime import stop
+from pipeline.runtime.faults import stop
 
 ALIKE_S = 1.0
 """How long a rank other than 0 waits before it reports: an error of all ranks is then rank 0's."""
@@ -27,7 +27,9 @@ def report(text: str, code: int, rank: int, world: int) -> None:
     if rank:
         time.sleep(ALIKE_S)
     where = f"rank {rank} on {socket.gethostname()}: " if world > 1 else ""
-    watch = sys.modules.get("pipeline.runtime.watch")  # it imports torch: an error of the recipe does not wait for that
+    watch = sys.modules.get(
+        "pipeline.runtime.faults.watch"
+    )  # it imports torch: an error of the recipe does not wait for that
     is_first = watch.failed(f"{where}{text.splitlines()[0]}", code) if watch else None
     may_be_known = is_first is False or (is_first is None and rank)
     # Meanwhile another rank's end is this one's, or the launcher asks it to end.
@@ -43,8 +45,8 @@ def report_failure(error: Exception, code: int, rank: int, world: int) -> None:
 
     One that says that another rank's end broke a connection is one line, and only if no other rank reports the cause.
     """
-    from pipeline.runtime import watch
-    from pipeline.runtime.out_of_memory import is_out_of_memory, what_helps
+    from pipeline.runtime.faults import watch
+    from pipeline.runtime.faults.out_of_memory import is_out_of_memory, what_helps
     from pipeline.runtime.ranks import lost_connection
 
     if lost_connection(error):

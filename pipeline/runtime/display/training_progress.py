@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.live import Live
 
+from pipeline.runtime.display.loss_groups import loss_groups
+from pipeline.runtime.display.progress import Pace, console, moves, say_progress, size_text
+from pipeline.runtime.display.training_panel import TrainingPanel
 from pipeline.runtime.folder import HELD_OUT
-from pipeline.runtime.loss_groups import loss_groups
-from pipeline.runtime.progress import Pace, console, moves, say_progress, size_text
-from pipeline.runtime.training_panel import TrainingPanel
 
 DRAWN_A_SECOND = 2
 """How often the panel is drawn again: updates may be faster than anybody reads."""

@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.runtime.loss_groups import LossGroup, loss_groups
-from pipeline.runtime.progress import Pace
+from pipeline.runtime.display.loss_groups import LossGroup, loss_groups
+from pipeline.runtime.display.progress import Pace
 
 BARS = "▁▂▃▄▅▆▇█"
 SHADES = " ░▒▓█"

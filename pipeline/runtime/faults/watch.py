@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from pipeline.runtime.progress import show_cursor
+from pipeline.runtime.display.progress import show_cursor
 
 BEAT_S = 2.0
 LONG = 10
