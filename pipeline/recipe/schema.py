@@ -205,8 +205,7 @@ class Cache(Section):
     learns the sum alone. A cache job stops with an error above it, measured on 64 samples before the cache is made, and
     on all at the end; the manifest has it."""
     deepspeed: Path | None = None
-    """DeepSpeed config file (JSON) of cache jobs. A cache that is made in the same job as the verbalizers uses
-    verbalize's. Left out: the recipe's own deepspeed."""
+    """DeepSpeed config file (JSON) of cache jobs; in one job with verbalize its own is used. Left out: the recipe's."""
 
 
 class Interact(StudentTraining):
