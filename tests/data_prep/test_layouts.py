@@ -188,9 +188,9 @@ FILES: dict[str, bytes] = {
     **{f"lines-{name}": LINES.encode(name) for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")},
     **{f"list-{name}": json.dumps(RECORDS, ensure_ascii=False).encode(name) for name in ("utf-16", "utf-16-be")},
     "pretty-utf-16": json.dumps({"data": RECORDS}, indent=2).encode("utf-16"),
-    "gzip-lines": gzip.compress(LINES.encode()),
-    "gzip-list": gzip.compress(json.dumps(RECORDS).encode()),
-    "gzip-utf-16": gzip.compress(LINES.encode("utf-16")),
+    "gzip-lines": gzip.compress(LINES.encode(), mtime=0),
+    "gzip-list": gzip.compress(json.dumps(RECORDS).encode(), mtime=0),
+    "gzip-utf-16": gzip.compress(LINES.encode("utf-16"), mtime=0),
     "carriage-returns": LINES.replace("\n", "\r\n").encode(),
 }
 """Ways to store three records."""
@@ -227,10 +227,11 @@ def test_an_image_folder_is_read_by_its_metadata(source: str, images: Path) -> N
         (b"PAR1....", "is a parquet file: read it with --source hf"),
         (b"PK\x03\x04....", "is a zip archive: unpack it"),
         (b"\x28\xb5\x2f\xfd....", "compressed with zstd: unpack it, or gzip it"),
-        (gzip.compress(LINES.encode())[:-10], "is damaged: "),
-        (gzip.compress(LINES.encode())[:20] + b"\0" * 20, "is damaged: "),
+        (gzip.compress(LINES.encode(), mtime=0)[:-10], "is damaged: "),
+        (gzip.compress(LINES.encode(), mtime=0)[:20] + b"\0" * 20, "is damaged: "),
         (LINES.encode("utf-16")[:-1], "is damaged: "),
     ],
+    ids=("parquet", "zip", "zstd", "cut-gzip", "broken-gzip", "cut-utf-16"),
 )
 def test_a_file_of_another_kind_is_named(
     content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
