@@ -203,7 +203,8 @@ def test_a_report_shows_its_figures_and_fits_the_screen(browser, tmp_path, size)
 
 
 SMALLEST = """() => Math.min(...[...document.querySelectorAll("figure svg text")]
-  .filter((one) => one.getClientRects().length).map((one) => parseFloat(getComputedStyle(one).fontSize) * one.ownerSVGElement.getScreenCTM().a))"""
+  .filter((one) => one.getClientRects().length)
+  .map((one) => parseFloat(getComputedStyle(one).fontSize) * one.ownerSVGElement.getScreenCTM().a))"""
 """Font size of the smallest text of a figure, in pixels of the page."""
 
 

@@ -83,7 +83,8 @@ def label_ends(axes: Axes, gap: float) -> None:
         axes.annotate(
             str(line.get_label()), xy=tuple(end), xytext=(1.06, height), textcoords="axes fraction", va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
