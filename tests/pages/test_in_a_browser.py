@@ -169,8 +169,9 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 def test_a_report_shows_its_figures_and_fits_the_screen(browser, tmp_path, size):
     lines = [
-        {"step": "interact", "update": n, "layer/1": 1.0 / n, "last": 1.0, "match": [n % 3 + 1], "update_s": 1.0,
-         "kl": [[1, 1, 0.1], [1, 2, 0.2], [1, 3, 0.3]], "draw_entropy": [1.0], "tokens_per_s": 5.0}
+        {"step": "interact", "update": n, "last": 1.0, "match": [n % 3 + 1] * 12, "update_s": 1.0,
+         "kl": [[1, 1, 0.1], [1, 2, 0.2], [1, 3, 0.3]], "draw_entropy": [1.0] * 12, "tokens_per_s": 5.0}
+        | {f"layer/{one}": one / n for one in range(1, 13)}
         for n in range(1, 9)
     ]  # fmt: skip
     steps = [StepStatus("interact", "begun", "update 8 of 90", {}, 0)]
@@ -186,12 +187,25 @@ def test_a_report_shows_its_figures_and_fits_the_screen(browser, tmp_path, size)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto((tmp_path / "report.html").as_uri())
     assert page.title() == "Report: run" and HOSTILE in page.locator("main").inner_text()
-    for figure in page.locator("figure svg").all():
+    for figure in page.locator("figure svg:visible").all():
         box = figure.bounding_box()
-        assert box["width"] > 150 and box["x"] + box["width"] <= size["width"]
+        assert box["width"] > 300 and box["x"] + box["width"] <= size["width"]
+    assert page.evaluate(SMALLEST) >= 9
+    before = page.locator(".linear svg").first.bounding_box()["width"]
+    page.get_by_label("large").first.focus()
+    page.keyboard.press("Space")
+    page.get_by_label("log scale").first.check()
+    assert not page.locator(".linear").first.is_visible() and page.locator(".linear").nth(1).is_visible()
+    assert page.locator(".logarithmic svg").first.bounding_box()["width"] > 2 * before
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     context.close()
     assert problems == []
+
+
+SMALLEST = """() => Math.min(...[...document.querySelectorAll("figure svg text")]
+  .filter((one) => one.getClientRects().length)
+  .map((one) => parseFloat(getComputedStyle(one).fontSize) * one.ownerSVGElement.getScreenCTM().a))"""
+"""Font size of the smallest text of a figure, in pixels of the page."""
 
 
 def test_a_watched_report_reloads_itself_until_the_last_page(browser, tmp_path):

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import Markup
-
 from data_prep.shards import write_file
 from pipeline.results.cache.info import MEASURES
 from pipeline.results.environment import environment
 from pipeline.results.evaluate.changes import Change, changes, compared
 from pipeline.results.evaluate.comparison import sentences
 from pipeline.results.pages.render import render
+from pipeline.results.pages.svg import Views
+from pipeline.results.report.curves import curves
 from pipeline.results.report.facts import RunFacts, bytes_text, differences
-from pipeline.results.report.figures import curves, kl_maps, match_map, shares
+from pipeline.results.report.figures import kl_maps, match_maps, shares
 from pipeline.results.status import losses_of_line
 from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.kept import FOLDER, kept_traces
@@ -37,7 +37,7 @@ class Section:
 
     title: str
     text: str
-    figures: Sequence[Markup]
+    figures: Sequence[Views]
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,10 @@ def _grouped(step: str, series: Mapping[str, Any]) -> Iterator[tuple[str, dict[s
 
 def _matching(run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> Section:
     students = sorted(int(name.removeprefix("layer/")) for name in lines[-1] if name.startswith("layer/"))
-    figures = [match_map(lines, students)]
+    figures = list(match_maps(lines, students))
     if (matches := read_matches(run.folder)) is not None:
-        figures.append(match_figure(matches))
-    if (maps := kl_maps(lines)) is not None:
-        figures.append(maps)
+        figures.append(Views(match_figure(matches)))
+    figures += kl_maps(lines)
     if drawn := [line for line in lines if line.get("draw_entropy")]:
         updates = [line["update"] for line in drawn]
         entropies = {
@@ -131,7 +130,7 @@ def _matching(run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> Section:
     return Section("Matching", text, figures)
 
 
-def _speeds(run: RunFacts) -> Iterator[Markup]:
+def _speeds(run: RunFacts) -> Iterator[Views]:
     for name, unit in SPEED.items():
         series = {step: _series(lines, name) for step, lines in run.lines.items() if lines}
         series = {step: found for step, found in series.items() if found[0]}

@@ -6,7 +6,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipeline.results.pages.svg import BLUE, INK, inline
+from pipeline.results.pages.svg import BLUE, INK, WIDTH, inline
 from pipeline.results.trace.matches import Matches
 
 WIDEST = 8.0
@@ -17,7 +17,7 @@ def match_figure(matches: Matches) -> Markup:
     """An SVG element: student layers on the left, teacher layers on the right, deeper ones higher."""
     teachers = sorted({layer for shares in matches.shares.values() for layer in shares})
     height = {layer: _spread(place, len(teachers)) for place, layer in enumerate(teachers)}
-    figure = Figure(figsize=(5, 0.6 + 0.32 * max(len(teachers), len(matches.shares))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 0.32 * max(len(teachers), len(matches.shares))), layout="constrained")
     axes = figure.add_subplot()
     axes.axis("off")
     for place, (student, shares) in enumerate(matches.shares.items()):

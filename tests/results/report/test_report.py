@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from pipeline.__main__ import main
 from pipeline.results.evaluate.changes import Change, changes, compared
+from pipeline.results.report.curves import PALETTE, POINTS, apart, curves, label_ends
 from pipeline.results.report.facts import differences, read_run
-from pipeline.results.report.figures import POINTS, curves, kl_maps
+from pipeline.results.report.figures import kl_maps
 from pipeline.results.report.page import loss_series
 from pipeline.results.report.run import keep_report
 from pipeline.runtime.versions import keep_environment, read_environment
@@ -62,7 +66,10 @@ def test_the_page_says_what_the_files_say(run):
     assert facts.hours == {"interact": pytest.approx(5 * 36 / 3600)}
     assert facts.rejects == [(HOSTILE, 2, "a"), ("torn", 1, "c")]
     assert len(facts.lines["interact"]) == 5 and not facts.lines["reinforce"] and facts.cache is None
-    assert text.count("<svg") == 10, "2 of losses; match map, lines, KL, entropy; tokens, data wait, real share, time"
+    assert text.count("<figure>") == 13, (
+        "2 of losses; 2 match maps, lines, 3 KL, entropy; tokens, wait, real share, time"
+    )
+    assert text.count("<svg") == 13 + 5, "all curves but the entropies, which fall to 0, are there on a log scale too"
 
 
 def test_held_out_data_is_in_the_same_curves(run, tmp_path):
@@ -158,12 +165,55 @@ def test_losses_are_told_from_other_numbers():
 
 
 def test_a_long_curve_is_thinned_to_means():
-    svg = curves({"loss": (range(10_000), [1.0] * 10_000)}, "t", "nat")
+    svg = curves({"loss": (range(10_000), [1.0] * 10_000)}, "t", "nat").linear
     longest = max(re.findall(r' d="(M[^"]*)"', svg), key=len)
     assert len(re.findall("[ML] ", longest)) <= POINTS
 
 
 def test_kl_maps_need_lines_that_have_them():
     without = {name: value for name, value in interact_line(1).items() if name != "kl"}
-    assert kl_maps([without]) is None
-    assert "update 3" in kl_maps([interact_line(update) for update in range(1, 6)])
+    assert list(kl_maps([without])) == []
+    maps = list(kl_maps([interact_line(update) for update in range(1, 6)]))
+    assert [f"update {update}" in one.linear for update, one in zip((1, 3, 5), maps, strict=True)] == [True] * 3
+    assert len(list(kl_maps([interact_line(1)]))) == 1, "the first is the last"
+
+
+def test_labels_are_apart_in_order_and_near_what_they_name():
+    for seed in range(20):
+        wanted = np.random.default_rng(seed).random(9)
+        found = apart(wanted, 0.1)
+        assert (np.argsort(found) == np.argsort(wanted)).all() and found.min() >= 0 and found.max() <= 1 + 1e-9
+        assert np.diff(np.sort(found)).min() >= 0.1 - 1e-9
+    assert apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9]), "what is apart stays"
+    assert apart([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55]), "in the middle of what they name"
+    assert apart([0.0] * 21, 0.1) == pytest.approx(np.linspace(0, 1, 21)), "no room: evenly"
+
+
+def test_a_label_stands_at_the_height_where_its_curve_ends():
+    axes = Figure().add_subplot()
+    for end in (0, 10):
+        axes.plot([1, 2], [5, end], label=f"{end}")
+    label_ends(axes, 0.1)
+    assert [one.get_position()[1] for one in axes.texts] == pytest.approx([0.5 / 11, 10.5 / 11]), "margins of 5 %"
+
+
+def test_curves_stand_out_on_a_light_page_and_on_a_dark_one():
+    """A contrast of 3 (WCAG, for graphics) with both papers of page.css."""
+
+    def luminance(colour) -> float:
+        linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in to_rgb(colour)]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    for colour in PALETTE(np.linspace(0, 1, 30)):
+        for paper in ("#fbfbfa", "#16181c"):
+            dark, light = sorted((luminance(colour), luminance(paper)))
+            assert (light + 0.05) / (dark + 0.05) >= 3
+
+
+def test_each_curve_is_named_where_it_ends_or_below_where_its_name_is_long():
+    ends = curves({f"layer {n}": ([1, 2], [1.0, n]) for n in (1, 2)}, "t", "nat")
+    assert re.search(">layer 1<", ends.linear) and ends.linear.count(">layer 2<") == 1 and "legend_1" not in ends.linear
+    below = curves({name * 9: ([1, 2], [0.0, 1.0]) for name in ("one", "two")}, "t", "nat")
+    assert "legend_1" in below.linear and below.log is None, "0 has no place on a log scale"
+    stopped = curves({"a": ([1, 2], [1.0, float("nan")]), "b": ([1], [float("nan")])}, "t", "nat")
+    assert ">a<" in stopped.linear and ">b<" not in stopped.linear
