@@ -58,7 +58,8 @@ test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a
 test-torchvision: $(STAMP)  ## model families whose processors need torchvision, and its tokens, 8 minutes; installs build/torchvision
 	@test -d build/torchvision/torchvision || $(PIP) install --quiet --no-deps --target build/torchvision torchvision==0.28.0
 	@$(RUN) PYTHONPATH=$(CURDIR)/tests/cpu_torchvision:$(CURDIR)/build/torchvision HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-	  python -m pytest -m "families or not families" tests/vlm tests/distributed/test_whole_families.py $(ARGS)
+	  python -m pytest -m "families or not families" tests/vlm tests/distributed/test_whole_families.py \
+	  tests/results/trace/test_traces_of_families.py $(ARGS)
 
 soak: $(STAMP)  ## both stages killed KILLS=20 times at random moments; each run must end as one never killed, 1 minute a kill
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python tests/soak.py --kills $(or $(KILLS),20) $(ARGS)

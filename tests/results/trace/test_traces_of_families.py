@@ -6,7 +6,7 @@ import json
 
 import pytest
 from tiny import KINDS, chats, write_vlm
-from tiny_families import FAMILIES, write_family
+from tiny_families import FAMILIES, as_parameter, write_family
 from tiny_run import LAYERS, WIDTH, write_recipe, write_shards, write_verb_ffns
 
 from pipeline.__main__ import main
@@ -31,7 +31,7 @@ def write_pair(root, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        kind if kind in ALWAYS else pytest.param(kind, marks=pytest.mark.families)
+        kind if kind in ALWAYS else as_parameter(kind, pytest.mark.families)
         for kind in dict.fromkeys((*KINDS, *FAMILIES))
     ],
 )
