@@ -46,7 +46,7 @@ class Job:
         """Whether it has run. Raises JobsFailed where another command has left its result there."""
         if not self.marker.exists():
             return False
-        if json.loads(self.marker.read_text())["command"] != list(self.command):
+        if json.loads(self.marker.read_text()).get("command") != list(self.command):
             raise JobsFailed(
                 f"{self.path} was made by another command than the one that is asked for now: remove {self.path}* to "
                 f"run this one: python {' '.join(self.command)}"

@@ -42,7 +42,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     for role in ("teacher", "student"):
         if not (MODELS / role).exists():
-            shutil.copytree(LEARN / role / "student", MODELS / role)
+            partial = MODELS / f".{role}-partial"
+            shutil.copytree(LEARN / role / "student", partial, dirs_exist_ok=True)
+            partial.rename(MODELS / role)
     print(f"{MODELS}; measured: {LEARN / 'own.json'}, and with shuffled pictures {LEARN / 'shuffled.json'}")
 
 

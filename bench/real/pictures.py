@@ -94,7 +94,9 @@ def _stamps() -> Iterator[tuple[str, str, str, bytes]]:
     folder = FOLDER / "stamps"
     if not folder.exists():
         package = _download(STAMPS, ("apt-get", "download", "tuxpaint-stamps-default"))
-        subprocess.run(("dpkg-deb", "-x", package, folder), check=True)
+        partial = FOLDER / ".stamps-partial"
+        subprocess.run(("dpkg-deb", "-x", package, partial), check=True)
+        partial.rename(folder)
     root = folder / "usr/share/tuxpaint/stamps"
     for text in sorted(root.rglob("*.txt")):
         files = [file for suffix in (".png", ".svg") if (file := text.with_suffix(suffix)).exists()]
