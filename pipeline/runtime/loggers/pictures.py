@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.runtime.display.kl_grid import Pairs, kl_grid
-from pipeline.runtime.loggers.interface import Line, matches
+from pipeline.runtime.loggers.interface import Line, matches, values
 
 HISTOGRAM_EVERY = 50
 """Updates whose matches make one histogram."""
@@ -43,6 +44,18 @@ class RecentMatches:
             student: (np.array(teachers), np.arange(min(teachers) - 0.5, max(teachers) + 1))
             for student, teachers in found.items()
         }
+
+
+def shown(
+    line: Line, recent: RecentMatches, image: Callable[..., Any], histogram: Callable[..., Any]
+) -> dict[str, Any]:
+    """A line as wandb and trackio take it: values, the KL map and histograms of matches, in their own classes."""
+    found: dict[str, Any] = values(line)
+    if line.get("kl"):
+        found["kl"] = image(as_image(kl_figure(line["kl"])))
+    for student, (teachers, edges) in recent.add(line).items():
+        found[f"matches/{student}"] = histogram(np_histogram=np.histogram(teachers, edges))
+    return found
 
 
 def kl_figure(pairs: Pairs) -> Figure:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Any
 
-import numpy as np
-
-from pipeline.runtime.loggers.interface import Line, StepLog, values
-from pipeline.runtime.loggers.pictures import RecentMatches, as_image, kl_figure
+from pipeline.runtime.loggers.interface import Line, StepLog
+from pipeline.runtime.loggers.pictures import RecentMatches, shown
 from pipeline.runtime.loggers.settings import recipe_of
 
 
@@ -35,12 +32,7 @@ class Trackio:
 
     def write(self, line: Line) -> None:
         """Show one line, on rank 0."""
-        shown: dict[str, Any] = values(line)
-        if line.get("kl"):
-            shown["kl"] = self._image(as_image(kl_figure(line["kl"])))
-        for student, (teachers, edges) in self._matches.add(line).items():
-            shown[f"matches/{student}"] = self._histogram(np_histogram=np.histogram(teachers, edges))
-        self._run.log(shown, step=line["update"])
+        self._run.log(shown(line, self._matches, self._image, self._histogram), step=line["update"])
 
     def close(self) -> None:
         """Write what is left."""

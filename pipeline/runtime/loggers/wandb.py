@@ -6,11 +6,10 @@ import os
 import secrets
 from typing import Any
 
-import numpy as np
 import wandb
 
-from pipeline.runtime.loggers.interface import Line, StepLog, values
-from pipeline.runtime.loggers.pictures import RecentMatches, as_image, kl_figure
+from pipeline.runtime.loggers.interface import Line, StepLog
+from pipeline.runtime.loggers.pictures import RecentMatches, shown
 from pipeline.runtime.loggers.settings import recipe_of
 
 
@@ -42,12 +41,7 @@ class Wandb:
 
     def write(self, line: Line) -> None:
         """Show one line, on rank 0."""
-        shown: dict[str, Any] = values(line)
-        if line.get("kl"):
-            shown["kl"] = wandb.Image(as_image(kl_figure(line["kl"])))
-        for student, (teachers, edges) in self._matches.add(line).items():
-            shown[f"matches/{student}"] = wandb.Histogram(np_histogram=np.histogram(teachers, edges))
-        self._run.log(shown, step=line["update"])
+        self._run.log(shown(line, self._matches, wandb.Image, wandb.Histogram), step=line["update"])
 
     def close(self) -> None:
         """Write what is left."""
