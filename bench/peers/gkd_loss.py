@@ -47,7 +47,8 @@ def main() -> None:
     """Distil."""
     options = arguments()
     processor = load_processor(options.student)
-    teacher = AutoModelForImageTextToText.from_pretrained(options.teacher, dtype="float32")
+    precision = "bfloat16" if options.bf16 else "float32"
+    teacher = AutoModelForImageTextToText.from_pretrained(options.teacher, dtype=precision)
     trainer = Distillation(
         teacher, frozen_tower(options.student), training_arguments(options), Collator(processor), read(options.data)
     )

@@ -1,4 +1,4 @@
-"""The methods that are compared, as commands; the demo's pair and data."""
+"""The methods that are compared, as commands; the pairs of models with their data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.ladder.arms import BY_NAME
+from bench.ladder.cells import TASKS, Task
 from bench.ladder.jobs import settings
 
-RECIPE = Path("recipes/demo.yaml")
-TEACHER, STUDENT = Path("demo/models/puzzles/teacher"), Path("demo/models/puzzles/student")
 SHARED = ("bench/peers/chats.py", "bench/peers/settings.py")
-LEARNING_RATE = 3e-3
-"""The demo's, for all methods: none has a sweep here. bench.ladder sweeps it for each."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,34 @@ class Size:
     """Updates of the verbalizers."""
 
 
-SIZES: Mapping[str, Size] = {
-    "full": Size(1000, 500, 300, 120),
-    "small": Size(1000, 500, 100, 40),
-    "smoke": Size(64, 16, 4, 2),
-}
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student, and what the student learns."""
+
+    task: Task
+    text: str
+    """The samples, for the table."""
+    learning_rate: float
+    """The recipe's, for all methods: none has a sweep here. bench.ladder sweeps it for each."""
+    sizes: Mapping[str, Size]
+    bf16: bool = False
+
+    def model(self, role: str) -> Path:
+        """Folder of the teacher or the student."""
+        return Path(self.task.models, role)
+
+
+PAIRS: Mapping[str, Pair] = {
+    "puzzles": Pair(
+        TASKS["puzzles"], "puzzles", 3e-3,
+        {"full": Size(1000, 500, 300, 120), "small": Size(1000, 500, 100, 40), "smoke": Size(64, 16, 4, 2)},
+    ),
+    "real": Pair(
+        TASKS["real"], "questions on pictures", 3e-4,
+        {"full": Size(1200, 600, 150, 75), "small": Size(1200, 600, 75, 40), "smoke": Size(64, 16, 2, 2)},
+        bf16=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,39 +90,43 @@ METHODS = (
 BY_METHOD = {method.name: method for method in METHODS}
 
 
-def data_command(size: Size, seed: int, output: Path) -> list[str]:
-    """Shards of puzzles, 40 % of the training answers wrong."""
+def data_command(pair: Pair, size: Size, seed: int, output: Path) -> list[str]:
+    """Shards of the pair's samples, 40 % of the training answers wrong."""
     return [
-        "-m", "data_prep", "shard", "--source", "puzzles", "--noise", "0.4", "--seed", str(seed),
-        "--count", str(size.samples), "--held-out-count", str(size.held_out), "--samples-per-shard", "100",
-        "--output", str(output),
+        *pair.task.shard, "--noise", "0.4", "--seed", str(seed), "--count", str(size.samples),
+        "--held-out-count", str(size.held_out), "--samples-per-shard", "100", "--output", str(output),
     ]  # fmt: skip
 
 
-def stage_1_command(size: Size, seed: int, place: Path) -> list[str]:
+def stage_1_command(pair: Pair, size: Size, seed: int, place: Path) -> list[str]:
     """Ours: verbalizers and the teacher's cache."""
-    values = {**_common(seed, place, "stage_1"), "verbalize.steps": size.stage_1, "verbalize.micro_batch_size": 32}
-    return ["launch/train.py", "--stage", "1", "--recipe", str(RECIPE), *settings(values)]
+    values = {**_common(pair, seed, place, "stage_1"), "verbalize.steps": size.stage_1}
+    values["verbalize.micro_batch_size"] = pair.task.micro_batch_size
+    return ["launch/train.py", "--stage", "1", "--recipe", pair.task.recipe, *settings(values)]
 
 
-def train_command(method: Method, updates: int, seed: int, place: Path, name: str) -> list[str]:
+def train_command(pair: Pair, method: Method, updates: int, seed: int, place: Path, name: str) -> list[str]:
     """Train the student into place/NAME/student."""
     if method.program:
-        models = ["--student", str(STUDENT), *(["--teacher", str(TEACHER)] if "gkd" in method.name else [])]
+        models = ["--student", str(pair.model("student"))]
+        if "gkd" in method.name:
+            models += ["--teacher", str(pair.model("teacher"))]
         return [
             "-m", method.program, *models, "--data", str(place / "data" / "train"), "--output", str(place / name),
-            "--updates", str(updates), "--learning-rate", str(LEARNING_RATE), "--seed", str(seed),
+            "--updates", str(updates), "--learning-rate", str(pair.learning_rate), "--seed", str(seed),
+            "--batch-size", str(pair.task.micro_batch_size), *(["--bf16"] if pair.bf16 else []),
         ]  # fmt: skip
-    values = {**_common(seed, place, name), **BY_NAME[method.arm].settings(updates, LEARNING_RATE, 1.0)}
-    values |= {"interact.micro_batch_size": 32, "reinforce.micro_batch_size": 32}
+    values = {**_common(pair, seed, place, name), **BY_NAME[method.arm].settings(updates, pair.learning_rate, 1.0)}
+    values |= {f"{step}.micro_batch_size": pair.task.micro_batch_size for step in ("interact", "reinforce")}
     if method.stage_1:
         values["stage_1"] = str(place / "stage_1")
-    return ["launch/train.py", "--stage", "2", "--recipe", str(RECIPE), *settings(values)]
+    return ["launch/train.py", "--stage", "2", "--recipe", pair.task.recipe, *settings(values)]
 
 
-def evaluate_command(names: list[str], place: Path) -> list[str]:
+def evaluate_command(pair: Pair, names: list[str], place: Path) -> list[str]:
     """Exact match of the students, the teacher and the untouched student on the held-out samples."""
-    models = {"teacher": TEACHER, "untouched": STUDENT, **{name: place / name / "student" for name in names}}
+    untrained = {"teacher": pair.model("teacher"), "untouched": pair.model("student")}
+    models = {**untrained, **{name: place / name / "student" for name in names}}
     named = [word for name, folder in models.items() for word in ("--model", f"{name}={folder}")]
     return [
         "-m", "pipeline", "evaluate", *named, "--data", str(place / "data" / "held_out"), "--batch-size", "100",
@@ -120,14 +144,15 @@ def step_seconds(method: Method, place: Path, name: str, log: Path) -> float:
     return sum(seconds) / len(seconds)
 
 
-def lines_written(method: Method) -> int:
+def lines_written(pair: Pair, method: Method) -> int:
     """Lines that a user writes: of a peer its programs', of ours the recipe's and one command for each stage.
 
     Without empty lines, comments and docstrings.
     """
     if method.files:
         return sum(_code_lines(Path(file)) for file in method.files)
-    recipe = [line for line in RECIPE.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
+    lines = Path(pair.task.recipe).read_text().splitlines()
+    recipe = [line for line in lines if line.strip() and not line.strip().startswith("#")]
     return len(recipe) + (2 if method.stage_1 else 1)
 
 
@@ -142,9 +167,9 @@ def _code_lines(path: Path) -> int:
     return lines
 
 
-def _common(seed: int, place: Path, name: str) -> dict[str, object]:
+def _common(pair: Pair, seed: int, place: Path, name: str) -> dict[str, object]:
     data = place / "data"
     return {
         "run": str(place / name), "seed": seed, "data.train": str(data / "train"),
-        "data.held_out": str(data / "held_out"), "data.memory_mb": 256, "deepspeed": "ds_configs/zero0.json",
+        "data.held_out": str(data / "held_out"), **pair.task.common,
     }  # fmt: skip

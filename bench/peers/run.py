@@ -1,8 +1,9 @@
-"""Train the demo's student by each method, on equal updates and on equal time, and write the JSON and the table.
+"""Train a student by each method, on equal updates and on equal time, and write the JSON and the table.
 
     python -m bench.peers                  # half an hour on one core: bench/results/peers.json and docs/peers.md
     python -m bench.peers --size small     # a third of the updates
     python -m bench.peers --size smoke     # four updates, to see that everything runs; writes into its folder alone
+    python -m bench.peers --pair real      # the pair with a language model that others trained, after make real-weights
 
 Each command runs alone, on one thread, and is measured by the kernel: its processor seconds and the largest resident
 memory, both with start-up. Processor seconds are the wall seconds of a machine that does nothing else. Equal time: a
@@ -24,7 +25,7 @@ from typing import Any
 
 from bench.ladder.jobs import commit, environment
 from bench.peers import methods
-from bench.peers.methods import BY_METHOD, METHODS, SIZES, Size
+from bench.peers.methods import BY_METHOD, METHODS, PAIRS, Pair
 from bench.peers.table import write_page
 from bench.timing import machine, write_results
 
@@ -38,35 +39,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument(
+        "--pair", choices=PAIRS, default="puzzles", help="the demo's (default), or of make real-weights"
+    )
+    parser.add_argument("--size", choices=PAIRS["puzzles"].sizes, default="full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", type=Path, default=Path("build/bench-peers"), help="folder of data and runs")
     options = parser.parse_args()
-    place = options.place / f"{options.size}-{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    results = compare(SIZES[options.size], options.seed, place)
+    pair = PAIRS[options.pair]
+    if not pair.model("student").is_dir():
+        parser.error(f"--pair {options.pair}: {pair.task.models} has no models: run make real-weights first")
+    place = options.place / f"{options.pair}-{options.size}-{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    results = compare(options.pair, options.size, options.seed, place)
     if options.size != "smoke":
-        print(f"written: {write_results('peers', results)}, {write_page(results)}")
+        name = "peers" if options.pair == "puzzles" else f"peers_{options.pair}"
+        print(f"written: {write_results(name, results)}, {write_page(results)}")
     else:
         (place / "peers.json").write_text(json.dumps(results, indent=2))
         print(f"written: {place / 'peers.json'}")
 
 
-def compare(size: Size, seed: int, place: Path) -> dict[str, Any]:
-    """{"machine", "versions", "size", "methods": {name: figures}, "models": {name: exact match}}."""
+def compare(pair_name: str, size_name: str, seed: int, place: Path) -> dict[str, Any]:
+    """{"machine", "versions", "pair", "size", "methods": {name: figures}, "models": {name: exact match}}."""
+    pair = PAIRS[pair_name]
+    size = pair.sizes[size_name]
     place.mkdir(parents=True)
-    run("data", methods.data_command(size, seed, place / "data"), place)
-    stage_1 = run("stage_1", methods.stage_1_command(size, seed, place), place)
-    found = {method.name: _train(method.name, size.updates, seed, place) for method in METHODS}
+    run("data", methods.data_command(pair, size, seed, place / "data"), place)
+    stage_1 = run("stage_1", methods.stage_1_command(pair, size, seed, place), place)
+    found = {method.name: _train(pair, method.name, size.updates, seed, place) for method in METHODS}
     budget = stage_1["cpu_seconds"] + found["ours_interaction"]["cpu_seconds"]
     longer = {}
     for name in EQUAL_TIME:
         updates = max(1, round(size.updates * budget / found[name]["cpu_seconds"]))
-        longer[name] = {"updates": updates, **_train(name, updates, seed, place, f"{name}_equal_time")}
+        longer[name] = {"updates": updates, **_train(pair, name, updates, seed, place, f"{name}_equal_time")}
     names = [*found, *(f"{name}_equal_time" for name in longer)]
-    run("evaluate", methods.evaluate_command(names, place), place)
+    run("evaluate", methods.evaluate_command(pair, names, place), place)
     scores = json.loads((place / "evaluation.json").read_text())
     for name, figures in found.items():
-        figures |= {"exact_match": scores[name]["exact_match"], "lines": methods.lines_written(BY_METHOD[name])}
+        figures |= {"exact_match": scores[name]["exact_match"], "lines": methods.lines_written(pair, BY_METHOD[name])}
         if BY_METHOD[name].stage_1:
             figures["stage_1_cpu_seconds"] = stage_1["cpu_seconds"]
         if name in longer:
@@ -75,7 +85,8 @@ def compare(size: Size, seed: int, place: Path) -> dict[str, Any]:
         "machine": machine(),
         "commit": commit(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "deepspeed")},
-        "size": {**size.__dict__, "seed": seed, "learning_rate": methods.LEARNING_RATE},
+        "pair": pair_name,
+        "size": {**size.__dict__, "seed": seed, "learning_rate": pair.learning_rate},
         "budget_cpu_seconds": budget,
         "stage_1": stage_1,
         "methods": found,
@@ -84,9 +95,9 @@ def compare(size: Size, seed: int, place: Path) -> dict[str, Any]:
     }
 
 
-def _train(name: str, updates: int, seed: int, place: Path, folder: str = "") -> dict[str, Any]:
+def _train(pair: Pair, name: str, updates: int, seed: int, place: Path, folder: str = "") -> dict[str, Any]:
     method, folder = BY_METHOD[name], folder or name
-    used = run(folder, methods.train_command(method, updates, seed, place, folder), place)
+    used = run(folder, methods.train_command(pair, method, updates, seed, place, folder), place)
     return {**used, "step_seconds": methods.step_seconds(method, place, folder, place / f"{folder}.log")}
 
 

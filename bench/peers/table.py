@@ -1,4 +1,4 @@
-"""docs/peers.md: the measured table, between two marks."""
+"""docs/peers.md: the measured table of each pair, between two marks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.peers.methods import METHODS
+from bench.peers.methods import METHODS, PAIRS
 
 PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
-BEGIN, END = "<!-- measured: make bench-peers -->", "<!-- end -->"
+END = "<!-- end -->"
 HEADS = (
     "method", "exact match", "at equal time (updates)", "processor seconds", "step, ms", "most memory, MiB", "lines",
 )  # fmt: skip
@@ -17,20 +17,21 @@ HEADS = (
 
 def write_page(results: Mapping[str, Any]) -> Path:
     """Put the table of these results into the page; returns its path."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    begin = f"<!-- measured: make bench-peers ARGS='--pair {results['pair']}' -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{begin}\n{table(results)}\n{END}{after}", encoding="utf-8")
     return PAGE
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: how it was measured, then a row for each method."""
-    size, host = results["size"], results["machine"]
+    size, host, pair = results["size"], results["machine"], PAIRS[results["pair"]]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     said = (
         f"Measured on {host['date']} at commit {results['commit']}, {host['machine']}, one thread; "
-        f"seed {size['seed']}, {size['samples']:,} puzzles of which 40 % have a wrong answer, "
-        f"{size['updates']} updates of 32, learning rate {size['learning_rate']:g}, "
+        f"seed {size['seed']}, {size['samples']:,} {pair.text} of which 40 % have a wrong answer, "
+        f"{size['updates']} updates of {pair.task.micro_batch_size}, learning rate {size['learning_rate']:g}, "
         f"{size['held_out']} held-out samples; {versions}. "
         f"Teacher {results['models']['teacher']:.1%}, untouched student {results['models']['untouched']:.1%}."
     )

@@ -12,7 +12,7 @@ from pipeline.results.report.page import write_report
 from pipeline.results.status import StepStatus
 from pipeline.results.trace.layers import Candidate, LayerTrace, ModelTrace, Reading, Token, TokenPrediction
 from pipeline.results.trace.matches import Matches
-from pipeline.results.trace.page import About, Traced, write_page
+from pipeline.results.trace.page import About, Traced, write_index, write_page
 from pipeline.results.trace.questions import Question
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -61,8 +61,10 @@ def model(name: str, layers: int, tokens: int) -> ModelTrace:
 def written(folder, layers: int, tokens: int, text: str = "what?"):
     question = Question("k", [{"role": "user", "content": [{"type": "text", "text": text}]}], [], text)
     traces = [model(name, layers, tokens) for name in ("teacher", "untouched", "distilled")]
-    matches = Matches({1: {1: 0.5, 3: 0.5}, 2: {4: 1.0}}, 10)
-    write_page(folder / "page.html", Traced(question, traces, True), About(False, [text], matches))
+    matches = Matches({1: {layer: 0.1 for layer in range(1, 11)}, 2: {4: 1.0}}, 10)
+    traced, about = Traced(question, traces, True), About(False, [text], matches)
+    write_page(folder / "page.html", traced, about)
+    write_index(folder / "index.html", {"page.html": traced, "other.html": traced}, about)
     return folder / "page.html"
 
 
@@ -124,7 +126,9 @@ def test_hostile_text_is_shown_not_run(page):
     assert HOSTILE in page.locator("h1").inner_text()
 
 
-def test_nothing_is_wider_than_the_screen(page):
+@pytest.mark.parametrize("name", ["page.html", "index.html"])
+def test_nothing_is_wider_than_the_screen(page, page_file, name):
+    page.goto(page_file.with_name(name).as_uri())
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= page.viewport_size["width"], "tables scroll inside their own boxes"
 

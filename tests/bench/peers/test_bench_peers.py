@@ -21,6 +21,7 @@ from pipeline.vlm.processing import load_processor
 
 ROOT = Path(__file__).parents[3]
 COUNT = 4
+PUZZLES = methods.PAIRS["puzzles"]
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +34,19 @@ def shards(tmp_path_factory) -> Path:
 
 def test_the_peers_batch_is_ours_and_so_are_the_weights_that_train(shards, monkeypatch):
     monkeypatch.chdir(ROOT)
-    recipe = load_recipe(methods.RECIPE, [f"data.train={shards}"]).recipe
+    recipe = load_recipe(Path(PUZZLES.task.recipe), [f"data.train={shards}"]).recipe
     chats = ChatDataset(ShardFolder(shards), encoders(recipe, ["student"]))
     (rank,) = load(chats, [[SampleIndex(index) for index in range(COUNT)]], 0, "cpu")
     ours = rank.batches["student"]
-    theirs = Collator(load_processor(methods.STUDENT))(list(read(shards)))
+    theirs = Collator(load_processor(PUZZLES.model("student")))(list(read(shards)))
     for row, labels in enumerate(full_labels(ours)[:COUNT]):
         mine, peer = ours.inputs["input_ids"][row], theirs["input_ids"][row]
         length = int(theirs["attention_mask"][row].sum())
         assert torch.equal(mine[:length], peer[:length])
         assert torch.equal(labels[labels != -100], theirs["labels"][row][theirs["labels"][row] != -100])
-    student = load_student(methods.STUDENT, torch.float32, recipe, recipe.reinforce)
+    student = load_student(PUZZLES.model("student"), torch.float32, recipe, recipe.reinforce)
     trained = {name for name, weight in student.named_parameters() if weight.requires_grad}
-    peers = frozen_tower(methods.STUDENT)
+    peers = frozen_tower(PUZZLES.model("student"))
     assert {name for name, weight in peers.named_parameters() if weight.requires_grad} == trained
     with torch.no_grad():
         loss = peers(**theirs).loss  # the mean over the response tokens, as ours divides
@@ -59,18 +60,21 @@ def test_the_peers_batch_is_ours_and_so_are_the_weights_that_train(shards, monke
     assert tokens == len(ours.labels)
 
 
-def test_commands_and_lines(monkeypatch):
+@pytest.mark.parametrize("name", methods.PAIRS)
+def test_commands_and_lines(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    size = methods.SIZES["full"]
+    pair = methods.PAIRS[name]
+    size = pair.sizes["full"]
     for method in methods.METHODS:
-        command = methods.train_command(method, size.updates, 0, Path("place"), method.name)
+        command = methods.train_command(pair, method, size.updates, 0, Path("place"), method.name)
         assert command[0] in ("-m", "launch/train.py")
         assert ("stage_1" in " ".join(command)) == method.stage_1
-    by_name = {method.name: methods.lines_written(method) for method in methods.METHODS}
+        assert str(pair.model("student")) in command or pair.task.recipe in command
+    by_name = {method.name: methods.lines_written(pair, method) for method in methods.METHODS}
     assert by_name["trainer_finetune"] < by_name["trainer_gkd_loss"]
     assert by_name["ours_interaction"] == by_name["ours_finetune"] + 1
 
 
-def test_the_page_has_the_table_of_the_committed_results():
-    results = json.loads((ROOT / "bench" / "results" / "peers.json").read_text())
-    assert table.table(results) in table.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("peers*.json")), ids=lambda path: path.stem)
+def test_the_page_has_the_table_of_the_committed_results(path):
+    assert table.table(json.loads(path.read_text())) in table.PAGE.read_text(encoding="utf-8")
