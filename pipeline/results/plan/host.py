@@ -1,4 +1,4 @@
-"""Memory of each node's CPU side: what DeepSpeed offloads, and the batches that wait."""
+"""Memory of each node's CPU side: what DeepSpeed offloads, the batches that wait, and a checkpoint's copy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.recipe.schema import Recipe, Training
+from pipeline.results.plan.disk import checkpoint_bytes
 from pipeline.results.plan.micro_batches import loader_workers, micro_steps
 from pipeline.results.plan.models import Parameter
 from pipeline.results.plan.samples import Samples
-from pipeline.results.plan.sharding import Zero, gradient_bytes, optimizer_bytes, shards
+from pipeline.results.plan.sharding import MASTER_AND_MOMENTS, Zero, gradient_bytes, optimizer_bytes, shards
 from pipeline.runtime.data.loader import WAITING_BYTES, WINDOW, batches_ahead
 
 PROCESS = 10**9
@@ -28,11 +29,19 @@ class HostMemory:
     """Batches of all ranks: of one update, and ahead of it in the loader processes; half of them pinned again."""
     processes: int
     """The ranks' processes, and data.memory_mb of each loader process."""
+    checkpoint: int
+    """The copy from which a checkpoint is written while training goes on. Where that is more than half of the free
+    memory, the step waits for its checkpoints instead."""
+
+    @property
+    def needed(self) -> int:
+        """Without which the step does not run."""
+        return self.offloaded + self.batches + self.processes
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.offloaded + self.batches + self.processes
+        return self.needed + self.checkpoint
 
 
 def host_memory(
@@ -56,7 +65,15 @@ def host_memory(
         offloaded=int(offloaded * per_node),
         batches=int(waiting * per_node * 1.5),
         processes=int((PROCESS + kept) * per_node),
+        checkpoint=0 if step == "cache" else _checkpoint_copy(parameters, zero, ranks, per_node),
     )
+
+
+def _checkpoint_copy(parameters: Sequence[Parameter], zero: Zero, ranks: int, per_node: int) -> int:
+    """Without ZeRO all ranks hold the same, and the first writes it."""
+    if zero.stage == 0:
+        return checkpoint_bytes(parameters)
+    return MASTER_AND_MOMENTS * shards([p for p in parameters if p.trained], ranks) * per_node
 
 
 def _waiting_bytes(training: Training, sample: float, workers: int, ranks: int, mean_tokens: float) -> float:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.results.plan import memory, operations, schedule
 from pipeline.results.plan.cache_size import CacheSize, cache_size
+from pipeline.results.plan.disk import DiskUse, disk_use
 from pipeline.results.plan.host import HostMemory, host_memory
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.memory import StepMemory, Workload
@@ -33,6 +34,7 @@ class StepPlan:
     name: str
     memory: StepMemory
     host: HostMemory
+    disk: DiskUse
     time: StepTime
     problem: str
     """Why the step cannot run whatever the memory is; empty where it can."""
@@ -95,6 +97,7 @@ class Planned:
             name=step,
             memory=self.memory(step, work),
             host=host_memory(self.recipe, step, [*frozen, *passed], work.zero, machine.gpus, per_node, self.samples),
+            disk=disk_use(self.recipe, step, passed, self.saved(step), round(self.cache().bytes)),
             time=self._time(step, machine, traffic(frozen, passed, work.zero, machine.gpus, work.dtype.itemsize)),
             problem=self._problem(step, machine.gpus),
         )
@@ -126,6 +129,13 @@ class Planned:
         student = self._trained[step]
         more = student.verb_ffns(form, self.recipe.interact.train_verbalizers) if step == "interact" else []
         return [], [*student.parameters(), *more]
+
+    def saved(self, step: str) -> Sequence[Parameter]:
+        """Those that a step writes at its end: trained verbalizers, and the student with what did not train of it."""
+        _, passed = self.parameters(step)
+        if step == "interact" and not self.recipe.interact.train_verbalizers:
+            return list(self._trained[step].parameters())
+        return passed
 
     def operations(self, step: str) -> float:
         """Floating-point operations of the mean sample."""

@@ -69,7 +69,8 @@ def _step_json(plan: StepPlan) -> dict[str, Any]:
     time["slurm_hours"] = plan.time.slurm_hours
     memory = asdict(plan.memory) | {"total": plan.memory.total}
     host = asdict(plan.host) | {"total": plan.host.total}
-    return {"step": plan.name, "problem": plan.problem, "memory": memory, "host": host, "time": time}
+    disk = asdict(plan.disk) | {"total": plan.disk.total}
+    return {"step": plan.name, "problem": plan.problem, "memory": memory, "host": host, "disk": disk, "time": time}
 
 
 def _remedies(planned: Planned, plan: StepPlan, machine: Machine) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _heading(planned: Planned, machine: Machine) -> list[str]:
 
 
 def _memory_table(plans: Sequence[StepPlan], machine: Machine) -> Table:
-    table = _table("memory in GiB", ["a GPU", *(plan.name for plan in plans)])
+    table = _table("memory and disk in GiB", ["a GPU", *(plan.name for plan in plans)])
     for field, text in CAUSES.items():
         table.add_row(text, *(_gib(getattr(plan.memory, field)) for plan in plans))
     table.add_section()
@@ -123,6 +124,8 @@ def _memory_table(plans: Sequence[StepPlan], machine: Machine) -> Table:
     table.add_row(f"fits in {usable:.1f} GiB", *("yes" if fits(plan, machine) else "NO" for plan in plans))
     table.add_section()
     table.add_row("a node's CPU side", *(_gib(plan.host.total) for plan in plans))
+    table.add_row("disk: checkpoints", *(_gib(plan.disk.checkpoints) for plan in plans))
+    table.add_row("disk: what it leaves", *(_gib(plan.disk.result) for plan in plans))
     return table
 
 

@@ -42,7 +42,9 @@ def tell(name, **found):
 def measured_train(job, name, training, total, engine, *args, **kwargs):
     live.peak = live.live
     averages = loop_train(job, name, training, total, engine, *args, **kwargs)
-    tell(name, peak=live.peak, **lying(engine))
+    state = engine.trained_state()
+    own, whole = sum(span.length for span in state.spans()), sum(state.sizes.values())
+    tell(name, peak=live.peak, checkpoint_elements=(own, whole), **lying(engine))
     return averages
 
 

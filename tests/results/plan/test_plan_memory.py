@@ -15,6 +15,7 @@ from running import deepspeed, tiny_recipe
 from data_prep.shards import FORMAT, shard_name, write_manifest, write_shard
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS
+from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.memory import StepMemory, Workload
 from pipeline.results.plan.models import planned_model, vision_of
 from pipeline.results.plan.run import Planned
@@ -77,20 +78,31 @@ def measure(recipe: Path, step: str) -> dict:
     return json.loads(told.read_text())[step]
 
 
-def plan(path: Path, step: str) -> StepMemory:
-    """The plan's bytes, from the recipe, its config.json files and its data."""
+def planned_for(path: Path) -> Planned:
+    """From the recipe, its config.json files and its data."""
     recipe = load_recipe(path).recipe
     vision = vision_of(planned_model("student", recipe.student))
-    samples = describe_samples(recipe, Given(), vision.patches_per_token, vision.patch_numbers)
-    planned = Planned(recipe, samples)
-    return planned.memory(step, Workload(recipe, planned.zero(step), RANKS, samples, planned.vocab, on_cpu=True))
+    return Planned(recipe, describe_samples(recipe, Given(), vision.patches_per_token, vision.patch_numbers))
+
+
+def plan(path: Path, step: str) -> StepMemory:
+    """The plan's bytes on a rank."""
+    planned = planned_for(path)
+    zero, recipe = planned.zero(step), planned.recipe
+    return planned.memory(step, Workload(recipe, zero, RANKS, planned.samples, planned.vocab, on_cpu=True))
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """{step: (planned, measured)}, each step in processes of its own."""
+def run(tmp_path_factory):
+    """(recipe, {step: measured}), each step in processes of its own."""
     recipe = write_recipe(tmp_path_factory.mktemp("memory"), ZERO3)
-    found = {step: measure(recipe, step) for step in STEPS}
+    return recipe, {step: measure(recipe, step) for step in STEPS}
+
+
+@pytest.fixture(scope="module")
+def steps(run):
+    """{step: (planned, measured)}."""
+    recipe, found = run
     return {step: (plan(recipe, step), found[step]) for step in STEPS}
 
 
@@ -105,6 +117,22 @@ def test_what_lies_on_a_rank_is_exact(steps, step, cause):
 def test_the_peak_is_within_15_percent(steps, step):
     planned, measured = steps[step]
     assert planned.total == pytest.approx(measured["peak"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [("verbalize", "verbalize/*.safetensors"), ("interact", "interact/student/*.safetensors"),
+     ("reinforce", "student/*.safetensors")],
+)  # fmt: skip
+def test_checkpoints_are_exact_and_what_is_left_within_2_percent(run, step, left):
+    path, found = run
+    planned = planned_for(path).plan(step, Machine(gpus=RANKS, gpu_memory=80, gpus_per_node=RANKS))
+    own, whole = found[step]["checkpoint_elements"]
+    kept = load_recipe(path).recipe.interact.keep_checkpoints
+    assert planned.disk.checkpoints == (kept + 1) * 12 * whole  # float32: the master and two moments
+    assert planned.host.checkpoint == RANKS * 12 * own
+    files = load_recipe(path).recipe.run.glob(left)
+    assert planned.disk.result == pytest.approx(sum(file.stat().st_size for file in files), rel=0.02)
 
 
 @pytest.mark.parametrize("variant", [{"gradient_checkpointing": True}, {"lora": 8}], ids=str)

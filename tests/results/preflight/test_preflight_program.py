@@ -95,7 +95,7 @@ def test_the_disk_must_hold_what_is_still_to_be_written(recipe):
     loaded = load_recipe(recipe).recipe
     steps = ["verbalize", "cache", "interact", "reinforce"]
     whole = needs(loaded, steps, 2, 2)
-    # Two verbalizers' matrices of the 32 x 32 student: 14 bytes an element and more, three checkpoints at a time.
+    # Of six verb-FFNs of width 32 three matrices each, 12 bytes an element, three checkpoints at a time.
     assert whole.disk == sum(needs(loaded, [step], 2, 2).disk for step in steps)
     assert needs(loaded, ["verbalize"], 2, 2).disk > 3 * 12 * (4 + 2) * 3 * 32 * 32
     begun = loaded.run / "cache" / "sampled-1"
