@@ -134,6 +134,14 @@ class RemoteFiles:
         return _retried(path, ask)
 
 
+def remove(path: Path) -> None:
+    """Remove a file. Raises OSError, and DataError where a store does not answer."""
+    if is_url(path):
+        _retried(path, lambda: _store(path).rm_file(str(path)))
+    else:
+        path.unlink()
+
+
 class Upload:
     """A file that appears behind its URL when it is complete; as data_prep.atomic.AtomicFile."""
 

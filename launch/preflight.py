@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     """Whether all is right, the same on all ranks. Rank 0 prints."""
     from pipeline.recipe.resolve import load_recipe
-    from pipeline.results.preflight.facts import look, paths_of
+    from pipeline.results.preflight.facts import look, paths_of, written_by
     from pipeline.results.preflight.judge import judge
     from pipeline.results.preflight.together import JOINING, share_folder, sum_together
     from pipeline.runtime import engine
@@ -96,7 +96,8 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     ranks = engine.start(options.verbose)
     deadline.at = f"looking at {recipe.run} and what {options.recipe} names"
     own = look(recipe, paths_of(recipe, steps), ranks.rank, ranks.device)
-    facts = gather_lists([replace(own, unwritable=share_folder(recipe.run, ranks))])
+    unwritable = {key: share_folder(folder, ranks) for key, folder in written_by(recipe, steps).items()}
+    facts = gather_lists([replace(own, unwritable=unwritable)])
     deadline.at = "summing over all ranks"
     summed = sum_together(ranks)
     deadline.at = "planning what the recipe needs"

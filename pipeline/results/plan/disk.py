@@ -17,7 +17,7 @@ class DiskUse:
     checkpoints: int
     """Of the step at most: those that are kept, and the one that is being written. They go when the step is done."""
     result: int
-    """What it leaves: verbalizers, a student, or the teacher cache (on the disk of `cache.folder`, where there is one)."""
+    """What it leaves: verbalizers, a student, or the teacher cache (on the disk of `cache.folder`, if set)."""
 
     @property
     def total(self) -> int:

@@ -49,8 +49,8 @@ class Facts:
     device_free: int | None = None
     """Bytes free on the GPU; None on a CPU."""
     device_problem: str = ""
-    unwritable: str = field(default="")
-    """Why this rank cannot write into the run's folder."""
+    unwritable: Mapping[str, str] = field(default_factory=dict)
+    """Field of the recipe -> why this rank cannot share its folder with the others; empty where it can."""
 
 
 def look(recipe: Recipe, paths: Mapping[str, Path], rank: int, device: str) -> Facts:
@@ -87,6 +87,14 @@ def paths_of(recipe: Recipe, steps: list[str]) -> dict[str, Path]:
         found[config.name] = config
     if steps == ["cache"]:  # a cache job needs the teacher's folder only
         del found["student.path"]
+    return found
+
+
+def written_by(recipe: Recipe, steps: list[str]) -> dict[str, Path]:
+    """{field of the recipe: folder that the steps write, on a disk or behind a URL}."""
+    found = {"run": recipe.run}
+    if "cache" in steps and recipe.cache.folder is not None:
+        found["cache.folder"] = recipe.cache.folder
     return found
 
 

@@ -86,14 +86,12 @@ def _paths(facts: Sequence[Facts]) -> list[Finding]:
             mend = f"{key} must be on a disk that all nodes share, or be copied to all of them again"
             found.append(Finding(key, False, text, mend))
     seen = [key for key in facts[0].paths if key not in {finding.what for finding in found}]
-    unwritable = [f for f in facts if f.unwritable]
-    if unwritable:
-        text = f"{unwritable[0].unwritable} on {_names([f.host for f in unwritable])}"
-        found.append(
-            Finding("run", False, text, "the run's folder must be on a disk that all nodes share and may write")
-        )
-    else:
-        seen.append("run (written and read by all)")
+    for key in facts[0].unwritable:
+        if outside := [f for f in facts if f.unwritable[key]]:
+            text = f"{outside[0].unwritable[key]} on {_names([f.host for f in outside])}"
+            found.append(Finding(key, False, text, "all nodes must share this folder and be allowed to write there"))
+        else:
+            seen.append(f"{key} (written and read by all)")
     return [*([Finding("shared paths", True, ", ".join(seen))] if seen else []), *found]
 
 

@@ -16,6 +16,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from data_prep.atomic import write_file
+from data_prep.schema import DataError
+from data_prep.storage import is_file, is_url, remove
 from pipeline.results.preflight.judge import Finding
 from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks, wait_for_all
@@ -80,21 +83,25 @@ def _who_is_missing() -> str:
 def share_folder(folder: Path, ranks: Ranks) -> str:
     """Why this rank cannot use a folder with the others; empty where it can. Every rank writes, all are seen.
 
-    Leaves nothing behind but the folder. All ranks must call.
+    folder: on a disk or behind a URL. Leaves nothing behind but the folder. All ranks must call.
     """
     (token,) = gather_lists([secrets.token_hex(4)] if ranks.first else [])
     own = folder / f".preflight-{token}-{ranks.rank}"
     problem = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        own.write_text("seen")
+        if not is_url(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_file(own, b"seen")
+    except DataError as error:  # it names the URL
+        problem = str(error)
     except OSError as error:
         problem = f"{folder} cannot be written ({error.strerror})"
     wrote = [rank for rank, why in enumerate(gather_lists([problem])) if not why]
     unseen = _unseen([folder / f".preflight-{token}-{rank}" for rank in wrote])
     wait_for_all()
-    with contextlib.suppress(OSError):  # there is none
-        own.unlink()
+    if not problem:
+        with contextlib.suppress(OSError, DataError):  # it may be written and not removed; it is named a preflight's
+            remove(own)
     if not problem and unseen:
         problem = f"{folder} does not show what rank {unseen[0].name.rpartition('-')[2]} wrote into it"
     return problem
@@ -102,11 +109,18 @@ def share_folder(folder: Path, ranks: Ranks) -> str:
 
 def _unseen(files: list[Path]) -> list[Path]:
     end = time.monotonic() + SEEN_S
-    while unseen := [file for file in files if not file.is_file()]:
+    while unseen := [file for file in files if not _is_seen(file)]:
         if time.monotonic() > end:
             break
         time.sleep(0.2)
     return unseen
+
+
+def _is_seen(file: Path) -> bool:
+    try:
+        return is_file(file)
+    except DataError:  # a store that does not let it be read does not show it
+        return False
 
 
 def sum_together(ranks: Ranks) -> Finding:

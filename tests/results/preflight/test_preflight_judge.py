@@ -18,6 +18,7 @@ def machine(rank: int, host: str, **other) -> Facts:
         rank=rank, host=host, local_rank=rank % 2, commit="5278929201ae", versions={"python": "3.11", "torch": "2.8"},
         paths=SEEN, disk_free=90 * GB, memory=500 * GB, shared_memory=60 * GB, device="H100",
         device_id=f"GPU-{host}-{rank}", device_free=79 * GB,
+        unwritable={"run": ""},
     )  # fmt: skip
     return replace(found, **other)
 
@@ -48,7 +49,8 @@ def test_like_machines_with_room_are_right():
         ({"paths": SEEN | {"data.train": "no /d/manifest.json (No such file)"}}, "data.train",
          r"no /d/manifest.json \(No such file\) on node2; mount it there, or correct data.train in the recipe"),
         ({"paths": SEEN | {"student.path": "c3"}}, "student.path", r"another file on node2; .*that all nodes share"),
-        ({"unwritable": "/r cannot be written (Read-only)"}, "run", r"/r cannot be written \(Read-only\) on node2"),
+        ({"unwritable": {"run": "/r cannot be written (Read-only)"}}, "run",
+         r"/r cannot be written \(Read-only\) on node2"),
         ({"disk_free": 39 * GB}, "disk", r"39.0 GB free, 50.0 GB needed, on node2; make room.*--set run=FOLDER"),
         ({"memory": 9 * GB}, "memory", r"9.0 GB free, 100.0 GB needed by cache, on node2; lower data.workers"),
         ({"shared_memory": 10**6}, "/dev/shm", r"1.0 MB free, 2.0 GB needed by cache, on node2; .*--shm-size"),

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from running import ROOT, deepspeed, python, tiny_recipe
+from s3 import s3_server
 from tiny import write_data
 
+from data_prep.storage import listed, location
 from pipeline.errors import REQUEUE_EXIT, RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.results.preflight.needs import needs
@@ -111,3 +113,15 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path):
     (tmp_path / "file").touch()
     assert share_folder(tmp_path / "file" / "run", Ranks()).endswith("cannot be written (Not a directory)")
     assert share_folder(tmp_path / "run", Ranks()) == "" and list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_bucket_for_the_cache_is_written_and_read(recipe):
+    with s3_server() as server:
+        told = ("--recipe", recipe, "--steps", "cache", "--set", "cache.folder=s3://bucket/caches")
+        assert "cache.folder (written and read by all)" in python("launch/preflight.py", *told)
+        assert listed(location("s3://bucket/caches")) == {}  # no file of it is left
+        server.fault = lambda environ: "denied" if environ["REQUEST_METHOD"] == "PUT" else None
+        said = python("launch/preflight.py", *told, check=2)
+    assert re.search(
+        r"WRONG cache.folder: +s3://bucket/caches/\.preflight-\w+-0: the store answers PermissionError", said
+    )
