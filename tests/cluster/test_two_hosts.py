@@ -1,14 +1,17 @@
 """One recipe over two hosts, under each launcher: pdsh, openmpi, mpirun and torchrun."""
 
+import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from running import ROOT, free_port, tiny_recipe
 from tiny import write_data
 
-from pipeline.runtime.folder import done
+from pipeline.runtime.folder import done, read_metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -41,11 +44,25 @@ def ended(*processes: subprocess.Popen) -> tuple[str, list[int]]:
             process.kill()
 
 
-def deepspeed(environment, launcher: list[str], program: str, *arguments: object) -> None:
+def start_deepspeed(environment, launcher: list[str], program: str, *arguments: object) -> subprocess.Popen:
     hostfile = f"{environment['HOSTS_DIR']}/hostfile"
     command = ["deepspeed", "-q", "--hostfile", hostfile, "--master_addr", RANK_0, "--master_port", free_port()]
-    output, codes = ended(start(environment, "node1", *command, *launcher, f"launch/{program}", *arguments))
+    return start(environment, "node1", *command, *launcher, f"launch/{program}", *arguments)
+
+
+def deepspeed(environment, launcher: list[str], program: str, *arguments: object) -> None:
+    output, codes = ended(start_deepspeed(environment, launcher, program, *arguments))
     assert codes == [0], output[-6000:]
+
+
+def ranks_of(recipe: Path) -> dict[str, psutil.Process]:
+    """{rank: process} of those that train a recipe, on both hosts: they are one machine's processes."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(recipe) in process.cmdline() and (rank := process.environ().get("RANK")):
+                found[rank] = process
+    return found
 
 
 def torchrun(environment, recipe, *before_node2: str) -> tuple[str, list[int]]:
@@ -67,6 +84,30 @@ def test_deepspeed_over_pdsh_then_openmpi(two_hosts, recipe):
     openmpi = ["--launcher", "openmpi", "--launcher_args=--allow-run-as-root"]
     deepspeed(two_hosts, openmpi, "cache.py", "--recipe", recipe)
     assert done(run / "cache")
+
+
+def test_under_pdsh_a_rank_that_is_killed_ends_those_of_the_other_host(two_hosts, tmp_path, tiny_models):
+    """Each node's launcher watches its own ranks only: left alone, the others would wait for ten minutes."""
+    training = {**TRAINING, "steps": 1000, "checkpoint_every": 5}
+    recipe = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", write_data(tmp_path / "data", 16), verbalize=training)
+    told = (["--launcher", "pdsh"], "train.py", "--stage", 1, "--only", "verbalize", "--recipe", recipe)
+    job = start_deepspeed(two_hosts, *told)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run")) < 8:
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    started = ranks_of(recipe)
+    started["1"].kill()
+    output, codes = ended(job)
+    assert 0 not in codes, output
+    _, alive = psutil.wait_procs(started.values(), timeout=30)
+    assert alive == [], "ranks left behind"
+    killed = f"lost its connection to rank 1 on node2 (process {started['1'].pid}), at 'verbalize: update "
+    assert f"rank 0 on node1: {killed}" in output, output
+    trained = len(read_metrics(tmp_path / "run"))
+    deepspeed(two_hosts, *told, "--stop-after", 1)
+    updates = [line["update"] for line in read_metrics(tmp_path / "run")]
+    assert updates == list(range(1, len(updates) + 1)) and len(updates) <= trained + 1
 
 
 def test_preflight_under_mpirun_reaches_both(two_hosts, recipe):

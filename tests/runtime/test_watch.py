@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from running import free_port
 
+from pipeline.runtime.faults import watch
 from pipeline.runtime.faults.watch import Failure, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,20 @@ def test_a_rank_that_does_not_beat_is_blamed_whatever_it_did_last():
     assert (
         "rank 1 on " in failure.text and "does not answer: it is stopped, or its host is gone. Of the" in failure.text
     )
+
+
+def test_a_rank_that_loses_its_connection_can_name_the_one_that_fell_silent(monkeypatch):
+    group = Group(3, hang_s=60)
+    group.start()
+    monkeypatch.setattr(watch, "_watch", group.watches[0])
+    time.sleep(5 * BEAT_S)
+    group.watches[1]._closed.set()  # killed
+    group.watches[2].close()  # at its end
+    time.sleep(2 * BEAT_S)
+    once = watch.beats()
+    assert [beat.rank for beat in once] == [0, 1, 2]
+    time.sleep(5 * BEAT_S)
+    assert watch.silent_since(once).startswith("rank 1 on ") and "rank 2" not in watch.silent_since(once)
 
 
 def test_progress_long_work_and_an_orderly_end_are_no_hang():

@@ -50,9 +50,11 @@ def report_failure(error: Exception, code: int, rank: int, world: int) -> None:
     from pipeline.runtime.ranks import lost_connection
 
     if lost_connection(error):
+        once = watch.beats() if rank == 0 else []  # each rank that asked for all beats would be many requests
         if stop.wait_for_request(CAUSE_S):
             return
-        text = f"lost its connection to another rank, which failed before it: {str(error).splitlines()[0]}"
+        other = watch.silent_since(once) or "another rank"
+        text = f"lost its connection to {other}, which failed before it: {str(error).splitlines()[0]}"
     elif is_out_of_memory(error):
         text = f"error: {what_helps(error, watch.now())}\n\n{traceback.format_exc()}"
     else:

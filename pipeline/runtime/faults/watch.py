@@ -157,14 +157,13 @@ class Watch:
             return
         self._still_s += self._beat_s
         if self._still_s > self._limit(beat) and not self._once:
-            self._once = self._all_beats()
+            self._once = self.all_beats()
         elif self._still_s > self._limit(beat) + SILENT_BEATS * self._beat_s:  # who beats has done so meanwhile
-            self._tell_where_all_stand(self._once, self._all_beats())
+            self._tell_where_all_stand(self._once, self.all_beats())
 
     def _tell_where_all_stand(self, once: Sequence[Beat], now: Sequence[Beat]) -> None:
         """Blame the ranks that do not beat; if all do, those whose main thread is behind the others'."""
-        before = {beat.rank: beat.beats for beat in once}
-        silent = [beat for beat in now if before.get(beat.rank) == beat.beats]
+        silent = _silent(once, now)
         least = min(beat.changes for beat in now)
         still = silent or [beat for beat in now if beat.changes == least]
         named = "; ".join(map(str, still[:SAID_RANKS]))
@@ -186,12 +185,19 @@ class Watch:
         if self.fail(text, 1):
             self._end(Failure(text, 1), True)
 
-    def _all_beats(self) -> list[Beat]:
+    def all_beats(self) -> list[Beat]:
+        """The last that each rank has posted. Raises RuntimeError where rank 0 is gone."""
         return [beat for beat in map(self._beat_of, range(self._world)) if beat is not None]
 
     def _beat_of(self, rank: int) -> Beat | None:
         key = f"beat/{rank}"
         return Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+
+def _silent(once: Sequence[Beat], now: Sequence[Beat]) -> list[Beat]:
+    """Those that have posted nothing since then."""
+    before = {beat.rank: beat.beats for beat in once}
+    return [beat for beat in now if before.get(beat.rank) == beat.beats and not beat.closed]
 
 
 def _waiting(others: Sequence[Beat]) -> str:
@@ -244,6 +250,19 @@ def failed(text: str, code: int) -> bool | None:
         return _watch.fail(text, code)
     except RuntimeError:  # rank 0 is gone, and the store with it
         return None
+
+
+def beats() -> list[Beat]:
+    """The last beat of each rank; none where nobody watches, or rank 0 is gone."""
+    try:
+        return _watch.all_beats() if _watch is not None else []
+    except RuntimeError:
+        return []
+
+
+def silent_since(once: Sequence[Beat]) -> str:
+    """The ranks that have posted no beat since `once`, named; empty where all have."""
+    return "; ".join(map(str, _silent(once, beats())[:SAID_RANKS]))
 
 
 def stop() -> None:
