@@ -64,8 +64,8 @@ def options(job: ChainJob, time: str, request: Request) -> list[str]:
     found += [f"--array=0-{job.tasks - 1}"] if job.tasks else []
     found += [f"--time={time}", f"--chdir={request.folder}", f"--output={output_pattern(request.run, job)}"]
     found += ["--open-mode=append", "--requeue"]
-    # evaluate and data go on from whole files, not from a checkpoint: nothing is to be told to them.
-    found += [f"--signal=USR1@{site.warning_s}"] if job.name in ("stage1", "cache", "stage2") else []
+    # SLURM tells job steps only, and the data job's mpirun is none.
+    found += [] if job.name == "data" else [f"--signal=USR1@{site.warning_s}"]
     return [*found, *site.sbatch]
 
 

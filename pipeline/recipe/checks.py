@@ -33,7 +33,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
     problems = _data_problems(recipe) + _other_run_problems(recipe, needs_teacher)
-    problems += _logger_problems(recipe) if needs_student else []
+    problems += _held_out_problems(recipe, steps) + _logger_problems(recipe) if needs_student else []
     if recipe.cache_from is not None:
         steps = [step for step in steps if step != "cache"]
     problems += _model_problems(recipe.student, "student") if needs_student else []
@@ -43,10 +43,10 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     for step in steps:
         if step != "cache":
             problems += _training_problems(getattr(recipe, step), step, world)
-            problems += _held_out_problems(recipe, step)
     if "interact" in steps:
         problems += _view_problems(recipe) + _interact_problems(recipe.interact)
     problems += _train_problems(recipe, [step for step in steps if step in ("interact", "reinforce")])
+    problems += _lora_problems(recipe, steps)
     if "reinforce" in steps:
         problems += _reinforce_problems(recipe.reinforce)
     asks_for_layers = "interact" in steps and recipe.interact.teacher_layers is not None
@@ -149,13 +149,11 @@ def _data_problems(recipe: Recipe) -> list[str]:
 
 def _logger_problems(recipe: Recipe) -> list[str]:
     """The loggers that the recipe names and that are not installed. The cache step uses none of the extras."""
-    problems = []
-    for name in recipe.log_to:
-        try:
-            metadata.version(name)  # not find_spec: a folder wandb/ beside would do for a module
-        except metadata.PackageNotFoundError:
-            problems.append(f"log_to: {name} is not installed: pip install 'vlsi[{name}]', or leave it out")
-    return problems
+    return [
+        f"log_to: {name} is not installed: pip install 'vlsi[{name}]', or leave it out"
+        for name in recipe.log_to
+        if not _is_installed(name)
+    ]
 
 
 def _model_problems(model: Model, role: str) -> list[str]:
@@ -293,15 +291,41 @@ def _training_problems(training: Training, step: str, world: int) -> list[str]:
     return problems
 
 
-def _held_out_problems(recipe: Recipe, step: str) -> list[str]:
-    every, folder = getattr(getattr(recipe, step), "evaluate_every", 0), recipe.data.held_out
-    if not every or (folder is not None and is_file(folder / "manifest.json")):
-        return []
-    found = "no data.held_out" if folder is None else f"data.held_out: {folder}, without manifest.json"
+def _held_out_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
+    """A folder that is missing would else be missed when all is trained."""
+    folder, made = recipe.data.held_out, "as `python -m data_prep shard --held-out SHARE` makes"
+    if folder is not None and not is_file(folder / "manifest.json"):
+        return [
+            f"data.held_out: no {folder}/manifest.json; expected a shard folder that no step trains on, {made}; "
+            "or leave the field out: then nothing is evaluated"
+        ]
     return [
-        f"{step}.evaluate_every: {every} needs data.held_out: a shard folder that no step trains on, as "
-        f"`python -m data_prep shard --held-out SHARE` makes; found {found}"
+        f"{step}.evaluate_every: {every} needs data.held_out: a shard folder that no step trains on, {made}"
+        for step in steps
+        if folder is None and (every := getattr(getattr(recipe, step), "evaluate_every", 0))
     ]
+
+
+def _lora_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
+    """The steps that need peft, where it is not installed: else that would be found behind the whole of stage 1."""
+    ranks = {
+        step: getattr(getattr(recipe, step), "lora_rank", 0) for step in ("interact", "reinforce") if step in steps
+    }
+    if not any(ranks.values()) or _is_installed("peft"):
+        return []
+    return [
+        f"{step}.lora_rank: {rank} needs the package peft: pip install 'vlsi[lora]', or set 0 to train all weights"
+        for step, rank in ranks.items()
+        if rank
+    ]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)  # not find_spec: a folder of its name would do for a module
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _deepspeed_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:

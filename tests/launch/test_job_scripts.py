@@ -97,8 +97,9 @@ def test_a_task_of_an_array_reads_its_part(tmp_path, tasks, code, expected):
 
 
 @pytest.mark.parametrize("left_with", [REQUEUE_EXIT, 128 + signal.SIGUSR1])
-def test_ranks_that_were_asked_to_end_bring_their_job_back(tmp_path, left_with):
-    output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(left_with))
+@pytest.mark.parametrize("job", ["stage2.sbatch", "evaluate.sbatch"])
+def test_ranks_that_were_asked_to_end_bring_their_job_back(tmp_path, job, left_with):
+    output, code = run_script(tmp_path, job, CODE=str(left_with))
     assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15  # ended by SLURM, not by itself
 
 

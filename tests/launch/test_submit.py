@@ -83,7 +83,7 @@ def test_the_scripts_are_the_plain_ones_with_this_runs_header(recipe, tmp_path, 
         options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
         assert {"--requeue", "--time=24:00:00", "--partition=gpu", "--gpus-per-node=8"} <= set(options)
         assert len({option.partition("=")[0] for option in options}) == len(options)  # none of the plain script's left
-        assert ("--signal=USR1@600" in options) == (name != "evaluate")
+        assert "--signal=USR1@600" in options
     stage1 = script(tmp_path, "stage1")
     assert "#SBATCH --nodes=4\n" in stage1 and "#SBATCH --array" not in stage1
     assert f"RECIPE={recipe}\noverrides=(--set seed=3 'teacher.layers=[1, 2]')\n" in stage1

@@ -10,6 +10,7 @@ import pytest
 from recipe_file import STEPS, write
 
 from pipeline.errors import RecipeError
+from pipeline.recipe import checks
 from pipeline.recipe.checks import check_recipe, target_layers
 from pipeline.recipe.resolve import load_recipe, refuse_changes
 from pipeline.recipe.schema import Model, leaves
@@ -155,19 +156,34 @@ def test_a_run_may_go_on_with_another_deepspeed_config(tmp_path, values):
 
 def test_measuring_on_held_out_data_needs_held_out_data(tmp_path, values):
     path = write(tmp_path, values)
-    with pytest.raises(
-        RecipeError, match=r"interact.evaluate_every: 5 needs data.held_out: .*; found no data.held_out"
-    ):
+    with pytest.raises(RecipeError, match=r"interact.evaluate_every: 5 needs data.held_out: a shard folder"):
         check_recipe(load_recipe(path, ["interact.evaluate_every=5"]).recipe, STEPS)
-    other = ["reinforce.evaluate_every=5", f"data.held_out={tmp_path / 'none'}"]
-    with pytest.raises(RecipeError, match="found data.held_out: .*none, without manifest.json"):
-        check_recipe(load_recipe(path, other).recipe, STEPS)
-    check_recipe(load_recipe(path, other).recipe, ("interact",))
-    check_recipe(load_recipe(path, [*other[:1], f"data.held_out={tmp_path / 'data'}"]).recipe, STEPS)
+    check_recipe(load_recipe(path, ["reinforce.evaluate_every=5"]).recipe, ("interact",))
+    there = ["reinforce.evaluate_every=5", f"data.held_out={tmp_path / 'data'}"]
+    check_recipe(load_recipe(path, there).recipe, STEPS)
     first = load_recipe(path)
     first.recipe.run.mkdir()
     (first.recipe.run / "recipe.yaml").write_text(first.to_yaml())
     refuse_changes(load_recipe(path, ["reinforce.evaluate_every=5"]), STEPS)  # a run may begin to measure
+
+
+def test_held_out_data_that_is_not_there_is_missed_before_all_is_trained(tmp_path, values):
+    path = write(tmp_path, values)
+    recipe = load_recipe(path, [f"data.held_out={tmp_path / 'none'}"]).recipe
+    with pytest.raises(RecipeError, match=r"data.held_out: no .*none/manifest.json; .*or leave the field out"):
+        check_recipe(recipe, ("verbalize",))
+    check_recipe(recipe, ("cache",))  # a cache job has no need of it
+
+
+def test_lora_without_peft_is_refused_before_stage_1(tmp_path, values, monkeypatch):
+    path = write(tmp_path, values)
+    asked = ["interact.lora_rank=4", "reinforce.lora_rank=4", "reinforce.steps=0"]
+    recipe = load_recipe(path, asked).recipe
+    monkeypatch.setattr(checks, "_is_installed", lambda package: package != "peft")
+    with pytest.raises(RecipeError, match=r"^1 problem.*\n  interact.lora_rank: 4 needs the package peft: pip install"):
+        check_recipe(recipe, STEPS)
+    check_recipe(recipe, ("verbalize", "cache"))
+    check_recipe(load_recipe(path).recipe, STEPS)
 
 
 def test_a_logger_that_is_not_installed_is_refused_with_its_extra(tmp_path, values, monkeypatch):

@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="its training data, a shard folder")
     parser.add_argument("--gpus", type=positive, metavar="N", help="number of GPUs, over all nodes")
     parser.add_argument("--gpu-memory", type=above_zero, metavar="GIB", help="memory of one GPU in GiB (2^30 bytes)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the recipe there (default: print it)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the recipe there (default: print it); its run is runs/FILE, without the suffix",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,7 +71,7 @@ def _first(options: argparse.Namespace) -> str:
 
     machine = Machine(options.gpus, options.gpu_memory) if options.gpus is not None else None
     teacher, student = options.models
-    return first_recipe(teacher, student, options.data, machine)
+    return first_recipe(teacher, student, options.data, machine, options.out.stem if options.out else None)
 
 
 def _give(text: str, out: Path | None) -> None:

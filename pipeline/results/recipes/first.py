@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards import MANIFEST
+from data_prep.storage import is_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, number_of_layers
 from pipeline.recipe.schema import STEPS, Recipe
@@ -53,13 +55,16 @@ class Draft:
         return Recipe.model_validate(nested)
 
 
-def first_recipe(teacher: Path, student: Path, data: Path | None = None, machine: Machine | None = None) -> str:
+def first_recipe(
+    teacher: Path, student: Path, data: Path | None = None, machine: Machine | None = None, name: str | None = None
+) -> str:
     """The recipe as YAML, each choice with its reason.
 
-    data: its training data. machine: whose memory decides the micro-batches. Raises RecipeError where a model's
-    config.json is missing, the tokenizers differ, nothing makes a step fit, or with `data` the recipe fails its checks.
+    data: its training data; what was held out of it is beside it, where data_prep made it. machine: whose memory
+    decides the micro-batches. name: of the run. Raises RecipeError where a model's config.json is missing, the
+    tokenizers differ, nothing makes a step fit, or with `data` the recipe fails its checks.
     """
-    draft = _begin(teacher, student, data)
+    draft = _begin(teacher, student, data, name or f"{teacher.name}_to_{student.name}")
     measured = data is not None and _has_tokenizer(student)
     samples = _samples(draft, data is not None, measured)
     _choose_layers(draft, samples, measured)
@@ -73,10 +78,10 @@ def first_recipe(teacher: Path, student: Path, data: Path | None = None, machine
     return written(draft.values, draft.reasons, _head(teacher, student, samples, measured, note))
 
 
-def _begin(teacher: Path, student: Path, data: Path | None) -> Draft:
+def _begin(teacher: Path, student: Path, data: Path | None, name: str) -> Draft:
     depths = {role: number_of_layers(folder) for role, folder in (("teacher", teacher), ("student", student))}
     draft = Draft({}, {})
-    draft.set("run", f"runs/{teacher.name}_to_{student.name}", "its folder")
+    draft.set("run", f"runs/{name}", "its folder")
     dtype = str(getattr(read_config(student), "dtype", None) or "torch.bfloat16").removeprefix("torch.")
     precision = "fp32" if dtype == "float32" else "bf16"
     draft.set("precision", precision, f"the student's config.json says {dtype}")
@@ -84,6 +89,8 @@ def _begin(teacher: Path, student: Path, data: Path | None) -> Draft:
     draft.set("gradient_checkpointing", True, "paper, section 4: less memory, more time")
     where = "--data" if data else "to be made: python -m data_prep shard --help"
     draft.set("data.train", str(data or "data/train"), where)
+    if data is not None and (held_out := data.parent / "held_out") != data and is_file(held_out / MANIFEST):
+        draft.set("data.held_out", str(held_out), "beside data.train: evaluate and trace --changed use it")
     draft.set("data.max_length", 4096, "the default: longer chats are cut")
     for role, folder in (("teacher", teacher), ("student", student)):
         draft.set(f"{role}.path", str(folder), f"{depths[role]} layers")

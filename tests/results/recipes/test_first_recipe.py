@@ -41,6 +41,7 @@ def test_a_tiny_pair_gets_a_recipe_that_a_run_and_plan_take(kind, data, tmp_path
     assert main(["recipes", "--for", str(teacher), str(student), *asked]) == 0
     recipe = load_recipe(out, [f"run={tmp_path / 'run'}"]).recipe
     check_recipe(recipe, STEPS, world=4)
+    assert yaml.safe_load(out.read_text())["run"] == "runs/recipe" and recipe.data.held_out is None
     assert target_layers(recipe.student) == (2,) and target_layers(recipe.teacher) == (1, 4)
     assert recipe.precision == "fp32" and recipe.interact.lora_rank == 64
     assert recipe.interact.batch_size == 4, "16 samples, at least 50 updates, 4 GPUs"
@@ -59,6 +60,13 @@ def test_every_choice_has_its_reason_and_the_paper_s_pair_gets_the_paper_s_value
         if re.match(r"\s*\w+: \S", line):
             assert " # " in line or above.strip().startswith("# "), line
         above = line
+
+
+def test_what_data_prep_held_out_is_found_beside_the_data(tmp_path):
+    data = tiny.write_data(tmp_path / "train", 16)
+    held_out = tiny.write_data(tmp_path / "held_out", 4)
+    text = first_recipe(CONFIGS / "smolvlm_500m", CONFIGS / "smolvlm_256m", data)
+    assert yaml.safe_load(text)["data"]["held_out"] == str(held_out)
 
 
 def test_on_a_small_gpu_it_says_what_made_a_step_fit_or_that_nothing_does(tmp_path):

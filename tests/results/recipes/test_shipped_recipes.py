@@ -47,7 +47,9 @@ def of_configs(name: str, train: Path) -> Recipe:
     shipped = shipped_recipe(name)
     folders = [f"{role}.path={folder}" for role, folder in shipped.configs().items()]
     assert len(folders) == 2, "both models' config.json are shipped"
-    return load_recipe(shipped.path, [*folders, f"data.train={train}", f"run={train.parent / 'run'}"]).recipe
+    return load_recipe(
+        shipped.path, [*folders, f"data.train={train}", f"data.held_out={train}", f"run={train.parent / 'run'}"]
+    ).recipe
 
 
 @pytest.fixture(scope="module")
