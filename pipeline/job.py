@@ -99,7 +99,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
 
     end_with_the_launcher()
     allow_open_files()
-    ranks = engine.start(verbose)
+    ranks = engine.start(verbose, watch.limit_minutes(resolved.recipe.hang_minutes))
     watch.start(ranks.rank, ranks.world, resolved.recipe.hang_minutes)
     check_recipe(resolved.recipe, steps, ranks.world)  # again: mpirun says only now how many ranks there are
     wait_for_files(ranks, [folder / MANIFEST for folder in _data_folders(resolved.recipe, steps)])

@@ -118,7 +118,8 @@ def with_tables(text: str, cells: dict[str, Results]) -> str:
 def overview(cells: dict[str, Results]) -> list[str]:
     """A row for each cell, a column for each arm that runs in all: the mean, in bold within chance of the best.
 
-    Within chance: the 95 % interval of the paired difference from the arm of the highest mean holds 0.
+    Within chance: the 95 % interval of the paired difference from the arm of the highest mean holds 0. One seed has no
+    interval.
     """
     arms = [arm.name for arm in arms_of(MAIN)]
     lines = [
@@ -138,6 +139,8 @@ def _emphasised(arm: Results | None, best: Results) -> str:
     if arm is None:
         return ""
     mean, low = _exact(arm["mean"]), _difference(best["seeds"], arm["seeds"])["low"]
+    if len(arm["seeds"]) == 1:
+        return mean
     return f"**{mean}**" if arm is best or low is None or low <= 0 else mean
 
 
@@ -200,12 +203,14 @@ def _other(model: Results, name: str) -> str:
 
 def _line(name: str, found: Results) -> str:
     difference = found.get(f"minus_{BASELINE}")
-    against = "" if difference is None else f"{difference['mean']:+.3f} ({_p(difference['p'])})"
+    several = len(found["seeds"]) > 1
+    against = "" if difference is None else f"{difference['mean']:+.3f}"
+    against += f" ({_p(difference['p'])})" if difference is not None and several else ""
     before = sum(seconds for part, seconds in found["seconds"].items() if part not in ("train", "total"))
     other = found.get("other_task")
     cells = (
         f"`{name}`: {BY_NAME[name].text}",
-        f"**{_exact(found['mean'])}** ({_exact(found['low'])} to {_exact(found['high'])})",
+        f"**{_exact(found['mean'])}**" + (f" ({_exact(found['low'])} to {_exact(found['high'])})" if several else ""),
         against,
         str(len(found["seeds"])),
         f"{found['seconds']['total']:.0f}, {before:.0f}",

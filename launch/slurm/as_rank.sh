@@ -7,6 +7,8 @@ set -euo pipefail
 : "${SLURM_NTASKS_PER_NODE:?SLURM does not say how many ranks a node has. Add: #SBATCH --ntasks-per-node=N}"
 
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"
+# Where SLURM binds each task to a GPU of its own (--gpus-per-task), that is the only one it sees.
+[[ "${CUDA_VISIBLE_DEVICES:-}" =~ ^[^,]+$ ]] && export LOCAL_RANK=0
 export WORLD_SIZE="$SLURM_NTASKS" LOCAL_SIZE="$SLURM_NTASKS_PER_NODE"
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 # One port a job, the same on all its ranks: two jobs that share a node do not meet.

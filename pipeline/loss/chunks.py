@@ -59,7 +59,8 @@ It calls `add_losses` with the losses of a few rows [c] at a time."""
 
 def rows_per_chunk(vocab: int) -> int:
     """The number of rows in a chunk for this vocabulary size. Memory then does not grow with the vocabulary."""
-    return max(1, CHUNK_ELEMENTS // vocab)
+    rows = max(1, CHUNK_ELEMENTS // vocab)
+    return rows - rows % ROW_BLOCK if rows > ROW_BLOCK else rows
 
 
 def row_chunks(total: int, rows: int) -> Iterator[slice]:

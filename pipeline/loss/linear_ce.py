@@ -49,9 +49,8 @@ def check_labels(h: Tensor, unembedding: Unembedding, labels: Tensor) -> None:
     """Raise ValueError for shapes that do not fit, and on the CPU for a label outside the vocabulary."""
     if h.dim() != 3 or labels.shape != h.shape[1:2]:
         raise ValueError(f"expected h [L, T, d] and labels [T], got {tuple(h.shape)} and {tuple(labels.shape)}")
-    if (
-        not labels.numel() or labels.device.type != "cpu"
-    ):  # reading them from a device would wait for it; there, gather itself raises
+    # Reading them from a device would wait for it. There plain torch's gather raises, and the kernel's loss is NaN.
+    if not labels.numel() or labels.device.type != "cpu":
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= unembedding.vocab:

@@ -68,7 +68,10 @@ def _softmax(
         marked_log_q += tl.where(marked, log_q, 0.0)
         gradient = tl.exp(log_q) - tl.where(marked, 1.0, 0.0) if LABELLED else tl.where(marked, 0.0, tl.exp(z - best))
         tl.store(first + ids, (gradient * slope).to(products.dtype.element_ty), mask=ids < vocab)
-    tl.store(marked_log_qs + row, tl.sum(marked_log_q, 0))
+    found = tl.sum(marked_log_q, 0)
+    if LABELLED:  # a label that no model has: the update is skipped, and its samples are named
+        found = tl.where((marked_id >= 0) & (marked_id < vocab), found, float("nan"))
+    tl.store(marked_log_qs + row, found)
     tl.store(tops + row, best)
 
 

@@ -341,7 +341,19 @@ def _deepspeed_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
             problems.append(str(error))
         else:
             problems += _owned_twice(config, path) + _lost_in_bfloat16(config, path, recipe.precision, users)
+            problems += _offloaded_below_stage_3(config, path)
     return problems
+
+
+def _offloaded_below_stage_3(config: dict[str, Any], path: Path) -> list[str]:
+    """There some gradients lie on the CPU and others on the GPU, and clipping adds their norms."""
+    settings = config.get("zero_optimization", {})
+    if settings.get("stage", 0) == 3 or (settings.get("offload_optimizer") or {}).get("device", "none") == "none":
+        return []
+    return [
+        f"{path} has offload_optimizer under ZeRO stage {settings.get('stage', 0)}; expected it under stage 3: use "
+        "ds_configs/zero3_offload_optimizer.json"
+    ]
 
 
 def _lost_in_bfloat16(config: dict[str, Any], path: Path, precision: str, users: list[str]) -> list[str]:

@@ -328,7 +328,7 @@ class Recipe(Section):
     hang_minutes: Rate = 8.0
     """Minutes without progress, such as a micro-step, after which a rank counts as hanging: all ranks then end with an
     error that names it and where it stands. What takes long (hashing, loading, checkpoints) may take 10 times as long.
-    Half a minute more than the longest micro-step is enough. Collectives have a limit of their own: 10 minutes each."""
+    Half a minute more than the longest micro-step is enough. No collective ends by itself before that."""
     report: bool = True
     """Whether RUN/report.html is written after each step, and when a step is stopped: a few seconds on rank 0. What
     goes wrong there is a warning. At any time: python -m pipeline report RUN."""

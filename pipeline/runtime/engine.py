@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -29,8 +30,12 @@ from pipeline.vlm.structure import read_uncalled
 from pipeline.vlm.verb_ffns import Add, AddTo, Fill, whole_beside
 
 
-def start(verbose: bool = False) -> Ranks:
-    """Join the other ranks of this job."""
+def start(verbose: bool = False, limit_minutes: float = 10.0) -> Ranks:
+    """Join the other ranks of this job. limit_minutes: of each collective, and of the meeting.
+
+    It must be more than what the watch needs (watch.limit_minutes): NCCL aborts its process where a collective takes
+    longer, and nobody would read which rank stood still.
+    """
     if get_accelerator().device_name() == "cpu":
         _skip_shared_memory_kernel()
     _share_node_groups()
@@ -38,11 +43,12 @@ def start(verbose: bool = False) -> Ranks:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Under mpirun each rank asks MPI for its place, and DeepSpeed would overwrite a port that the user chose.
     port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
-    deepspeed.init_distributed(distributed_port=port, verbose=verbose)
+    deepspeed.init_distributed(distributed_port=port, verbose=verbose, timeout=timedelta(minutes=limit_minutes))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = get_accelerator().device_name(local) if get_accelerator().device_name() != "cpu" else "cpu"
     if device != "cpu":
         get_accelerator().set_device(local)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # long sums of the heads' products
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 

@@ -31,7 +31,7 @@ from pipeline.runtime.folder import done
 from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
-from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks
+from pipeline.runtime.ranks import Ranks, gather_lists, of_first_rank, sum_over_ranks
 from pipeline.runtime.schedule import learning_rate
 
 
@@ -50,7 +50,7 @@ class Job:
 
     def has_done(self, step: str) -> bool:
         """Whether a step is complete, as rank 0 sees it, so that all ranks decide alike. All ranks must call."""
-        return bool(gather_lists([done(self.recipe.run / step) is not None])[0])
+        return of_first_rank(done(self.recipe.run / step) is not None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 HEARTBEAT_S = 10.0
 """Seconds between two meetings of ranks that wait for one another.
 
-Collectives time out, DeepSpeed's after 10 minutes.
+Collectives time out (engine.start).
 """
 
 
@@ -55,20 +55,37 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
     return [item for part in gathered for item in part]
 
 
+def of_first_rank(value: Item) -> Item:
+    """Rank 0's value, on every rank; the others' is not looked at. All ranks must call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    word = [value]
+    dist.broadcast_object_list(word, src=0)  # all_gather_object would pad every rank's to the size of rank 0's
+    return word[0]
+
+
 def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
     """gather_lists(make()) where `make` takes long, such as hashing.
 
-    make runs in a thread. The ranks meet every HEARTBEAT_S seconds meanwhile, so that no collective times out.
-
-    what: a description that rank 0 prints at each meeting, with the time so far. Raises what `make` raised.
+    what: a description that rank 0 prints while the ranks wait. Raises what `make` raised.
     """
+    return gather_lists(_made(ranks, what, make))
+
+
+def of_first_rank_when_ready(ranks: Ranks, what: str, make: Callable[[], Item]) -> Item:
+    """of_first_rank(make()) where `make` takes long there. what, raises: as gather_when_ready."""
+    return of_first_rank(_made(ranks, what, make))
+
+
+def _made(ranks: Ranks, what: str, make: Callable[[], Item]) -> Item:
+    """make(), in a thread. The ranks meet every HEARTBEAT_S seconds meanwhile, so that no collective times out."""
     begun = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         making = pool.submit(make)
         while not all(gather_lists([_is_ready(making)])):
             watch.doing(what, long=True)
             say(f"{what}, {time.monotonic() - begun:.0f} s", ranks.first)
-    return gather_lists(making.result())
+    return making.result()
 
 
 def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
@@ -85,17 +102,25 @@ def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
     gather_when_ready(ranks, what, make)
 
 
+LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+"""What says that another rank is gone."""
+LOST_BY_NCCL = ("ncclRemoteError", "remote process exited", "Connection closed", "timeout", "timed out")
+"""The same among NCCL's errors: others, such as two ranks on one GPU, are this rank's own."""
+
+
 def lost_connection(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone. The cause is in that rank's own message."""
-    names = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
-    if "EADDRINUSE" in str(error):  # another job has the port: no rank has failed
+    text = str(error)
+    if "EADDRINUSE" in text:  # another job has the port: no rank has failed
         return False
+    if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "NCCL" in text):
+        return any(said in text for said in (*LOST, *LOST_BY_NCCL))
     return isinstance(error, (dist.DistError, ConnectionError)) or (
-        isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+        isinstance(error, RuntimeError) and any(said in text for said in LOST)
     )
 
 
-def _is_ready(making: Future[Sequence[Any]]) -> bool:
+def _is_ready(making: Future[Any]) -> bool:
     wait([making], HEARTBEAT_S)
     if making.done():
         making.result()  # an error ends the job now, not when the other ranks have made theirs

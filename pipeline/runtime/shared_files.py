@@ -12,12 +12,12 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_prep.schema import DataError as ShardError
 from data_prep.storage import is_url
 from pipeline.errors import StorageError, UserError
-from pipeline.runtime.ranks import Ranks, gather_when_ready
+from pipeline.runtime.ranks import Ranks, gather_when_ready, of_first_rank_when_ready
 
 Seen = TypeVar("Seen")
 
@@ -34,13 +34,13 @@ View = dict[str, tuple[int, str]]
 def as_first_rank_sees(ranks: Ranks, what: str, look: Callable[[], Seen]) -> Seen:
     """What look() gives on rank 0, or the UserError that it raises there, on every rank. All ranks must call."""
 
-    def make() -> list[Seen | UserError | ShardError]:
+    def make() -> Any:
         try:
-            return [look()] if ranks.first else []
+            return look() if ranks.first else None
         except (UserError, ShardError) as error:
-            return [error]
+            return error
 
-    (seen,) = gather_when_ready(ranks, what, make)
+    seen = of_first_rank_when_ready(ranks, what, make)
     if isinstance(seen, (UserError, ShardError)):
         raise seen
     return seen

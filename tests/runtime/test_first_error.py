@@ -38,7 +38,7 @@ def test_alone_an_error_is_printed_as_it_is(waits, capsys):
     ("rank", "is_first", "expected"),
     [
         (0, True, [first_error.LINGER_S]),  # the others read of it in this process
-        (3, True, [first_error.ALIKE_S]),
+        (3, True, [first_error.ALIKE_S, first_error.LINGER_S]),
         (0, None, []),
         (
             3,
@@ -64,6 +64,27 @@ def test_a_lost_connection_is_one_line_and_waits_for_its_cause(waits, capsys):
         f"rank 0 on {HOST}: lost its connection to another rank, which failed before it: Connection reset by peer\n"
     )
     assert waits == [first_error.CAUSE_S]
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:77, {}\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("error", "begins"),
+    [
+        (NCCL.format("remote process exited or there was a network error", "socketProgress"), "lost its connection to"),
+        (NCCL.format("unhandled cuda error", "Cuda failure 2 'out of memory'"), "error: out of memory at "),
+        (
+            NCCL.format("invalid usage", "Duplicate GPU detected : rank 1 and rank 0 on device 0"),
+            "failed: Dist",
+        ),
+    ],
+)
+def test_an_error_of_nccl_is_another_ranks_only_where_it_says_so(waits, capsys, error, begins):
+    report_failure(dist.DistBackendError(error), 1, rank=0, world=2)
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank 0 on {HOST}: {begins}")
+    assert ("Duplicate GPU" in said) == ("Duplicate GPU" in error)
 
 
 def test_too_little_memory_and_other_errors_keep_their_traceback(waits, capsys):

@@ -21,7 +21,7 @@ from pipeline.runtime.shared_files import as_first_rank_sees, view_of, wait_for_
 
 @pytest.fixture
 def on_two_ranks(monkeypatch) -> Callable[[Callable[[Ranks], object]], list[object]]:
-    """Runs work(ranks) on two threads, which meet in gather_lists; the result or the error of each, rank 0's first."""
+    """Runs work(ranks) on two threads, which meet in collectives; the result or the error of each, rank 0's first."""
     monkeypatch.setattr(shared_files, "POLL_S", 0.01)
     meeting, parts, local = threading.Barrier(2, timeout=30), [[], []], threading.local()
 
@@ -33,6 +33,7 @@ def on_two_ranks(monkeypatch) -> Callable[[Callable[[Ranks], object]], list[obje
         return both
 
     monkeypatch.setattr(ranks_module, "gather_lists", gather)
+    monkeypatch.setattr(ranks_module, "of_first_rank", lambda value: gather([value])[0])
 
     def run(work):
         results: list[object] = [None, None]

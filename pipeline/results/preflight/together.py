@@ -21,7 +21,7 @@ from data_prep.schema import DataError
 from data_prep.storage import is_file, is_url, remove
 from pipeline.results.preflight.judge import Finding
 from pipeline.runtime.display.progress import size_text
-from pipeline.runtime.ranks import Ranks, gather_lists, sum_over_ranks, wait_for_all
+from pipeline.runtime.ranks import Ranks, gather_lists, of_first_rank, sum_over_ranks, wait_for_all
 
 LIMIT_S = 55.0
 """How long all of it may take."""
@@ -85,7 +85,7 @@ def share_folder(folder: Path, ranks: Ranks) -> str:
 
     folder: on a disk or behind a URL. Leaves nothing behind but the folder. All ranks must call.
     """
-    (token,) = gather_lists([secrets.token_hex(4)] if ranks.first else [])
+    token = of_first_rank(secrets.token_hex(4))
     own = folder / f".preflight-{token}-{ranks.rank}"
     problem = ""
     try:

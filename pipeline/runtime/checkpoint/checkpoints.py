@@ -31,7 +31,7 @@ from pipeline.runtime.checkpoint.files import (
 from pipeline.runtime.checkpoint.trained_state import TrainedState, host_copy
 from pipeline.runtime.display.progress import say
 from pipeline.runtime.node import rank_share
-from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready, sum_over_ranks
+from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready, of_first_rank, sum_over_ranks
 from pipeline.runtime.shared_files import wait_for_files
 
 Result = TypeVar("Result")
@@ -205,15 +205,15 @@ class Checkpoints:
 
     def _of_first_rank(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on rank 0, on every rank: its word goes, as do its CheckpointError and OSError."""
-        answer: list[Any] = []
+        answer: Any = None
         if self.ranks.first:
             try:
-                answer = [work()]
+                answer = work()
             except CheckpointError as error:
-                answer = [error]
+                answer = error
             except OSError as error:
-                answer = [CheckpointError(f"{self.folder} cannot be used: {error}")]
-        (word,) = gather_lists(answer)
+                answer = CheckpointError(f"{self.folder} cannot be used: {error}")
+        word = of_first_rank(answer)
         if isinstance(word, CheckpointError):
             raise word
         return word

@@ -25,6 +25,9 @@ from pipeline.runtime.ranks import Ranks
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ROOM = 2**24
+"""Elements of the tensors that a copy is made in. torch rounds pinned memory up to a power of two, and keeps it: one
+tensor of all elements could take twice its size."""
 KINDS = (MASTER, *MOMENTS)
 """What is kept of each element: the float32 weight and AdamW's two moments."""
 
@@ -167,17 +170,16 @@ def _flattened(key: Tensor, state: Mapping[str, Tensor], kind: str) -> Tensor:
 
 def host_copy(state: TrainedState) -> list[Piece]:
     """This rank's pieces, copied to the host's memory: what happens to the state from now on leaves them alone."""
-    elements = len(KINDS) * sum(span.length for span in state.spans())
     copies: list[Piece] = []
-    at, on_device = 0, False
+    room, on_device = torch.empty(0), False
     for piece in state.pieces():
-        if not copies:  # pinned where a GPU copies into it
-            on_device = piece.values[MASTER].device.type != "cpu"
-            room = torch.empty(elements, dtype=torch.float32, pin_memory=on_device)
         values = {}
         for kind, value in piece.values.items():
-            values[kind] = room.narrow(0, at, value.numel()).copy_(value, non_blocking=True)
-            at += value.numel()
+            if value.numel() > room.numel():
+                on_device = value.device.type != "cpu"  # pinned where a GPU copies into it
+                room = torch.empty(max(ROOM, value.numel()), dtype=torch.float32, pin_memory=on_device)
+            own, room = room.tensor_split([value.numel()])
+            values[kind] = own.copy_(value, non_blocking=True)
         copies.append(Piece(piece.span, piece.step, values))
     if on_device:
         torch.accelerator.synchronize()

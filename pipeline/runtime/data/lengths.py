@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.shards import ShardFolder
 from pipeline.errors import SampleError
 from pipeline.runtime.data.batches import ChatDataset, SampleIndex
-from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready
+from pipeline.runtime.ranks import Ranks, gather_when_ready, of_first_rank
 from pipeline.vlm.processing import ChatEncoder
 
 PROBE = 64
@@ -79,8 +79,7 @@ def fit_lengths(dataset: ChatDataset, ranks: Ranks, name: str) -> LengthModel:
     own = [number * len(dataset) // count for number in range(ranks.rank, count, ranks.world)]
     what = f"{name}: encoding {count} samples, to estimate the lengths of all"
     probed = gather_when_ready(ranks, what, lambda: probe(dataset, own))
-    (model,) = gather_lists([fit(probed, feature_count(dataset.folder))] if ranks.first else [])
-    return model
+    return of_first_rank(fit(probed, feature_count(dataset.folder)))
 
 
 def probe(dataset: ChatDataset, samples: Sequence[int]) -> list[Probed]:

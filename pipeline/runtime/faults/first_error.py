@@ -19,7 +19,8 @@ UNMET_S = 10.0
 CAUSE_S = 30.0
 """How long a rank waits that knows no cause: for the rank that does, or the launcher, to end it."""
 LINGER_S = 5.0
-"""How long rank 0 stays after its own error: the others read of it in its process."""
+"""How long the first to fail stays after its error: the others read of it in rank 0's process, or at their next beat,
+before NCCL ends them for a connection that is gone."""
 
 
 def report(text: str, code: int, rank: int, world: int) -> None:
@@ -36,7 +37,7 @@ def report(text: str, code: int, rank: int, world: int) -> None:
     if may_be_known and stop.wait_for_request(CAUSE_S if is_first is False else UNMET_S):
         return
     print(f"{where}{text}", file=sys.stderr, flush=True)
-    if is_first and world > 1 and rank == 0:
+    if is_first and world > 1:
         time.sleep(LINGER_S)
 
 
@@ -49,14 +50,20 @@ def report_failure(error: Exception, code: int, rank: int, world: int) -> None:
     from pipeline.runtime.faults.out_of_memory import is_out_of_memory, what_helps
     from pipeline.runtime.ranks import lost_connection
 
-    if lost_connection(error):
+    if is_out_of_memory(error):  # NCCL's own too, which looks like a lost connection
+        text = f"error: {what_helps(error, watch.now())}\n\n{traceback.format_exc()}"
+    elif lost_connection(error):
         once = watch.beats() if rank == 0 else []  # each rank that asked for all beats would be many requests
         if stop.wait_for_request(CAUSE_S):
             return
         other = watch.silent_since(once) or "another rank"
-        text = f"lost its connection to {other}, which failed before it: {str(error).splitlines()[0]}"
-    elif is_out_of_memory(error):
-        text = f"error: {what_helps(error, watch.now())}\n\n{traceback.format_exc()}"
+        text = f"lost its connection to {other}, which failed before it: {_in_one_line(error)}"
     else:
         text = f"failed: {type(error).__name__}: {error}\n\n{traceback.format_exc()}"
     report(text, code, rank, world)
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first line, and NCCL's reason, which it says last."""
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    return "; ".join([first, *(line for line in others if line.startswith("Last error") or "failure" in line)])

@@ -150,8 +150,8 @@ class Watch:
         if before is None and beat.host == self._own.host:
             self._may_be_looked_up = not beat.is_gone()  # else it has other process numbers: a container of its own
         if self._may_be_looked_up and beat.is_gone():
-            text = f"{beat}: its process is gone, killed from outside: by hand, or for its memory (dmesg says so)"
-            return self._found(text)
+            why = "by hand, or for its memory (dmesg says so); or NCCL ended it, see above"
+            return self._found(f"{beat}: its process is gone, killed from outside: {why}")
         if before is None or beat.changes != before.changes:
             self._still_s, self._once = 0.0, []
             return
@@ -187,6 +187,9 @@ class Watch:
 
     def all_beats(self) -> list[Beat]:
         """The last that each rank has posted. Raises RuntimeError where rank 0 is gone."""
+        keys = [f"beat/{rank}" for rank in range(self._world)]
+        if self._store.check(keys):  # one request: in a hang all ranks ask at the same time
+            return [Beat(**json.loads(posted)) for posted in self._store.multi_get(keys)]
         return [beat for beat in map(self._beat_of, range(self._world)) if beat is not None]
 
     def _beat_of(self, rank: int) -> Beat | None:
@@ -212,6 +215,11 @@ def _time(seconds: float) -> str:
 
 
 _watch: Watch | None = None
+
+
+def limit_minutes(hang_minutes: float) -> float:
+    """Minutes after which a collective may end by itself: later than a hang is found in whatever may take long."""
+    return LONG * hang_minutes + 5
 
 
 def start(rank: int, world: int, hang_minutes: float) -> None:

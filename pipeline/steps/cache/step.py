@@ -40,6 +40,7 @@ from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.ranks import (
     gather_lists,
     gather_when_ready,
+    of_first_rank,
     on_first_rank,
     sum_over_ranks,
     until_all_done,
@@ -96,7 +97,7 @@ def run(
 def _verbalizers(job: Job) -> dict[str, Any]:
     """The summary of step verbalize, as rank 0 sees it."""
     run = job.recipe.run
-    (summary,) = gather_lists([done(run / "verbalize")] if job.ranks.first else [])
+    summary = of_first_rank(done(run / "verbalize") if job.ranks.first else None)
     if summary is None:
         again = train_command(1, run / "recipe.yaml", "--only", "verbalize")
         raise CacheError(f"no verbalizers in {run / 'verbalize'}; run: {again}")
