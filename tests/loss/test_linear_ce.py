@@ -186,7 +186,8 @@ def test_wide_logits_equal_unembedding_logits(options):
 
 
 def test_rows_per_chunk_limits_the_elements():
-    assert rows_per_chunk(152_064) * 152_064 <= 2**26 < (rows_per_chunk(152_064) + 1) * 152_064
+    rows = rows_per_chunk(152_064)
+    assert rows * 152_064 <= 2**26 < (rows + ROW_BLOCK) * 152_064 and rows % ROW_BLOCK == 0
     assert rows_per_chunk(2**30) == 1
 
 

@@ -79,6 +79,13 @@ def test_the_softmax_minus_the_label(vocab, options, dtype):
     torch.testing.assert_close(products.double(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("label", [-100, 31])
+def test_a_label_outside_the_vocabulary_has_no_loss_that_one_could_train_on(label):
+    head, products, *_ = products_and_logits(31, {}, torch.float32)
+    log_q = softmax_kernel.softmax_minus_label_(products, head, torch.tensor([0, label, 1], device=DEVICE))
+    assert log_q.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_passes_the_check_that_a_run_begins_with(dtype):
     assert difference(softmax_kernel, DEVICE, dtype) is None

@@ -133,6 +133,18 @@ def test_each_step_s_deepspeed_config_is_checked_and_the_same_file_once(tmp_path
     check_recipe(recipe, ("cache",))  # uses none of the two
 
 
+@pytest.mark.parametrize(("stage", "device", "refused"), [(2, "cpu", True), (3, "cpu", False), (2, "none", False)])
+def test_an_offloaded_optimizer_belongs_to_stage_3(tmp_path, values, stage, device, refused):
+    config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": device}}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    recipe = load_recipe(write(tmp_path, values)).recipe
+    if not refused:
+        return check_recipe(recipe, STEPS)
+    with pytest.raises(RecipeError, match=r"offload_optimizer under ZeRO stage 2.*zero3_offload_optimizer.json"):
+        check_recipe(recipe, STEPS)
+    return None
+
+
 def test_bfloat16_gradients_without_zero_are_refused(tmp_path, values):
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 0}}')
     with pytest.raises(RecipeError, match="ZeRO stage 0.*use ds_configs/zero1.json, which does, or precision: fp32"):

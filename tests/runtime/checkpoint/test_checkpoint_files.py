@@ -21,6 +21,7 @@ from torch import nn
 
 from pipeline.errors import CheckpointError
 from pipeline.runtime.checkpoint import checkpoints as module
+from pipeline.runtime.checkpoint import trained_state
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
 from pipeline.runtime.checkpoint.files import (
     Damaged,
@@ -32,7 +33,7 @@ from pipeline.runtime.checkpoint.files import (
     write_index,
     write_rank_file,
 )
-from pipeline.runtime.checkpoint.trained_state import KINDS, Piece, Span, TrainedState
+from pipeline.runtime.checkpoint.trained_state import KINDS, Piece, Span, TrainedState, host_copy
 from pipeline.runtime.ranks import Ranks
 
 WIDTH = 64
@@ -165,6 +166,19 @@ def test_a_missing_file_and_nothing_left_to_fall_back_to(tmp_path):
     ):
         checkpoints.newest()
     assert index_file(tmp_path, 1).exists(), "it is left as it is: a disk may have failed for a moment"
+
+
+@pytest.mark.parametrize("room", [1, 2 * WIDTH * WIDTH + 1, 10**4])
+def test_a_copy_has_the_state_of_its_moment_however_it_lies_in_memory(monkeypatch, room):
+    monkeypatch.setattr(trained_state, "ROOM", room)
+    training = Training()
+    training.update()
+    expected = [(p.span, p.step, {k: v.clone() for k, v in p.values.items()}) for p in training.state().pieces()]
+    copies = host_copy(training.state())
+    training.update()
+    for (span, step, values), copy in zip(expected, copies, strict=True):
+        assert (copy.span, copy.step) == (span, step)
+        assert all(torch.equal(copy.values[kind], values[kind]) for kind in KINDS)
 
 
 def test_half_a_checkpoint_of_a_killed_job_is_removed_and_never_taken(tmp_path):
