@@ -98,6 +98,7 @@ def _begin(teacher: Path, student: Path, data: Path | None, name: str) -> Draft:
         draft.set(f"{step}.epochs", 1, "the paper states none")
         draft.set(f"{step}.batch_size", PAPER_BATCH[step], "paper, section 4")
         draft.set(f"{step}.micro_batch_size", 1, "safe; --gpus N --gpu-memory GIB says how many fit")
+        draft.set(f"{step}.checkpoint_minutes", 30, "what a job that dies may lose")
     draft.set("interact.lora_rank", 64, "paper, section 4 (alpha 64 is the default): less memory; 0 trains all weights")
     return draft
 

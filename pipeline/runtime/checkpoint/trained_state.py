@@ -171,15 +171,18 @@ def _flattened(key: Tensor, state: Mapping[str, Tensor], kind: str) -> Tensor:
 def host_copy(state: TrainedState) -> list[Piece]:
     """This rank's pieces, copied to the host's memory: what happens to the state from now on leaves them alone."""
     copies: list[Piece] = []
+    missing = len(KINDS) * sum(span.length for span in state.spans())
     room, on_device = torch.empty(0), False
     for piece in state.pieces():
         values = {}
         for kind, value in piece.values.items():
             if value.numel() > room.numel():
                 on_device = value.device.type != "cpu"  # pinned where a GPU copies into it
-                room = torch.empty(max(ROOM, value.numel()), dtype=torch.float32, pin_memory=on_device)
+                elements = max(min(ROOM, missing), value.numel())
+                room = torch.empty(elements, dtype=torch.float32, pin_memory=on_device)
             own, room = room.tensor_split([value.numel()])
             values[kind] = own.copy_(value, non_blocking=True)
+            missing -= value.numel()
         copies.append(Piece(piece.span, piece.step, values))
     if on_device:
         torch.accelerator.synchronize()

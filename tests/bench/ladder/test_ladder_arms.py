@@ -22,7 +22,13 @@ CELL = SCALES["smoke"].cells[0]
 
 def recipe_of(folder, values):
     (folder / "manifest.json").touch()
-    values = {"run": str(folder / "run"), "data.train": str(folder), **CELL.task.common, **values}
+    values = {
+        "run": str(folder / "run"),
+        "data.train": str(folder),
+        "data.held_out": str(folder),
+        **CELL.task.common,
+        **values,
+    }
     return load_recipe(ROOT / CELL.task.recipe, settings(values)[1:]).recipe
 
 
