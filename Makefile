@@ -44,9 +44,11 @@ demo-models: $(STAMP)  ## train the shipped demo models again, over an hour; ARG
 test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'; JOBS=2 processes, 0: none but its own
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n $(or $(JOBS),2) --dist loadfile $(ARGS)
 
-test-cluster: $(STAMP)  ## a real SLURM of two nodes and two hosts on this machine, 4 minutes; needs root and Debian's packages
+# The second half is a part of make test too: what no cluster is needed for, and was found on one.
+test-cluster: $(STAMP)  ## a real SLURM of two nodes, two hosts, kills, faults and hostile files, 9 minutes; needs root
 	@bash tests/install_debian.sh
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster $(ARGS)
+	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n $(or $(JOBS),2) --dist loadfile tests/faults
 
 # lmms-eval lies apart, with pins of its own: it holds packages below the versions that the project is tested with.
 test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a local task, 2 minutes; installs build/lmms-eval

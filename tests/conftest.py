@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,29 @@ def tiny_models(tmp_path_factory) -> dict[tuple[str, str], Path]:
         for kind in (*tiny.KINDS, *tiny.MORE_KINDS)
         for role, layers in (("teacher", 6), ("student", 3))
     }
+
+
+SURVIVED = "survived "
+
+
+@pytest.fixture
+def survived(record_property) -> Callable[..., None]:
+    """survived(kills=1, faults=2): what a test did without a loss; called at its end, added up over all tests."""
+
+    def add(**counts: int) -> None:
+        for what, count in counts.items():
+            record_property(SURVIVED + what, count)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, count in report.user_properties:
+            if name.startswith(SURVIVED):
+                counts[name.removeprefix(SURVIVED)] += count
+    if counts:
+        terminalreporter.line(
+            "survived, with nothing lost: " + ", ".join(f"{n:,} {what}" for what, n in counts.items())
+        )

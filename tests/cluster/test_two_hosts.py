@@ -86,7 +86,7 @@ def test_deepspeed_over_pdsh_then_openmpi(two_hosts, recipe):
     assert done(run / "cache")
 
 
-def test_under_pdsh_a_rank_that_is_killed_ends_those_of_the_other_host(two_hosts, tmp_path, tiny_models):
+def test_under_pdsh_a_rank_that_is_killed_ends_those_of_the_other_host(two_hosts, tmp_path, tiny_models, survived):
     """Each node's launcher watches its own ranks only: left alone, the others would wait for ten minutes."""
     training = {**TRAINING, "steps": 1000, "checkpoint_every": 5}
     recipe = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", write_data(tmp_path / "data", 16), verbalize=training)
@@ -108,6 +108,7 @@ def test_under_pdsh_a_rank_that_is_killed_ends_those_of_the_other_host(two_hosts
     deepspeed(two_hosts, *told, "--stop-after", 1)
     updates = [line["update"] for line in read_metrics(tmp_path / "run")]
     assert updates == list(range(1, len(updates) + 1)) and len(updates) <= trained + 1
+    survived(kills=1)
 
 
 def test_preflight_under_mpirun_reaches_both(two_hosts, recipe):
@@ -119,11 +120,12 @@ def test_preflight_under_mpirun_reaches_both(two_hosts, recipe):
     assert "2 reached, 1 ranks each: node1, node2" in output and "WRONG" not in output
 
 
-def test_preflight_under_torchrun_finds_a_folder_that_only_one_host_has(two_hosts, recipe):
+def test_preflight_under_torchrun_finds_a_folder_that_only_one_host_has(two_hosts, recipe, survived):
     run = recipe.parent / "run"
     run.mkdir(exist_ok=True)
     hidden = ("unshare", "--mount", "bash", "-c", f'mount -t tmpfs none {run} && exec "$@"', "bash")
     output, codes = torchrun(two_hosts, recipe, *hidden)
     assert 0 not in codes, output
     (line,) = [line for line in output.splitlines() if "WRONG" in line]
-    assert f"{run} does not show what rank 1 wrote into it on node1" in line and "that all nodes share" in line
+    assert f"{run} does not show what rank 1 wrote into it on node1" in line and "all nodes must share" in line
+    survived(faults=1)

@@ -84,7 +84,7 @@ def test_a_damaged_shard_is_named_and_made_again(verbalized_run, tmp_path):
     assert "has shards 0-2" in said
 
 
-def test_a_job_that_is_killed_loses_no_more_than_the_shard_in_hand(verbalized_run, tmp_path):
+def test_a_job_that_is_killed_loses_no_more_than_the_shard_in_hand(verbalized_run, tmp_path, survived):
     recipe, run = verbalized_run
     where = [*copy(run, tmp_path / "run", "verbalize"), f"data.train={tmp_path / 'data'}"]
     write_data(tmp_path / "data", 96, shards=48)
@@ -105,6 +105,7 @@ def test_a_job_that_is_killed_loses_no_more_than_the_shard_in_hand(verbalized_ru
     assert before == {name: (folder / name).stat().st_mtime_ns for name in before}, "what was whole is not touched"
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--only-missing", *where)
     assert "to make" not in said and "cache: complete, 48 shards" in said, "every shard's bytes are what they should be"
+    survived(kills=1)
 
 
 @contextmanager

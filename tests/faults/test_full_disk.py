@@ -37,7 +37,7 @@ def llava(folder: Path, samples: int) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_sharding_goes_on_when_the_disk_is_mended(tmp_path, capsys, fault):
+def test_sharding_goes_on_when_the_disk_is_mended(tmp_path, capsys, fault, survived):
     command = llava(tmp_path / "input", 40)
     with small_disk(tmp_path / "disk", 64) as disk:
         disk.allow_writing(fault == "full")
@@ -55,6 +55,7 @@ def test_sharding_goes_on_when_the_disk_is_mended(tmp_path, capsys, fault):
         assert data_prep(shard) == 0
         assert f"{len(made)} of 4 shards were finished by an earlier run" in capsys.readouterr().out or not made
         assert len(ShardFolder(disk.path / "out" / "train")) == 40
+    survived(faults=1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_an_export_is_whole_or_nothing(tmp_path, student):
         assert torch.equal(load_file(disk.path / "teacher.safetensors")["1.down.weight"], verb_ffns["1.down.weight"])
 
 
-def test_an_export_that_fails_leaves_the_one_before(tmp_path):
+def test_an_export_that_fails_leaves_the_one_before(tmp_path, survived):
     with whole_folder(tmp_path / "student") as aside:
         (aside / "config.json").write_text("{}")
     with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "student") as aside:
@@ -99,6 +100,7 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path):
         raise ZeroDivisionError
     assert (tmp_path / "student" / "config.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    survived(faults=1)
 
 
 def test_every_storage_fault_has_its_advice(tmp_path):
@@ -111,7 +113,7 @@ def test_every_storage_fault_has_its_advice(tmp_path):
     assert storage_fault(OSError(errno.ENOTCONN, "Transport endpoint is not connected")) is None, "of a socket"
 
 
-def test_a_job_on_a_read_only_or_full_run_folder_says_so(tmp_path, tiny_models):
+def test_a_job_on_a_read_only_or_full_run_folder_says_so(tmp_path, tiny_models, survived):
     """The run folder's disk, first read-only and then full in the middle of the step; then the run goes on."""
     data = write_data(tmp_path / "data", 8)
     short = {"steps": 2, "batch_size": 4}
@@ -132,6 +134,7 @@ def test_a_job_on_a_read_only_or_full_run_folder_says_so(tmp_path, tiny_models):
         disk.resize(64 * 1024)
         deepspeed(1, *stage)
         assert (disk.path / "run" / "verbalize" / "done.json").is_file()
+    survived(faults=2)
 
 
 def test_writing_names_the_file(tmp_path):

@@ -18,7 +18,7 @@ STARTS_WITHIN_S = 200
 """On a machine that others use as well: beside seven more jobs on two cores it took over 120."""
 
 
-def test_a_stopped_rank_is_named_with_where_it_stands(tmp_path: Path, tiny_models):
+def test_a_stopped_rank_is_named_with_where_it_stands(tmp_path: Path, tiny_models, survived):
     data = write_data(tmp_path / "data", 24)
     recipe = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", data, interact={"steps": 0}, reinforce={"steps": 1000})
     program = ["launch/train.py", "--stage", "2", "--recipe", str(recipe), "--set", "hang_minutes=0.1"]
@@ -41,3 +41,4 @@ def test_a_stopped_rank_is_named_with_where_it_stands(tmp_path: Path, tiny_model
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert f"rank 1 on {socket.gethostname()} (process {ranks[1].pid}), at 'reinforce: update " in line
     assert "does not answer" in line and "Traceback" not in said
+    survived(signals=1)

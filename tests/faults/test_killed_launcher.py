@@ -48,7 +48,7 @@ def start(recipe: Path) -> tuple[psutil.Process, list[psutil.Process]]:
 
 
 @pytest.mark.parametrize("place", ["the launcher that was started", "the launcher of the node"])
-def test_no_rank_is_left_behind(recipe, place):
+def test_no_rank_is_left_behind(recipe, place, survived):
     launcher, started = start(recipe)
     ranks = [one for one in started if "launch/train.py" in one.cmdline()[2:3]]
     node = next(one for one in started if "deepspeed.launcher.launch" in one.cmdline())
@@ -62,6 +62,7 @@ def test_no_rank_is_left_behind(recipe, place):
     last = read_metrics(run)[-1]["update"]
     assert (run / "verbalize" / "checkpoints" / f"update_{last:09d}" / INDEX).is_file(), "no update is lost"
     assert "lost its launcher" in (read_requeue(run) or "")
+    survived(kills=1)
 
 
 def test_a_run_whose_launchers_were_killed_ends_bitwise_as_another(recipe, tmp_path):

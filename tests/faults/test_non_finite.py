@@ -104,7 +104,7 @@ def test_too_many_in_a_row_stop_the_step_with_the_keys_written_down(tmp_path):
     ]
 
 
-def test_a_sample_that_is_not_finite_on_one_rank_is_skipped_by_both(tiny_models, tmp_path, monkeypatch):
+def test_a_sample_that_is_not_finite_on_one_rank_is_skipped_by_both(tiny_models, tmp_path, monkeypatch, survived):
     data = write_data(tmp_path / "data", 24)
     recipe = tiny_recipe(
         tmp_path, tiny_models, "qwen2_vl", data, interact={"steps": 0}, reinforce={"steps": 6, "batch_size": 4}
@@ -127,3 +127,4 @@ def test_a_sample_that_is_not_finite_on_one_rank_is_skipped_by_both(tiny_models,
     assert all(weight.isfinite().all() for weight in weights.values())
     said = deepspeed(2, *program, "--set", f"run={tmp_path / 'strict'}", "reinforce.max_skipped_in_a_row=1", check=2)
     assert said.count("1 updates in a row were skipped, as many as reinforce.max_skipped_in_a_row allows") == 1, said
+    survived(faults=1)

@@ -77,7 +77,7 @@ def test_a_signal_on_one_rank_checkpoints_on_all(recipe):
     assert "begun" in (run / "report.html").read_text(), "what was stopped has its report too"
 
 
-def test_a_run_that_was_signalled_ends_bitwise_as_another(recipe, tmp_path):
+def test_a_run_that_was_signalled_ends_bitwise_as_another(recipe, tmp_path, survived):
     run = recipe.parent / "run"
     assert 2 <= len(updates_done(run)) < UPDATES, "the test above has left it halfway"
     deepspeed(2, "train.py", *verbalize(recipe)[1:])
@@ -89,9 +89,10 @@ def test_a_run_that_was_signalled_ends_bitwise_as_another(recipe, tmp_path):
     logged = [[{k: x[k] for k in x.keys() - measured} for x in read_metrics(one)] for one in (run, tmp_path)]
     assert logged[0] == logged[1] and len(logged[0]) == UPDATES, "no gap, no double"
     assert read_requeue(run) is None
+    survived(signals=1)
 
 
-def test_the_cache_step_keeps_whole_shards(recipe):
+def test_the_cache_step_keeps_whole_shards(recipe, survived):
     run = recipe.parent / "run"
     said = deepspeed(2, "../tests/faults/cache_signalled.py", "--recipe", recipe, check=REQUEUE_EXIT)
     assert said.count("cache: stopped; the shards that are whole stay: rank 1 got SIGUSR1; the same command goes") == 1
@@ -101,3 +102,4 @@ def test_the_cache_step_keeps_whole_shards(recipe):
     said = deepspeed(2, "cache.py", "--recipe", recipe)
     assert f"cache: {6 - len(shards)} of 6 shards to make" in said and "cache: complete, 6 shards" in said
     assert made == {name: (cache_folder(run) / name).stat().st_mtime_ns for name in shards}
+    survived(signals=1)
