@@ -44,7 +44,7 @@ demo-models: $(STAMP)  ## train the shipped demo models again, over an hour; ARG
 test: $(STAMP)  ## the tests; ARGS= goes to pytest, as in make test ARGS='tests/loss -x'; JOBS=2 processes, 0: none but its own
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n $(or $(JOBS),2) --dist loadfile $(ARGS)
 
-# The second half is a part of make test too: what no cluster is needed for, and was found on one.
+# The second half is a part of make test too: it needs no cluster.
 test-cluster: $(STAMP)  ## a real SLURM of two nodes, two hosts, kills, faults and hostile files, 9 minutes; needs root
 	@bash tests/install_debian.sh
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster $(ARGS)

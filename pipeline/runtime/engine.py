@@ -31,7 +31,7 @@ from pipeline.vlm.verb_ffns import Add, AddTo, Fill, whole_beside
 
 
 def start(verbose: bool = False, limit_minutes: float = 10.0) -> Ranks:
-    """Join the other ranks of this job. limit_minutes: of each collective, and of the meeting.
+    """Join the other ranks of this job, which must come within DeepSpeed's 10 minutes. limit_minutes: of a collective.
 
     It must be more than what the watch needs (watch.limit_minutes): NCCL aborts its process where a collective takes
     longer, and nobody would read which rank stood still.
@@ -43,7 +43,8 @@ def start(verbose: bool = False, limit_minutes: float = 10.0) -> Ranks:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Under mpirun each rank asks MPI for its place, and DeepSpeed would overwrite a port that the user chose.
     port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
-    deepspeed.init_distributed(distributed_port=port, verbose=verbose, timeout=timedelta(minutes=limit_minutes))
+    deepspeed.init_distributed(distributed_port=port, verbose=verbose)
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=limit_minutes))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = get_accelerator().device_name(local) if get_accelerator().device_name() != "cpu" else "cpu"
     if device != "cpu":

@@ -65,5 +65,6 @@ def report_failure(error: Exception, code: int, rank: int, world: int) -> None:
 
 def _in_one_line(error: Exception) -> str:
     """The first line, and NCCL's reason, which it says last."""
-    first, *others = str(error).splitlines() or [type(error).__name__]
-    return "; ".join([first, *(line for line in others if line.startswith("Last error") or "failure" in line)])
+    said, _, reason = str(error).partition("Last error:")
+    first = (said.splitlines() or [type(error).__name__])[0]
+    return f"{first}; {' '.join(reason.split())}" if reason else first
