@@ -197,6 +197,12 @@ def _environment() -> dict[str, str]:
     return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`make`, as if no other make had started the tests: what their own was told, as ARGS=, is not for this one."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+
+
 def free_port() -> int:
     """A port of this machine that nothing listens on."""
     with socket.socket() as probe:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ RANK = """
 import os, sys, threading
 import torch.distributed as dist
 from pipeline.runtime.faults import watch
-rank, port = int(sys.argv[1]), int(sys.argv[2])
+rank, port, fails = map(int, sys.argv[1:])
 os.environ["RANK"] = str(rank)
 watch.BEAT_S = 0.2
 dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
@@ -118,8 +119,37 @@ watch.start(rank, 3, 3 / 60)
 watch.doing("interact: update 2 of 3")
 dist.barrier()
 print("up", flush=True)
+if rank == fails:
+    watch.failed(f"rank {rank}: error: no room", 2)
+    print(f"rank {rank}: error: no room", file=sys.stderr, flush=True)
+    threading.Event().wait(15 * watch.BEAT_S)  # as first_error.report lingers: longer than the others take
+    os._exit(2)
 threading.Event().wait(90)
 """
+
+
+@contextmanager
+def three_ranks(fails: int = -1):
+    """Three processes that have met, of which one fails."""
+    command = [sys.executable, "-c", RANK]
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [*command, str(r), str(port), str(fails)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(3)
+    ]
+    try:
+        assert [one.stdout.readline() for one in ranks] == ["up\n"] * 3  # type: ignore[union-attr]
+        yield ranks
+    finally:
+        for one in ranks:
+            one.kill()
+            one.communicate()
 
 
 @pytest.mark.parametrize(
@@ -132,24 +162,21 @@ threading.Event().wait(90)
     ],
 )
 def test_processes_end_when_one_is_stopped_or_killed(rank, number, said):
-    port = free_port()
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(r), str(port)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for r in range(3)
-    ]
-    try:
-        assert [one.stdout.readline() for one in ranks] == ["up\n"] * 3  # type: ignore[union-attr]
+    with three_ranks() as ranks:
         time.sleep(1)
         ranks[rank].send_signal(number)
         others = [one for one in ranks if one is not ranks[rank]]
         codes = [one.wait(ENDS_WITHIN_S) for one in others]
         errors = "".join(one.stderr.read() for one in others)  # type: ignore[union-attr]
-    finally:
-        for one in ranks:
-            one.kill()
-            one.communicate()
     assert codes == [1, 1]
     assert said in errors, errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_end_of_rank_0_hides_no_error_that_came_before_it(rank):
+    """Rank 0 holds the store: it ends after the others have read of the failure, and before who failed does."""
+    with three_ranks(fails=rank) as ranks:
+        codes = [one.wait(ENDS_WITHIN_S) for one in ranks]
+        errors = [one.stderr.read() for one in ranks]  # type: ignore[union-attr]
+    assert codes == [2, 2, 2]
+    assert errors == [f"rank {rank}: error: no room\n" if r == rank else "" for r in range(3)]

@@ -87,7 +87,7 @@ class Watch:
         self._own = Beat(rank, socket.gethostname(), own.pid, own.create_time(), 0, 0, "starting", True)
         self._next: Beat | None = None
         self._once: list[Beat] = []
-        self._may_be_looked_up = False
+        self._may_be_looked_up = self._failed = False
         self._still_s = self._unanswered_s = 0.0
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._count_unanswered)]
@@ -109,7 +109,8 @@ class Watch:
     def fail(self, text: str, code: int) -> bool:
         """Post that this rank failed, which ends all others. Returns whether it is the first."""
         posted = json.dumps({"by": self._rank, **asdict(Failure(text, code))})
-        return self._store.compare_set(FAILED, "", posted).decode() == posted
+        self._failed = self._store.compare_set(FAILED, "", posted).decode() == posted
+        return self._failed
 
     def close(self) -> None:
         """The end: nobody waits for this rank's beats any more."""
@@ -130,6 +131,8 @@ class Watch:
                     return self._end(Failure(posted["text"], posted["code"]), False)
                 self._look_at(self._beat_of((self._rank + 1) % self._world))
             except RuntimeError as error:  # what the store raises, whatever it is
+                if self._failed:
+                    return None  # rank 0 has read of it and ended; this rank's main thread is about to
                 first = str(error).splitlines()[0]
                 text = f"rank 0, at which the ranks meet, is gone: its process was killed, or its host is ({first})"
                 return self._end(Failure(text, 1), True)
@@ -283,11 +286,12 @@ def stop() -> None:
 
 def _end_process(failure: Failure, is_first: bool) -> None:
     """Say what is not said yet, and end. Where rank 0 is gone every rank finds that out: rank 1 says it."""
+    rank = int(os.environ.get("RANK", "0"))
     if is_first:
-        rank = int(os.environ.get("RANK", "0"))
         if rank > 1:
             time.sleep(BEAT_S)
         print(f"error: {failure.text}", file=sys.stderr, flush=True)
+    if is_first or rank == 0:
         time.sleep(2 * BEAT_S)  # the store may be this process's: the others have to read it
     show_cursor()
     sys.stdout.flush()

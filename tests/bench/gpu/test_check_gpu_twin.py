@@ -2,14 +2,12 @@
 
 import json
 import math
-import subprocess
-from pathlib import Path
 
 import pytest
+from running import make
 
 from bench.gpu.plan import checks_for
 
-ROOT = Path(__file__).resolve().parents[3]
 CHECKS = [check.name for group in checks_for("cpu") for check in group]
 LIMIT_MINUTES = 14
 
@@ -18,8 +16,7 @@ LIMIT_MINUTES = 14
 def twin(tmp_path_factory):
     """(exit code, what it printed, its folder)."""
     out = tmp_path_factory.mktemp("check_gpu")
-    command = ["make", "check-gpu", "DEVICE=cpu", f"OUT={out}", f"MINUTES={LIMIT_MINUTES}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = make("check-gpu", "DEVICE=cpu", f"OUT={out}", f"MINUTES={LIMIT_MINUTES}")
     return done.returncode, done.stdout + done.stderr, out
 
 

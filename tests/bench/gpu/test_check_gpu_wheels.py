@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT, make
 
-ROOT = Path(__file__).resolve().parents[3]
 FILES = {
     "rich/__init__.py": "raise ImportError('the wheel goes before what the python has')\n",
     "check_gpu_probe-1.0.data/scripts/check-gpu-probe": "#!python\nprint('found')\n",
@@ -35,8 +35,7 @@ def write_wheel(folder: Path, left_out: str = "") -> None:
 
 
 def check_gpu(folder: Path, wheels: Path) -> tuple[int, str]:
-    command = ["make", "check-gpu", f"PYTHON={sys.executable}", f"WHEELS={wheels}", f"OUT={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = make("check-gpu", f"PYTHON={sys.executable}", f"WHEELS={wheels}", f"OUT={folder}")
     return done.returncode, done.stdout + done.stderr
 
 
