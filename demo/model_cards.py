@@ -40,7 +40,7 @@ made for the demo of this repository and good for nothing else.
 - **Training**: from random weights: {tower_steps} steps of the vision tower under a linear read-out of what each
   picture shows (peak learning rate {probe_rate}), then {steps} steps of the whole model on answers (peak learning
   rate {rate}, tower {tower_rate}); AdamW, batches of {batch}, seed {seed}. Weights are bfloat16.
-- **Again**: `python -m demo.build_models --pair {pair} --role {role}`
+- **Again**: `python -m demo.build_models --pair {pair} --role {role}{size}`
 
 Licence: Apache-2.0.
 """
@@ -53,7 +53,7 @@ DATA = {
 }
 
 
-def write_card(folder: Path, pair: str, role: str, plan: TrainingPlan, measured: str, seed: int) -> None:
+def write_card(folder: Path, pair: str, role: str, size: str, plan: TrainingPlan, measured: str, seed: int) -> None:
     """Write README.md into a model folder."""
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -63,6 +63,7 @@ def write_card(folder: Path, pair: str, role: str, plan: TrainingPlan, measured:
     words = CARD.format(
         pair=pair,
         role=role,
+        size="" if size == "demo" else f" --size {size}",
         parameters=model.num_parameters(),
         layers=model.config.text_config.num_hidden_layers,
         width=model.config.text_config.hidden_size,

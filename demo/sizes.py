@@ -23,9 +23,16 @@ class Size:
 
 
 SIZES = {
-    "teacher": Size(layers=8, width=128, heads=4, kv_heads=2, tower_blocks=3, tower_width=64, tower_heads=4),
-    "student": Size(layers=4, width=48, heads=3, kv_heads=3, tower_blocks=2, tower_width=48, tower_heads=3),
+    "demo": {
+        "teacher": Size(layers=8, width=128, heads=4, kv_heads=2, tower_blocks=3, tower_width=64, tower_heads=4),
+        "student": Size(layers=4, width=48, heads=3, kv_heads=3, tower_blocks=2, tower_width=48, tower_heads=3),
+    },
+    "wide": {
+        "teacher": Size(layers=12, width=256, heads=8, kv_heads=4, tower_blocks=4, tower_width=96, tower_heads=4),
+        "student": Size(layers=6, width=96, heads=4, kv_heads=4, tower_blocks=3, tower_width=64, tower_heads=4),
+    },
 }
+"""Name -> role -> size. demo is what ships; wide is for a GPU, and has not been trained yet."""
 
 
 def model_config(size: Size, tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.ladder.arms import ALL, MAIN, MATCHINGS
 
@@ -31,6 +31,8 @@ class Task:
     )
     """Values of the recipe for all runs: one process on a CPU, and data that is read many times."""
     micro_batch_size: int = 32
+    made_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """role -> the command that makes its model, as arguments of python, where the ladder has to."""
 
 
 def _demo(recipe: str, pair: str, source: str, questions: tuple[str, ...], other: tuple[str, ...]) -> Task:
@@ -40,6 +42,20 @@ def _demo(recipe: str, pair: str, source: str, questions: tuple[str, ...], other
 
 DEEP = ("--level", "deep")
 
+
+def _wide(pair: str, recipe: str) -> Task:
+    """A pair of more and wider layers than the demo's, which learns the same; trained on the GPU first."""
+    models = f"build/wide/models/{pair}"
+    layers = {"teacher.layers": list(range(1, 12)), "student.layers": list(range(1, 6))}
+    paths = {f"{role}.path": f"{models}/{role}" for role in ("teacher", "student")}
+    train = ("-m", "demo.build_models", "--size", "wide", "--device", "cuda", "--pair", pair, "--role")
+    return replace(
+        _demo(recipe, pair, pair, (), ("--kinds", "tile")), models=models,
+        common={"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256, **paths, **layers},
+        made_by={role: (*train, role) for role in ("teacher", "student")},
+    )  # fmt: skip
+
+
 TASKS: Mapping[str, Task] = {
     "puzzles": _demo("recipes/demo.yaml", "puzzles", "puzzles", (), ("--kinds", "tile")),
     "puzzles-deep": _demo(
@@ -48,6 +64,7 @@ TASKS: Mapping[str, Task] = {
     "easy-vqa": _demo(
         "recipes/demo_easy_vqa.yaml", "easy-vqa", "easy-vqa", ("--types", "shape,yes-no"), ("--types", "color")
     ),
+    "puzzles-wide": _wide("puzzles", "recipes/demo.yaml"),
     "real": Task(
         "bench/real/recipes/distil.yaml", "build/real/models", ("-m", "bench.real.shard"), (),
         ("--pictures", "shuffled"), "shuffled pictures", {"deepspeed": "ds_configs/zero1.json"}, 16,
@@ -88,6 +105,8 @@ class Scale:
     cells: tuple[Cell, ...]
     learning_rates: tuple[float, ...]
     """The grid of the sweep, the same for all arms."""
+    device: str = "cpu"
+    """What its jobs run on: cpu, or cuda, the first GPU."""
 
 
 SCALES: Mapping[str, Scale] = {
@@ -113,6 +132,14 @@ SCALES: Mapping[str, Scale] = {
             Cell("real-0", "SmolLM2 and pictures, clean answers", "real", 0.0, 1200, 150, 600, seeds=3, arms=MATCHINGS),
         ),
         learning_rates=(3e-4,),
+    ),
+    "gpu": Scale(
+        cells=(
+            Cell("puzzles-wide-40", "puzzles, wider and deeper, 40 % wrong answers", "puzzles-wide", 0.4, seeds=8),
+            Cell("puzzles-wide-0", "puzzles, wider and deeper, clean answers", "puzzles-wide", 0.0, seeds=8),
+        ),
+        learning_rates=(7.5e-4, 1.5e-3, 3e-3),
+        device="cuda",
     ),
     "smoke": Scale(
         cells=(Cell("smoke", "four updates: that everything runs", "puzzles", 0.4, 64, 4, 16, seeds=1, stage_1=2),),

@@ -65,8 +65,11 @@ class JobsFailed(Exception):
     """Some jobs failed. Those that do not depend on them have run."""
 
 
-def run_jobs(jobs: Iterable[Job], workers: int, title: str) -> None:
-    """Run all jobs that are not done, `workers` at a time. Raises JobsFailed with the end of the first log."""
+def run_jobs(jobs: Iterable[Job], workers: int, title: str, device: str = "cpu") -> None:
+    """Run all jobs that are not done, `workers` at a time. Raises JobsFailed with the end of the first log.
+
+    device: cpu, or cuda: the first GPU, which they share.
+    """
     by_path = {job.path: job for job in jobs if not job.is_done()}
     graph = TopologicalSorter({path: [p for p in job.needs if p in by_path] for path, job in by_path.items()})
     graph.prepare()
@@ -77,7 +80,7 @@ def run_jobs(jobs: Iterable[Job], workers: int, title: str) -> None:
         running: dict[Future[bool], Job] = {}
         while graph.is_active():
             for path in graph.get_ready():
-                running[pool.submit(_run, by_path[path])] = by_path[path]
+                running[pool.submit(_run, by_path[path], device)] = by_path[path]
             if not running:
                 break  # all that is left depends on a job that failed
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -100,14 +103,15 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def environment(threads: int = 1) -> dict[str, str]:
-    """One process on a CPU. On one thread as many run side by side as there are cores."""
+def environment(threads: int = 1, device: str = "cpu") -> dict[str, str]:
+    """One process, on a CPU or the first GPU. On one thread as many run side by side as there are cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return {
         **os.environ,
-        **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
+        **{"DS_ACCELERATOR": device, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
         **{"TOKENIZERS_PARALLELISM": "false", "TERM": "dumb"},
         # What DeepSpeed's launcher would set for one process.
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
@@ -119,10 +123,11 @@ def settings(values: Mapping[str, object]) -> list[str]:
     return ["--set", *(f"{key}={json.dumps(value)}" for key, value in values.items())]
 
 
-def _run(job: Job) -> bool:
+def _run(job: Job, device: str) -> bool:
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w") as log:
-        process = subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=log, env=environment(job.threads))
+        own = environment(job.threads, device)
+        process = subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=log, env=own)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     if process.returncode == 0:

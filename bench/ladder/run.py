@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from bench.ladder import report
 from bench.ladder.arms import BY_NAME, arms_of
 from bench.ladder.cells import SCALES, SWEEP_SEEDS, Cell, Scale
@@ -24,7 +26,11 @@ def main() -> None:
     scale = SCALES[options.scale]
     cells = [cell for cell in scale.cells if not options.cells or cell.name in options.cells]
     folder = options.folder / options.scale
+    if scale.device == "cuda" and not options.tables_only and not torch.cuda.is_available():
+        sys.exit(f"error: --scale {options.scale} needs a CUDA device, and torch finds none; --scale cpu takes hours")
     try:
+        if not options.tables_only:
+            run_jobs(_models(cells), options.workers, "models", scale.device)
         for cell in cells if not options.tables_only else ():
             seeds = min(options.seeds or cell.seeds, cell.seeds)
             run_cell(folder, cell, scale, options.workers, options.arms, seeds)
@@ -43,9 +49,17 @@ def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[s
         for setting in settings_to_try(scale, arm)
     ]
     if len(scale.learning_rates) > 1:
-        run_jobs(_jobs(folder, cell, tried, SWEEP_SEEDS, other_task=False), workers, f"{cell.name}: sweep")
+        run_jobs(
+            _jobs(folder, cell, tried, SWEEP_SEEDS, other_task=False), workers, f"{cell.name}: sweep", scale.device
+        )
     chosen = [choose(folder, cell, scale, arm) for arm in arms]
-    run_jobs(_jobs(folder, cell, chosen, range(seeds), other_task=True), workers, f"{cell.name}: seeds")
+    run_jobs(_jobs(folder, cell, chosen, range(seeds), other_task=True), workers, f"{cell.name}: seeds", scale.device)
+
+
+def _models(cells: list[Cell]) -> list[Job]:
+    """What makes the models that do not come from elsewhere."""
+    made_by = {Path(cell.task.models, role): command for cell in cells for role, command in cell.task.made_by.items()}
+    return [Job(path, command) for path, command in made_by.items()]
 
 
 def _jobs(folder: Path, cell: Cell, tried: list[Tried], seeds, other_task: bool) -> list[Job]:

@@ -119,7 +119,7 @@ def test_moving_a_shape_keeps_it_whole():
 @torch.no_grad()
 def test_fast_tower_equals_the_model_s_own(level):
     tokenizer, batch = build_tokenizer(), batch_of(level)
-    for size in SIZES.values():
+    for size in (size for roles in SIZES.values() for size in roles.values()):
         model = Qwen2VLForConditionalGeneration(model_config(size, tokenizer))
         trainable = TrainableModel(model, tokenizer, PuzzleBatches(0.7, level))
         grids = torch.tensor([[1, 4, 4 * LEVELS[level].row]] * len(batch.answers))

@@ -1,17 +1,24 @@
 """The table of arms: every arm is a recipe that the product takes, and equal stages 1 are one."""
 
 import importlib.util
+import sys
 
 import pytest
+import torch
 import yaml
 from running import ROOT
 
 from bench.ladder.arms import ARMS, BY_NAME, MAIN, MATCHINGS, Arm, arms_of
-from bench.ladder.cells import SCALES, Cell
+from bench.ladder.cells import SCALES, TASKS, Cell
 from bench.ladder.jobs import settings
 from bench.ladder.plan import SeedFolder, Tried
+from bench.ladder.run import main as ladder
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardFolder
+from demo.plans import batches_for
+from demo.sizes import SIZES
+from demo.training import TrainingPlan, train
+from demo.vocabulary import INPUTS, build_tokenizer, write_processor
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.resolve import load_recipe
@@ -35,6 +42,32 @@ def recipe_of(folder, values):
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)  # the recipe's paths are relative to it
+
+
+def test_the_wide_pair_trains_and_every_arm_of_the_gpu_scale_is_a_recipe_of_it(tmp_path):
+    for role, command in TASKS["puzzles-wide"].made_by.items():
+        assert command[:2] == ("-m", "demo.build_models") and command[-1] == role
+        plan = TrainingPlan(tower_steps=1, steps=1, rate=1e-3, tower_rate=1e-3, batch=4)
+        tokenizer = build_tokenizer(INPUTS["puzzles"].words)
+        model = train(SIZES["wide"][role], batches_for("puzzles", role), tokenizer, plan, "cpu", 0)
+        model.save_pretrained(tmp_path / role)
+        write_processor(tmp_path / role, INPUTS["puzzles"])
+    (tmp_path / "manifest.json").touch()
+    for cell in SCALES["gpu"].cells:
+        common = dict(cell.task.common) | {f"{role}.path": str(tmp_path / role) for role in ("teacher", "student")}
+        data = {"run": str(tmp_path / "run"), "data.train": str(tmp_path), "data.held_out": str(tmp_path)}
+        for arm in arms_of(cell.arms):
+            values = common | data | arm.settings(cell.updates, 3e-3, 1.0)
+            recipe = load_recipe(ROOT / cell.task.recipe, settings(values)[1:]).recipe
+            check_recipe(recipe, ("verbalize", "cache", "interact", "reinforce"))
+            assert len(recipe.teacher.layers) == 11 and len(recipe.student.layers) == 5
+
+
+def test_the_gpu_scale_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ladder", "--scale", "gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        ladder()
 
 
 def test_names_are_unique():
