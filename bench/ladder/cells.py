@@ -114,8 +114,16 @@ SCALES: Mapping[str, Scale] = {
         cells=(
             Cell("puzzles-40", "puzzles, 40 % wrong answers", "puzzles", 0.4, arms=ALL),
             Cell("puzzles-0", "puzzles, clean answers", "puzzles", 0.0),
-            Cell("easy-vqa-40", "easy-VQA (shapes, yes-no), 40 % wrong answers", "easy-vqa", 0.4),
+            Cell("easy-vqa-40", "easy-VQA (shapes, yes-no), 40 % wrong answers", "easy-vqa", 0.4, arms=ALL),
             Cell("puzzles-40-few-updates", "puzzles, 40 % wrong, 100 updates", "puzzles", 0.4, updates=100, seeds=3),
+            Cell(
+                "easy-vqa-40-few-updates",
+                "easy-VQA (shapes, yes-no), 40 % wrong, 75 updates",
+                "easy-vqa",
+                0.4,
+                updates=75,
+                seeds=3,
+            ),
             Cell("puzzles-40-many-updates", "puzzles, 40 % wrong, 900 updates", "puzzles", 0.4, updates=900, seeds=3),
             Cell("puzzles-40-few-samples", "puzzles, 40 % wrong, 300 samples", "puzzles", 0.4, samples=300, seeds=3),
             Cell("puzzles-40-many-samples", "puzzles, 40 % wrong, 4,000 samples", "puzzles", 0.4, 4000, seeds=3),

@@ -13,11 +13,13 @@ from bench.ladder.arms import ARMS, LAYERS, NO_TEACHER, VARIANTS
 COLOURS = {NO_TEACHER: "#777777", LAYERS: "#0072b2", VARIANTS: "#56b4e9"}
 """Okabe and Ito's palette, which the colour-blind can tell apart; all other groups are orange."""
 OTHER = "#d55e00"
+QUOTED = 5
+"""Cells with so many seeds are shown."""
 
 
 def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
     """Write the figure as SVG, the same bytes for the same results."""
-    panels = {name: cell for name, cell in cells.items() if cell["seeds"] >= 5}
+    panels = {name: cell for name, cell in cells.items() if _seeds(cell) >= QUOTED}
     if not panels:
         return
     arms = [arm for arm in ARMS if any(arm.name in cell["arms"] for cell in panels.values())]
@@ -34,6 +36,10 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _seeds(cell: dict[str, Any]) -> int:
+    return max(len(arm["seeds"]) for arm in cell["arms"].values())
 
 
 def _panel(axis: Any, cell: dict[str, Any], arms: list) -> None:

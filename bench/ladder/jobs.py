@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -43,13 +42,13 @@ class Job:
         return self.path.with_name(self.path.name + ".log")
 
     def is_done(self) -> bool:
-        """Whether it has run. Raises JobsFailed where another command has left its result there."""
+        """Whether it has run, with whatever code. Raises JobsFailed where another command has left its result there."""
         if not self.marker.exists():
             return False
         if json.loads(self.marker.read_text()).get("command") != list(self.command):
             raise JobsFailed(
-                f"{self.path} was made by another command than the one that is asked for now: remove {self.path}* to "
-                f"run this one: python {' '.join(self.command)}"
+                f"{self.path} was made by another command than the one that is asked for now: remove {self.path} and "
+                f"{self.marker} to run this one: python {' '.join(self.command)}"
             )
         return True
 
@@ -96,7 +95,6 @@ def run_jobs(jobs: Iterable[Job], workers: int, title: str, device: str = "cpu")
         raise JobsFailed(f"{len(failed)} jobs failed; the first: {failed[0].log}\n{end}")
 
 
-@cache
 def commit() -> str:
     """The commit of the code that runs, with -dirty where files differ from it."""
     done = subprocess.run(("git", "describe", "--always", "--dirty"), capture_output=True, text=True)

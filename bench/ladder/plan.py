@@ -159,7 +159,8 @@ class SeedFolder:
                 continue
             if "teacher" not in known:
                 models |= {name: Path(self.cell.task.models, role) for name, role in UNTRAINED.items()}
-            path = self.folder / f"{kind}-{len(list(self.folder.glob(f'{kind}-*.done')))}"
+            taken = [int(one.stem.rpartition("-")[2]) for one in self.folder.glob(f"{kind}-*.done")]
+            path = self.folder / f"{kind}-{1 + max(taken, default=-1)}"
             named = [argument for name, model in models.items() for argument in ("--model", f"{name}={model}")]
             command = ("-m", "pipeline", "evaluate", *named, "--data", str(shards), "--output", f"{path}.json")
             sizes = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from bench.ladder.arms import ARMS, BY_NAME, MAIN, Arm, arms_of
 from bench.ladder.cells import TASKS, Cell, Scale
 from bench.ladder.plan import SeedFolder
-from bench.ladder.statistics import interval, paired
+from bench.ladder.statistics import holm, interval, paired
 from bench.ladder.sweep import choose, sweep, swept_arm
 from bench.timing import machine, read_results, write_results
 
@@ -64,34 +65,34 @@ def write(folder: Path, scale: Scale, name: str) -> None:
 
 
 def _the_larger(before: Results, now: Results) -> Results:
-    """A cell as the file has it, or as it ran here; those of two machines are not mixed, for they are paired."""
+    """A cell as it ran here if that has all that the file has, else as the file has it.
 
-    def runs(cell: Results) -> int:
-        return sum(len(arm["seeds"]) for arm in cell.get("arms", {}).values())
+    Those of two machines are not mixed, for they are paired.
+    """
 
-    if runs(now) >= runs(before):
+    def missing() -> list[str]:
+        ours = {name: len(arm["seeds"]) for name, arm in now.get("arms", {}).items()}
+        return [name for name, arm in before.get("arms", {}).items() if ours.get(name, 0) < len(arm["seeds"])]
+
+    if not (fewer := missing()):
         return now
     if now:
-        print(f"{now['name']}: {runs(now)} runs here, {runs(before)} in the file, which stays as it is")
+        print(f"{now['name']}: fewer seeds of {', '.join(fewer)} here than in the file, which stays as it is")
     return before
 
 
 def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
     """The settings of a cell, and {arm: results}; empty where no arm has run."""
     arms = {arm.name: found for arm in ARMS if (found := _arm(folder, cell, scale, arm))}
-    for name, found in arms.items():
-        if name != BASELINE and BASELINE in arms:
-            found[f"minus_{BASELINE}"] = _difference(found["seeds"], arms[BASELINE]["seeds"])
     if not arms:
         return {}
+    against = _differences(arms, [(name, BASELINE) for name in arms if name != BASELINE])
+    for (name, _), found in against.items():
+        arms[name][f"minus_{BASELINE}"] = found
     models = {name: _untrained(folder, cell, name) for name in ("teacher", "untouched")}
-    compared = {
-        f"{ours} minus {theirs}": _difference(arms[ours]["seeds"], arms[theirs]["seeds"])
-        for ours, theirs in COMPARED
-        if ours in arms and theirs in arms
-    }
+    compared = {f"{ours} minus {theirs}": one for (ours, theirs), one in _differences(arms, COMPARED).items()}
     suspects = {"suspects": found} if (found := _suspects(folder, cell)) else {}
-    made = {**machine(), "commits": _commits(folder / cell.name)}
+    made = {"commits": _commits(folder / cell.name), "reported": machine()}
     return {**asdict(cell), "made": made, **models, **suspects, "compared": compared, "arms": arms}
 
 
@@ -138,10 +139,10 @@ def overview(cells: dict[str, Results]) -> list[str]:
 def _emphasised(arm: Results | None, best: Results) -> str:
     if arm is None:
         return ""
-    mean, low = _exact(arm["mean"]), _difference(best["seeds"], arm["seeds"])["low"]
-    if len(arm["seeds"]) == 1:
+    mean, difference = _exact(arm["mean"]), _difference(best["seeds"], arm["seeds"])
+    if len(arm["seeds"]) == 1 or difference is None:
         return mean
-    return f"**{mean}**" if arm is best or low is None or low <= 0 else mean
+    return f"**{mean}**" if arm is best or difference["low"] is None or difference["low"] <= 0 else mean
 
 
 def markdown(cell: Results) -> list[str]:
@@ -151,14 +152,14 @@ def markdown(cell: Results) -> list[str]:
     lines = [
         f"{cell['samples']:,} samples, {cell['updates']} updates, {cell['held_out']} held-out samples. {models}.",
         "",
-        f"| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | {other} |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| arm | exact match (95 %) | minus finetuning (p) | seeds | seconds, of which before | MB | {other} |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     group = None
     for name, found in cell["arms"].items():
         if BY_NAME[name].group != group:
             group = BY_NAME[name].group
-            lines.append(f"| *{group}* | | | | | |")
+            lines.append(f"| *{group}* | | | | | | |")
         lines.append(_line(name, found))
     return [*lines, *_by_type(cell), *_comparisons(cell)]
 
@@ -183,9 +184,9 @@ def _by_type(cell: Results) -> list[str]:
 def _comparisons(cell: Results) -> list[str]:
     """The differences between single arms, and how well planted wrong answers are found, below the table."""
     lines = [
-        f"* {names}: {found['mean']:+.3f} ({_range(found)}, {_p(found['p'])})"
+        f"* {names}: {found['mean']:+.3f} ({_range(found)}, {_p(found['p_holm'])})"
         for names, found in cell["compared"].items()
-        if found["p"] is not None
+        if found["p_holm"] is not None
     ]
     if "suspects" in cell:
         shares = ", ".join(f"{name} {_exact(found['mean'])}" for name, found in cell["suspects"].items())
@@ -205,7 +206,7 @@ def _line(name: str, found: Results) -> str:
     difference = found.get(f"minus_{BASELINE}")
     several = len(found["seeds"]) > 1
     against = "" if difference is None else f"{difference['mean']:+.3f}"
-    against += f" ({_p(difference['p'])})" if difference is not None and several else ""
+    against += f" ({_p(difference['p_holm'])})" if difference is not None and several else ""
     before = sum(seconds for part, seconds in found["seconds"].items() if part not in ("train", "total"))
     other = found.get("other_task")
     cells = (
@@ -214,6 +215,7 @@ def _line(name: str, found: Results) -> str:
         against,
         str(len(found["seeds"])),
         f"{found['seconds']['total']:.0f}, {before:.0f}",
+        f"{found['bytes'] / 1e6:.1f}" if found["bytes"] else "",
         "" if other is None else _exact(other),
     )
     return "| " + " | ".join(cells) + " |"
@@ -272,8 +274,19 @@ def _with_total(seconds: dict[str, float]) -> dict[str, float]:
     return {**seconds, "total": round(sum(seconds.values()), 1)}
 
 
-def _difference(ours: dict[int, float], theirs: dict[int, float]) -> Results:
+def _differences(arms: dict[str, Results], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Results]:
+    """{(ours, theirs): their difference} of the pairs that share a seed; `p_holm` is corrected for all of these."""
+    both = [(ours, theirs) for ours, theirs in pairs if ours in arms and theirs in arms]
+    found = {pair: _difference(*(arms[name]["seeds"] for name in pair)) for pair in both}
+    known = {pair: one for pair, one in found.items() if one is not None}
+    corrected = holm([one["p"] for one in known.values()])
+    return {pair: {**one, "p_holm": p} for (pair, one), p in zip(known.items(), corrected, strict=True)}
+
+
+def _difference(ours: dict[int, float], theirs: dict[int, float]) -> Results | None:
     both = sorted(set(ours) & set(theirs))
+    if not both:
+        return None
     found = paired([ours[seed] for seed in both], [theirs[seed] for seed in both])
     return {**asdict(found.interval), "p": found.p}
 

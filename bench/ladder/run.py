@@ -21,23 +21,29 @@ from bench.ladder.sweep import choose, settings_to_try, swept_arm
 
 
 def main() -> None:
-    """`python -m bench.ladder`. Exit code 1 where a job failed."""
+    """`python -m bench.ladder`. Exit code 1 where a job failed; what does not need it runs all the same."""
     options = _parser().parse_args()
     scale = SCALES[options.scale]
     cells = [cell for cell in scale.cells if not options.cells or cell.name in options.cells]
+    if unknown := sorted(set(options.cells or ()) - {cell.name for cell in cells}):
+        names = ", ".join(cell.name for cell in scale.cells)
+        sys.exit(f"error: --cells {unknown[0]}: expected some of {names} at the scale {options.scale}")
     folder = options.folder / options.scale
     if scale.device == "cuda" and not options.tables_only and not torch.cuda.is_available():
         sys.exit(f"error: --scale {options.scale} needs a CUDA device, and torch finds none; --scale cpu takes hours")
-    try:
-        if not options.tables_only:
-            run_jobs(_models(cells), options.workers, "models", scale.device)
-        for cell in cells if not options.tables_only else ():
-            seeds = min(options.seeds or cell.seeds, cell.seeds)
+    failed = []
+    for cell in cells if not options.tables_only else ():
+        seeds = min(options.seeds or cell.seeds, cell.seeds)
+        try:
+            run_jobs(_models(cell), options.workers, f"{cell.name}: models", scale.device)
             run_cell(folder, cell, scale, options.workers, options.arms, seeds)
-            report.write(folder, scale, options.scale)
-    except JobsFailed as error:
-        sys.exit(f"error: {error}")
-    report.write(folder, scale, options.scale)
+        except JobsFailed as error:
+            failed.append(f"{cell.name}: {error}")
+        report.write(folder, scale, options.scale)
+    if options.tables_only:
+        report.write(folder, scale, options.scale)
+    if failed:
+        sys.exit("error: " + "\n".join(failed))
 
 
 def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[str] | None, seeds: int) -> None:
@@ -56,10 +62,9 @@ def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[s
     run_jobs(_jobs(folder, cell, chosen, range(seeds), other_task=True), workers, f"{cell.name}: seeds", scale.device)
 
 
-def _models(cells: list[Cell]) -> list[Job]:
-    """What makes the models that do not come from elsewhere."""
-    made_by = {Path(cell.task.models, role): command for cell in cells for role, command in cell.task.made_by.items()}
-    return [Job(path, command) for path, command in made_by.items()]
+def _models(cell: Cell) -> list[Job]:
+    """What makes its models, where they do not come from elsewhere."""
+    return [Job(Path(cell.task.models, role), command) for role, command in cell.task.made_by.items()]
 
 
 def _jobs(folder: Path, cell: Cell, tried: list[Tried], seeds, other_task: bool) -> list[Job]:

@@ -41,14 +41,25 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """ours - theirs, seed by seed. p is None for fewer than two seeds, and 0 where all differences are one number."""
+    """ours - theirs, seed by seed. p is None for fewer than two seeds, or where all differ by the same and not by 0."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     found = interval(differences)
     if len(differences) < 2:
         return Difference(found, None)
     if max(differences) == min(differences):
-        return Difference(found, 1.0 if differences[0] == 0 else 0.0)
+        return Difference(found, 1.0 if differences[0] == 0 else None)
     return Difference(found, float(stats.ttest_1samp(differences, 0.0).pvalue))
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Each p with Holm's correction for all of them (Holm 1979): the chance that any true null has one so small."""
+    known = sorted((p, place) for place, p in enumerate(ps) if p is not None)
+    corrected: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[place] = largest
+    return corrected
 
 
 def detectable(deviation: float, seeds: int, power: float = 0.8) -> float:

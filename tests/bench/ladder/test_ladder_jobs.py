@@ -72,7 +72,7 @@ def test_a_failed_job_is_run_again(tmp_path, ran):
 
 def test_the_result_of_another_command_is_refused(tmp_path, ran):
     run_jobs([job(tmp_path, "first")], workers=1, title="test")
-    with pytest.raises(JobsFailed, match=r"another command.*remove .*first\*"):
+    with pytest.raises(JobsFailed, match=r"another command.*remove .*first and .*first\.done"):
         run_jobs([job(tmp_path, "first", before="pass")], workers=1, title="test")
     assert ran() == ["first"]
 

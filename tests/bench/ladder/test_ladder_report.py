@@ -10,7 +10,7 @@ from bench.ladder import report
 from bench.ladder.arms import BY_NAME
 from bench.ladder.cells import SWEEP_SEEDS, Cell, Scale
 from bench.ladder.plan import SeedFolder, Tried
-from bench.ladder.statistics import interval
+from bench.ladder.statistics import holm, interval
 from bench.ladder.sweep import choose
 
 CELL = Cell("some", "some cell", "puzzles", 0.4, samples=64, updates=100, held_out=16, seeds=3)
@@ -113,7 +113,9 @@ def test_the_json_has_every_arm_with_its_seeds_interval_and_seconds(folder, monk
     early = cell["arms"]["finetune_early"]
     assert early["updates"] == 50 and early["seconds"] == {"train": 10.0, "total": 10.0} and early["bytes"] == 0
     assert "minus_finetune" not in cell["arms"]["finetune"]
-    assert cell["made"]["commits"] == ["abc"] and "cores" in cell["made"]["machine"]
+    both = [cell["arms"][name]["minus_finetune"] for name in ("finetune_early", "interaction")]
+    assert [one["p_holm"] for one in both] == pytest.approx(holm([one["p"] for one in both]))
+    assert cell["made"]["commits"] == ["abc"] and "cores" in cell["made"]["reported"]["machine"]
     assert cell["teacher"]["mean"] == pytest.approx(0.99) and cell["untouched"]["mean"] == pytest.approx(0.2)
 
 
@@ -139,7 +141,43 @@ def test_fewer_runs_do_not_replace_more(folder, monkeypatch, capsys):
     (folder / CELL.name / "seed-2" / "held_out-1.done").unlink()  # interaction of one seed
     report.write(folder, SCALE, "test")
     assert json.loads(path.read_text())["cells"] == before
-    assert "some: 8 runs here, 9 in the file, which stays as it is" in capsys.readouterr().out
+    assert "some: fewer seeds of interaction here than in the file, which stays as it is" in capsys.readouterr().out
+
+
+def test_more_runs_of_other_arms_do_not_replace_seeds_that_only_the_file_has(folder, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "RESULTS", folder / "results")
+    report.write(folder, SCALE, "test")
+    path = folder / "results" / "ladder_test.json"
+    before = json.loads(path.read_text())["cells"]
+    (folder / CELL.name / "seed-2" / "held_out-1.done").unlink()  # interaction of one seed
+    for seed in range(CELL.seeds):
+        evaluation(folder, seed, 2, {"random-0.001": 0.5})
+    report.write(folder, SCALE, "test")
+    assert json.loads(path.read_text())["cells"] == before
+
+
+def test_arms_without_a_common_seed_are_not_compared(folder):
+    for seed, name in ((0, "interaction-0.001"), (1, "finetune_early-0.001-0.5"), (2, "finetune_early-0.001-0.5")):
+        (folder / CELL.name / f"seed-{seed}" / f"{name}.done").unlink()
+    cell = report.cell_results(folder, CELL, SCALE)
+    assert set(cell["arms"]["interaction"]["seeds"]) == {1, 2} and set(cell["arms"]["finetune_early"]["seeds"]) == {0}
+    assert "interaction minus finetune_early" not in cell["compared"] and report.markdown(cell)
+
+
+def test_the_number_of_an_evaluation_is_never_taken_again(folder):
+    ours = SeedFolder(folder / CELL.name, CELL, 0, other_task=False)
+    (ours.folder / "held_out-0.done").unlink()
+    (job,) = [one for one in ours.jobs([Tried(BY_NAME["random"], 1e-3)]) if one.path.name.startswith("held_out")]
+    assert job.path.name == "held_out-2"
+
+
+def test_the_published_scales_write_tables_and_figures(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "EVIDENCE", tmp_path / "docs" / "evidence.md")
+    report.EVIDENCE.parent.mkdir()
+    report.EVIDENCE.write_text("<!-- ladder some -->\n<!-- end -->\n")
+    report.write(folder, SCALE, "cpu")
+    assert "| `interaction`" in report.EVIDENCE.read_text()
 
 
 def test_the_overview_has_a_row_for_each_cell(folder):
@@ -169,7 +207,7 @@ def test_tables_stand_between_their_markers(folder):
     lines = table.splitlines()
     assert "old" not in lines and lines == report.markdown(cells["some"])
     (ours,) = [line for line in lines if line.startswith("| `interaction`:")]
-    assert "| **.850** (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 50, 40 | .250 |")
+    assert "| **.850** (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 50, 40 | 0.0 | .250 |")
     assert "Teacher .990, untouched student .200." in lines[0]
     assert report.with_tables(once, cells) == once
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from bench.ladder.statistics import detectable, interval, paired
+from bench.ladder.statistics import detectable, holm, interval, paired
 
 OURS, THEIRS = [0.91, 0.88, 0.95, 0.90, 0.86], [0.80, 0.83, 0.86, 0.79, 0.84]
 
@@ -37,7 +37,12 @@ def test_a_paired_difference_is_scipy_s():
 
 def test_equal_differences_have_a_certain_p():
     assert paired([0.5, 0.25], [0.5, 0.25]).p == 1.0
-    assert paired([0.75, 0.5], [0.5, 0.25]).p == 0.0
+    assert paired([0.75, 0.5], [0.5, 0.25]).p is None  # no spread, no test
+
+
+def test_holm_multiplies_the_smallest_by_all_and_keeps_the_order():
+    assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
     assert paired([0.5], [0.25]).p is None
     with pytest.raises(ValueError):
         paired([0.5, 0.25], [0.5])
