@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments are read: --help should not wait for torch.
     import torch
 
-    from demo.evaluation import measure
+    from demo.evaluation import SAMPLES, measure
     from demo.model_cards import write_card
     from demo.plans import PLANS, batches_for
     from demo.sizes import SIZES
@@ -57,8 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
             write_processor(folder, INPUTS[pair])
             minutes = (time.monotonic() - begin) / 60
             measured = measure(folder, pair)
-            write_card(folder, pair, role, options.size, plan, measured, options.seed)
-            print(f"{folder}: {measured}, {minutes:.1f} minutes of training", flush=True)
+            words = f"exact match {measured:.3f} on {SAMPLES[pair]:,} held-out questions"
+            write_card(folder, pair, role, options.size, plan, words, options.seed)
+            print(f"{folder}: {words}, {minutes:.1f} minutes of training", flush=True)
+            if measured < options.at_least:
+                print(f"error: {folder} has not learnt its task: expected at least {options.at_least}", file=sys.stderr)
+                return 1
     return 0
 
 
@@ -73,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, metavar="N", help="steps of learning to answer (default: the plan's own)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: demo/models, for wide build/wide/models")
+    parser.add_argument(
+        "--at-least", type=float, default=0.0, metavar="SHARE", help="fail where exact match is lower (default 0)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches (default 0)")

@@ -52,7 +52,7 @@ def _wide(pair: str, recipe: str) -> Task:
     return replace(
         _demo(recipe, pair, pair, (), ("--kinds", "tile")), models=models,
         common={"deepspeed": "ds_configs/zero0.json", "data.memory_mb": 256, **paths, **layers},
-        made_by={role: (*train, role) for role in ("teacher", "student")},
+        made_by={"teacher": (*train, "teacher", "--at-least", "0.9"), "student": (*train, "student")},
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def in_the_checkout(monkeypatch):
 
 def test_the_wide_pair_trains_and_every_arm_of_the_gpu_scale_is_a_recipe_of_it(tmp_path):
     for role, command in TASKS["puzzles-wide"].made_by.items():
-        assert command[:2] == ("-m", "demo.build_models") and command[-1] == role
+        assert command[:2] == ("-m", "demo.build_models") and role in command
         plan = TrainingPlan(tower_steps=1, steps=1, rate=1e-3, tower_rate=1e-3, batch=4)
         tokenizer = build_tokenizer(INPUTS["puzzles"].words)
         model = train(SIZES["wide"][role], batches_for("puzzles", role), tokenizer, plan, "cpu", 0)
