@@ -56,7 +56,8 @@ class Planned:
         samples, limit = self.samples, recipe.data.max_length
         if limit < samples.longest:
             response = samples.longest_response * limit // samples.longest
-            samples = replace(samples, longest=limit, longest_response=response)
+            lengths = tuple(min(length, limit) for length in samples.lengths)
+            samples = replace(samples, longest=limit, longest_response=response, lengths=lengths)
         return Planned(recipe, samples, self._bytes_per_token_layer)
 
     @property
