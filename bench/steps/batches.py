@@ -23,11 +23,14 @@ from torch.utils.data import Dataset
 
 from bench.timing import machine, write_results
 from pipeline.recipe.schema import Training
+from pipeline.results.plan.lengths import assumed_lengths
 from pipeline.runtime.data import loader
 from pipeline.runtime.data.batches import SampleIndex
 from pipeline.runtime.data.cutting import cut
 
 SEED, UPDATES, LONGEST = 0, 20, 4096
+MEAN = 899
+"""Tokens, before the longest are cut."""
 BATCH = 512
 """Samples of an update, as in the paper's stage 2."""
 LAYOUTS = ((8, 1), (8, 4), (8, 8), (64, 1), (64, 4))
@@ -39,8 +42,8 @@ BEFORE_AHEAD = 2
 
 
 def drawn_lengths(draws: random.Random, count: int) -> list[float]:
-    """Tokens of samples of mixed instruction data: log-normal, of mean about 900, cut at LONGEST."""
-    return [min(float(LONGEST), draws.lognormvariate(6.52, 0.75)) for _ in range(count)]
+    """Tokens of samples of mixed instruction data, as `plan` assumes them."""
+    return assumed_lengths(draws, count, MEAN, LONGEST)
 
 
 def real_share(updates: list[list[float]], training: Training, world: int, by_length: bool) -> tuple[float, float]:

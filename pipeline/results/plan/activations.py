@@ -163,6 +163,19 @@ def head_chunk(vocab: int, rows: int, dtype: torch.dtype, on_cpu: bool) -> int:
     return vocab * (chunk * dtype.itemsize + (tile * WIDE if dtype.itemsize < WIDE else 0))
 
 
+def exact_chunks(vocab: int, rows: int, students: int, dtype: torch.dtype, on_cpu: bool, at_once: bool) -> int:
+    """Logits of the losses against whole distributions (loss/sparse_kl.py), the larger of two moments.
+
+    The first pass: log q of all target layers, the logits and log p of a teacher layer, and log p and p of the one
+    before. The second: products and logits of a pair, their logarithms, p and q. at_once: all rows are one chunk there.
+    """
+    accelerated = max(1, ACCELERATOR_CHUNK_ELEMENTS // vocab // ROW_BLOCK) * ROW_BLOCK
+    first = min(rows, max(1, rows_per_chunk(vocab) // (students + 1)))
+    second = rows if at_once else min(rows, rows_per_chunk(vocab) if on_cpu else accelerated)
+    narrow = dtype.itemsize if dtype.itemsize < WIDE else 0
+    return vocab * max(first * (students + 4) * WIDE, second * 2 * (narrow + 3 * WIDE))
+
+
 def head_gradient(vocab: int, rows: int, width: int, tokens: int, dtype: torch.dtype) -> int:
     """What a trained head's loss keeps for the backward: its gradient in float32, or its two factors if smaller.
 

@@ -25,9 +25,10 @@ Memory is split into its causes: shards or whole weights as the DeepSpeed config
 gradients, optimizer states, activations (from a decoder layer that torch runs without numbers), chunks of logits. Where
 a step does not fit, the command names the field that makes it fit, after trying it.
 
-Hours are operations / (GPUs x --gpu-tflops x --utilisation), or the time of the bytes on the slowest link where that is
-longer. --utilisation 0.4 is what well-kept training reaches; measure yours: metrics.jsonl has tokens_per_s, which is
-for all GPUs; --tokens-per-second interact=N takes it for one.
+Hours are operations / (GPUs x --gpu-tflops x --utilisation x real share), or the time of the bytes on the slowest link
+where that is longer. The real share is tokens of the samples over those that GPUs compute or wait for, from batches of
+measured lengths, or of assumed ones, cut as in a run. --utilisation 0.4 is what well-kept training reaches; measure
+yours: metrics.jsonl has tokens_per_s, which is for all GPUs; --tokens-per-second interact=N takes it for one.
 
 docs/scale.md walks through the paper's largest pair.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.recipe.schema import Recipe, Training
+from pipeline.results.plan.cuts import training_cuts
 from pipeline.results.plan.disk import checkpoint_bytes
-from pipeline.results.plan.micro_batches import loader_workers, micro_steps
+from pipeline.results.plan.micro_batches import loader_workers
 from pipeline.results.plan.models import Parameter
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import MASTER_AND_MOMENTS, Zero, gradient_bytes, optimizer_bytes, shards
@@ -59,7 +61,7 @@ def host_memory(
     if step == "cache":
         waiting = sample * WINDOW * (1 + workers)
     else:
-        waiting = _waiting_bytes(getattr(recipe, step), sample, workers, ranks, samples.tokens)
+        waiting = _waiting_bytes(getattr(recipe, step), sample, workers, ranks, samples.lengths)
     kept = recipe.data.memory_mb * MB * max(1, workers)
     return HostMemory(
         offloaded=int(offloaded * per_node),
@@ -76,12 +78,12 @@ def _checkpoint_copy(parameters: Sequence[Parameter], zero: Zero, ranks: int, pe
     return MASTER_AND_MOMENTS * shards([p for p in parameters if p.trained], ranks) * per_node
 
 
-def _waiting_bytes(training: Training, sample: float, workers: int, ranks: int, mean_tokens: float) -> float:
+def _waiting_bytes(training: Training, sample: float, workers: int, ranks: int, lengths: tuple[float, ...]) -> float:
     """Bytes of a rank's batches: of the update at hand, and of those that its workers load ahead.
 
     sample: bytes of one.
     """
-    update = micro_steps(training, ranks, mean_tokens)
+    update = math.ceil(training_cuts(training, ranks, lengths).micro_steps)
     at_hand = sample * training.batch_size / ranks
     if not workers:
         return at_hand

@@ -1,10 +1,9 @@
-"""Which field of a recipe makes a step fit, and which makes it faster: changes that are tried one by one."""
+"""Which field of a recipe makes a step fit: changes that are tried one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ OFFLOADING = tuple(
     SHIPPED / "ds_configs" / f"{name}.json" for name in ("zero3_offload_optimizer", "zero3_offload", "zero3_nvme")
 )
 """Configs that move a part of a GPU's memory elsewhere, the fastest first. One that is not shipped is not tried."""
-
-LARGEST_MICRO_BATCH = 64
-"""Samples; more make no matrix product faster."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +53,6 @@ def remedy(planned: Planned, step: str, machine: Machine) -> list[Change] | None
         if len(together) > 1 and _fits_with(planned, step, machine, together):
             return _needed(planned, step, machine, together)
     return None
-
-
-def largest_micro_batch(planned: Planned, step: str, machine: Machine) -> Change | None:
-    """The largest micro_batch_size that fits; None where the recipe's is that. Fewer micro-steps move fewer bytes."""
-    training = getattr(planned.recipe, step)
-    if step == "cache" or training.micro_batch_tokens is not None:
-        return None
-    key, now = f"{step}.micro_batch_size", training.micro_batch_size
-    doubled = [now * 2**n for n in range(1, 7) if now * 2**n <= LARGEST_MICRO_BATCH]
-    changes = [Change(key, size, now) for size in doubled if training.batch_size % (size * machine.gpus) == 0]
-    return next(reversed(list(takewhile(lambda c: _fits_with(planned, step, machine, [c]), changes))), None)
 
 
 def applied(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
@@ -127,6 +112,8 @@ def _needed(planned: Planned, step: str, machine: Machine, changes: list[Change]
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "left out"
     if isinstance(value, Path):
         return str(value.relative_to(SHIPPED)) if value.is_relative_to(SHIPPED) else str(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -24,12 +24,10 @@ from pipeline.results.plan.sharding import (
     update_bytes,
     weight_bytes,
 )
+from pipeline.results.plan.signals import distribution_bytes, points, stored_head
 
 ID_BYTES = 3 * 8
 """Bytes of a token's id, mask and kind in a batch."""
-
-POINT_BYTES = 12
-"""Bytes of a cached point on the GPU: its id in int64, its probability in float32."""
 
 
 @dataclass(frozen=True)
@@ -122,23 +120,33 @@ def cache_memory(work: Workload, teacher: PlannedModel) -> StepMemory:
     return _memory(work, frozen, [], peak, shape, [teacher])
 
 
-def interact_memory(work: Workload, student: PlannedModel, cached_layers: int) -> StepMemory:
-    """The student's forward and backward, its frozen verbalizers, and the search over the cached layers."""
+def interact_memory(work: Workload, student: PlannedModel, teacher: PlannedModel, cached_layers: int) -> StepMemory:
+    """The student's forward and backward, its frozen verbalizers, and the search over the cached layers.
+
+    teacher: of its distributions only what the cache has, but with `hidden` its head too.
+    """
     recipe, training, dtype = work.recipe, work.recipe.interact, work.dtype
     shape = work.longest(training)
-    points = training.points or recipe.cache.codec.points
-    signal = Peak(shape.response * cached_layers * points * POINT_BYTES, 0)
+    signal = Peak(shape.response * cached_layers * distribution_bytes(recipe, work.vocab, teacher.width), 0)
     form, trains = recipe.verbalizer.form, training.train_verbalizers
     verbalized = acts.verbalized(student, shape, form, trained=trains, grad=True, dtype=dtype)
-    searched = max(1, cached_layers - len(student.layers))
     tensor = shape.response * student.width * dtype.itemsize
-    # For each target layer: log q at all candidates' points, and the state that its second pass needs.
-    candidates = len(student.layers) * (shape.response * searched * points * 4 + tensor)
     gradients = (len(student.layers) + 1) * tensor
-    losses = _head(work, student, shape, recipe.trains(training, "head")) + Peak(gradients, candidates + gradients)
+    head = _head(work, student, shape, recipe.trains(training, "head"))
+    if recipe.cache.codec.name == "hidden":
+        one_chunk = recipe.trains(training, "head") and shape.response <= student.width
+        exact = acts.exact_chunks(
+            work.vocab, shape.response, len(student.layers), dtype, work.on_cpu, at_once=one_chunk
+        )
+        losses = head + Peak(gradients, exact + gradients)
+    else:
+        searched = max(1, cached_layers - len(student.layers))
+        # For each target layer: log q at all candidates' points, and the state that its second pass needs.
+        candidates = len(student.layers) * (shape.response * searched * points(recipe, work.vocab) * 4 + tensor)
+        losses = head + Peak(gradients, candidates + gradients)
     peak = signal + _student(work, student, training, shape) + verbalized + losses
-    parameters = student.parameters()
-    return _memory(work, [], [*parameters, *student.verb_ffns(form, trains)], peak, shape, [student])
+    passed = [*student.parameters(), *stored_head(recipe, teacher, student, work.vocab)]
+    return _memory(work, [], [*passed, *student.verb_ffns(form, trains)], peak, shape, [student])
 
 
 def reinforce_memory(work: Workload, student: PlannedModel) -> StepMemory:

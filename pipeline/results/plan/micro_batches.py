@@ -1,8 +1,7 @@
-"""How a step's global batch is cut, and which settings of its own a step has."""
+"""The largest micro-batch of a step, and which settings of its own a step has."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from pipeline.recipe.schema import Recipe, Training
@@ -14,14 +13,6 @@ def samples_at_most(training: Training, longest: int) -> int:
     """Samples of a micro-batch of the longest ones: micro_batch_size, or as many as fit in micro_batch_tokens."""
     tokens = training.micro_batch_tokens
     return training.micro_batch_size if tokens is None else max(1, tokens // longest)
-
-
-def micro_steps(training: Training, ranks: int, mean_tokens: float) -> int:
-    """Micro-steps of an update on one rank, for samples of mean length."""
-    tokens = training.micro_batch_tokens
-    if tokens is None:
-        return max(1, training.batch_size // (training.micro_batch_size * ranks))
-    return math.ceil(training.batch_size / ranks * mean_tokens / tokens)
 
 
 def deepspeed_of(recipe: Recipe, step: str) -> tuple[str, Path]:

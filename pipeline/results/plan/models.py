@@ -19,6 +19,7 @@ from pipeline.vlm.lora import add_lora
 from pipeline.vlm.parts import (
     decoder_layers,
     image_parts,
+    lm_head,
     parts_of,
     recognise,
     set_trainable,
@@ -61,6 +62,12 @@ class PlannedModel:
     def rows(self) -> int:
         """Rows of the language head, including the vocabulary's padding."""
         return int(text_config(self.module).vocab_size)
+
+    @property
+    def head_module(self) -> str:
+        """Name of the module that holds the language head's weight: of a tied head the embedding's."""
+        weight = lm_head(self.module).weight
+        return next(name for name, tensor in self.module.named_parameters() if tensor is weight).rpartition(".")[0]
 
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of the modules; a tied head is counted once."""

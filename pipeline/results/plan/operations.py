@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pipeline.recipe.schema import Recipe, StudentTraining
 from pipeline.results.plan.models import PlannedModel, Vision, vision_of
 from pipeline.results.plan.samples import Samples
+from pipeline.results.plan.signals import candidates
 from pipeline.vlm.parts import text_config
 
 
@@ -72,10 +73,12 @@ def cache_operations(teacher: PlannedModel, recipe: Recipe, vocab: int, sample: 
     return backbone_forward(teacher, sample) + verb_ffn_forward(teacher, sample) + heads
 
 
-def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sample: Sample) -> float:
+def interact_operations(
+    student: PlannedModel, teacher: PlannedModel, cached_layers: int, recipe: Recipe, vocab: int, sample: Sample
+) -> float:
     """The student's forward and backward, frozen verb-FFNs, and one head product and its gradient a target layer.
 
-    The bucket of a mapped vocabulary takes both again, but not at the last layer.
+    cached_layers: J, without the last one.
     """
     training, kept = recipe.interact, sample.response * recipe.interact.token_share
     used = Sample(sample.tokens, kept, sample.image)
@@ -88,8 +91,23 @@ def interact_operations(student: PlannedModel, recipe: Recipe, vocab: int, sampl
         + blocks
         + supervision
         + last
-        + (2 if recipe.vocabulary == "shared" else 4) * head * len(student.layers)
+        + _search(student, teacher, cached_layers, recipe, vocab, kept)
     )
+
+
+def _search(
+    student: PlannedModel, teacher: PlannedModel, cached_layers: int, recipe: Recipe, vocab: int, tokens: float
+) -> float:
+    """Head products of the target layers' losses and, from cached states, of the teacher's too.
+
+    The bucket of a mapped vocabulary takes the student's again. From states, the teacher's logits are computed for all
+    candidates, then for each match and the last layer, and the student's for the candidates and for the match.
+    """
+    layers, head = len(student.layers), head_product(student, vocab, tokens)
+    if recipe.cache.codec.name == "hidden":
+        searched = len(candidates(recipe, layers, cached_layers))
+        return 3 * head * layers + head_product(teacher, vocab, tokens) * (searched + layers + 1)
+    return (2 if recipe.vocabulary == "shared" else 4) * head * layers
 
 
 def reinforce_operations(student: PlannedModel, recipe: Recipe, sample: Sample) -> float:

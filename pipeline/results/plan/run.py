@@ -24,6 +24,7 @@ from pipeline.results.plan.models import (
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.schedule import StepTime
 from pipeline.results.plan.sharding import Zero, read_zero
+from pipeline.results.plan.signals import stored_head
 from pipeline.results.plan.traffic import Traffic, traffic
 
 
@@ -56,7 +57,8 @@ class Planned:
         samples, limit = self.samples, recipe.data.max_length
         if limit < samples.longest:
             response = samples.longest_response * limit // samples.longest
-            samples = replace(samples, longest=limit, longest_response=response)
+            lengths = tuple(min(length, limit) for length in samples.lengths)
+            samples = replace(samples, longest=limit, longest_response=response, lengths=lengths)
         return Planned(recipe, samples, self._bytes_per_token_layer)
 
     @property
@@ -113,7 +115,7 @@ class Planned:
         if step == "cache":
             return memory.cache_memory(work, self.teacher)
         if step == "interact":
-            return memory.interact_memory(work, self._trained[step], self.cached_layers + 1)
+            return memory.interact_memory(work, self._trained[step], self.teacher, self.cached_layers + 1)
         return memory.reinforce_memory(work, self._trained[step])
 
     def parameters(self, step: str) -> tuple[Sequence[Parameter], Sequence[Parameter]]:
@@ -127,15 +129,20 @@ class Planned:
         if step == "cache":
             return [*self.teacher.parameters(), *self.teacher.verb_ffns(form, trained=False)], []
         student = self._trained[step]
-        more = student.verb_ffns(form, self.recipe.interact.train_verbalizers) if step == "interact" else []
-        return [], [*student.parameters(), *more]
+        if step != "interact":
+            return [], student.parameters()
+        head = stored_head(self.recipe, self.teacher, student, self.vocab)
+        return [], [*student.parameters(), *head, *student.verb_ffns(form, self.recipe.interact.train_verbalizers)]
 
     def saved(self, step: str) -> Sequence[Parameter]:
         """Those that a step writes at its end: trained verbalizers, and the student with what did not train of it."""
-        _, passed = self.parameters(step)
-        if step == "interact" and not self.recipe.interact.train_verbalizers:
-            return list(self._trained[step].parameters())
-        return passed
+        if step != "interact":
+            return self.parameters(step)[1]
+        student, form = self._trained[step], self.recipe.verbalizer.form
+        return [
+            *student.parameters(),
+            *(student.verb_ffns(form, True) if self.recipe.interact.train_verbalizers else []),
+        ]
 
     def operations(self, step: str) -> float:
         """Floating-point operations of the mean sample."""
@@ -145,7 +152,9 @@ class Planned:
         if step == "cache":
             return operations.cache_operations(self.teacher, self.recipe, self.vocab, sample)
         if step == "interact":
-            return operations.interact_operations(self._trained[step], self.recipe, self.vocab, sample)
+            return operations.interact_operations(
+                self._trained[step], self.teacher, self.cached_layers, self.recipe, self.vocab, sample
+            )
         return operations.reinforce_operations(self._trained[step], self.recipe, sample)
 
     @cached_property

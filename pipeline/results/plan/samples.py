@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,15 @@ from data_prep.shards import ShardFolder, read_manifest
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Recipe
+from pipeline.results.plan.lengths import assumed_lengths
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.config import read_config
 
 MEASURED_SAMPLES = 256
 """Samples that are encoded to measure the lengths, evenly over the data."""
+
+ASSUMED = 4096
+"""Lengths that are drawn where none are measured."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Samples:
     """Bytes of a sample's pixels as the model gets them, in float32."""
     shards: int
     """Data shards; the cache has as many."""
+    lengths: tuple[float, ...]
+    """Tokens of some samples, measured or assumed: what padding and waiting depend on."""
     origins: Mapping[str, str]
     """Field -> "data.train", "command line", ... ."""
 
@@ -62,7 +69,7 @@ def describe_samples(
     RecipeError for what neither can tell, and where data.train cannot be read.
     """
     try:
-        found, origins = _measure(recipe, given, most)
+        found, lengths, origins = _measure(recipe, given, most)
     except DataError as error:
         raise RecipeError(f"data.train: {error}") from None
     values = {"count": given.samples, "tokens": given.tokens, "response": given.response, "image": given.image}
@@ -86,6 +93,9 @@ def describe_samples(
     # Where nothing was measured, the longest sample is what data.max_length lets through, with the mean's shares.
     longest = int(found.get("longest", recipe.data.max_length))
     share = response / tokens
+    if not lengths or given.tokens is not None:
+        lengths = tuple(assumed_lengths(random.Random(0), ASSUMED, tokens, longest))
+        origins["lengths"] = "spread as assumed, log-normal"
     return Samples(
         count=int(found["count"]),
         tokens=tokens,
@@ -95,25 +105,26 @@ def describe_samples(
         longest_response=int(found.get("longest_response", longest * share)),
         pixel_bytes=found.get("pixel_bytes", 4 * image * patches_per_token * patch_numbers),
         shards=int(found.get("shards", max(1, found["count"] // 1000))),
+        lengths=lengths,
         origins=origins,
     )
 
 
-def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float], dict[str, str]]:
-    """What data.train tells: the number of samples from its manifest, the lengths from its first samples."""
+def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float], tuple[float, ...], dict[str, str]]:
+    """What data.train tells: the number of samples from its manifest, and numbers and lengths of a part of them."""
     folder, student = recipe.data.train, recipe.student.path
     if not is_file(folder / "manifest.json"):
-        return {}, {}
+        return {}, (), {}
     manifest = read_manifest(folder)
     found: dict[str, float] = {"count": manifest["samples"], "shards": len(manifest["shards"])}
     if None not in (given.tokens, given.response, given.image) or not (student / "tokenizer.json").is_file():
-        return found, {"count": f"{folder}/manifest.json"}
-    lengths = _lengths(recipe, folder, most)
-    return found | lengths, dict.fromkeys(("count", *lengths), f"{most} samples of {folder}")
+        return found, (), {"count": f"{folder}/manifest.json"}
+    numbers, lengths = _lengths(recipe, folder, most)
+    return found | numbers, lengths, dict.fromkeys(("count", *numbers), f"{most} samples of {folder}")
 
 
-def _lengths(recipe: Recipe, folder: Path, most: int) -> dict[str, float]:
-    """Mean and largest lengths of a part of the samples, encoded as the student gets them."""
+def _lengths(recipe: Recipe, folder: Path, most: int) -> tuple[dict[str, float], tuple[float, ...]]:
+    """Means and maxima of a part of the samples, encoded as the student gets them, and the tokens of each."""
     data, encoder = ShardFolder(folder), chat_encoder(recipe.student.path, recipe.data)
     count, image_id = min(most, len(data)), getattr(read_config(recipe.student.path), "image_token_id", None)
     columns: dict[str, list[float]] = {"tokens": [], "response": [], "image": [], "pixel_bytes": []}
@@ -130,7 +141,8 @@ def _lengths(recipe: Recipe, folder: Path, most: int) -> dict[str, float]:
     if not columns["tokens"]:
         raise RecipeError(f"none of {count} samples of {folder} can be encoded; see python -m data_prep lint {folder}")
     means = {name: sum(values) / len(values) for name, values in columns.items()}
-    return means | {"longest": max(columns["tokens"]), "longest_response": max(columns["response"])}
+    maxima = {"longest": max(columns["tokens"]), "longest_response": max(columns["response"])}
+    return means | maxima, tuple(columns["tokens"])
 
 
 def _image_tokens(inputs: Mapping[str, Tensor], image_id: int | None) -> int:

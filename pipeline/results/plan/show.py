@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.results.plan.knobs import applied, fits, largest_micro_batch, remedy
+from pipeline.results.plan.knobs import applied, fits, remedy
 from pipeline.results.plan.machine import GIB, Machine
 from pipeline.results.plan.run import Planned, StepPlan
+from pipeline.results.plan.speed import faster
 from pipeline.runtime.display.progress import size_text
 
 SIZES = (8, 64, 512)
@@ -134,7 +135,8 @@ def _time_table(plans: Sequence[StepPlan]) -> Table:
     rows: Mapping[str, Callable[[StepPlan], str]] = {
         "epochs": lambda p: f"{p.time.epochs:.2f}",
         "updates (cache: batches)": lambda p: f"{p.time.updates:,}",
-        "micro-steps an update": lambda p: str(p.time.micro_steps),
+        "micro-steps an update": lambda p: f"{p.time.micro_steps:.1f}".removesuffix(".0"),
+        "real of computed tokens": lambda p: f"{p.time.real_share:.0%}",
         "received a GPU and update": lambda p: size_text(p.time.received),
         "operations": lambda p: f"{p.time.operations:.2e}",
         "hours computing": lambda p: _hours(p.time.computing),
@@ -153,10 +155,15 @@ def _advice(planned: Planned, plans: Sequence[StepPlan], machine: Machine) -> li
     for plan in plans:
         if not fits(plan, machine):
             lines.append(_remedy_line(planned, plan, machine))
-        elif plan.time.bound == "network" and (change := largest_micro_batch(planned, plan.name, machine)):
-            better = planned.with_recipe(applied(planned.recipe, [change])).plan(plan.name, machine)
-            hours = f"{_hours(better.time.seconds)} hours for {_hours(plan.time.seconds)}"
-            lines.append(f"{plan.name} waits for the network; it fits with {change}, which takes {hours}")
+        elif changes := faster(planned, plan.name, machine):
+            better = planned.with_recipe(applied(planned.recipe, changes)).plan(plan.name, machine).time
+            hours = f"{_hours(better.seconds)} hours for {_hours(plan.time.seconds)}"
+            why = (
+                "waits for the network"
+                if plan.time.bound == "network"
+                else f"{plan.time.real_share:.0%} of its tokens are real"
+            )
+            lines.append(f"{plan.name}: {why}; it fits with {' and '.join(map(str, changes))}, which takes {hours}")
     return lines
 
 

@@ -26,7 +26,7 @@ class Traffic:
     once: float
     """Weights and gradients, once an update."""
 
-    def update(self, micro_steps: int) -> float:
+    def update(self, micro_steps: float) -> float:
         """Bytes over the links between nodes in an update of so many micro-steps."""
         return micro_steps * (self.gathered + self.reduced) + self.once
 

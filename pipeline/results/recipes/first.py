@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import MANIFEST
+from data_prep.shards import MANIFEST, ShardFolder
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, number_of_layers
 from pipeline.recipe.schema import STEPS, Recipe
-from pipeline.results.plan.knobs import applied, fits, largest_micro_batch, remedy
+from pipeline.results.plan.knobs import applied, fits, remedy
 from pipeline.results.plan.machine import GIB, Machine
 from pipeline.results.plan.models import planned_model, vision_of
-from pipeline.results.plan.run import Planned
+from pipeline.results.plan.run import Planned, StepPlan
 from pipeline.results.plan.samples import Given, Samples, describe_samples
+from pipeline.results.plan.speed import largest_micro_batch, token_budget
 from pipeline.results.recipes.target_layers import EVERY, Targets, choose_targets
 from pipeline.results.recipes.text import written
 from pipeline.vlm.assemble import encoders, shared_vocabulary
@@ -97,7 +98,12 @@ def _begin(teacher: Path, student: Path, data: Path | None, name: str) -> Draft:
     for step in PAPER_BATCH:
         draft.set(f"{step}.epochs", 1, "the paper states none")
         draft.set(f"{step}.batch_size", PAPER_BATCH[step], "paper, section 4")
-        draft.set(f"{step}.micro_batch_size", 1, "safe; --gpus N --gpu-memory GIB says how many fit")
+        if data is None or ShardFolder(data).has_sizes:
+            fits_in = "data.max_length: safe; --gpus N --gpu-memory GIB says how many more fit"
+            draft.set(f"{step}.micro_batch_tokens", draft.values["data.max_length"], fits_in)
+        else:
+            reason = "safe; data.train does not say how large samples are, so there are no micro_batch_tokens"
+            draft.set(f"{step}.micro_batch_size", 1, reason)
         draft.set(f"{step}.checkpoint_minutes", 30, "what a job that dies may lose")
     draft.set("interact.lora_rank", 64, "paper, section 4 (alpha 64 is the default): less memory; 0 trains all weights")
     return draft
@@ -159,13 +165,19 @@ def _fit(draft: Draft, samples: Samples, machine: Machine) -> None:
                 draft.set(change.key, _plain(change.value), f"without it {step} does not fit (plan)")
             planned = planned.with_recipe(applied(planned.recipe, changes))
     for step in PAPER_BATCH:
-        larger = largest_micro_batch(planned, step, machine)
+        by_tokens = getattr(planned.recipe, step).micro_batch_tokens is not None
+        larger = (token_budget if by_tokens else largest_micro_batch)(planned, step, machine)
         if larger is not None:
             planned = planned.with_recipe(applied(planned.recipe, [larger]))
-        used = planned.plan(step, machine).memory.total / GIB
-        size = getattr(planned.recipe, step).micro_batch_size
-        reason = f"the most that fits and divides the batch: {used:.0f} of {machine.usable / GIB:.0f} GiB, by plan"
-        draft.set(f"{step}.micro_batch_size", size, reason)
+        key = f"{step}.{'micro_batch_tokens' if by_tokens else 'micro_batch_size'}"
+        value = getattr(getattr(planned.recipe, step), key.partition(".")[2])
+        draft.set(key, value, _micro_batch_reason(planned.plan(step, machine), machine))
+
+
+def _micro_batch_reason(plan: StepPlan, machine: Machine) -> str:
+    memory = f"{plan.memory.total / GIB:.0f} of {machine.usable / GIB:.0f} GiB"
+    time = f"{plan.time.micro_steps:.3g} micro-steps an update, {plan.time.real_share:.0%} real tokens"
+    return f"{memory}, {time}, by plan"
 
 
 def _plain(value: Any) -> Any:

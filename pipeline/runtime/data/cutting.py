@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 from pipeline.recipe.checks import accumulation
@@ -67,7 +68,7 @@ def _greedy(lengths: Sequence[float], tokens: int) -> list[int]:
 
 def _halve_largest(counts: list[int], lengths: Sequence[float]) -> list[int]:
     """One micro-batch more: of those with several samples, the one of most padded tokens becomes two."""
-    starts = [sum(counts[:place]) for place in range(len(counts))]
+    starts = list(accumulate(counts, initial=0))
     several = [place for place, count in enumerate(counts) if count > 1]
     if not several:
         return [*counts, 0]

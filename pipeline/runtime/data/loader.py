@@ -6,7 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -16,6 +16,8 @@ from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex,
 from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.faults.stop import leave_signals_to_parent
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
+
+Sample = TypeVar("Sample")
 
 STALLED_S = 300
 """A loader that gives nothing for so long is stuck."""
@@ -176,16 +178,21 @@ def _group(
     samples: list[Any], most_tokens: int, fillers: Mapping[str, Encoded], pads: Mapping[str, int]
 ) -> list[LoadedBatch]:
     used = [sample for sample in samples if not isinstance(sample, Rejected)]
-    used.sort(key=_length, reverse=True)
-    batches: list[list[Any]] = []
-    for sample in used:
-        # The first of a batch is its longest: all others are padded to it.
-        if not batches or (len(batches[-1]) + 1) * _length(batches[-1][0]) > most_tokens:
-            batches.append([])
-        batches[-1].append(sample)
+    batches = by_length(used, _length, most_tokens)
     rejected = [sample for sample in samples if isinstance(sample, Rejected)]
     first, *rest = batches or [[]]
     return [_merge(batch, fillers, pads) for batch in ([*first, *rejected], *rest)]
+
+
+def by_length(samples: list[Sample], length: Callable[[Sample], float], most_tokens: int) -> list[list[Sample]]:
+    """A window's samples as batches of most_tokens at most, padding included, or a single longer one; longest first."""
+    batches: list[list[Sample]] = []
+    for sample in sorted(samples, key=length, reverse=True):
+        # The first of a batch is its longest: all others are padded to it.
+        if not batches or (len(batches[-1]) + 1) * length(batches[-1][0]) > most_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    return batches
 
 
 def _length(sample: tuple[dict[str, Encoded], Any]) -> int:

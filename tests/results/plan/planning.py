@@ -11,6 +11,12 @@ from pipeline.results.plan.run import Planned
 from pipeline.results.plan.samples import Given, Samples, describe_samples
 
 CONFIGS = SHIPPED / "recipes" / "configs"
+BY_NUMBER = tuple(
+    f"{step}.{field}"
+    for step in ("verbalize", "interact", "reinforce")
+    for field in ("micro_batch_tokens=null", "micro_batch_size=4")
+)
+"""Overrides for micro-batches of 4 samples instead of as many as fit into a number of tokens."""
 
 
 def paper_recipe(*overrides: str) -> Recipe:

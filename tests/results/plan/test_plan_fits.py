@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from planning import CONFIGS, paper_plan, paper_recipe
+from planning import BY_NUMBER, CONFIGS, paper_plan, paper_recipe
 
 from pipeline.__main__ import main
 from pipeline.recipe.resolve import SHIPPED
-from pipeline.results.plan.knobs import applied, fits, largest_micro_batch, remedy
+from pipeline.results.plan.knobs import applied, fits, remedy
 from pipeline.results.plan.machine import Machine
+from pipeline.results.plan.speed import faster, largest_micro_batch, token_budget
 
 COMMAND = [
     "plan", "--recipe", str(SHIPPED / "recipes" / "qwen2_vl_72b_to_7b.yaml"), "--gpus", "64", "--gpu-memory", "80",
@@ -37,7 +38,7 @@ def test_without_checkpointing_the_students_step_does_not_fit_and_checkpointing_
 
 
 def test_a_micro_batch_that_is_too_large_is_halved_until_it_fits():
-    planned, machine = paper_plan("reinforce.micro_batch_size=8"), Machine(64, 16)
+    planned, machine = paper_plan(*BY_NUMBER, "reinforce.micro_batch_size=8"), Machine(64, 16)
     (change,) = remedy(planned, "reinforce", machine)
     assert change.key == "reinforce.micro_batch_size" and change.before == 8
     assert fits_after(planned, "reinforce", machine, [change])
@@ -58,7 +59,7 @@ def test_where_nothing_helps_it_says_so():
 
 def test_a_global_batch_that_the_gpus_do_not_divide_names_the_field():
     """256 samples on 512 GPUs: no micro-batch is small enough, so the batch itself binds."""
-    planned, machine = paper_plan(), Machine(512, 80)
+    planned, machine = paper_plan(*BY_NUMBER), Machine(512, 80)
     plan = planned.plan("verbalize", machine)
     assert plan.problem == (
         "verbalize.batch_size: 256 is no multiple of verbalize.micro_batch_size x GPUs = 4 x 512 = 2048"
@@ -68,8 +69,8 @@ def test_a_global_batch_that_the_gpus_do_not_divide_names_the_field():
     assert {c.key: c.value for c in changes} == {"verbalize.micro_batch_size": 1, "verbalize.batch_size": 512}
 
 
-def test_a_larger_micro_batch_is_proposed_where_the_network_binds():
-    planned, machine = paper_plan("verbalize.micro_batch_size=1"), Machine(64, 80)
+def test_the_largest_micro_batch_moves_fewest_bytes():
+    planned, machine = paper_plan(*BY_NUMBER, "verbalize.micro_batch_size=1"), Machine(64, 80)
     change = largest_micro_batch(planned, "verbalize", machine)
     assert change.value == 4  # 256 samples / 64 GPUs: one micro-step
     better = planned.with_recipe(applied(planned.recipe, [change])).plan("verbalize", machine)
@@ -78,11 +79,48 @@ def test_a_larger_micro_batch_is_proposed_where_the_network_binds():
 
 def test_a_limit_in_tokens_takes_the_place_of_a_number_of_samples():
     """16,384 tokens hold 4 of the longest samples and 18 mean ones, so 8 of 900 tokens take one micro-step."""
-    planned, machine = paper_plan(), Machine(64, 80)
-    section = planned.recipe.reinforce.model_copy(update={"micro_batch_tokens": 16384, "micro_batch_size": 1})
-    limited = planned.with_recipe(planned.recipe.model_copy(update={"reinforce": section})).plan("reinforce", machine)
-    four = planned.plan("reinforce", machine)
+    machine = Machine(64, 80)
+    limited, four = (paper_plan(*changes).plan("reinforce", machine) for changes in ((), BY_NUMBER))
     assert four.memory == limited.memory and (limited.time.micro_steps, four.time.micro_steps) == (1, 2)
+
+
+def test_the_smallest_budget_of_tokens_with_fewest_micro_steps_is_found():
+    """On 64 GPUs two of the longest are enough for 256 samples at once, four for 512; 8 GPUs of 45 GiB have a limit."""
+    planned, machine = paper_plan(), Machine(64, 80)
+    assert token_budget(planned, "verbalize", machine).value == 8192
+    assert token_budget(planned, "interact", machine).value == 16384
+    small = Machine(8, 45)
+    change = token_budget(planned, "verbalize", small)
+    doubled = replace(change, value=change.value * 2)
+    assert fits_after(planned, "verbalize", small, [change]) and not fits_after(planned, "verbalize", small, [doubled])
+
+
+def test_where_few_tokens_are_real_a_budget_of_tokens_is_named_and_saves_what_it_says(capsys):
+    planned, machine = paper_plan(*BY_NUMBER), Machine(64, 80)
+    for step in ("verbalize", "interact", "reinforce"):
+        plan, changes = planned.plan(step, machine), faster(planned, step, machine)
+        assert plan.time.real_share < 0.4 and keys(changes)[0] == f"{step}.micro_batch_tokens"
+        better = planned.with_recipe(applied(planned.recipe, changes)).plan(step, machine)
+        assert better.time.real_share > 0.8 and better.time.seconds < plan.time.seconds / 2 and fits(better, machine)
+    assert main([*COMMAND, *BY_NUMBER]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "interact: 38% of its tokens are real; it fits with interact.micro_batch_tokens: 16384 (now left out)" in said
+    )
+
+
+def test_where_frozen_weights_bind_over_slow_links_the_partitioning_in_each_node_is_named(capsys):
+    planned, machine = paper_plan(), Machine(64, 80)
+    plan = planned.plan("verbalize", machine)
+    (change,) = faster(planned, "verbalize", machine)
+    assert plan.time.bound == "network" and change.key == "verbalize.deepspeed"
+    assert change.value.name == "zero3_hpz.json" and fits_after(planned, "verbalize", machine, [change])
+    assert main(COMMAND) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "verbalize: waits for the network; it fits with verbalize.deepspeed: ds_configs/zero3_hpz.json" in said
+    for other in (Machine(8, 80), Machine(64, 80, network=400), Machine(64, 80, gpus_per_node=4), Machine(64, 28)):
+        assert "verbalize.deepspeed" not in keys(faster(planned, "verbalize", other)), other
+    assert "reinforce.deepspeed" not in keys(faster(planned, "reinforce", machine)), "all of its weights train"
 
 
 def test_the_command_prints_the_field(capsys):

@@ -1,7 +1,7 @@
 """Batches on a node's CPU side: those at hand, and what the loader keeps ahead of them within its bound."""
 
 import pytest
-from planning import paper_recipe, paper_samples
+from planning import BY_NUMBER, paper_recipe, paper_samples
 
 from pipeline.results.plan.host import host_memory
 from pipeline.results.plan.run import deepspeed_of, read_zero
@@ -18,7 +18,7 @@ def batches(step, ranks, *overrides, **changes):
     return host_memory(recipe, step, [], zero, ranks, 1, samples).batches / PINNED, sample
 
 
-UPDATE = ("reinforce.batch_size=256", "reinforce.micro_batch_size=4")
+UPDATE = (*BY_NUMBER, "reinforce.batch_size=256")
 
 
 @pytest.mark.parametrize("workers", [1, 3])

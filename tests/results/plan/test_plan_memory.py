@@ -135,6 +135,14 @@ def test_checkpoints_are_exact_and_what_is_left_within_2_percent(run, step, left
     assert planned.disk.result == pytest.approx(sum(file.stat().st_size for file in files), rel=0.02)
 
 
+def test_the_peak_with_cached_states_and_the_teachers_head_is_within_15_percent(tmp_path):
+    recipe = write_recipe(tmp_path, ZERO3, cache={"codec": {"name": "hidden"}, "batch_tokens": 1024})
+    measured = [measure(recipe, step) for step in STEPS[:3]][-1]
+    planned = plan(recipe, "interact")
+    assert (planned.weights, planned.optimizer) == (measured["weights"], measured["optimizer"])
+    assert planned.total == pytest.approx(measured["peak"], rel=0.15)
+
+
 @pytest.mark.parametrize("variant", [{"gradient_checkpointing": True}, {"lora": 8}], ids=str)
 def test_the_peak_under_checkpointing_and_lora_is_within_15_percent(tmp_path, variant):
     changes, reinforce = dict(variant), dict(TRAINING)

@@ -14,7 +14,7 @@ from pipeline.recipe.schema import Interact, Model, Recipe
 from pipeline.results.plan import operations
 from pipeline.results.plan.models import planned_model, planned_student
 from pipeline.results.plan.operations import Sample
-from pipeline.signal import SparseSignal
+from pipeline.signal import HiddenSignal, SparseSignal, Unembedding
 from pipeline.steps.interact import Draw, Interaction
 from pipeline.steps.reinforce import Finetuned
 from pipeline.vlm.assemble import chat_encoder
@@ -22,7 +22,7 @@ from pipeline.vlm.backbone import load_student, load_vlm
 from pipeline.vlm.cohost import CoHost
 from pipeline.vlm.processing import collate
 from pipeline.vlm.verb_ffns import initial_verb_ffns
-from pipeline.vlm.verbalizer import VerbalizedVLM
+from pipeline.vlm.verbalizer import StoredHead, VerbalizedVLM
 
 LAYERS = {"teacher": (1, 2, 3, 4), "student": (1, 2)}
 ROWS, COUNT = 4096, 2
@@ -106,8 +106,35 @@ def test_stage_2(folder, batch, rank, checkpointing):
         losses = interaction(made, lambda _: signal, draw)
         (losses["matched"].sum() + losses["last"]).backward()
 
-    expected = COUNT * operations.interact_operations(planned, recipe, ROWS, sample)
-    assert expected == pytest.approx(counted(run), rel=near)
+    assert COUNT * interact_operations(folder, planned, recipe, sample) == pytest.approx(counted(run), rel=near)
+
+
+def interact_operations(folder, student, recipe, sample):
+    teacher = planned_model("teacher", Model(path=folder / "teacher", layers=LAYERS["teacher"]))
+    return operations.interact_operations(student, teacher, len(LAYERS["teacher"]), recipe, ROWS, sample)
+
+
+def test_stage_2_from_cached_states(folder, batch):
+    """The teacher's logits too: of each candidate, of each match and of the last layer."""
+    made, sample = batch
+    recipe = recipe_of(folder, cache={"codec": {"name": "hidden"}})
+    planned = planned_student(recipe.student, recipe.interact, recipe.train)
+    side = verbalized(
+        folder, "student", load_student(folder / "student", torch.float32, recipe, recipe.interact).train()
+    )
+    side.verb_ffns.requires_grad_(False)
+    teacher = Unembedding(torch.randn(ROWS, 128), ROWS)
+    signal = HiddenSignal(torch.randn(len(made.labels), 5, 128), teacher)
+    draw = Draw(matching_rule("adaptive"), torch.Generator().manual_seed(0))
+    interaction = Interaction(side, StoredHead(teacher))
+
+    def run():
+        losses = interaction(made, lambda _: signal, draw)
+        (losses["matched"].sum() + losses["last"]).backward()
+
+    assert COUNT * interact_operations(folder, planned, recipe, sample) == pytest.approx(counted(run), rel=0.01)
+    sparse = COUNT * interact_operations(folder, planned, recipe_of(folder), sample)
+    assert sparse < 0.9 * counted(run), "which a plan by points would miss"
 
 
 def random_signal(tokens, layers, points=16):

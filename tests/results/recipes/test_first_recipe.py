@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import tiny
 import yaml
 from tiny_families import write_family
 
+from data_prep.shards import write_manifest
 from pipeline.__main__ import main
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe, target_layers
@@ -60,6 +62,30 @@ def test_every_choice_has_its_reason_and_the_paper_s_pair_gets_the_paper_s_value
         if re.match(r"\s*\w+: \S", line):
             assert " # " in line or above.strip().startswith("# "), line
         above = line
+
+
+def test_micro_batches_are_budgets_of_tokens_that_fit_and_leave_little_padding():
+    pair = CONFIGS / "qwen2_vl_72b", CONFIGS / "qwen2_vl_7b"
+    alone = yaml.safe_load(first_recipe(*pair))
+    assert alone["interact"]["micro_batch_tokens"] == alone["data"]["max_length"]
+    text = first_recipe(*pair, machine=Machine(64, 80))
+    found = {
+        step: section["micro_batch_tokens"]
+        for step, section in yaml.safe_load(text).items()
+        if step in first.PAPER_BATCH
+    }
+    assert found == {"verbalize": 8192, "interact": 16384, "reinforce": 16384}
+    assert "10 of 74 GiB, 1 micro-steps an update, 88% real tokens, by plan" in text
+
+
+def test_of_data_without_sizes_micro_batches_have_a_number_of_samples(tmp_path):
+    data = tiny.write_data(tmp_path / "train", 16)
+    manifest = json.loads((data / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        del shard["sizes"]
+    write_manifest(data, manifest["shards"], format=manifest["format"], version=1, split="train")
+    text = first_recipe(CONFIGS / "smolvlm_500m", CONFIGS / "smolvlm_256m", data, Machine(1, 80))
+    assert "micro_batch_tokens" not in yaml.safe_load(text)["interact"] and "micro_batch_size" in text
 
 
 def test_what_data_prep_held_out_is_found_beside_the_data(tmp_path):
