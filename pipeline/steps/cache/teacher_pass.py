@@ -22,7 +22,14 @@ from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex
-from pipeline.runtime.data.loader import WINDOW_WORKERS, load, load_by_length
+from pipeline.runtime.data.loader import (
+    WINDOW_WORKERS,
+    load,
+    load_by_length,
+    typical_nbytes,
+    waiting_room,
+    workers_within,
+)
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.loop import Job
 from pipeline.runtime.node import loader_workers, rank_share
@@ -62,12 +69,21 @@ class TeacherPass:
         self.job, self.engine, self.dataset, self.layers = job, engine, dataset, layers
         self._groups = None if ids is None else TeacherGroups(ids, engine.device)
         self._rows = rows_per_chunk(vocab if ids is None else max(vocab, len(ids.class_of)))
-        self._workers = loader_workers(job.recipe.data.workers, rank_share(), WINDOW_WORKERS)
+        share = rank_share()
+        self._workers = loader_workers(job.recipe.data.workers, share, WINDOW_WORKERS)
+        self._room = waiting_room(share.ranks)
 
     def batches(self, windows: Sequence[Sequence[SampleIndex]]) -> Iterator[list[LoadedBatch]]:
         """Windows of samples, each as its batches."""
-        tokens = self.job.recipe.cache.batch_tokens
-        return load_by_length(self.dataset, windows, tokens, self._workers, self.job.ranks.device)
+        tokens, workers = self.job.recipe.cache.batch_tokens, self.workers(windows)
+        return load_by_length(self.dataset, windows, tokens, workers, self.job.ranks.device)
+
+    def workers(self, windows: Sequence[Sequence[SampleIndex]]) -> int:
+        """Loader workers for these windows: one of each waits, as far as the room for those that wait goes."""
+        if not self._workers or not windows:
+            return self._workers
+        first = [index.sample for index in windows[0]]
+        return workers_within(self._room, len(first) * typical_nbytes(self.dataset, first), self._workers)
 
     def encode_response(self, loaded: LoadedBatch, codec: Codec) -> TeacherOutput:
         """One forward:
