@@ -10,10 +10,11 @@ from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from pipeline.codec.registry import make_codec
-from pipeline.runtime.data.batches import ChatDataset, SampleIndex
-from pipeline.runtime.data.loader import typical_nbytes
+from pipeline.runtime.data.batches import ChatDataset
+from pipeline.runtime.data.loader import WINDOW, typical_nbytes
+from pipeline.runtime.node import Share
 from pipeline.signal import Unembedding
-from pipeline.steps.cache.teacher_pass import TeacherPass, encode_batch
+from pipeline.steps.cache.teacher_pass import TeacherPass, encode_batch, window_workers
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
 T, J, D, V = 40, 5, 8, 300
@@ -31,14 +32,13 @@ def test_a_batch_waits_once_for_each_array_that_its_measured_tokens_need(name, a
 
 
 @pytest.mark.parametrize(("windows", "workers"), [(2.5, 2), (9, 4), (0.1, 1)])
-def test_no_more_windows_wait_than_there_is_room_for(tiny_models, tmp_path, windows, workers):
+def test_no_more_windows_wait_than_there_is_room_for(tiny_models, tmp_path, monkeypatch, windows, workers):
     data = ShardFolder(write_data(tmp_path / "data", 12))
     dataset = ChatDataset(data, {"teacher": ChatEncoder(load_processor(tiny_models["qwen2_vl", "teacher"]), 512)})
-    window = [SampleIndex(sample) for sample in range(12)]
-    teacher_pass = TeacherPass.__new__(TeacherPass)
-    teacher_pass.dataset, teacher_pass._workers = dataset, 4
-    teacher_pass._room = windows * 12 * typical_nbytes(dataset, range(12))
-    assert teacher_pass.workers([window]) == workers
+    room = windows * WINDOW * typical_nbytes(dataset, range(12))
+    monkeypatch.setattr("pipeline.steps.cache.teacher_pass.waiting_room", lambda ranks: room)
+    assert window_workers(4, dataset, Share(cores=8, ranks=1)) == workers
+    assert window_workers(0, dataset, Share(cores=8, ranks=1)) == 0
 
 
 @pytest.mark.parametrize("first", [True, False])
