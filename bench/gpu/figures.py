@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import write_file
 
-COMPARE = {"at most": operator.le, "at least": operator.ge, "under": operator.lt}
-Goal = tuple[str, float]
-"""A word of COMPARE and a limit."""
+COMPARE: Mapping[str, Callable[..., bool]] = {
+    "at most": operator.le,
+    "at least": operator.ge,
+    "under": operator.lt,
+    "between": lambda value, low, high: low <= value <= high,
+}
+Goal = tuple[str, float] | tuple[str, float, float]
+"""A word of COMPARE and its limit, or both."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,12 @@ class Figure:
 
     def met(self) -> bool | None:
         """Whether the goal is met; None without a goal."""
-        return None if self.goal is None else COMPARE[self.goal[0]](self.value, self.goal[1])
+        return None if self.goal is None else COMPARE[self.goal[0]](self.value, *self.goal[1:])
+
+    def goal_text(self) -> str:
+        """In words, such as "at most 1.15"; empty without a goal."""
+        word, *limits = self.goal or ("",)
+        return f"{word} {' and '.join(map(str, limits))}".strip()
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Figure:

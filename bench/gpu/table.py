@@ -19,7 +19,7 @@ def rows(done: Sequence[Ended]) -> Iterator[tuple[str, ...]]:
     for one in done:
         yield one.name, one.status, f"{one.seconds:.0f} s", "", "", ""
         for figure in one.figures:
-            yield "", figure.name, _value(figure), " ".join(map(str, figure.goal or ())), _met(figure), figure.beside
+            yield "", figure.name, _value(figure), figure.goal_text(), _met(figure), figure.beside
         for note in one.notes:
             yield "", note, "", "", "", ""
 

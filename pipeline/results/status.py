@@ -160,11 +160,18 @@ def data_of(run: Path) -> str:
     lines = [line for line in lines if line["step"] == lines[-1]["step"]][-WINDOW:]
     if not lines:
         return ""
+    newest_line = lines[-1]
+    if newest_line["step"] == "cache":  # its lines are of all the job's batches so far
+        return _data_text("cache, newest job", newest_line["data_wait"], newest_line["real_share"], newest_line)
     waited = sum(line["data_wait"] * line["update_s"] for line in lines) / sum(line["update_s"] for line in lines)
     real = sum(line["real_share"] for line in lines) / len(lines)
+    return _data_text(f"{newest_line['step']}, last {len(lines)} updates", waited, real, newest_line)
+
+
+def _data_text(what: str, waited: float, real: float, line: Mapping[str, Any]) -> str:
     return (
-        f"{lines[-1]['step']}, last {len(lines)} updates: {waited:.0%} of the time waiting for data "
-        f"({lines[-1]['loader_workers']} loader workers a rank), {real:.0%} of the computed tokens real"
+        f"{what}: {waited:.0%} of the time waiting for data ({line['loader_workers']} loader workers a rank), "
+        f"{real:.0%} of the computed tokens real"
     )
 
 

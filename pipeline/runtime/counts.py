@@ -45,3 +45,23 @@ def count_update(micros: Sequence[LoadedBatch], ranks: Ranks, device: torch.devi
     largest = sum(int(micro_step.max()) for micro_step in computed)
     tokens, images, rejected, real = everything[: len(sums)].tolist()
     return UpdateCounts(tokens, images, rejected, real, largest * ranks.world, tuple(asked.tolist()))
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """Of one micro-step, over all ranks."""
+
+    real: int
+    """Tokens of the samples."""
+    computed: int
+    """As in UpdateCounts."""
+    waited: float
+    """Seconds that the last rank waited for its data: all others waited for it."""
+
+
+def count_batch(loaded: LoadedBatch, waited: float, ranks: Ranks) -> BatchCounts:
+    """Count this rank's batch, for which it waited so many seconds, together with all others'. All ranks must call."""
+    columns = torch.zeros(3, ranks.world, dtype=torch.float64)  # each rank fills its own
+    columns[:, ranks.rank] = torch.tensor([loaded.real_tokens(), loaded.computed_tokens(), waited])
+    real, computed, waits = sum_over_ranks(columns.to(ranks.device)).cpu()
+    return BatchCounts(int(real.sum()), int(computed.max()) * ranks.world, float(waits.max()))

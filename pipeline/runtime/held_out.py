@@ -57,7 +57,8 @@ class HeldOut:
         gpu = [engine.device] if engine.device.type == "cuda" else []
         engine.eval()
         with torch.random.fork_rng(gpu), torch.no_grad():
-            for number, loaded in enumerate(load(self.dataset, plan, workers, ranks.device)):
+            micro_batches = load(self.dataset, plan, workers, ranks.device, ahead=1)  # the step's own wait meanwhile
+            for number, loaded in enumerate(micro_batches):
                 watch.doing(f"{self.name}: held-out micro-batch {number + 1} of {len(plan)}: {loaded.sizes()}")
                 found += self.score(loaded.batches["student"].to(engine.device, engine.dtype))
                 rejected += loaded.rejected

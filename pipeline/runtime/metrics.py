@@ -57,7 +57,7 @@ def _drop_after(path: Path, step: str, first_update: int) -> list[Line]:
 
 
 def _tensorboard(log: StepLog) -> Logger:
-    from pipeline.runtime.loggers.tensorboard import TensorBoard  # imports matplotlib, and seconds of torch's own
+    from pipeline.runtime.loggers.tensorboard import TensorBoard  # imports seconds of torch's own
 
     return TensorBoard(log)
 

@@ -103,6 +103,7 @@ def test_a_job_that_is_killed_loses_no_more_than_the_shard_in_hand(verbalized_ru
     said = deepspeed(1, "cache.py", "--recipe", recipe, *where)
     assert f"{48 - len(before)} of 48 shards to make" in said and "cache: complete, 48 shards" in said
     assert before == {name: (folder / name).stat().st_mtime_ns for name in before}, "what was whole is not touched"
+    assert said.count("% of the time of the last 20 batches was spent on waiting for data") >= 1, "it loads by itself"
     said = deepspeed(1, "cache.py", "--recipe", recipe, "--only-missing", *where)
     assert "to make" not in said and "cache: complete, 48 shards" in said, "every shard's bytes are what they should be"
     survived(kills=1)

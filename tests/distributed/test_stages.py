@@ -88,6 +88,15 @@ def test_verbalization_losses_fall_and_only_verb_ffns_are_kept(finished):
     assert names == {f"{n}.{w}.weight" for n in (1, 2, 3, 4) for w in ("gate", "up", "down", "norm")}
 
 
+def test_metrics_say_how_well_data_kept_up_in_every_step(finished):
+    """Two ranks, samples of unlike lengths: some of what is computed is padding, or waiting for the other rank."""
+    _, folder, _, _ = finished
+    for step in ("verbalize", "cache", "interact", "reinforce"):
+        lines = metrics(folder / "run", step)
+        assert lines and all(0.3 < line["real_share"] < 1 and line["loader_workers"] == 0 for line in lines), step
+        assert all(0 < line["data_wait"] <= 1 for line in lines), step
+
+
 def test_lines_of_progress_are_short_and_those_of_one_rank(finished):
     _, _, _, said = finished
     for step, updates in (("verbalize", 12), ("interact", 4), ("reinforce", 4)):

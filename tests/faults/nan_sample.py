@@ -1,6 +1,6 @@
 """launch/train.py, in which the picture of one sample, named by the environment variable NAN_KEY, is not a number.
 
-Not a test: test_non_finite.py runs it.
+Waiting for data is told of 4 updates: the run is too short for 20. Not a test: test_non_finite.py runs it.
 """
 
 import os
@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 from launch.train import main
+from pipeline.runtime.data import data_wait
 from pipeline.vlm.processing import ChatEncoder
 
 encode = ChatEncoder.__call__
@@ -21,4 +22,5 @@ def encode_one_as_nan(self, key, *arguments):
 
 
 ChatEncoder.__call__ = encode_one_as_nan
+data_wait.WINDOW, data_wait.NOTICEABLE = 4, 0.001
 sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import nn
 from data_prep.shards import ShardFolder
 from pipeline.errors import DivergedError
 from pipeline.runtime.data.batches import DataOrder, derived_seed
+from pipeline.runtime.data.data_wait import STARTING
 from pipeline.runtime.faults.non_finite import SkippedUpdates
 from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.ranks import Ranks
@@ -123,6 +125,10 @@ def test_a_sample_that_is_not_finite_on_one_rank_is_skipped_by_both(tiny_models,
     logged = {one["update"]: one for one in read_metrics(run, "reinforce")}
     assert [update for update, one in logged.items() if one.get("skipped")] == [BAD] and len(logged) == 6
     assert all("cross_entropy" in one for update, one in logged.items() if update != BAD)
+    waited = sum(one["data_wait"] * one["update_s"] for one in list(logged.values())[STARTING:])
+    share = waited / sum(one["update_s"] for one in list(logged.values())[STARTING:])
+    notice = re.search(r"reinforce: (\d+)% of the time of the last 4 updates was spent on waiting for data", said)
+    assert notice and abs(int(notice[1]) - 100 * share) < 1, "the share that metrics.jsonl has, said in the run"
     weights = load_file(run / "student" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
     said = deepspeed(2, *program, "--set", f"run={tmp_path / 'strict'}", "reinforce.max_skipped_in_a_row=1", check=2)

@@ -13,6 +13,7 @@ from tiny_run import write_recipe
 
 from pipeline.__main__ import main
 from pipeline.errors import REQUEUE_EXIT
+from pipeline.results.trace import models
 from pipeline.results.trace.terminal import printable
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,27 @@ def test_students_are_shown_where_the_teacher_fails(made, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "untouched (3 layers)" in captured.out and "distilled (3 layers)" in captured.out
     assert "teacher.safetensors holds verbalizers for other layers" in captured.err
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_smaller_models_said_is_written_before_the_next_one_loads(made, tmp_path, monkeypatch, many):
+    """A kill, or the end of a job's time, while the teacher loads takes nothing away."""
+    load, found = models.load_traced_model, []
+    output, page = tmp_path / "t.json", tmp_path / ("pages" if many else "page.html")
+
+    def load_and_look(model, *arguments):
+        if output.is_file():
+            text = (next(page.glob("00001_*.html")) if many else page).read_text()
+            names = [one["name"] for one in json.loads(output.read_text())["questions"][-1]["models"]]
+            assert all(name in text for name in names) and "teacher (" not in text
+            found.append(names)
+        return load(model, *arguments)
+
+    monkeypatch.setattr(models, "load_traced_model", load_and_look)
+    which = ["--limit", "2"] if many else ["--sample", "s00003"]
+    arguments = ["trace", "--run", str(made.run), *which, "--max-new-tokens", "2", "--json", str(output)]
+    assert main([*arguments, "--page", str(page)]) == 0
+    assert [sorted(names) for names in found] == [["untouched"], ["distilled", "untouched"]]
 
 
 def test_trace_refuses_what_does_not_fit_before_it_loads_anything(made, capsys, monkeypatch):

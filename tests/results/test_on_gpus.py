@@ -18,6 +18,8 @@ from pipeline.vlm.placement import device_map, weight_bytes
 from pipeline.vlm.verb_ffns import initial_verb_ffns
 from pipeline.vlm.verbalizer import VerbalizedVLM
 
+pytestmark = pytest.mark.gpu
+
 LAYERS = (1, 3)
 MESSAGES = [turn("user", "<image>", "what comes next?"), turn("assistant", "nothing")]
 PICTURE = [png(seed=5)]
@@ -38,9 +40,10 @@ def measured(vlm: Vlm):
 @pytest.mark.parametrize("tie", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_devices_change_no_answer(tmp_path, kind, gpus, tie):
+def test_devices_change_no_answer(tmp_path, monkeypatch, kind, gpus, tie):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPU(s)")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else the pictures' patches are not in float32
     on_cpu = load(write_vlm(tmp_path, kind, 4, 32, tie=tie), Data(train="x", max_length=512))
     size = weight_bytes(tmp_path, torch.float32)
     places = device_map(tmp_path, torch.float32, {0: size, 1: size}) if gpus == 2 else {"": 0}

@@ -126,6 +126,17 @@ def test_it_says_how_well_data_kept_up_in_the_step_that_ran_last(run, capsys):
     assert expected in capsys.readouterr().out, "19 updates of 2 s without waiting, one of 10 s with 3"
 
 
+def test_it_says_how_well_data_kept_up_in_the_cache_job(run, capsys):
+    lines = [{"step": "verbalize", "update": 1, "update_s": 2.0, "data_wait": 0.9, "real_share": 0.5}]
+    lines += [{"step": "cache", "update": n, "data_wait": n / 10, "real_share": 0.8} for n in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**each, "loader_workers": 4}) + "\n" for each in lines))
+    show(run, *status(run))
+    expected = (
+        "data:    cache, newest job: 20% of the time waiting for data (4 loader workers a rank), 80% of the computed"
+    )
+    assert expected in capsys.readouterr().out
+
+
 def test_the_preset_is_named(run, capsys):
     show(run, *status(run))
     assert "preset:  paper: the paper's order" in capsys.readouterr().out

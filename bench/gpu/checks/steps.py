@@ -32,6 +32,7 @@ GOALS = {
 }
 MAX_DATA_WAIT = 2.0
 """Percent of stage 2's time."""
+MEASURED_OVER_PLANNED = ("between", 0.85, 1.15)
 IN_PUBLIC = "packed finetuning of Qwen2.5-VL-7B in public (lmms-engine): 30 to 40 %"
 UTILISED = {"finetune": "finetune", "forward": "teacher's offline forward", "cache": "cache job"}
 """{timed call: its name in the table}."""
@@ -132,3 +133,5 @@ def _add_memory(report: Report, measured: Measured, planned: Mapping[str, Any] |
         said = planned.get(PLANNED.get(name, ""))
         beside = f"plan says {said / 2**30:.2f}" if said else ""
         report.add(f"{name}: peak memory", peak / 2**30, "GiB", beside=beside)
+        if said:
+            report.add(f"{name}: measured over planned memory", peak / said, goal=MEASURED_OVER_PLANNED)

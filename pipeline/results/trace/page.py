@@ -13,7 +13,6 @@ from typing import Any
 from data_prep.shards import write_file
 from pipeline.results.evaluate.answers import is_right
 from pipeline.results.pages.render import render
-from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.layers import LayerTrace, ModelTrace, Reading, Token, TokenPrediction
 from pipeline.results.trace.matches import Matches
 from pipeline.results.trace.questions import Question
@@ -58,7 +57,7 @@ def write_page(path: Path, traced: Traced, about: About, index: bool = False) ->
         lens=about.lens,
         missing=about.missing,
         matches=about.matches,
-        match_figure=match_figure(about.matches) if about.matches else "",
+        match_figure=_match_map(about.matches) if about.matches else "",
         most_divergent=scale,
         index=index,
         found=_details(traced.traces),
@@ -69,6 +68,12 @@ def write_page(path: Path, traced: Traced, about: About, index: bool = False) ->
         shades=lambda reading: _shades(reading, scale),
     )
     write_file(path, page)
+
+
+def _match_map(matches: Matches) -> str:
+    from pipeline.results.trace.figure import match_figure  # imports matplotlib, and a trace may do without
+
+    return match_figure(matches)
 
 
 def write_index(path: Path, pages: Mapping[str, Traced], about: About) -> None:

@@ -47,6 +47,11 @@ def map_unique(make: Callable[[Item], Made], things: Mapping[str, Item]) -> dict
     return {name: made[id(thing)] for name, thing in things.items()}
 
 
+def encoded_nbytes(encoded: Mapping[str, Encoded]) -> int:
+    """Bytes of a sample in each model's form, what models share once."""
+    return sum(one.nbytes() for one in {id(one): one for one in encoded.values()}.values())
+
+
 class SampleIndex(NamedTuple):
     """A sample's number in the data folder, and the epoch in which it is read.
 
@@ -201,7 +206,7 @@ class ChatDataset(Dataset):
 
     def _keep(self, sample: int) -> tuple[dict[str, Encoded], Any]:
         encoded, extra = self._encode(sample)
-        size = sum(one.nbytes() for one in {id(one): one for one in encoded.values()}.values())
+        size = encoded_nbytes(encoded)
         if size <= self._room:
             self._kept[sample] = encoded, extra
             self._room -= size

@@ -12,13 +12,15 @@ WORSE = 1.5
 """It is said again when the share has grown by so much."""
 STARTING = 2
 """Updates that are not counted: the loader's workers start during them."""
+KEEP = "data.memory_mb: keeps samples ready for later epochs; "
 
 
 class DataWaitNotice:
     """Watches a step's updates."""
 
-    def __init__(self, name: str):
-        self._name, self._said = name, 0.0
+    def __init__(self, name: str, updates: str = "updates", epochs: bool = True):
+        """updates: what the step calls them. epochs: whether it may read a sample again."""
+        self._name, self._said, self._what, self._epochs = name, 0.0, updates, epochs
         self._updates: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._skip = STARTING
 
@@ -36,7 +38,7 @@ class DataWaitNotice:
             return None
         self._said = share
         return (
-            f"{self._name}: {share:.0%} of the time of the last {WINDOW} updates was spent on waiting for data. "
-            f"data.workers: more loader processes (now {workers} a rank), where there are cores for them; "
-            "data.memory_mb: keeps samples ready for later epochs; data.max_pixels: smaller images, for both models"
+            f"{self._name}: {share:.0%} of the time of the last {WINDOW} {self._what} was spent on waiting for "
+            f"data. data.workers: more loader processes (now {workers} a rank), where there are cores for them; "
+            f"{KEEP if self._epochs else ''}data.max_pixels: smaller images, for both models"
         )

@@ -11,9 +11,9 @@ from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.data.batches import ChatDataset, DataOrder, LoadedBatch, SampleIndex, derived_seed, micro_batches
 from pipeline.runtime.data.cutting import needs_lengths
 from pipeline.runtime.data.lengths import LengthModel, Lengths, feature_count, fit_lengths
-from pipeline.runtime.data.loader import batches_ahead, load, waiting_room
-from pipeline.runtime.display.progress import say
-from pipeline.runtime.node import Share, loader_workers, rank_share
+from pipeline.runtime.data.loader import batches_ahead, load, typical_nbytes, waiting_room, workers_within
+from pipeline.runtime.display.progress import say, size_text
+from pipeline.runtime.node import loader_workers, rank_share
 from pipeline.runtime.ranks import Ranks
 
 Updates = Iterator[list[list[SampleIndex]]]
@@ -58,16 +58,33 @@ def open_feed(
     if recipe.data.workers is None:
         say(f"{name}: {workers} loader workers a rank, for {share.cores:.3g} cores a rank (data.workers)", ranks.first)
     first, loading = _peek(loading)
-    ahead = _ahead(first, model, workers, share) if workers else 0
+    if workers:
+        nbytes, room = _micro_batch_nbytes(first, model, dataset), waiting_room(share.ranks)
+        workers = _workers_within(room, nbytes, workers, name, ranks)
+        ahead = batches_ahead(len(first), nbytes, workers, room)
+    else:
+        ahead = 0
     loaded = load(dataset, chain.from_iterable(loading), workers, ranks.device, ahead)
     return Feed(loaded, planned, workers, model)
 
 
-def _ahead(update: list[list[SampleIndex]], model: LengthModel | None, workers: int, share: Share) -> int:
-    """Micro-batches that each worker is ahead, by an update like this one."""
-    samples = sum(map(len, update)) / max(1, len(update))
-    nbytes = samples * model.nbytes if model is not None else 0.0  # of one micro-step nothing was probed
-    return batches_ahead(len(update), nbytes, workers, waiting_room(share.ranks))
+def _micro_batch_nbytes(update: list[list[SampleIndex]], model: LengthModel | None, dataset: ChatDataset) -> float:
+    """Bytes of a micro-batch of an update like this one, on average."""
+    samples = [index.sample for micro_batch in update for index in micro_batch]
+    each = typical_nbytes(dataset, samples) if model is None else model.nbytes
+    return each * len(samples) / max(1, len(update))
+
+
+def _workers_within(room: float, nbytes: float, workers: int, name: str, ranks: Ranks) -> int:
+    """As workers_within, and say where there are fewer."""
+    fitting = workers_within(room, nbytes, workers)
+    if fitting < workers:
+        say(
+            f"{name}: {fitting} of {workers} loader workers a rank: a micro-batch takes {size_text(nbytes)}, and "
+            f"{size_text(room)} may wait. A smaller micro_batch_size or data.max_pixels has room for more",
+            ranks.first,
+        )
+    return fitting
 
 
 def _length_model(

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import SampleError
-from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.data.batches import ChatDataset, SampleIndex, encoded_nbytes
 from pipeline.runtime.ranks import Ranks, gather_when_ready, of_first_rank
 from pipeline.vlm.processing import ChatEncoder
 
@@ -91,8 +91,7 @@ def probe(dataset: ChatDataset, samples: Sequence[int]) -> list[Probed]:
         except SampleError:
             continue
         tokens = max(one.inputs["input_ids"].shape[1] for one in encoded.values())
-        nbytes = sum(one.nbytes() for one in {id(one): one for one in encoded.values()}.values())
-        found.append(Probed(sample_features(dataset.folder, encoder, sample), tokens, nbytes))
+        found.append(Probed(sample_features(dataset.folder, encoder, sample), tokens, encoded_nbytes(encoded)))
     return found
 
 

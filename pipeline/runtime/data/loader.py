@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, get_worker_info
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SampleError
 from pipeline.runtime.data.bad_samples import Rejected
-from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex, map_unique
+from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex, encoded_nbytes, map_unique
 from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.faults.stop import leave_signals_to_parent
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
@@ -31,6 +31,8 @@ WINDOW = 32
 WINDOW_WORKERS = 4
 """Loader workers of a rank that are chosen unasked for windows, at most: each holds up to two, of .4 to 1.2 GB each at
 a megapixel an image in bfloat16."""
+PROBED = 4
+"""Samples by whose bytes those of all are estimated."""
 
 
 def load(
@@ -66,6 +68,29 @@ def batches_ahead(update: int, nbytes: float, workers: int, room: float) -> int:
     wanted = -(-(update + 2) // workers)
     affordable = int(room / (nbytes * workers)) if nbytes else wanted
     return max(1, min(wanted, affordable))
+
+
+def workers_within(room: float, nbytes: float, workers: int) -> int:
+    """Of so many workers those of which each may have one batch waiting, at least one; 0 stays 0.
+
+    nbytes: of a batch, on average. room: bytes that those waiting may take.
+    """
+    return min(workers, max(1, int(room / nbytes))) if nbytes else workers
+
+
+def typical_nbytes(dataset: ChatDataset, samples: Sequence[int]) -> float:
+    """Bytes of a sample's model inputs: the mean over PROBED of these, spread over their sizes on disk.
+
+    0 where none of them can be used. Raises what reading a sample raises but SampleError.
+    """
+    by_size = sorted(samples, key=dataset.folder.nbytes)
+    count, found = min(PROBED, len(by_size)), []
+    for number in range(count):
+        try:
+            found.append(encoded_nbytes(dataset.encode(by_size[(2 * number + 1) * len(by_size) // (2 * count)])))
+        except SampleError:
+            continue
+    return sum(found) / max(1, len(found))
 
 
 def waiting_room(ranks_here: int) -> float:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.runtime.display.kl_grid import Pairs, kl_grid
 from pipeline.runtime.loggers.interface import Line, matches, values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HISTOGRAM_EVERY = 50
 """Updates whose matches make one histogram."""
@@ -60,6 +62,8 @@ def shown(
 
 def kl_figure(pairs: Pairs) -> Figure:
     """The KL of all pairs as a map; pairs outside the search range are blank."""
+    from matplotlib.figure import Figure  # slow, and steps that match no layers draw nothing
+
     grid = kl_grid([pairs])
     students, teachers, (values,) = grid.students, grid.teachers, grid.maps
     figure = Figure(figsize=(2 + 0.5 * len(students), 1.5 + 0.25 * len(teachers)), layout="constrained")

@@ -7,6 +7,7 @@ depend on the number of ranks.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from pipeline.runtime.ranks import (
 )
 from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files, wait_until
 from pipeline.steps.cache.estimate import SizeEstimate, check_disk_space, find_vocabulary_order, rehearse
+from pipeline.steps.cache.keeping_up import KeepingUp, Waited
 from pipeline.steps.cache.mapped import MappedCache, bucket_summary, check_bucket, mapped_cache
 from pipeline.steps.cache.teacher_pass import TeacherPass
 from pipeline.steps.cache.writing import WriterThread, WrittenBatch, plan, shard_batches
@@ -246,18 +248,19 @@ def _fill(job: Job, teacher_pass: TeacherPass, cache: CacheFolder, missing: list
     if job.ranks.first:
         (job.recipe.run / NAME / "done.json").unlink(missing_ok=True)  # whoever finds all shards there writes it again
     windows = plan(data, missing, job.ranks.rank, job.ranks.world)
-    loaded = teacher_pass.batches([window.indices for window in windows])
+    loaded = Waited(teacher_pass.batches([window.indices for window in windows]))
     with ExitStack() as stack:
-        log = _Log(job, stack, cache.path.name, samples, each * samples)
+        keeping_up = KeepingUp(job, NAME, loaded, teacher_pass.workers)
+        log = _Log(job, stack, cache.path.name, samples, each * samples, keeping_up.values)
         writing = stack.enter_context(WriterThread(cache))
         written: list[WrittenBatch] = []
         for shard_batch in until_all_done(shard_batches(windows, loaded), job.ranks, STOPPED):
-            sizes = shard_batch.loaded.sizes() if shard_batch else "none left"
+            one = shard_batch.loaded if shard_batch else teacher_pass.empty_batch
+            sizes = one.sizes() if shard_batch else "none left"
             watch.doing(f"{NAME}: after {log.progress.done} samples of {samples}, a batch: {sizes}")
+            keeping_up.batch(one)
             log.written(written)  # now: the ranks have just met, and none is waited for
-            output = teacher_pass.encode_response(
-                shard_batch.loaded if shard_batch else teacher_pass.empty_batch, codec
-            )
+            output = teacher_pass.encode_response(one, codec)
             written = writing.put(shard_batch, output) if shard_batch else []
         log.written(written + writing.rest())
 
@@ -279,8 +282,18 @@ def _samples(job: Job, cache: CacheFolder, data: ShardFolder, missing: list[str]
 class _Log:
     """Progress of all ranks after each batch, and a metrics line when shards are complete."""
 
-    def __init__(self, job: Job, stack: ExitStack, folder: str, samples: int, estimate: SizeEstimate):
+    def __init__(
+        self,
+        job: Job,
+        stack: ExitStack,
+        folder: str,
+        samples: int,
+        estimate: SizeEstimate,
+        more: Callable[[], Mapping[str, Any]] = dict,
+    ):
+        """more: what else a metrics line has."""
         self.job, self.folder, self.estimate, self.begun = job, folder, estimate, time.monotonic()
+        self.more = more
         self.tokens = self.bytes = self.shards = 0
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.progress = StepProgress(NAME, samples, shown=job.ranks.first)
@@ -310,7 +323,7 @@ class _Log:
         self.progress.advance(f"{speed:,.0f} tokens/s  {sizes}", by=read)
         if shards and self.metrics is not None:
             values = {"tokens": self.tokens, "tokens_per_s": round(speed, 1), "bytes": self.bytes}
-            self.metrics.write(self.shards, {"cache": self.folder, **values})
+            self.metrics.write(self.shards, {"cache": self.folder, **values, **self.more()})
 
 
 def _finish(job: Job, cache: CacheFolder, shards: int, made: list[str]) -> None:

@@ -22,10 +22,18 @@ from pipeline.loss.chunks import rows_per_chunk
 from pipeline.loss.fidelity import Measurement, measure
 from pipeline.rows import row_states
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex
-from pipeline.runtime.data.loader import WINDOW_WORKERS, load, load_by_length
+from pipeline.runtime.data.loader import (
+    WINDOW,
+    WINDOW_WORKERS,
+    load,
+    load_by_length,
+    typical_nbytes,
+    waiting_room,
+    workers_within,
+)
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.loop import Job
-from pipeline.runtime.node import loader_workers, rank_share
+from pipeline.runtime.node import Share, loader_workers, rank_share
 from pipeline.signal import Unembedding
 from pipeline.vocabulary_map import MappedHead, TeacherGroups, VocabularyMap
 
@@ -62,12 +70,12 @@ class TeacherPass:
         self.job, self.engine, self.dataset, self.layers = job, engine, dataset, layers
         self._groups = None if ids is None else TeacherGroups(ids, engine.device)
         self._rows = rows_per_chunk(vocab if ids is None else max(vocab, len(ids.class_of)))
-        self._workers = loader_workers(job.recipe.data.workers, rank_share(), WINDOW_WORKERS)
+        self.workers = window_workers(job.recipe.data.workers, dataset, rank_share())
 
     def batches(self, windows: Sequence[Sequence[SampleIndex]]) -> Iterator[list[LoadedBatch]]:
         """Windows of samples, each as its batches."""
         tokens = self.job.recipe.cache.batch_tokens
-        return load_by_length(self.dataset, windows, tokens, self._workers, self.job.ranks.device)
+        return load_by_length(self.dataset, windows, tokens, self.workers, self.job.ranks.device)
 
     def encode_response(self, loaded: LoadedBatch, codec: Codec) -> TeacherOutput:
         """One forward:
@@ -102,6 +110,15 @@ class TeacherPass:
         if groups is None:
             return self.engine({"teacher": batch}, encode=encode)
         return self.engine({"teacher": batch}, encode=lambda hidden, head: encode(hidden, MappedHead.of(head, groups)))
+
+
+def window_workers(asked: int | None, dataset: ChatDataset, share: Share) -> int:
+    """Loader workers of a rank, each with a window waiting: as far as there is room for them. asked: data.workers."""
+    workers = loader_workers(asked, share, WINDOW_WORKERS)
+    if not workers:
+        return 0
+    spread = range(0, len(dataset), max(1, len(dataset) // WINDOW))
+    return workers_within(waiting_room(share.ranks), WINDOW * typical_nbytes(dataset, spread), workers)
 
 
 def stored_samples(

@@ -125,3 +125,10 @@ def test_a_figure_that_is_no_number_is_refused(value, tmp_path):
     with pytest.raises(ValueError, match="ratio is (nan|inf): expected a finite number"):
         report.add("ratio", value)
     assert json.loads(os.fsdecode((tmp_path / "report.json").read_bytes()))["figures"] == []
+
+
+def test_a_goal_may_have_two_limits():
+    goal = ("between", 0.85, 1.15)
+    assert [Figure("x", value, goal=goal).met() for value in (0.84, 0.85, 1.15, 1.16)] == [False, True, True, False]
+    assert Figure("x", 1.0, goal=goal).goal_text() == "between 0.85 and 1.15"
+    assert Figure("x", 1.0, goal=("at most", 2)).goal_text() == "at most 2" and Figure("x", 1.0).goal_text() == ""

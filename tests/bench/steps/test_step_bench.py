@@ -53,6 +53,15 @@ def test_batches_of_before_are_counted_beside_sorted_ones():
     assert 800 < shares["mean_length"] < 1000 and len(layouts) == len(batches.LAYOUTS)
     assert all(0 < entry["before"]["real_share"] < entry["sorted"]["real_share"] <= 1 for entry in layouts)
     assert all(entry["before"]["micro_steps"] == entry["sorted"]["micro_steps"] for entry in layouts)
+    for entry in layouts:
+        padded, packed = entry["micro_batch_tokens"], entry["packed"]
+        assert padded["real_share"] < packed["real_share"] <= 1 and packed["micro_steps"] <= padded["micro_steps"]
+
+
+def test_packed_samples_are_counted_by_hand():
+    """10 + 2 and 7 + 5 on two ranks; within 10 tokens two micro-steps: 10 and 7, then 5 and 2."""
+    assert batches.packed_share([[2.0, 10.0, 5.0, 7.0]], 12, 2) == (1.0, 1.0)
+    assert batches.packed_share([[2.0, 10.0, 5.0, 7.0]], 10, 2) == (24 / (2 * 10 + 2 * 5), 2.0)
 
 
 def test_attention_is_counted_on_a_cpu_too():

@@ -30,3 +30,11 @@ def test_it_is_said_again_where_it_has_become_much_worse():
     assert len(told(notice, 0.2, 50)) == 1 and told(notice, 0.25, 100) == []
     (text,) = told(notice, 0.31, 100)
     assert "30%" in text or "31%" in text
+
+
+def test_a_step_that_reads_each_sample_once_is_not_told_to_keep_them():
+    notice = DataWaitNotice("cache", "batches", epochs=False)
+    told(notice, 0.0, STARTING)
+    (text,) = told(notice, 0.5, 30)
+    assert text.startswith("cache: 50% of the time of the last 20 batches") and "data.memory_mb" not in text
+    assert "data.workers" in text and "data.max_pixels" in text

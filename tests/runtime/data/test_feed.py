@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections import namedtuple
@@ -18,10 +19,16 @@ from pipeline.errors import DataError, SampleError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.counts import count_update
-from pipeline.runtime.data.batches import ChatDataset
+from pipeline.runtime.data.batches import ChatDataset, encoded_nbytes
 from pipeline.runtime.data.feed import Feed, open_feed
 from pipeline.runtime.data.lengths import LengthModel
-from pipeline.runtime.data.loader import WAITING_BYTES, batches_ahead, waiting_room
+from pipeline.runtime.data.loader import (
+    WAITING_BYTES,
+    batches_ahead,
+    typical_nbytes,
+    waiting_room,
+    workers_within,
+)
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
@@ -68,6 +75,40 @@ def test_the_next_update_is_loaded_while_this_one_computes(tiny_models, tmp_path
     while len(list(dataset.made.iterdir())) < 2 * ACCUMULATION and time.monotonic() < end:
         time.sleep(0.05)  # "computing"
     assert 2 * ACCUMULATION <= len(list(dataset.made.iterdir())) <= 2 * ACCUMULATION + 2 * 2, "one update, not the data"
+
+
+def test_of_large_micro_batches_no_more_wait_than_there_is_room_for(tiny_models, tmp_path, monkeypatch, capsys):
+    """An update of one micro-step, whose lengths are not asked for: fewer workers, where one each is too much."""
+    recipe = recipe_of(tmp_path, tiny_models, workers=4, micro_batch_size=ACCUMULATION)
+    dataset = Counting(ShardFolder(write_data(tmp_path / "data", 48)), {"student": encoder_of(tiny_models)})
+    dataset.made = tmp_path / "made"
+    dataset.made.mkdir()
+    (one,) = feed_of(recipe_of(tmp_path, tiny_models, 0, micro_batch_size=ACCUMULATION), dataset).next_update()
+    for made in dataset.made.iterdir():
+        made.unlink()
+    monkeypatch.setattr("pipeline.runtime.data.feed.waiting_room", lambda ranks: 2.9 * one.nbytes())
+    feed = feed_of(recipe, dataset)
+    assert feed.workers == 2, "a third would have more waiting"
+    assert re.search(r"2 of 4 loader workers a rank: a micro-batch takes .* may wait", capsys.readouterr().out)
+    feed.next_update()
+    time.sleep(1)
+    assert len(list(dataset.made.iterdir())) <= (1 + 2) * ACCUMULATION
+    assert len(feed.next_update()) == 1
+
+
+def test_at_least_one_worker_is_ahead_and_none_stays_none():
+    assert workers_within(2e9, 0.6e9, 8) == 3 and workers_within(2e9, 0.1e9, 8) == 8
+    assert workers_within(2e9, 3e9, 8) == 1 and workers_within(2e9, 3e9, 0) == 0
+    assert workers_within(2e9, 0.0, 8) == 8, "no sample could be used"
+
+
+def test_the_bytes_of_samples_are_estimated_over_their_sizes(tiny_models, tmp_path):
+    """Text among pictures; samples that cannot be used do not count."""
+    dataset = ChatDataset(ShardFolder(write_data(tmp_path / "data", 40)), {"student": encoder_of(tiny_models)})
+    every = [encoded_nbytes(dataset.encode(sample)) for sample in range(40)]
+    assert typical_nbytes(dataset, range(40)) == pytest.approx(sum(every) / 40, rel=0.5)
+    broken = ChatDataset(ShardFolder(write_data(tmp_path / "bad", 4, good=5)), dataset.encoders)
+    assert typical_nbytes(broken, range(1, 4)) == 0.0
 
 
 def test_as_many_wait_as_the_room_takes():

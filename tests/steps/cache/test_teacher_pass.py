@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import torch
 from operations import Waits
+from tiny import write_data
 
+from data_prep.shards import ShardFolder
 from pipeline.codec.registry import make_codec
+from pipeline.runtime.data.batches import ChatDataset
+from pipeline.runtime.data.loader import WINDOW, typical_nbytes
+from pipeline.runtime.node import Share
 from pipeline.signal import Unembedding
-from pipeline.steps.cache.teacher_pass import TeacherPass, encode_batch
+from pipeline.steps.cache.teacher_pass import TeacherPass, encode_batch, window_workers
+from pipeline.vlm.processing import ChatEncoder, load_processor
 
 T, J, D, V = 40, 5, 8, 300
 
@@ -23,6 +29,16 @@ def test_a_batch_waits_once_for_each_array_that_its_measured_tokens_need(name, a
         with Waits() as waits:
             encode_batch(codec, torch.rand(T, J, dtype=torch.float64), torch.arange(measured), 64, hidden, head)
         assert dict(waits.places) == {"packing.py: tensor = tensor.detach().cpu().contiguous()": arrays}
+
+
+@pytest.mark.parametrize(("windows", "workers"), [(2.5, 2), (9, 4), (0.1, 1)])
+def test_no_more_windows_wait_than_there_is_room_for(tiny_models, tmp_path, monkeypatch, windows, workers):
+    data = ShardFolder(write_data(tmp_path / "data", 12))
+    dataset = ChatDataset(data, {"teacher": ChatEncoder(load_processor(tiny_models["qwen2_vl", "teacher"]), 512)})
+    room = windows * WINDOW * typical_nbytes(dataset, range(12))
+    monkeypatch.setattr("pipeline.steps.cache.teacher_pass.waiting_room", lambda ranks: room)
+    assert window_workers(4, dataset, Share(cores=8, ranks=1)) == workers
+    assert window_workers(0, dataset, Share(cores=8, ranks=1)) == 0
 
 
 @pytest.mark.parametrize("first", [True, False])
