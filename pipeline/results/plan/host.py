@@ -13,7 +13,7 @@ from pipeline.results.plan.micro_batches import loader_workers
 from pipeline.results.plan.models import Parameter
 from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.sharding import MASTER_AND_MOMENTS, Zero, gradient_bytes, optimizer_bytes, shards
-from pipeline.runtime.data.loader import WAITING_BYTES, WINDOW, batches_ahead
+from pipeline.runtime.data.loader import WAITING_BYTES, WINDOW, batches_ahead, workers_within
 
 PROCESS = 10**9
 """Bytes of a rank's process with torch, transformers and DeepSpeed; its loader processes share most of them."""
@@ -59,7 +59,8 @@ def host_memory(
     workers = loader_workers(recipe, step)
     sample = samples.pixel_bytes / 4 * width + samples.tokens * 24
     if step == "cache":
-        waiting = sample * WINDOW * (1 + workers)
+        window = sample * WINDOW
+        waiting = window * (1 + workers_within(WAITING_BYTES, window, workers))
     else:
         waiting = _waiting_bytes(getattr(recipe, step), sample, workers, ranks, samples.lengths)
     kept = recipe.data.memory_mb * MB * max(1, workers)
@@ -88,4 +89,5 @@ def _waiting_bytes(training: Training, sample: float, workers: int, ranks: int, 
     if not workers:
         return at_hand
     micro_batch = at_hand / update
+    workers = workers_within(WAITING_BYTES, micro_batch, workers)
     return at_hand + micro_batch * workers * batches_ahead(update, micro_batch, workers, WAITING_BYTES)

@@ -30,9 +30,12 @@ def test_an_update_is_at_hand_and_another_and_two_micro_batches_wait(workers):
 
 
 def test_large_pictures_wait_within_the_loaders_bound():
-    found, sample = batches("reinforce", 8, "data.workers=2", *UPDATE, pixel_bytes=400 * 2**20)
+    found, sample = batches("reinforce", 8, "data.workers=6", *UPDATE, pixel_bytes=400 * 2**20)
     at_hand = 32 * sample
-    assert at_hand < found <= at_hand + max(WAITING_BYTES, 2 * 4 * sample) * (1 + 1e-6)
+    assert 6 * 4 * sample > 2 * WAITING_BYTES, "a micro-batch a worker would not be within it"
+    assert at_hand < found <= at_hand + WAITING_BYTES * (1 + 1e-6)
+    found, sample = batches("cache", 8, "data.workers=6", pixel_bytes=400 * 2**20)
+    assert found == pytest.approx(sample * WINDOW * 2, rel=1e-6), "of a window larger than it one waits"
 
 
 def test_without_workers_nothing_waits():
