@@ -157,6 +157,10 @@ ARMS = (
     _variant("earliest", "the shallowest teacher layers", {"interact.matching": "earliest"}),
     _variant("latest", "the deepest teacher layers", {"interact.matching": "latest"}),
     _variant("without_last", "matched layers only", {"interact.last_weight": 0}),
+    Arm(
+        "heavier_last", VARIANTS, "the last layer's KL weighs 4 (with a sweep of its own)",
+        interact=1, options={"interact.last_weight": 4},
+    ),
     _variant("logit_lens", "no trained verbalizers", {}, {"verbalize.steps": 0}),
     _variant("sparser_layers", "teacher 2, 4, 6; student 2", {}, {"teacher.layers": [2, 4, 6], "student.layers": [2]}),
     _variant("topk_cache", "a cache of the 16 likeliest ids", {}, {"cache.codec": {"name": "topk", "k": 16}}),

@@ -33,6 +33,10 @@ PRESETS: Mapping[str, Preset] = {
         "interaction to the end with cross-entropy on the responses beside it, no finetuning after it",
         {"reinforce.steps": 0, "interact.cross_entropy_weight": 1.0},
     ),
+    "few_updates": Preset(
+        "interaction to the end with the last layer alone, no finetuning: following layers takes more updates",
+        {"reinforce.steps": 0, "interact.matching": "last_only"},
+    ),
 }
 """Presets by their names in a recipe."""
 

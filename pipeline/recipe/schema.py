@@ -286,12 +286,12 @@ class Recipe(Section):
     out: the run's own."""
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
-    preset: Literal["paper", "wrong_answers", "clean_answers"] = "paper"
-    """How stage 2 trains, by what is known of the data. It fills in values that neither the recipe nor the command line
-    sets; docs/evidence.md has the measurements behind it. It may still be chosen after stage 1.
+    preset: Literal["paper", "wrong_answers", "clean_answers", "few_updates"] = "paper"
+    """How stage 2 trains: values for what nothing else sets (docs/evidence.md). It may be chosen after stage 1.
     paper: the paper's order: interaction, then finetuning on the responses.
     wrong_answers: a part of the responses is wrong, as in scraped data: interaction to the end, no finetuning.
-    clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it."""
+    clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it.
+    few_updates: too few to follow layers: the KL of the last layer alone, to the end."""
     vocabulary: Literal["shared", "mapped"] = "shared"
     """How the teacher's token ids become the student's.
     shared: they are the same. Tokenizers that give an id two meanings are an error. As in the paper.
