@@ -96,9 +96,10 @@ def run_jobs(jobs: Iterable[Job], workers: int, title: str, device: str = "cpu")
 
 
 def commit() -> str:
-    """The commit of the code that runs, with -dirty where files differ from it."""
-    done = subprocess.run(("git", "describe", "--always", "--dirty"), capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The commit of the code that runs, with -dirty where files differ that the ladder does not write itself."""
+    done = subprocess.run(("git", "describe", "--always"), capture_output=True, text=True)
+    others = ("git", "diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!docs")
+    return f"{done.stdout.strip()}{'-dirty' if subprocess.run(others).returncode else ''}" if done.stdout else "unknown"
 
 
 def environment(threads: int = 1, device: str = "cpu") -> dict[str, str]:
