@@ -1,4 +1,4 @@
-"""How the arms fare as one thing changes: a panel each for wrong answers, samples and updates on the puzzles."""
+"""How the arms fare as one thing changes: wrong answers, samples, updates; on the puzzles, or as it says."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ AXES = {
     "share of wrong answers": ("wrong", ("puzzles-0", "puzzles-20", "puzzles-40", "puzzles-60")),
     "training samples": ("samples", ("puzzles-40-few-samples", "puzzles-40", "puzzles-40-many-samples")),
     "updates": ("updates", ("puzzles-40-few-updates", "puzzles-40", "puzzles-40-many-updates")),
+    "updates, easy-VQA": ("updates", ("easy-vqa-40-few-updates", "easy-vqa-40")),
 }
 """What changes -> (field of a cell, the cells that differ in it alone)."""
 
