@@ -133,27 +133,18 @@ def test_a_cell_that_was_made_elsewhere_stays(folder, tmp_path, monkeypatch, cap
     assert (tmp_path / "results" / "ladder_test.json").read_text() == before
 
 
-def test_fewer_runs_do_not_replace_more(folder, monkeypatch, capsys):
-    monkeypatch.setattr(timing, "RESULTS", folder / "results")
-    report.write(folder, SCALE, "test")
-    path = folder / "results" / "ladder_test.json"
-    before = json.loads(path.read_text())["cells"]
-    (folder / CELL.name / "seed-2" / "held_out-1.done").unlink()  # interaction of one seed
-    report.write(folder, SCALE, "test")
-    assert json.loads(path.read_text())["cells"] == before
-    assert "some: fewer seeds of interaction here than in the file, which stays as it is" in capsys.readouterr().out
-
-
-def test_more_runs_of_other_arms_do_not_replace_seeds_that_only_the_file_has(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [{}, {"random-0.001": 0.5}], ids=["fewer runs", "more runs, of another arm"])
+def test_seeds_that_only_the_file_has_are_not_replaced(folder, monkeypatch, capsys, more):
     monkeypatch.setattr(timing, "RESULTS", folder / "results")
     report.write(folder, SCALE, "test")
     path = folder / "results" / "ladder_test.json"
     before = json.loads(path.read_text())["cells"]
     (folder / CELL.name / "seed-2" / "held_out-1.done").unlink()  # interaction of one seed
     for seed in range(CELL.seeds):
-        evaluation(folder, seed, 2, {"random-0.001": 0.5})
+        evaluation(folder, seed, 2, more)
     report.write(folder, SCALE, "test")
     assert json.loads(path.read_text())["cells"] == before
+    assert "some: fewer seeds of interaction here than in the file, which stays as it is" in capsys.readouterr().out
 
 
 def test_arms_without_a_common_seed_are_not_compared(folder):
