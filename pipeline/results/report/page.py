@@ -24,7 +24,7 @@ from pipeline.results.report.figures import kl_maps, match_maps, shares
 from pipeline.results.status import losses_of_line
 from pipeline.results.trace.figure import match_figure
 from pipeline.results.trace.kept import FOLDER, kept_traces
-from pipeline.results.trace.matches import read_matches
+from pipeline.results.trace.matches import has_matches, read_matches
 from pipeline.runtime.folder import HELD_OUT
 
 SPEED = {"tokens_per_s": "tokens/s", "data_wait": "share of the time", "real_share": "share of the tokens"}
@@ -94,7 +94,7 @@ def _sections(run: RunFacts) -> Iterator[Section]:
         if (right := _series(lines, HELD_OUT[1]))[0]:
             figures.append(curves({"exact match": right}, f"{step}, held-out exact match", "share"))
         yield Section(f"{step}: losses", f"{len(lines)} updates so far.", figures)
-    if lines := [line for line in run.lines["interact"] if line.get("match")]:
+    if lines := [line for line in run.lines["interact"] if has_matches(line)]:
         yield _matching(run, lines)
     if speeds := list(_speeds(run)):
         yield Section("Speed", "Of one rank's clock; waiting for data is part of each update.", speeds)

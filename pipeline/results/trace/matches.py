@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.runtime.folder import read_metrics
 
@@ -19,12 +20,17 @@ class Matches:
     updates: int
 
 
+def has_matches(line: Mapping[str, Any]) -> bool:
+    """Whether a student layer was matched in the line's update; with `matching: last_only` none ever is."""
+    return any(layer is not None for layer in line.get("match", ()))
+
+
 def read_matches(run: Path) -> Matches | None:
     """The matches of a run's interaction, as far as it is; None where it has none.
 
     Of an update with several micro-steps the last one's match counts: the log has one an update.
     """
-    lines = [line for line in read_metrics(run) if line["step"] == "interact" and line.get("match")]
+    lines = [line for line in read_metrics(run) if line["step"] == "interact" and has_matches(line)]
     if not lines:
         return None
     students = sorted(int(name.removeprefix("layer/")) for name in lines[-1] if name.startswith("layer/"))

@@ -18,6 +18,7 @@ from pipeline.results.report.facts import differences, read_run
 from pipeline.results.report.figures import kl_maps
 from pipeline.results.report.page import loss_series
 from pipeline.results.report.run import keep_report
+from pipeline.results.trace.matches import read_matches
 from pipeline.runtime.versions import keep_environment, read_environment
 
 HOSTILE = "</pre><script>alert(1)</script>"
@@ -85,6 +86,14 @@ def test_held_out_data_is_in_the_same_curves(run, tmp_path):
     text = page_of(run, tmp_path / "other", "--output", tmp_path / "both.html")
     assert "interact, held_out_loss, in nat a token, over the updates: run, other" in text
     assert "interact, held-out exact match, in share, over the updates: run, other" in text
+
+
+def test_a_run_that_follows_the_last_layer_alone_has_no_matches_to_show(run):
+    lines = [interact_line(update) | {"match": [None, None], "kl": [], "draw_entropy": []} for update in range(1, 6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_matches(run) is None
+    text = page_of(run)
+    assert "Which teacher layer each student layer followed" not in text and "interact: losses" in text
 
 
 def test_text_from_files_is_escaped_and_nothing_is_loaded(run):
