@@ -146,6 +146,10 @@ ARMS = (
         interact=1, options={"interact.cross_entropy_weight": 1}, main=True,
     ),
     Arm(
+        "short_finetune", LAYERS, "nine tenths of interaction, then finetuning",
+        interact=0.9, reinforce=0.1, rate_of="paper",
+    ),
+    Arm(
         "interaction_answers", LAYERS, "interaction, then finetuning on the teacher's answers",
         interact=0.5, reinforce=0.5, answers=True, rate_of="paper",
     ),
@@ -161,6 +165,7 @@ ARMS = (
         "heavier_last", VARIANTS, "the last layer's KL weighs 4 (with a sweep of its own)",
         interact=1, options={"interact.last_weight": 4},
     ),
+    _variant("longer_stage_1", "verbalizers trained for three times the updates", {}, {"verbalize.steps": 360}),
     _variant("logit_lens", "no trained verbalizers", {}, {"verbalize.steps": 0}),
     _variant("sparser_layers", "teacher 2, 4, 6; student 2", {}, {"teacher.layers": [2, 4, 6], "student.layers": [2]}),
     _variant("topk_cache", "a cache of the 16 likeliest ids", {}, {"cache.codec": {"name": "topk", "k": 16}}),
