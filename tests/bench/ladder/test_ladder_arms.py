@@ -107,6 +107,7 @@ def test_programs_exist():
 
 def test_stage_1_is_named_after_the_first_arm_with_its_settings():
     assert {arm.name: arm.stage_1_name for arm in ARMS if arm.stage_1} == {
+        "longer_stage_1": "stage-1-longer_stage_1",
         "logit_lens": "stage-1-logit_lens",
         "sparser_layers": "stage-1-sparser_layers",
         "topk_cache": "stage-1-topk_cache",
