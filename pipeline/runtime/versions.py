@@ -17,7 +17,8 @@ from data_prep.schema import parse_json
 from pipeline.recipe.resolve import SHIPPED
 from pipeline.runtime.folder import done, write_json
 
-PROJECT = "vlsi"
+PROJECT = "vlsi-distillation"
+"""As pip knows it. `vlsi` on PyPI is another project."""
 FOLDER = "environment"
 """Folder of a run: one JSON file for each step that has begun, by the step's name."""
 

@@ -31,7 +31,9 @@ def add_lora(model: nn.Module, training: StudentTraining, seed: int) -> None:
     try:
         from peft import inject_adapter_in_model
     except ImportError:
-        raise RecipeError("lora_rank is set, but peft is not installed: pip install -e '.[lora]'") from None
+        raise RecipeError(
+            "lora_rank is set, but peft is not installed: pip install -e '.[lora]' in the checkout"
+        ) from None
     stack = decoder_layers(model)
     config = _config(training, adapted_layers(stack, training.lora_targets))
     with torch.random.fork_rng(devices=[]):  # the same adapters on every rank

@@ -139,7 +139,7 @@ def mpirun(ranks: int, arguments: Sequence[str]) -> subprocess.CompletedProcess[
     beside = Path(sys.executable).with_name("mpirun")
     program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
-        pytest.skip("no mpirun: pip install 'vlsi[mpi]'")
+        pytest.skip("no mpirun: pip install -e '.[mpi]'")
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.run(
         [program, "-n", str(ranks), "--oversubscribe", *arguments],

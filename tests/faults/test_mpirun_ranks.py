@@ -18,7 +18,7 @@ def test_a_batch_that_three_ranks_cannot_share_is_refused_by_all_before_a_model_
     beside = Path(sys.executable).with_name("mpirun")
     program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
-        pytest.skip("no mpirun: pip install 'vlsi[mpi]'")
+        pytest.skip("no mpirun: pip install -e '.[mpi]'")
     recipe = tiny_recipe(tmp_path, tiny_models, "qwen2_vl", write_data(tmp_path / "data", 16))
     unset = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(

@@ -205,7 +205,7 @@ def test_a_logger_that_is_not_installed_is_refused_with_its_extra(tmp_path, valu
     path = write(tmp_path, values)
     check_recipe(load_recipe(path, ["log_to=[tensorboard]"]).recipe, STEPS)  # is always there
     monkeypatch.setattr(metadata, "version", version)
-    with pytest.raises(RecipeError, match=r"log_to: wandb is not installed: pip install 'vlsi\[wandb\]'"):
+    with pytest.raises(RecipeError, match=r"log_to: wandb is not installed: pip install -e '.\[wandb\]'"):
         check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("interact",))
     check_recipe(load_recipe(path, ["log_to=[wandb]"]).recipe, ("cache",))  # shows nothing there
     check_recipe(load_recipe(path, ["log_to=[]"]).recipe, STEPS)

@@ -95,7 +95,7 @@ def test_mpirun_ends_with_the_code_its_ranks_leave_with(code):
     beside = Path(sys.executable).with_name("mpirun")
     program = str(beside) if beside.is_file() else shutil.which("mpirun")
     if program is None:
-        pytest.skip("no mpirun: pip install 'vlsi[mpi]'")
+        pytest.skip("no mpirun: pip install -e '.[mpi]'")
     rank = f"from mpi4py import MPI; from pipeline.runtime.launcher import leave; leave({code})"
     root = {"RANK": "0", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = [program, "-n", "2", "--oversubscribe", sys.executable, "-c", rank]

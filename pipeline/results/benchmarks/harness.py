@@ -62,7 +62,7 @@ def versions(python: Path) -> dict[str, str | None]:
     if missing:
         raise RecipeError(
             f"--benchmarks needs lmms-eval, and {python} has no {', '.join(missing)}. Install the extra `eval` "
-            "(pip install 'vlsi[eval]', or in a checkout pip install -e '.[eval]'), or name the interpreter of an "
+            "(pip install -e '.[eval]' in the checkout), or name the interpreter of an "
             "environment that has them: --eval-python PATH (docs/benchmarks.md)"
         )
     return found
