@@ -34,7 +34,7 @@ lock:  ## make constraints.txt from setup.cfg and constraints.in again; ARGS=--u
 	@$(RUN) uv pip compile setup.cfg constraints.in --universal --python-version 3.10 $(LOCKED:%=--extra %) --no-annotate \
 	  --custom-compile-command "make lock" --quiet --output-file constraints.txt $(ARGS)
 
-demo: $(STAMP)  ## the whole story on 2 CPU cores, about 5 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
+demo: $(STAMP)  ## the whole story on 2 CPU cores, about 7 minutes; SEED=0 NOISE=0.4 DATA=puzzles|easy-vqa
 	@$(RUN) bash launch/demo.sh
 
 demo-models: $(STAMP)  ## train the shipped demo models again, over an hour; ARGS='--pair puzzles --device cuda'
@@ -51,7 +51,7 @@ test-cluster: $(STAMP)  ## a real SLURM of two nodes, two hosts, kills, faults a
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n $(or $(JOBS),2) --dist loadfile tests/faults
 
 # lmms-eval lies apart, with pins of its own: it holds packages below the versions that the project is tested with.
-test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a local task, 2 minutes; installs build/lmms-eval
+test-benchmarks: $(STAMP)  ## the real lmms-eval on exported tiny students and a local task, 3 minutes; installs build/lmms-eval
 	@test -d build/lmms-eval/lmms_eval || $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	  --target build/lmms-eval --requirement tests/results/benchmarks/lmms_eval_requirements.txt
 	@$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -s -m benchmarks tests/results/benchmarks $(ARGS)

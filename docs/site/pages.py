@@ -19,18 +19,23 @@ from docs.site.recipes import recipes_page
 
 FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 """Pages from the repository's root -> their place in the site."""
-INDEX = "decisions/index.md"
-MADE = {"docs/decisions": INDEX, "pipeline/recipe/schema.py": "recipe_fields.md", "recipes": "recipes.md"}
+INDEX, COMMANDS = "decisions/index.md", "commands.md"
+MADE = {"docs/decisions": INDEX, "pipeline/recipe/schema.py": "recipe_fields.md", "recipes": "shipped_recipes.md"}
 """What a link in the repository leads to -> the page that is made from it."""
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
 def write_pages(root: Path, output: Path) -> None:
-    """Write OUTPUT/mkdocs.yml and OUTPUT/pages/. Raises FileNotFoundError, naming page and link, for a broken link."""
+    """Write OUTPUT/mkdocs.yml and OUTPUT/pages/.
+
+    Raises FileNotFoundError, naming page and link, for a broken link, and ValueError where two pages would be one.
+    """
     for folder in ("pages", "site"):
         shutil.rmtree(output / folder, ignore_errors=True)
     places = sources(root)
+    if taken := set(places.values()) & {*MADE.values(), COMMANDS}:
+        raise ValueError(f"a page that is made and one of the repository would both be {', '.join(sorted(taken))}")
     pages = output / "pages"
     for source, place in places.items():
         _write(pages / place, relinked(source.read_text(encoding="utf-8"), source, root, pages))
@@ -38,7 +43,7 @@ def write_pages(root: Path, output: Path) -> None:
     _write(pages / INDEX, _index(pages, decisions))
     _write(pages / MADE["pipeline/recipe/schema.py"], recipe_fields_page())
     _write(pages / MADE["recipes"], recipes_page(root / "recipes"))
-    _write(pages / "commands.md", commands_page())
+    _write(pages / COMMANDS, commands_page())
     shutil.copytree(root / "docs" / "figures", pages / "figures")
     shutil.copytree(root / "docs" / "site" / "assets", pages / "assets")
     _write(output / "mkdocs.yml", _configuration(root, decisions))

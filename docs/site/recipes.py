@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HEAD = """# Recipes
+HEAD = """# The shipped recipes
 
 A recipe is one YAML file and has every number of a run. Those in `recipes/` are a start: copy the nearest, and change
 its models and data. [The fields of a recipe](recipe_fields.md) has the meaning of each key, and

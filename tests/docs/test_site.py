@@ -47,6 +47,14 @@ def test_the_nav_has_every_page_once(written):
     assert len(nav) == len(set(nav)) and set(nav) == found
 
 
+def test_each_page_of_the_repository_is_in_the_site_with_its_text(written, monkeypatch):
+    assert "## The pairs" in (written / "pages" / "recipes.md").read_text()
+    assert "## `recipes/wrong_answers.yaml`" in (written / "pages" / "shipped_recipes.md").read_text()
+    monkeypatch.setitem(pages.MADE, "recipes", "recipes.md")
+    with pytest.raises(ValueError, match=r"would both be recipes\.md"):
+        pages.write_pages(ROOT, written / "other")
+
+
 def test_every_field_of_a_recipe_has_its_type_default_and_meaning(tmp_path):
     page = recipe_fields.recipe_fields_page()
     keys = leaves(load_recipe(ROOT / "recipes" / "demo.yaml", [f"run={tmp_path}"]).recipe)  # not an older run of it

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import tiny_recipe
+from running import ROOT, tiny_recipe
 from tiny import write_data
 
 from launch import submit
@@ -113,6 +113,13 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     assert run(recipe, "--site", str(site), "--dry-run") == 0
     text = script(tmp_path, "stage2")
     assert f"--container-image=lab/vlsi:1 --container-mounts={os.getcwd()}:{os.getcwd()},/data:/data,/a:/b" in text
+
+
+def test_the_shipped_site_file_is_taken_and_reaches_the_jobs(recipe, tmp_path):
+    assert run(recipe, "--site", str(ROOT / "site.example.yaml"), "--dry-run") == 0
+    text = script(tmp_path, "stage2")
+    for option in ("account=lab", "partition=h100", "exclusive", "mem=0"):
+        assert f"#SBATCH --{option}\n" in text
 
 
 def test_a_site_file_with_a_slip_is_refused_whole(recipe, tmp_path, capsys):

@@ -157,7 +157,7 @@ def _advice(planned: Planned, plans: Sequence[StepPlan], machine: Machine) -> li
             lines.append(_remedy_line(planned, plan, machine))
         elif changes := faster(planned, plan.name, machine):
             better = planned.with_recipe(applied(planned.recipe, changes)).plan(plan.name, machine).time
-            hours = f"{_hours(better.seconds)} hours for {_hours(plan.time.seconds)}"
+            hours = f"{_hours(better.seconds)} hours instead of {_hours(plan.time.seconds)}"
             why = (
                 "waits for the network"
                 if plan.time.bound == "network"

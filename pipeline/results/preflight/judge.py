@@ -1,4 +1,4 @@
-"""Facts of all ranks and the recipe's needs -> what is right, what is wrong, and the mend: a line each."""
+"""Facts of all ranks and the recipe's needs -> what is right, what is wrong, and the fix: a line each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Finding:
     what: str
     right: bool
     found: str
-    mend: str = ""
+    fix: str = ""
     """What to do where it is wrong."""
 
     def __str__(self) -> str:
-        mend = f"; {self.mend}" if not self.right else ""
-        return f"{'ok    ' if self.right else 'WRONG '}{self.what + ':':<15}{self.found}{mend}"
+        fix = f"; {self.fix}" if not self.right else ""
+        return f"{'ok    ' if self.right else 'WRONG '}{self.what + ':':<15}{self.found}{fix}"
 
 
 def judge(facts: Sequence[Facts], needed: Needs | None) -> list[Finding]:
@@ -49,18 +49,18 @@ def _hosts(facts: Sequence[Facts]) -> Finding:
     ranks = [sum(f.host == host for f in facts) for host in _hosts_of(facts)]
     counts = sorted(set(ranks))
     text = f"{len(ranks)} reached, {' or '.join(map(str, counts))} ranks each: {_names(_hosts_of(facts))}"
-    mend = "give each the same number: slots in the hostfile, or --ntasks-per-node"
-    return Finding("hosts", len(counts) == 1, text, mend)
+    fix = "give each the same number: slots in the hostfile, or --ntasks-per-node"
+    return Finding("hosts", len(counts) == 1, text, fix)
 
 
-def _same(what: str, facts: Sequence[Facts], values: Sequence[str], mend: str) -> Finding:
+def _same(what: str, facts: Sequence[Facts], values: Sequence[str], fix: str) -> Finding:
     """values: of each rank."""
     hosts: dict[str, list[str]] = {}
     for f, value in zip(facts, values, strict=True):
         hosts.setdefault(value, []).append(f.host)
     if len(hosts) == 1:
         return Finding(what, True, values[0])
-    return Finding(what, False, ", ".join(f"{value} on {_names(on)}" for value, on in hosts.items()), mend)
+    return Finding(what, False, ", ".join(f"{value} on {_names(on)}" for value, on in hosts.items()), fix)
 
 
 def _versions(facts: Sequence[Facts]) -> Finding:
@@ -68,8 +68,8 @@ def _versions(facts: Sequence[Facts]) -> Finding:
     compared = {name: _same(name, facts, [f.versions.get(name, "none") for f in facts], "") for name in names}
     differing = [f"{name}: {finding.found}" for name, finding in compared.items() if not finding.right]
     if differing:
-        mend = "use one environment on all nodes: a shared disk or a container; PATH in .deepspeed_env chooses it"
-        return Finding("versions", False, "; ".join(differing), mend)
+        fix = "use one environment on all nodes: a shared disk or a container; PATH in .deepspeed_env chooses it"
+        return Finding("versions", False, "; ".join(differing), fix)
     shown = ", ".join(f"{name} {facts[0].versions.get(name)}" for name in ("python", "torch", "deepspeed"))
     return Finding("versions", True, f"{shown}; {len(names)} packages the same everywhere")
 
@@ -83,8 +83,8 @@ def _paths(facts: Sequence[Facts]) -> list[Finding]:
             found.append(Finding(key, False, text, f"mount it there, or correct {key} in the recipe"))
         elif len({f.paths[key] for f in facts}) > 1:
             text = f"another file on {_names([f.host for f in facts if f.paths[key] != facts[0].paths[key]])}"
-            mend = f"{key} must be on a disk that all nodes share, or be copied to all of them again"
-            found.append(Finding(key, False, text, mend))
+            fix = f"{key} must be on a disk that all nodes share, or be copied to all of them again"
+            found.append(Finding(key, False, text, fix))
     seen = [key for key in facts[0].paths if key not in {finding.what for finding in found}]
     for key in facts[0].unwritable:
         if outside := [f for f in facts if f.unwritable[key]]:
@@ -102,13 +102,13 @@ def _memory(facts: Sequence[Facts], needed: Needs) -> list[Finding]:
               "lower data.workers, or give more: mount -o remount,size=64G /dev/shm; docker run --shm-size=64g"),
     ]  # fmt: skip
     if any(f.device_free is not None for f in facts):
-        mend = "end what else runs there, or let python -m pipeline plan say which field of the recipe makes it fit"
-        found.append(_room("GPU memory", facts, lambda f: f.device_free, needed.device, mend))
+        fix = "end what else runs there, or let python -m pipeline plan say which field of the recipe makes it fit"
+        found.append(_room("GPU memory", facts, lambda f: f.device_free, needed.device, fix))
     return found
 
 
 def _room(
-    what: str, facts: Sequence[Facts], free: Callable[[Facts], int | None], need: tuple[int, str], mend: str
+    what: str, facts: Sequence[Facts], free: Callable[[Facts], int | None], need: tuple[int, str], fix: str
 ) -> Finding:
     size, step = need
     rooms: dict[str, int] = {}  # of a host's GPUs, the one that has least
@@ -119,20 +119,18 @@ def _room(
     least = min(rooms.values(), default=0)
     wanted = f"{size_text(size)} needed{f' by {step}' if step else ''}"
     text = f"{size_text(least)} free, {wanted}" + (f", on {_names(short)}" if short else "")
-    return Finding(what, not short, text, mend)
+    return Finding(what, not short, text, fix)
 
 
 def _devices(facts: Sequence[Facts]) -> Finding:
     sick = [f for f in facts if f.device_problem]
     if sick:
         text = f"{sick[0].device} {sick[0].local_rank} of {sick[0].host}: {sick[0].device_problem}"
-        mend = (
-            f"leave the node out and tell its keeper: sbatch --exclude={sick[0].host}, or strike it from the hostfile"
-        )
-        return Finding("devices", False, text, mend)
+        fix = f"leave the node out and tell its keeper: sbatch --exclude={sick[0].host}, or strike it from the hostfile"
+        return Finding("devices", False, text, fix)
     if shared := _shared_device(facts):
-        mend = "each rank needs a GPU of its own: no more ranks of a node than GPUs, and no CUDA_VISIBLE_DEVICES of one"
-        return Finding("devices", False, shared, mend)
+        fix = "each rank needs a GPU of its own: no more ranks of a node than GPUs, and no CUDA_VISIBLE_DEVICES of one"
+        return Finding("devices", False, shared, fix)
     return _same("devices", facts, [f.device for f in facts], "leave the odd nodes out, or the slowest sets the pace")
 
 

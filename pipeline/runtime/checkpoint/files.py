@@ -203,10 +203,10 @@ def write_problem(folder: Path, error: OSError, needed: int) -> str:
     """What kept a checkpoint of so many bytes from being written, with what is free, and what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     room = f": it needs {needed:,} bytes, and {_free(folder):,} are free" if full else ""
-    mend = "free some, or lower keep_checkpoints" if full else "make it writable"
+    fix = "free some, or lower keep_checkpoints" if full else "make it writable"
     return (
         f"{folder}: the checkpoint cannot be written ({error.strerror or error}){room}. Those written before it stay: "
-        f"{mend}, and run the same command again"
+        f"{fix}, and run the same command again"
     )
 
 
