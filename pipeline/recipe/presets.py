@@ -27,7 +27,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "paper": Preset("the paper's order: interaction, then finetuning on the responses", {}),
     "wrong_answers": Preset(
-        "interaction to the end, no finetuning: the teacher's layers correct wrong answers", {"reinforce.steps": 0}
+        "interaction to the end, no finetuning: the given answers are not trained on", {"reinforce.steps": 0}
     ),
     "clean_answers": Preset(
         "interaction to the end with cross-entropy on the responses beside it, no finetuning after it",
