@@ -9,6 +9,10 @@ MAIN, MATCHINGS, ALL = "main", "matchings", "all"
 """Which arms a cell runs: the main ones, these and those that match other layers, or all."""
 
 
+VARIANT_SEEDS = 3
+"""Variants say where to look: they have fewer seeds than the arms that are quoted."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train the student, in multiples of a cell's number of updates."""
@@ -36,6 +40,10 @@ class Arm:
     """The arm whose learning rate it takes; None: it has a sweep of its own."""
     main: bool = False
     """Whether it runs in every cell."""
+
+    def seeds(self, of_cell: int) -> range:
+        """The seeds that it runs on in a cell: all of them, but of a variant at most VARIANT_SEEDS."""
+        return range(min(of_cell, VARIANT_SEEDS) if self.group == VARIANTS else of_cell)
 
     @property
     def stage_1_name(self) -> str:

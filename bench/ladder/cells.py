@@ -88,6 +88,7 @@ class Cell:
     updates: int = 300
     held_out: int = 500
     seeds: int = 5
+    """Of the arms that are compared; variants have fewer (bench/ladder/arms.py)."""
     arms: str = MAIN
     stage_1: int | None = None
     """Updates of the verbalizers; None: the recipe's."""

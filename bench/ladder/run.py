@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,10 +57,14 @@ def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[s
     ]
     if len(scale.learning_rates) > 1:
         run_jobs(
-            _jobs(folder, cell, tried, SWEEP_SEEDS, other_task=False), workers, f"{cell.name}: sweep", scale.device
+            _jobs(folder, cell, dict.fromkeys(SWEEP_SEEDS, tried), other_task=False),
+            workers,
+            f"{cell.name}: sweep",
+            scale.device,
         )
     chosen = [choose(folder, cell, scale, arm) for arm in arms]
-    run_jobs(_jobs(folder, cell, chosen, range(seeds), other_task=True), workers, f"{cell.name}: seeds", scale.device)
+    quoted = {seed: [one for one in chosen if seed in one.arm.seeds(seeds)] for seed in range(seeds)}
+    run_jobs(_jobs(folder, cell, quoted, other_task=True), workers, f"{cell.name}: seeds", scale.device)
 
 
 def _models(cell: Cell) -> list[Job]:
@@ -67,8 +72,12 @@ def _models(cell: Cell) -> list[Job]:
     return [Job(Path(cell.task.models, role), command) for role, command in cell.task.made_by.items()]
 
 
-def _jobs(folder: Path, cell: Cell, tried: list[Tried], seeds, other_task: bool) -> list[Job]:
-    return [job for seed in seeds for job in SeedFolder(folder / cell.name, cell, seed, other_task).jobs(tried)]
+def _jobs(folder: Path, cell: Cell, by_seed: Mapping[int, list[Tried]], other_task: bool) -> list[Job]:
+    return [
+        job
+        for seed, tried in by_seed.items()
+        for job in SeedFolder(folder / cell.name, cell, seed, other_task).jobs(tried)
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from bench.ladder import run
+from bench.ladder.arms import ALL, ARMS, BY_NAME, VARIANTS
 from bench.ladder.cells import SCALES, SWEEP_SEEDS, Cell, Scale
 from bench.ladder.jobs import JobsFailed
 
@@ -36,6 +37,18 @@ def test_every_rate_is_tried_on_the_sweeps_seed_and_one_on_the_quoted_ones(asked
     assert {job.path.parent.name for job in by_title["first: sweep"]} == {f"seed-{seed}" for seed in SWEEP_SEEDS}
     assert quoted == {"seed-0": "finetune-0.001", "seed-1": "finetune-0.001"}, "nothing has run: the grid's first"
     assert len(reports) == 1
+
+
+def test_variants_run_on_three_seeds_and_what_they_are_compared_with_on_all(asked, monkeypatch):
+    jobs, _, start = asked
+    cell = Cell("all", "all", "puzzles", 0.4, seeds=5, arms=ALL)
+    monkeypatch.setitem(SCALES, "cpu", Scale((cell,), learning_rates=(3e-3,)))
+    start()
+    runs = [job.path for job in dict(jobs)["all: seeds"]]
+    seeds = {arm.name: sorted(path.parent.name for path in runs if path.name == f"{arm.name}-0.003") for arm in ARMS}
+    few, all_five = [f"seed-{seed}" for seed in range(3)], [f"seed-{seed}" for seed in range(5)]
+    assert seeds.pop("finetune_early") == [], "its rate has a factor beside it"
+    assert seeds == {name: few if BY_NAME[name].group == VARIANTS else all_five for name in seeds}
 
 
 def test_a_cell_that_fails_does_not_keep_the_others_from_running(asked, monkeypatch):
