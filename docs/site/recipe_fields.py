@@ -14,9 +14,9 @@ from pipeline.recipe.schema import Recipe
 
 HEAD = """# The fields of a recipe
 
-A recipe is one YAML file; [the shipped ones](shipped_recipes.md) are examples. Each field is set in the file or on the
-command line: `--set interact.steps=100`. A field without a default must be set. An unknown one is an error, and all errors
-are reported before a model is loaded. "Paper" is VLsI, arXiv 2412.01822. This page is made from
+A recipe is one YAML file; [the shipped ones](shipped_recipes.md) are examples. Each field is set in the file or on
+the command line: `--set interact.steps=100`. A field without a default must be set. An unknown one is an error, and
+all errors are reported before a model is loaded. "Paper" is VLsI, arXiv 2412.01822. This page is made from
 `pipeline/recipe/schema.py`.
 """
 BOUNDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "{} or less"}
