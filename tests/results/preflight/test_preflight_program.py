@@ -98,8 +98,10 @@ def test_the_disk_must_hold_what_is_still_to_be_written(recipe):
     steps = ["verbalize", "cache", "interact", "reinforce"]
     whole = needs(loaded, steps, 2, 2)
     # Of six verb-FFNs of width 32 three matrices each, 12 bytes an element, three checkpoints at a time.
-    assert whole.disk == sum(needs(loaded, [step], 2, 2).disk for step in steps)
     assert needs(loaded, ["verbalize"], 2, 2).disk > 3 * 12 * (4 + 2) * 3 * 32 * 32
+    # Both steps train the whole student. interact's checkpoints are gone before reinforce writes its first.
+    interact, reinforce = (needs(loaded, [step], 2, 2).disk for step in steps[2:])
+    assert interact == reinforce and needs(loaded, steps[2:], 2, 2).disk < 1.5 * interact
     begun = loaded.run / "cache" / "sampled-1"
     begun.mkdir(parents=True)
     (begun / "cache.json").touch()
@@ -107,6 +109,22 @@ def test_the_disk_must_hold_what_is_still_to_be_written(recipe):
     (begun / "000000.tar").write_bytes(bytes(before // 2))
     assert needs(loaded, ["cache"], 2, 2).disk == before - before // 2
     assert whole.memory[0] > 0 and whole.device[1] in steps
+
+
+def test_a_run_that_was_stopped_needs_no_room_for_checkpoints_that_it_has(recipe):
+    loaded, steps = load_recipe(recipe).recipe, ["interact", "reinforce"]
+    before = needs(loaded, steps, 2, 2).disk
+    for update in (1, 2):
+        stands = loaded.run / "interact" / "checkpoints" / f"update_{update:09}"
+        stands.mkdir(parents=True)
+        (stands / "rank_00000.safetensors").write_bytes(bytes(1000))
+    aside = stands.with_name("damaged_000000003")  # for the user to remove: the run makes no room of it
+    aside.mkdir()
+    (aside / "rank_00000.safetensors").write_bytes(bytes(1000))
+    assert needs(loaded, steps, 2, 2).disk == before - 2000
+    (stands / "rank_00001.safetensors").write_bytes(bytes(before))
+    results = needs(loaded, steps, 2, 2).disk
+    assert 0 < results < before, "the students are still to be written"
 
 
 def test_a_folder_that_cannot_be_written_says_why(tmp_path):
