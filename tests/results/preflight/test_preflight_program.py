@@ -11,6 +11,7 @@ from s3 import s3_server
 from tiny import write_data
 
 from data_prep.storage import listed, location
+from launch import preflight
 from pipeline.errors import REQUEUE_EXIT, RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.results.preflight.needs import needs
@@ -55,8 +56,7 @@ def end_of_a_wait(capsys, monkeypatch) -> str:
     """What a rank says that has waited for the others too long."""
     codes: list[int] = []
     monkeypatch.setattr("os._exit", codes.append)
-    deadline = Deadline(2, 0.05)
-    deadline.at = JOINING
+    deadline = Deadline(2, JOINING, 0.05)
     deadline.timer.join(30)
     assert codes == [2]
     return capsys.readouterr().err
@@ -75,6 +75,32 @@ def test_a_rank_says_whether_the_meeting_point_answers(meeting, capsys, monkeypa
     assert "it answers, so look at the ranks that do not say this" in end_of_a_wait(capsys, monkeypatch)
     meeting.close()
     assert "it does not answer ([Errno 111] Connection refused)" in end_of_a_wait(capsys, monkeypatch)
+
+
+def test_the_minute_begins_when_all_ranks_are_there(recipe, monkeypatch):
+    """Imports from a cold disk, or an image that one node still pulls, once ended a job for good after 55 s."""
+    limits: list[float] = []
+
+    class Looked(Exception):
+        pass
+
+    def join(verbose: bool) -> Ranks:
+        limits.append(deadline.timer.interval)
+        return Ranks()
+
+    def look(*_) -> None:
+        limits.append(deadline.timer.interval)
+        raise Looked
+
+    monkeypatch.setattr("pipeline.runtime.engine.start", join)
+    monkeypatch.setattr("pipeline.results.preflight.facts.look", look)
+    deadline = Deadline(2)
+    started = deadline.timer
+    with pytest.raises(Looked):
+        preflight._preflight(preflight.parser().parse_args(["--recipe", str(recipe)]), deadline)
+    deadline.call_off()
+    assert [started.interval, *limits] == [590, 590, 55], "s to start, to meet as a training does, for all else"
+    assert started.finished.is_set(), "what was counted before ends nothing any more"
 
 
 def test_a_job_that_is_asked_to_end_before_it_began_may_be_started_again(recipe):
