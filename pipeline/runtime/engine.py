@@ -44,7 +44,7 @@ def start(verbose: bool = False, limit_minutes: float = 10.0) -> Ranks:
     # Under mpirun each rank asks MPI for its place, and DeepSpeed would overwrite a port that the user chose.
     port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
     deepspeed.init_distributed(distributed_port=port, verbose=verbose)
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=limit_minutes))
+    _limit_collectives(timedelta(minutes=limit_minutes))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = get_accelerator().device_name(local) if get_accelerator().device_name() != "cpu" else "cpu"
     if device != "cpu":
@@ -357,6 +357,16 @@ def _share_node_groups() -> None:
 
     make = groups._create_zero_param_parallel_group
     groups._create_zero_param_parallel_group = share
+
+
+def _limit_collectives(limit: timedelta) -> None:
+    """How long a collective may take: of all ranks' group, and of those that DeepSpeed makes later by torch's defaults.
+
+    ZeRO-1 and ZeRO-2 sum gradients in one of them, hpZ gathers weights in others.
+    """
+    c10d = torch.distributed.distributed_c10d
+    c10d._set_pg_timeout(limit)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit
 
 
 def _skip_shared_memory_kernel() -> None:
