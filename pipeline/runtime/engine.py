@@ -245,19 +245,14 @@ class Engine:
         return whole
 
     def fingerprints(self) -> dict[str, int]:
-        """For each parameter, the sum of this rank's bits: of its float32 master where it trains, else of itself."""
-        return {name: _bits(self._local(p)) for name, p in self.module.named_parameters()}
+        """For each frozen parameter, the sum of the bits of what this rank has of it."""
+        frozen: Any = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        return {name: _bits(p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()) for name, p in frozen}
 
-    def _local(self, parameter: nn.Parameter) -> Tensor:
-        if parameter.requires_grad:
-            master = (
-                deepspeed.utils.safe_get_local_fp32_param(parameter)
-                if self.stage == 3
-                else deepspeed.utils.safe_get_full_fp32_param(parameter)
-            )
-            if master is not None:
-                return master.detach()
-        return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()
+    def with_gradient(self) -> set[str]:
+        """The trained parameters that have had a gradient other than zero, in the share that this rank updates."""
+        pieces = self.trained_state().pieces()
+        return {piece.span.name for piece in pieces if piece.values["exp_avg"].any()}
 
 
 def _bits(values: Tensor) -> int:
