@@ -32,7 +32,7 @@ from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.ranks import Ranks, gather_lists, of_first_rank, sum_over_ranks
-from pipeline.runtime.schedule import learning_rate
+from pipeline.runtime.schedule import check_warmup, learning_rate
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,14 @@ def train(
     may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. The last update is
     checkpointed too: what comes after it, such as an export, may fail.
 
-    Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad.
+    Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad,
+    RecipeError where a step that begins would end in its warm-up.
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward, held_out)
     try:
+        if loop.resumed_from is None:
+            check_warmup(name, training, total)
         check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
         feed = loop.resume_and_load(dataset)
         for update in range(loop.first, total):
