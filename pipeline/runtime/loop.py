@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,9 @@ class Job:
     recipe: Recipe
     ranks: Ranks
     stop_after: int | None = None
-    """Checkpoint and stop cleanly after this many updates of this invocation."""
+    """Checkpoint and stop cleanly after this many updates of this invocation, over its steps."""
+    made: Counter[str] = field(default_factory=Counter)
+    """Updates of this invocation, by step."""
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -51,6 +54,10 @@ class Job:
     def has_done(self, step: str) -> bool:
         """Whether a step is complete, as rank 0 sees it, so that all ranks decide alike. All ranks must call."""
         return of_first_rank(done(self.recipe.run / step) is not None)
+
+    def is_over(self) -> bool:
+        """Whether this invocation has made the updates after which it is to stop."""
+        return self.stop_after is not None and self.made.total() >= self.stop_after
 
 
 @dataclass(frozen=True)
@@ -221,8 +228,8 @@ class _Loop:
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
         begun = time.monotonic()
-        stop_after = self.job.stop_after
-        stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
+        self.job.made[self.name] += 1
+        stopping = self.job.is_over() and updates < self.total
         self.checkpoints.publish()
         if stopping or self._is_due(updates):
             self._save(updates, feed)
