@@ -2,15 +2,16 @@
 
     vlsi-train --stage 1 --recipe R
     vlsi-train --num_gpus 4 --stage 2 --recipe R
-    srun vlsi-train --stage 2 --recipe R
+    srun bash LAUNCH/slurm/as_rank.sh vlsi-train --stage 2 --recipe R
 
 Options that the program itself does not know go to DeepSpeed's launcher. Under another launcher (torchrun, mpirun, srun
-with RANK set) the program runs as it is.
+with as_rank.sh, which sets RANK) the program runs as it is. LAUNCH is the folder of this file.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -52,5 +53,20 @@ def command(program: ModuleType, arguments: Sequence[str]) -> list[str]:
 def _start(program: ModuleType, arguments: Sequence[str]) -> int:
     if any(name in os.environ for name in LAUNCHED):
         return program.main(list(arguments))
+    if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:  # of srun; not set in a batch script itself
+        return _refuse_bare_tasks(tasks, arguments)
     line = command(program, arguments)
     os.execvp(line[0], line)
+
+
+def _refuse_bare_tasks(tasks: int, arguments: Sequence[str]) -> int:
+    """The exit code of each of srun's tasks; the first says why."""
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        as_rank = Path(__file__).resolve().parent / "slurm" / "as_rank.sh"
+        own = shlex.join([Path(sys.argv[0]).name, *arguments])
+        print(
+            f"error: expected RANK in the environment of each of srun's {tasks} tasks, found none: each would start "
+            f"ranks of its own. Run: srun bash {as_rank} {own}",
+            file=sys.stderr,
+        )
+    return 2

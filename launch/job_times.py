@@ -36,13 +36,12 @@ def seconds(time: str) -> int:
 
 
 def check_warning(times: Mapping[str, str], warning_s: int) -> None:
-    """Raise RecipeError where ranks would be told to checkpoint before they had done much."""
+    """Raise RecipeError where a job would be told to end before it had done much."""
     for name, time in times.items():
-        if name in STEPS_OF and seconds(time) < 2 * warning_s:
+        if name != "data" and seconds(time) < 2 * warning_s:  # that one alone gets no warning: job_script.options
             raise RecipeError(
-                f"--time {name}={time}: expected at least twice the {warning_s} s before the end at which ranks are "
-                "told to checkpoint, or the job only goes back to the queue; ask for more, or lower warning_s in the "
-                "site file"
+                f"--time {name}={time}: expected at least twice the {warning_s} s before the limit at which the job is "
+                "told to end, or it only goes back to the queue; ask for more, or lower warning_s in the site file"
             )
 
 

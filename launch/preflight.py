@@ -1,4 +1,4 @@
-"""Before a job: are all ranks reached, alike, and is there room for what the recipe needs? Under a minute.
+"""Before a job: are all ranks reached, alike, and is there room for what the recipe needs?
 
     deepspeed --hostfile hostfile launch/preflight.py --recipe recipes/NAME.yaml
     srun launch/slurm/as_rank.sh python launch/preflight.py --recipe recipes/NAME.yaml
@@ -7,7 +7,7 @@
 Start it as the training is started: by deepspeed, torchrun, mpirun or srun; alone it looks at this machine only. It
 joins the ranks, compares commits and versions, looks at and writes to the shared paths, holds disk, memory, /dev/shm
 and GPU memory against the plan, lets each GPU compute, and sums over all ranks. One line each; the exit code is 2 where
-a line says WRONG.
+a line says WRONG. It takes under a minute once all ranks are there, for which it waits as long as a training does.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     from pipeline.recipe.resolve import load_recipe
     from pipeline.results.preflight.facts import look, paths_of, written_by
     from pipeline.results.preflight.judge import judge
-    from pipeline.results.preflight.together import JOINING, share_folder, sum_together
+    from pipeline.results.preflight.together import JOIN_S, JOINING, LIMIT_S, share_folder, sum_together
     from pipeline.runtime import engine
     from pipeline.runtime.folder import done
     from pipeline.runtime.node import loader_workers, rank_share
@@ -92,9 +92,9 @@ def _preflight(options: argparse.Namespace, deadline: Deadline) -> bool:
     steps = options.steps or [
         step for step in STEPS if step not in recipe.left_to_another_run() and not done(recipe.run / step)
     ]
-    deadline.at = JOINING
+    deadline.begin(JOINING, JOIN_S)
     ranks = engine.start(options.verbose)
-    deadline.at = f"looking at {recipe.run} and what {options.recipe} names"
+    deadline.begin(f"looking at {recipe.run} and what {options.recipe} names", LIMIT_S)
     own = look(recipe, paths_of(recipe, steps), ranks.rank, ranks.device)
     unwritable = {key: share_folder(folder, ranks) for key, folder in written_by(recipe, steps).items()}
     facts = gather_lists([replace(own, unwritable=unwritable)])

@@ -115,6 +115,8 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
     try:
         for step in steps:
             heed_stop(f"{step}: not begun")
+            if job.is_over():
+                raise Stopped(f"stopped after {stop_after} updates, before {step}; the same command goes on from here")
             watch.doing(f"{step}: opening data and models", long=True)
             if step == "cache" and resolved.recipe.cache_from is not None:
                 job.say(f"cache: that of {resolved.recipe.cache_from}, which stage 2 reads there")

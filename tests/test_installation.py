@@ -99,6 +99,24 @@ def test_under_a_launcher_the_program_runs_as_it_is(monkeypatch):
     assert console.train() == 0 and ran == [["--stage", "1", "--recipe", "R"]]
 
 
+def test_tasks_of_srun_that_do_not_know_their_rank_start_no_launcher_each(monkeypatch, capsys):
+    monkeypatch.setattr("os.execvp", lambda *_: pytest.fail("a launcher for each task"))
+    monkeypatch.setattr("sys.argv", ["/bin/vlsi-train", "--stage", "1", "--recipe", "R"])
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    said = []
+    for task in ("0", "7"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        assert console.train() == 2
+        said.append(capsys.readouterr().err)
+    assert "expected RANK in the environment of each of srun's 8 tasks" in said[0] and said[1] == "", "said once"
+    assert f"Run: srun bash {ROOT}/launch/slurm/as_rank.sh vlsi-train --stage 1 --recipe R" in said[0]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # of one task, a launcher is what is asked for
+    monkeypatch.setattr("os.execvp", lambda *line: said.append(line))
+    console.train()
+    assert len(said) == 3
+
+
 def test_a_shipped_deepspeed_config_is_found_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     recipe = ROOT / "recipes" / "demo.yaml"

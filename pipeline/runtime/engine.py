@@ -44,7 +44,7 @@ def start(verbose: bool = False, limit_minutes: float = 10.0) -> Ranks:
     # Under mpirun each rank asks MPI for its place, and DeepSpeed would overwrite a port that the user chose.
     port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
     deepspeed.init_distributed(distributed_port=port, verbose=verbose)
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=limit_minutes))
+    _limit_collectives(timedelta(minutes=limit_minutes))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = get_accelerator().device_name(local) if get_accelerator().device_name() != "cpu" else "cpu"
     if device != "cpu":
@@ -245,19 +245,14 @@ class Engine:
         return whole
 
     def fingerprints(self) -> dict[str, int]:
-        """For each parameter, the sum of this rank's bits: of its float32 master where it trains, else of itself."""
-        return {name: _bits(self._local(p)) for name, p in self.module.named_parameters()}
+        """For each frozen parameter, the sum of the bits of what this rank has of it."""
+        frozen: Any = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        return {name: _bits(p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()) for name, p in frozen}
 
-    def _local(self, parameter: nn.Parameter) -> Tensor:
-        if parameter.requires_grad:
-            master = (
-                deepspeed.utils.safe_get_local_fp32_param(parameter)
-                if self.stage == 3
-                else deepspeed.utils.safe_get_full_fp32_param(parameter)
-            )
-            if master is not None:
-                return master.detach()
-        return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()
+    def with_gradient(self) -> set[str]:
+        """The trained parameters that have had a gradient other than zero, in the share that this rank updates."""
+        pieces = self.trained_state().pieces()
+        return {piece.span.name for piece in pieces if piece.values["exp_avg"].any()}
 
 
 def _bits(values: Tensor) -> int:
@@ -357,6 +352,16 @@ def _share_node_groups() -> None:
 
     make = groups._create_zero_param_parallel_group
     groups._create_zero_param_parallel_group = share
+
+
+def _limit_collectives(limit: timedelta) -> None:
+    """How long a collective may take: of all ranks' group, and of those that DeepSpeed makes later by torch's defaults.
+
+    ZeRO-1 and ZeRO-2 sum gradients in one of them, hpZ gathers weights in others.
+    """
+    c10d = torch.distributed.distributed_c10d
+    c10d._set_pg_timeout(limit)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit
 
 
 def _skip_shared_memory_kernel() -> None:

@@ -1,4 +1,4 @@
-"""After the first updates of a step: did each tensor that trains move, and did each frozen one stay?"""
+"""After the first updates of a step: did each tensor that trains get a gradient, and did each frozen one stay?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ CHECK_AFTER = 2
 
 
 class TrainableMismatch(RuntimeError):
-    """A trained tensor did not move, or a frozen one did: the run would waste its days."""
+    """A trained tensor got no gradient, or a frozen one moved: the run would waste its days."""
 
 
 class FirstUpdatesCheck:
-    """Compares every parameter's bits before and after the first updates.
+    """Looks for each trained parameter's gradient in AdamW's first moment, and compares the bits of frozen ones.
+
+    The trained ones' bits say less: a step of a small learning rate is rounded away (1 - 1e-8 is 1 in float32), and
+    weight decay moves also what has no gradient.
 
     Tensors that only images reach are judged after as many updates with images, which may be later or never.
     """
@@ -29,6 +32,7 @@ class FirstUpdatesCheck:
         image_parts: names of submodules that text alone does not reach, such as "model.visual".
         """
         self.engine, self.may_be_unused, self.image_parts = engine, tuple(may_be_unused), tuple(image_parts)
+        self.names = [name for name, _ in engine.module.named_parameters()]
         self.before = engine.fingerprints()
         self._updates = self._with_images = 0
 
@@ -40,9 +44,9 @@ class FirstUpdatesCheck:
         self._updates += 1
         self._with_images += images > 0
         if self._updates == CHECK_AFTER:
-            self._check([name for name in self.before if not self._needs_images(name)])
+            self._check([name for name in self.names if not self._needs_images(name)])
         if self._with_images == CHECK_AFTER and images > 0:
-            self._check([name for name in self.before if self._needs_images(name)])
+            self._check([name for name in self.names if self._needs_images(name)])
 
     def never_used(self) -> list[str]:
         """Trained tensors that no image has reached so far."""
@@ -55,19 +59,20 @@ class FirstUpdatesCheck:
         return {name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad}
 
     def _check(self, names: list[str]) -> None:
-        after, trained = self.engine.fingerprints(), self._trained()
-        changed = torch.tensor([after[name] != self.before[name] for name in names], dtype=torch.int32)
-        moved = dict(zip(names, (sum_over_ranks(changed.to(self.engine.device)) > 0).tolist(), strict=True))
-        still = [name for name in names if name in trained and not moved[name]]
+        trained, reached, after = self._trained(), self.engine.with_gradient(), self.engine.fingerprints()
+        changed = [name in reached if name in trained else after[name] != self.before[name] for name in names]
+        counts = sum_over_ranks(torch.tensor(changed, dtype=torch.int32, device=self.engine.device))
+        touched = dict(zip(names, (counts > 0).tolist(), strict=True))
+        still = [name for name in names if name in trained and not touched[name]]
         still = [name for name in still if not name.endswith(self.may_be_unused)] if self.may_be_unused else still
-        drifted = [name for name in names if name not in trained and moved[name]]
+        drifted = [name for name in names if name not in trained and touched[name]]
         if still or drifted:
             of = len(trained.intersection(names))
             raise TrainableMismatch(
-                f"after {CHECK_AFTER} updates {len(still)} of {of} trained tensors have not moved{_first(still)} and "
-                f"{len(drifted)} of {len(names) - of} frozen ones have{_first(drifted)}. Such a part takes no part in "
-                "the loss, or its gradient is lost. Leave out of train what need not (projector, "
-                "vision), or report this with the recipe"
+                f"after {CHECK_AFTER} updates {len(still)} of {of} trained tensors have had no gradient{_first(still)} "
+                f"and {len(drifted)} of {len(names) - of} frozen ones have moved{_first(drifted)}. Such a part has no "
+                "part in the loss, or its gradient is lost. Leave out of train what need not (projector, vision), or "
+                "report this with the recipe"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.ranks import Ranks, gather_lists, of_first_rank, sum_over_ranks
-from pipeline.runtime.schedule import learning_rate
+from pipeline.runtime.schedule import check_warmup, learning_rate
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Job:
     recipe: Recipe
     ranks: Ranks
     stop_after: int | None = None
-    """Checkpoint and stop cleanly after this many updates of this invocation."""
+    """Checkpoint and stop cleanly after this many updates of this invocation, over its steps."""
+    made: Counter[str] = field(default_factory=Counter)
+    """Updates of this invocation, by step."""
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -51,6 +54,10 @@ class Job:
     def has_done(self, step: str) -> bool:
         """Whether a step is complete, as rank 0 sees it, so that all ranks decide alike. All ranks must call."""
         return of_first_rank(done(self.recipe.run / step) is not None)
+
+    def is_over(self) -> bool:
+        """Whether this invocation has made the updates after which it is to stop."""
+        return self.stop_after is not None and self.made.total() >= self.stop_after
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,14 @@ def train(
     may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. The last update is
     checkpointed too: what comes after it, such as an export, may fail.
 
-    Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad.
+    Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad,
+    RecipeError where a step that begins would end in its warm-up.
     """
     engine.train()
     loop = _Loop(job, name, training, total, engine, forward, held_out)
     try:
+        if loop.resumed_from is None:
+            check_warmup(name, training, total)
         check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
         feed = loop.resume_and_load(dataset)
         for update in range(loop.first, total):
@@ -218,8 +228,8 @@ class _Loop:
     def checkpoint(self, updates: int, feed: Feed) -> None:
         """Checkpoint where the recipe asks for one; raise Stopped where the command does."""
         begun = time.monotonic()
-        stop_after = self.job.stop_after
-        stopping = stop_after is not None and updates - self.first >= stop_after and updates < self.total
+        self.job.made[self.name] += 1
+        stopping = self.job.is_over() and updates < self.total
         self.checkpoints.publish()
         if stopping or self._is_due(updates):
             self._save(updates, feed)

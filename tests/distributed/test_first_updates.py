@@ -1,4 +1,4 @@
-"""The first-updates check finds a trained tensor that stands still and a frozen one that moves, on every rank alike."""
+"""The first-updates check finds trained tensors without a gradient and frozen ones that move, on every rank alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_engine import on_ranks, small_recipe
 from torch import nn
+
+from pipeline.vlm.verbalizer import VerbFFN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,8 +82,72 @@ def test_tensors_that_stand_still_or_drift_are_named_on_every_rank(tmp_path, zer
     first, second = (Path(tmp_path, f"{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert first == second, "all ranks decide alike, or the others hang"
     alone, never, with_images, drifted = first
-    assert "1 of 2 trained tensors have not moved (first: unused.weight)" in alone
-    assert "and 0 of 1 frozen ones have" in alone and "Leave out of train what need not" in alone
+    assert "1 of 2 trained tensors have had no gradient (first: unused.weight)" in alone
+    assert "and 0 of 1 frozen ones have moved." in alone and "Leave out of train what need not" in alone
     assert never == "never used: ['unused.weight']", "without images nothing is held against it"
-    assert "1 of 1 trained tensors have not moved (first: unused.weight)" in with_images, "at the second with images"
-    assert "1 of 1 frozen ones have (first: frozen.weight)" in drifted
+    assert "1 of 1 trained tensors have had no gradient (first: unused.weight)" in with_images, (
+        "at the second with images"
+    )
+    assert "1 of 1 frozen ones have moved (first: frozen.weight)" in drifted
+
+
+CASES = [
+    ("zero0", "fp32"),
+    ("zero1", "bf16"),
+    ("zero2", "fp32"),
+    ("zero3", "bf16"),
+    ("zero3_offload_optimizer", "bf16"),
+]
+WIDTH = 16
+
+
+class Learner(nn.Module):
+    """A verb-FFN that learns, and a layer without a gradient, which weight decay moves nonetheless."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.verb_ffn = VerbFFN(WIDTH, dtype=dtype)
+        self.verb_ffn.draw()
+        self.unused = nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.verb_ffn(x).float().pow(2).sum() + self.unused(x).detach().sum()
+
+
+def in_a_long_warmup(ranks) -> dict[str, tuple[str, bool]]:
+    """For each case what the check says after two updates, and whether a norm's master, all ones, stands as it was."""
+    return {f"{zero} {precision}": _in_a_long_warmup(ranks, zero, precision) for zero, precision in CASES}
+
+
+def _in_a_long_warmup(ranks, zero: str, precision: str) -> tuple[str, bool]:
+    from pipeline.runtime.engine import Engine
+    from pipeline.runtime.first_updates import FirstUpdatesCheck, TrainableMismatch
+
+    torch.manual_seed(0)
+    recipe = small_recipe(zero, precision, weight_decay=0.1)
+    engine = Engine(Learner(torch.bfloat16 if precision == "bf16" else torch.float32), recipe, recipe.interact, ranks)
+    check, said = FirstUpdatesCheck(engine), ""
+    for rate in (1e-8, 2e-8):  # learning_rate 1e-5, warmup_steps 1000
+        engine.backward(engine(torch.randn(1, WIDTH, dtype=engine.dtype)), 2)
+        engine.step(rate)
+        try:
+            check.after_update(images=0)
+        except TrainableMismatch as error:
+            said = str(error)
+    norms = [p.values["master"] for p in engine.trained_state().pieces() if p.span.name == "verb_ffn.norm.weight"]
+    still = all(bool((norm == 1).all()) for norm in norms)
+    engine.close()
+    return said, still
+
+
+@pytest.fixture(scope="module")
+def warmed_up(tmp_path_factory) -> list[dict[str, tuple[str, bool]]]:
+    return on_ranks(2, tmp_path_factory.mktemp("warm-up"), in_a_long_warmup)
+
+
+@pytest.mark.parametrize("case", [" ".join(case) for case in CASES])
+def test_a_step_that_rounding_hides_is_told_from_a_lost_gradient(warmed_up, case):
+    for of_rank in warmed_up:
+        said, still = of_rank[case]
+        assert still, "float32 has nothing between 1 and 1 - 6e-8"
+        assert "1 of 5 trained tensors have had no gradient (first: unused.weight)" in said

@@ -193,6 +193,8 @@ def test_a_time_that_leaves_no_room_for_the_warning_is_refused(recipe, capsys):
     """SLURM would send the signal at once, and the job would only ever go back to the queue."""
     assert submit.main(["--recipe", str(recipe), "--nodes", "4", "--time", "15", "--dry-run"]) == 2
     assert "--time stage1=15: expected at least twice the 600 s" in capsys.readouterr().err
+    assert run(recipe, "--time", "evaluate=10", "--dry-run") == 2, "it has no checkpoint, but is warned as the others"
+    assert "--time evaluate=10: expected at least twice the 600 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data_prep.storage import listed
 from pipeline.cache.paths import newest
 from pipeline.recipe.resolve import own_caches
 from pipeline.recipe.schema import Recipe
@@ -27,7 +28,7 @@ class Needs:
     """The most that any of the steps needs, in bytes, and which step it is."""
 
     disk: int
-    """Of all steps together: the cache, checkpoints, the student."""
+    """Of all steps together, beyond what they have written: the cache, checkpoints, the student."""
     memory: tuple[int, str]
     """Of a node."""
     shared_memory: tuple[int, str]
@@ -44,7 +45,7 @@ def needs(recipe: Recipe, steps: Sequence[str], gpus: int, gpus_per_node: int) -
     machine = Machine(gpus, ANY_MEMORY, gpus_per_node)
     plans = {step: planned.plan(step, machine) for step in steps if step in planned.steps}
     return Needs(
-        disk=sum(_disk(recipe, plan) for step, plan in plans.items() if not done(recipe.run / step)),
+        disk=_disk(recipe, [plan for step, plan in plans.items() if not done(recipe.run / step)]),
         memory=_most({step: plan.host.needed for step, plan in plans.items()}),
         # Half of a batch's bytes are its pinned copy, which is no shared memory.
         shared_memory=_most({step: plan.host.batches * 2 // 3 for step, plan in plans.items()}),
@@ -56,10 +57,21 @@ def _most(sizes: dict[str, int]) -> tuple[int, str]:
     return max(((int(size), step) for step, size in sizes.items()), default=(0, ""))
 
 
-def _disk(recipe: Recipe, plan: StepPlan) -> int:
-    """Bytes that a step has still to write in the run's folder: of the cache what is missing."""
+def _disk(recipe: Recipe, plans: Sequence[StepPlan]) -> int:
+    """Bytes that steps have still to write in the run's folder: results stay, a step's checkpoints go at its end.
+
+    So the steps' checkpoints take one room, one after the other, and those that stand (of a run that was stopped) have
+    it already.
+    """
+    stand = sum(sum(listed(recipe.run / plan.name / "checkpoints", "update_*/*").values()) for plan in plans)
+    checkpoints = max((plan.disk.checkpoints for plan in plans), default=0)
+    return max(0, checkpoints - stand) + sum(_result(recipe, plan) for plan in plans)
+
+
+def _result(recipe: Recipe, plan: StepPlan) -> int:
+    """Bytes of what a step leaves in the run's folder: of the cache those that are missing."""
     if plan.name != "cache":
-        return plan.disk.total
+        return plan.disk.result
     if recipe.cache.folder is not None:  # not on the run's disk; the cache job looks at that one
         return 0
     begun = newest(own_caches(recipe))

@@ -23,8 +23,11 @@ from pipeline.results.preflight.judge import Finding
 from pipeline.runtime.display.progress import size_text
 from pipeline.runtime.ranks import Ranks, gather_lists, of_first_rank, sum_over_ranks, wait_for_all
 
+JOIN_S = 590.0
+"""How long ranks may take to start and to meet, for disks are cold and images are still pulled: as long as a training
+waits for them. DeepSpeed gives up after 10 minutes and does not say who is missing."""
 LIMIT_S = 55.0
-"""How long all of it may take."""
+"""How long all else may take, once all ranks are there."""
 SEEN_S = 10.0
 """How long a file that one rank wrote may take to be seen by another: file systems cache what a folder holds."""
 ELEMENTS = 8 * 2**20
@@ -35,9 +38,17 @@ TIMES = 3
 class Deadline:
     """Ends this process with what it stood at, and exit code `code`, if it has not been called off by then."""
 
-    def __init__(self, code: int, limit_s: float = LIMIT_S):
-        self.at, self._code = "starting", code
-        self.timer = threading.Timer(limit_s, self._end, [limit_s])
+    def __init__(self, code: int, at: str = "starting", limit_s: float = JOIN_S):
+        self._code = code
+        self._start(at, limit_s)
+
+    def begin(self, at: str, limit_s: float) -> None:
+        """Count anew: this, and all that `at` is set to after it, may take so long."""
+        self.call_off()
+        self._start(at, limit_s)
+
+    def _start(self, at: str, limit_s: float) -> None:
+        self.at, self.timer = at, threading.Timer(limit_s, self._end, [limit_s])
         self.timer.daemon = True
         self.timer.start()
 

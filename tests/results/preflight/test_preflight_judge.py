@@ -66,7 +66,7 @@ def test_each_fault_is_one_line_with_its_mend(fault, what, text):
 
     found = wrong(ranks(**fault))
     assert [finding.what for finding in found] == [what]
-    assert found[0].mend and str(found[0]).startswith("WRONG ")
+    assert found[0].fix and str(found[0]).startswith("WRONG ")
     assert re.search(text, str(found[0])), str(found[0])
 
 

@@ -11,6 +11,7 @@ from s3 import s3_server
 from tiny import write_data
 
 from data_prep.storage import listed, location
+from launch import preflight
 from pipeline.errors import REQUEUE_EXIT, RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.results.preflight.needs import needs
@@ -55,8 +56,7 @@ def end_of_a_wait(capsys, monkeypatch) -> str:
     """What a rank says that has waited for the others too long."""
     codes: list[int] = []
     monkeypatch.setattr("os._exit", codes.append)
-    deadline = Deadline(2, 0.05)
-    deadline.at = JOINING
+    deadline = Deadline(2, JOINING, 0.05)
     deadline.timer.join(30)
     assert codes == [2]
     return capsys.readouterr().err
@@ -75,6 +75,32 @@ def test_a_rank_says_whether_the_meeting_point_answers(meeting, capsys, monkeypa
     assert "it answers, so look at the ranks that do not say this" in end_of_a_wait(capsys, monkeypatch)
     meeting.close()
     assert "it does not answer ([Errno 111] Connection refused)" in end_of_a_wait(capsys, monkeypatch)
+
+
+def test_the_minute_begins_when_all_ranks_are_there(recipe, monkeypatch):
+    """Imports from a cold disk, or an image that one node still pulls, once ended a job for good after 55 s."""
+    limits: list[float] = []
+
+    class Looked(Exception):
+        pass
+
+    def join(verbose: bool) -> Ranks:
+        limits.append(deadline.timer.interval)
+        return Ranks()
+
+    def look(*_) -> None:
+        limits.append(deadline.timer.interval)
+        raise Looked
+
+    monkeypatch.setattr("pipeline.runtime.engine.start", join)
+    monkeypatch.setattr("pipeline.results.preflight.facts.look", look)
+    deadline = Deadline(2)
+    started = deadline.timer
+    with pytest.raises(Looked):
+        preflight._preflight(preflight.parser().parse_args(["--recipe", str(recipe)]), deadline)
+    deadline.call_off()
+    assert [started.interval, *limits] == [590, 590, 55], "s to start, to meet as a training does, for all else"
+    assert started.finished.is_set(), "what was counted before ends nothing any more"
 
 
 def test_a_job_that_is_asked_to_end_before_it_began_may_be_started_again(recipe):
@@ -98,8 +124,10 @@ def test_the_disk_must_hold_what_is_still_to_be_written(recipe):
     steps = ["verbalize", "cache", "interact", "reinforce"]
     whole = needs(loaded, steps, 2, 2)
     # Of six verb-FFNs of width 32 three matrices each, 12 bytes an element, three checkpoints at a time.
-    assert whole.disk == sum(needs(loaded, [step], 2, 2).disk for step in steps)
     assert needs(loaded, ["verbalize"], 2, 2).disk > 3 * 12 * (4 + 2) * 3 * 32 * 32
+    # Both steps train the whole student. interact's checkpoints are gone before reinforce writes its first.
+    interact, reinforce = (needs(loaded, [step], 2, 2).disk for step in steps[2:])
+    assert interact == reinforce and needs(loaded, steps[2:], 2, 2).disk < 1.5 * interact
     begun = loaded.run / "cache" / "sampled-1"
     begun.mkdir(parents=True)
     (begun / "cache.json").touch()
@@ -107,6 +135,22 @@ def test_the_disk_must_hold_what_is_still_to_be_written(recipe):
     (begun / "000000.tar").write_bytes(bytes(before // 2))
     assert needs(loaded, ["cache"], 2, 2).disk == before - before // 2
     assert whole.memory[0] > 0 and whole.device[1] in steps
+
+
+def test_a_run_that_was_stopped_needs_no_room_for_checkpoints_that_it_has(recipe):
+    loaded, steps = load_recipe(recipe).recipe, ["interact", "reinforce"]
+    before = needs(loaded, steps, 2, 2).disk
+    for update in (1, 2):
+        stands = loaded.run / "interact" / "checkpoints" / f"update_{update:09}"
+        stands.mkdir(parents=True)
+        (stands / "rank_00000.safetensors").write_bytes(bytes(1000))
+    aside = stands.with_name("damaged_000000003")  # for the user to remove: the run makes no room of it
+    aside.mkdir()
+    (aside / "rank_00000.safetensors").write_bytes(bytes(1000))
+    assert needs(loaded, steps, 2, 2).disk == before - 2000
+    (stands / "rank_00001.safetensors").write_bytes(bytes(before))
+    results = needs(loaded, steps, 2, 2).disk
+    assert 0 < results < before, "the students are still to be written"
 
 
 def test_a_folder_that_cannot_be_written_says_why(tmp_path):
