@@ -287,7 +287,7 @@ class Recipe(Section):
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers", "few_updates"] = "paper"
-    """How stage 2 trains: values for what nothing else sets (docs/evidence.md). It may be chosen after stage 1.
+    """How stage 2 trains: values for what nothing else sets (docs/evidence.md). After stage 1 another may be chosen.
     paper: the paper's order: interaction, then finetuning on the responses.
     wrong_answers: a part of the responses is wrong, as in scraped data: interaction to the end, no finetuning.
     clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it.
