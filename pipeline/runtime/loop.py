@@ -28,7 +28,7 @@ from pipeline.runtime.faults import watch
 from pipeline.runtime.faults.non_finite import SkippedUpdates
 from pipeline.runtime.faults.stop import Requeue
 from pipeline.runtime.first_updates import FirstUpdatesCheck
-from pipeline.runtime.folder import done
+from pipeline.runtime.folder import append_lines, done
 from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
@@ -296,6 +296,5 @@ def _averages(sums: Mapping[str, Tensor], losses: Sequence[Tensor], tokens: int)
 
 def record_rejected(run: Path, rejected: list[Any]) -> None:
     """Append to RUN/rejects.jsonl: key, shard, reason."""
-    with (run / "rejects.jsonl").open("a", encoding="utf-8") as lines:
-        for one in rejected:
-            lines.write(json.dumps({"key": one.key, "shard": one.shard, "reason": one.reason}) + "\n")
+    lines = (json.dumps({"key": one.key, "shard": one.shard, "reason": one.reason}) + "\n" for one in rejected)
+    append_lines(run / "rejects.jsonl", "".join(lines))
