@@ -21,7 +21,8 @@ KERNELS = "kernels.json"
 LOCK_S = 10.0
 """How long at most lines wait for those of another job."""
 REQUEUE = "requeue.json"
-"""File of a run folder that stands there while its newest invocation is one that was asked to stop."""
+"""File of a run folder that stands there while its newest invocation is one that was asked to stop. Of cache jobs side
+by side it says nothing: they are several."""
 
 
 def ids_of(verbalize: Mapping[str, Any], role: str) -> int:
