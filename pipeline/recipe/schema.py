@@ -157,7 +157,7 @@ class StudentTraining(Training):
     evaluate_every: Count = 0
     """Number of updates between two measurements on all of data.held_out, by forwards alone; the step's end has one
     too. metrics.jsonl then has held_out_loss (cross-entropy, nat a response token) and held_out_exact_match (share of
-    last answers that the student would give token for token). It changes nothing of the training. 0: none."""
+    whole last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
     merged into the weights at the end; no DoRA, which reads weights that ZeRO-3 has not gathered. 0: no LoRA; the

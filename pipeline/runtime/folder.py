@@ -15,7 +15,8 @@ from pipeline.errors import DataError
 from pipeline.recipe.schema import STEPS
 
 HELD_OUT = ("held_out_loss", "held_out_exact_match")
-"""What lines of metrics.jsonl have of held-out data: nat a response token, and a share from 0 to 1."""
+"""What lines of metrics.jsonl have of held-out data: nat a response token, and a share from 0 to 1 of the answers that
+are whole, where one is."""
 KERNELS = "kernels.json"
 """File of a run folder: the kernels of its newest invocation."""
 LOCK_S = 10.0
