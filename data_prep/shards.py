@@ -259,6 +259,12 @@ def _checksum(content: bytes) -> str:
     return f"{UNSIGNED.partition(':')[0]}:{hashlib.sha256(unsigned).hexdigest()}"
 
 
+def data_fingerprint(manifest: dict[str, Any]) -> str:
+    """The fingerprint of a shard folder: its shards' names and hashes, in order."""
+    lines = "".join(f"{shard['name']} {shard['sha256']}\n" for shard in manifest["shards"])
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 class ShardFolder:
     """A shard folder, on a disk or behind a URL, read by sample index, from any number of processes.
 

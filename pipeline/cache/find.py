@@ -14,9 +14,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import ShardFolder
+from data_prep.shards import ShardFolder, data_fingerprint
 from data_prep.storage import listed
-from pipeline.cache.fingerprint import data_fingerprint, text_fingerprint
+from pipeline.cache.fingerprint import text_fingerprint
 from pipeline.cache.layout import CacheIdentity, command_to_move_aside, read_identity, read_sidecars
 from pipeline.cache.paths import cache_folders
 from pipeline.cache.reader import TeacherCache, mismatches

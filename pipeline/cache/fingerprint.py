@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_prep.images import DECODING
 from data_prep.schema import parse_json
@@ -134,11 +133,6 @@ def json_fingerprint(files: Iterable[Path]) -> str:
 def text_fingerprint(text: str) -> str:
     """The fingerprint of a string, such as the chat template."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def data_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """The fingerprint of a shard folder: its shards' names and hashes, in order."""
-    return _combine({shard["name"]: shard["sha256"] for shard in manifest["shards"]})
 
 
 def _combine(digests: Mapping[str, str]) -> str:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from data_prep.schema import DataError, parse_json
-from data_prep.shards import MANIFEST, ShardFolder
+from data_prep.shards import MANIFEST, ShardFolder, data_fingerprint
 from data_prep.storage import listed, read_bytes
-from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint
+from pipeline.cache.fingerprint import Mismatch, compare
 from pipeline.cache.head import check_head, read_head
 from pipeline.cache.layout import (
     FORMAT,

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards import ShardFolder, write_file, write_manifest, write_shard
+from data_prep.shards import ShardFolder, data_fingerprint, write_file, write_manifest, write_shard
 from data_prep.storage import is_file, is_url
-from pipeline.cache.fingerprint import data_fingerprint
 from pipeline.cache.head import has_head, head_sha256, save_head
 from pipeline.cache.layout import (
     RECORD,

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.presets import check_preset, preset_values
+from pipeline.recipe.presets import PRESETS, check_preset, preset_values
 from pipeline.recipe.schema import STEPS, Recipe, leaves
 
 CHECKPOINTING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
@@ -90,12 +90,14 @@ class Resolved:
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
     """Read a recipe file and `a.b=c` overrides. Values that neither sets come from the run folder's recipe, if any.
 
-    Raises RecipeError with all unknown keys ("did you mean") and all bad values at once.
+    Where another preset is chosen than a file names, what that preset filled in there does not count. Raises
+    RecipeError with all unknown keys ("did you mean") and all bad values at once.
     """
     values = _read_yaml(path)
+    given = [_parse_override(override) for override in overrides]
+    _leave_preset(values, dict(given).get("preset"))
     origins = dict.fromkeys(_flat_keys(values), "recipe")
-    for override in overrides:
-        key, value = _parse_override(override)
+    for key, value in given:
         _set(values, key, value)
         origins = {k: o for k, o in origins.items() if not k.startswith(key + ".")}
         origins |= dict.fromkeys(_flat_keys(value, key) if isinstance(value, dict) else [key], "command line")
@@ -103,7 +105,9 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Resolved:
     recipe = _validate(values, str(path))
     earlier = recipe.run / "recipe.yaml"
     if earlier.is_file() and earlier.resolve() != path.resolve():
-        for key, value in _flat_items(_read_yaml(earlier)):
+        inherited = _read_yaml(earlier)
+        _leave_preset(inherited, values.get("preset"))
+        for key, value in _flat_items(inherited):
             if not _is_set(key, origins) and value != leaves(recipe).get(key):
                 _set(values, key, value)
                 origins[key] = "stage 1"
@@ -280,6 +284,30 @@ def _apply_preset(values: dict[str, Any], origins: dict[str, str]) -> None:
         if not _is_set(key, origins):
             _set(values, key, value)
             origins[key] = f"preset {values['preset']}"
+
+
+def _leave_preset(values: dict[str, Any], chosen: Any) -> None:
+    """Remove what a file has from the preset that it names, where another one has been chosen (None: none has been).
+
+    RUN/recipe.yaml has a line for each value, whoever set it: without this the next preset would train with what was
+    filled in, or left as it is by default, for the one before.
+    """
+    named, then = PRESETS.get(str(values.get("preset"))), PRESETS.get(str(chosen))
+    if named is None or then is None or named is then:
+        return
+    for key in {**named.values, **then.values}:
+        section, name = key.split(".")
+        inner = values.get(section)
+        if isinstance(inner, dict) and inner.get(name) == named.values.get(key, _default(section, name)):
+            inner.pop(name, None)
+            if name == "steps" and inner.get("epochs") is None:
+                inner.pop("epochs", None)  # its null would count as the other way to set steps
+
+
+def _default(section: str, name: str) -> object:
+    model = Recipe.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return model.model_fields[name].default
 
 
 def _is_set(key: str, origins: Mapping[str, str]) -> bool:

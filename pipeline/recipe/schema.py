@@ -157,7 +157,7 @@ class StudentTraining(Training):
     evaluate_every: Count = 0
     """Number of updates between two measurements on all of data.held_out, by forwards alone; the step's end has one
     too. metrics.jsonl then has held_out_loss (cross-entropy, nat a response token) and held_out_exact_match (share of
-    last answers that the student would give token for token). It changes nothing of the training. 0: none."""
+    whole last answers that the student would give token for token). It changes nothing of the training. 0: none."""
     lora_rank: Count = 0
     """Rank of LoRA adapters (peft) on the decoder's linear layers. Only the adapters are trained then, and they are
     merged into the weights at the end; no DoRA, which reads weights that ZeRO-3 has not gathered. 0: no LoRA; the
@@ -287,7 +287,7 @@ class Recipe(Section):
     seed: int = 0
     """Seed of the run's random numbers: data order, initialisation, the cache's samples and the drawn matches."""
     preset: Literal["paper", "wrong_answers", "clean_answers", "few_updates"] = "paper"
-    """How stage 2 trains: values for what nothing else sets (docs/evidence.md). It may be chosen after stage 1.
+    """How stage 2 trains: values for what nothing else sets (docs/evidence.md). After stage 1 another may be chosen.
     paper: the paper's order: interaction, then finetuning on the responses.
     wrong_answers: a part of the responses is wrong, as in scraped data: interaction to the end, no finetuning.
     clean_answers: the responses are right: interaction to the end with cross-entropy on the responses beside it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.shards import ShardFolder
-from pipeline.cache.fingerprint import data_fingerprint, json_fingerprint, sample_fingerprints, teacher_fingerprints
+from data_prep.shards import ShardFolder, data_fingerprint
+from pipeline.cache.fingerprint import json_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.recipe.schema import Data
 from pipeline.results.generate import run_dtype
 from pipeline.vlm.processing import load_processor

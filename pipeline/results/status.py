@@ -262,8 +262,9 @@ def _newest_held_out(lines: list[dict[str, Any]]) -> str:
     found = next((line for line in reversed(lines) if HELD_OUT[0] in line), None)
     if found is None:
         return ""
-    loss, right = (found[name] for name in HELD_OUT)
-    return f"held out  {loss:.3f}, {right:.1%} right (update {found['update']})"
+    loss, right = (found.get(name) for name in HELD_OUT)
+    answers = "" if right is None else f", {right:.1%} right"  # none where max_length has cut all of them
+    return f"held out  {loss:.3f}{answers} (update {found['update']})"
 
 
 def losses_of_line(line: Mapping[str, Any]) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_prep.schema import parse_json
 from data_prep.shards import write_file
@@ -13,11 +15,15 @@ from pipeline.errors import DataError
 from pipeline.recipe.schema import STEPS
 
 HELD_OUT = ("held_out_loss", "held_out_exact_match")
-"""What lines of metrics.jsonl have of held-out data: nat a response token, and a share from 0 to 1."""
+"""What lines of metrics.jsonl have of held-out data: nat a response token, and a share from 0 to 1 of the answers that
+are whole, where one is."""
 KERNELS = "kernels.json"
 """File of a run folder: the kernels of its newest invocation."""
+LOCK_S = 10.0
+"""How long at most lines wait for those of another job."""
 REQUEUE = "requeue.json"
-"""File of a run folder that stands there while its newest invocation is one that was asked to stop."""
+"""File of a run folder that stands there while its newest invocation is one that was asked to stop. Of cache jobs side
+by side it says nothing: they are several."""
 
 
 def ids_of(verbalize: Mapping[str, Any], role: str) -> int:
@@ -75,6 +81,29 @@ def read_metrics(run: Path, step: str | None = None) -> list[dict[str, Any]]:
         if is_line and (step is None or line["step"] == step):
             lines.append(line)
     return lines
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Append lines to a file that jobs on other hosts append to: over NFS, two that write at once overwrite each other.
+
+    A client of NFS that takes the lock sees what others have written before. Where there is no lock to be had, on a
+    file system without them or from a host that died with it, a line may be lost: no job ends or waits for that.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        _lock(file)
+        file.write(text)  # closing it writes, then unlocks
+
+
+def _lock(file: TextIO) -> None:
+    until = time.monotonic() + LOCK_S
+    while time.monotonic() < until:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError:
+            return None
+    return None
 
 
 def write_kernels(run: Path, text: str) -> None:

@@ -48,8 +48,9 @@ class HeldOut:
     def measure(self, engine: Engine, ranks: Ranks, workers: int) -> dict[str, float]:
         """HELD_OUT as {name: value}, over all samples and ranks. All ranks must call.
 
-        Raises DataError, on all of them, where no sample can be used. Modules are in eval mode meanwhile; torch's
-        random numbers go on afterwards as if nothing had been. workers: loader processes of this rank.
+        Without the exact match where max_length has cut every answer. Raises DataError, on all of them, where no sample
+        can be used. Modules are in eval mode meanwhile; torch's random numbers go on afterwards as if nothing had been.
+        workers: loader processes of this rank.
         """
         watch.doing(f"{self.name}: opening the held-out data", long=True)
         plan = self._micro_batches = self._micro_batches or self.plan(ranks)
@@ -65,8 +66,9 @@ class HeldOut:
         engine.train()
         watch.doing(f"{self.name}: summing up the held-out data with all ranks")
         nats, tokens, right, answers = sum_over_ranks(found.to(engine.device)).tolist()
-        self._judge(gather_lists(rejected), ranks)
-        return dict(zip(HELD_OUT, (nats / tokens, right / answers), strict=True))
+        self._judge(gather_lists(rejected), int(answers), ranks)
+        loss, exact_match = HELD_OUT
+        return {loss: nats / tokens, **({exact_match: right / answers} if answers else {})}
 
     def plan(self, ranks: Ranks) -> list[list[SampleIndex]]:
         """This rank's micro-batches: every rank has as many, for under ZeRO-3 all must run the same modules."""
@@ -78,16 +80,22 @@ class HeldOut:
         own = range(ranks.rank * size, len(samples) + ranks.rank * size, size * ranks.world)
         return [samples[start : start + size] for start in own]
 
-    def _judge(self, rejected: list[Rejected], ranks: Ranks) -> None:
-        """Say once which samples are left out. Raises DataError where none is left."""
+    def _judge(self, rejected: list[Rejected], answers: int, ranks: Ranks) -> None:
+        """Say once which samples are left out, and of how many the answer. Raises DataError where none is left."""
         named = "".join(f"; first {one.key} in {one.shard}: {one.reason}" for one in rejected[:1])
         if len(rejected) == len(self.dataset):
             folder = self.dataset.folder.path
             raise DataError(f"data.held_out: none of the {len(rejected)} samples of {folder} can be used{named}")
-        if rejected and not self._said:
-            self._said = True
-            count = f"{len(rejected)} of {len(self.dataset)} samples of data.held_out"
-            say(f"warning: {self.name}: {count} cannot be used and are not measured on{named}", ranks.first)
+        if self._said:
+            return
+        self._said, of = True, f"of {len(self.dataset)} samples of data.held_out"
+        if rejected:
+            say(
+                f"warning: {self.name}: {len(rejected)} {of} cannot be used and are not measured on{named}", ranks.first
+            )
+        if cut := len(self.dataset) - len(rejected) - answers:
+            why = "the last answer is cut at data.max_length: held_out_exact_match leaves them out"
+            say(f"warning: {self.name}: {cut} {of}: {why}", ranks.first)
 
 
 def open_held_out(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.recipe.schema import Recipe, Training
 from pipeline.runtime.checkpoint.checkpoints import Checkpoints
+from pipeline.runtime.checkpoint.same_data import data_state, refuse_other_data
 from pipeline.runtime.counts import UpdateCounts, count_update
 from pipeline.runtime.data.bad_samples import BadSamples
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, derived_seed
@@ -28,7 +29,7 @@ from pipeline.runtime.faults import watch
 from pipeline.runtime.faults.non_finite import SkippedUpdates
 from pipeline.runtime.faults.stop import Requeue
 from pipeline.runtime.first_updates import FirstUpdatesCheck
-from pipeline.runtime.folder import done
+from pipeline.runtime.folder import append_lines, done
 from pipeline.runtime.held_out import HeldOut
 from pipeline.runtime.memory import peak_memory
 from pipeline.runtime.metrics import Metrics
@@ -149,12 +150,16 @@ class _Loop:
         self.bad = BadSamples(job.recipe.data.max_bad_share)
         self.skips = SkippedUpdates(job.recipe.run, name, training.max_skipped_in_a_row, job.ranks)
         self.averages: dict[str, float] = {}
+        self.data: dict[str, Any] = {}
         self.metrics = Metrics(job.recipe.run, name, self.first, job.recipe.log_to) if job.ranks.first else None
         self.progress = TrainingProgress(name, total, self.first, shown=job.ranks.first)
         self.notice = DataWaitNotice(name)
 
     def resume_and_load(self, dataset: ChatDataset) -> Feed:
         state: Mapping[str, Any] = {}
+        self.data = data_state(dataset.folder, self.total)
+        if self.resumed_from is not None:
+            self._refuse_other_data(dataset, self.resumed_from.state)
         trained = self.engine.trained_state()
         if self.first < self.total:  # now, not after hours
             self.checkpoints.check_room(trained)
@@ -165,6 +170,15 @@ class _Loop:
             self.job.say(f"{self.name}: resumed after update {self.first} of {self.total}")
         updates = (self.first, self.total)
         return open_feed(self.job.recipe, self.job.ranks, self.name, self.training, dataset, updates, state)
+
+    def _refuse_other_data(self, dataset: ChatDataset, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError as refuse_other_data; older checkpoints do not say what data they are of."""
+        saved = state.get("data", self.data)
+        if saved["updates"] == self.first == self.total:
+            return  # all updates are made: what is left is the step's result
+        own = self.name == "reinforce" and self.job.recipe.reinforce.train is not None
+        field = "reinforce.train" if own else "data.train"
+        refuse_other_data(self.name, field, dataset.folder, saved, self.data, self.checkpoints.folder)
 
     def run_update(self, update: int, feed: Feed) -> int | None:
         """One update; returns how many images its global batch had, None where it was skipped: see SkippedUpdates."""
@@ -254,7 +268,7 @@ class _Loop:
         """Begin a checkpoint, unless the newest one stands at this update already."""
         if updates > self.saved:
             state = {"read": self.bad.read, "rejected": self.bad.rejected, "averages": self.averages}
-            state["skipped"] = self.skips.state()
+            state |= {"skipped": self.skips.state(), "data": self.data}
             watch.doing(f"{self.name}: writing the checkpoint of update {updates}", long=True)
             self.checkpoints.save(self.engine.trained_state(), updates, {**state, **feed.state()})
             self.saved, self.saved_at = updates, time.monotonic()
@@ -292,6 +306,5 @@ def _averages(sums: Mapping[str, Tensor], losses: Sequence[Tensor], tokens: int)
 
 def record_rejected(run: Path, rejected: list[Any]) -> None:
     """Append to RUN/rejects.jsonl: key, shard, reason."""
-    with (run / "rejects.jsonl").open("a", encoding="utf-8") as lines:
-        for one in rejected:
-            lines.write(json.dumps({"key": one.key, "shard": one.shard, "reason": one.reason}) + "\n")
+    lines = (json.dumps({"key": one.key, "shard": one.shard, "reason": one.reason}) + "\n" for one in rejected)
+    append_lines(run / "rejects.jsonl", "".join(lines))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import write_file
-from pipeline.runtime.folder import read_metrics
+from pipeline.runtime.folder import append_lines, read_metrics
 from pipeline.runtime.loggers.interface import Line, Logger, StepLog
 
 SHARED = ("tensorboard",)
@@ -26,23 +26,29 @@ class Metrics:
         in the recipe.
         """
         run.mkdir(parents=True, exist_ok=True)
-        self.step = step
-        kept = [] if first_update is None else _drop_after(run / "metrics.jsonl", step, first_update)
-        self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self.step, self._path = step, run / "metrics.jsonl"
+        kept = [] if first_update is None else _drop_after(self._path, step, first_update)
+        # A shared file is locked for each line. Its jobs write one a shard; an update must not wait for a lock.
+        self._lines = None if first_update is None else self._path.open("a", encoding="utf-8")
         log = StepLog(run, step, first_update, kept)
         self._loggers = [_LOGGERS[name](log) for name in log_to]
 
     def write(self, update: int, values: Mapping[str, Any]) -> None:
         """One line: the step, the update (from 1), the time in s since the epoch, and the values."""
         line = {"step": self.step, "update": update, "time": round(time.time(), 3), **values}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        text = json.dumps(line) + "\n"
+        if self._lines is None:
+            append_lines(self._path, text)
+        else:
+            self._lines.write(text)
+            self._lines.flush()
         for logger in self._loggers:
             logger.write(line)
 
     def close(self) -> None:
         """Flush all."""
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
         for logger in self._loggers:
             logger.close()
 

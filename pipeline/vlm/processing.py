@@ -37,6 +37,8 @@ class Encoded:
     turns: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
     """[S] int32: the number of the message that a response token is of; 0 elsewhere, for no chat begins with one. It
     stays as it is where fewer tokens carry loss."""
+    answer: int = 0
+    """The number of the message of the chat's last response; 0 where max_length has cut from it."""
 
     @property
     def response_ids(self) -> Tensor:
@@ -68,6 +70,8 @@ class Batch:
     """The samples' keys."""
     counts: tuple[int, ...]
     """Response tokens of each sample; they sum to T."""
+    answers: tuple[int, ...] = ()
+    """How many of them, the last ones, are the chat's last response; 0 where max_length has cut from it."""
     images: int = 0
     """How many of the samples have an image."""
     tokens: int = 0
@@ -141,11 +145,11 @@ class ChatEncoder:
         pictures = self._decode(images)
         features, before = self._process(text, pictures)
         features, spans = self._truncate(text, features, before, pictures)
-        turns = self._turns(text, messages, features, spans)
+        turns, answer = self._turns(text, messages, features, spans)
         inputs = self._model_inputs(features)
         if not turns.any():
             raise SampleError(f"no response token within max_length={self.max_length} tokens{_of_images(before)}")
-        return Encoded(key, inputs, turns > 0, turns)
+        return Encoded(key, inputs, turns > 0, turns, answer)
 
     def check(self) -> None:
         """Raise RecipeError where no chat at all can be encoded.
@@ -217,7 +221,9 @@ class ChatEncoder:
                 features[name] = features[name][:, : self.max_length]
         return features, spans
 
-    def _turns(self, text: str, messages: Sequence[Message], features: dict[str, Any], spans) -> Tensor:
+    def _turns(self, text: str, messages: Sequence[Message], features: dict[str, Any], spans) -> tuple[Tensor, int]:
+        """Encoded's `turns` and `answer`."""
+        answer = 0
         starts, ends = features["offset_mapping"][0].unbind(-1)
         turns = torch.zeros(len(starts), dtype=torch.int32)
         for turn, (begin, end) in self.template.spans_by_turn(text, messages).items():
@@ -227,7 +233,8 @@ class ChatEncoder:
                 if s["span"][1] <= begin
             )
             turns[(starts < end + grown) & (ends > begin + grown)] = turn
-        return turns
+            answer = turn if end + grown <= int(ends.max()) else 0  # in the end that of the last response
+        return turns, answer
 
 
 def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
@@ -254,9 +261,14 @@ def collate(samples: Sequence[Encoded], filler: Encoded, pad_id: int) -> Batch:
         labels=torch.cat([s.response_ids for s in samples]) if samples else torch.zeros(0, dtype=torch.long),
         keys=tuple(sample.key for sample in samples),
         counts=counts,
+        answers=tuple(_answer_tokens(sample) for sample in samples),
         images=with_images,
         tokens=sum(sample.inputs["input_ids"].shape[1] for sample in samples),
     )
+
+
+def _answer_tokens(sample: Encoded) -> int:
+    return int((sample.response & (sample.turns == sample.answer)).sum()) if sample.answer else 0
 
 
 def decode_image(data: bytes) -> Image.Image:

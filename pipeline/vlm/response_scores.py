@@ -23,21 +23,19 @@ def score_responses(backbone: nn.Module, head: LanguageHead, batch: Batch) -> Te
 
     A sample's answer is its last assistant turn, after the data's own earlier turns. It is right if each of its tokens,
     the end-of-turn token included, is the likeliest after those before it: then it is just what greedy decoding gives.
+    One that max_length has cut from counts as none: its beginning, or the turn before it, is easier to get right.
     """
     (last,) = run_backbone(backbone, batch.inputs, [len(decoder_layers(backbone))], batch.positions)
     log_probs, likeliest = head(label_scores, final_norm(backbone)(last), labels=batch.labels)
-    right = right_answers(likeliest.tolist(), batch.positions.tolist(), batch.counts)
-    sums = (-float(log_probs.double().sum()), len(batch.labels), right, sum(count > 0 for count in batch.counts))
+    right = right_answers(likeliest.tolist(), batch.counts, batch.answers)
+    sums = (-float(log_probs.double().sum()), len(batch.labels), right, sum(tokens > 0 for tokens in batch.answers))
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def right_answers(likeliest: Sequence[bool], positions: Sequence[int], counts: Sequence[int]) -> int:
-    """Samples whose last run of neighbouring positions is right throughout; counts: response tokens of each sample."""
+def right_answers(likeliest: Sequence[bool], counts: Sequence[int], answers: Sequence[int]) -> int:
+    """Samples whose answer is right throughout; counts, answers: of each sample's responses and answer, in tokens."""
     right, end = 0, 0
-    for count in counts:
-        start, end = end, end + count
-        first = end - 1
-        while first > start and positions[first - 1] == positions[first] - 1:
-            first -= 1
-        right += count > 0 and all(likeliest[first:end])
+    for count, tokens in zip(counts, answers, strict=True):
+        end += count
+        right += tokens > 0 and all(likeliest[end - tokens : end])
     return right

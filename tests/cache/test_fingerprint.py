@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.cache.fingerprint import Mismatch, compare, data_fingerprint, model_fingerprints, weights_fingerprint
+from data_prep.shards import data_fingerprint
+from pipeline.cache.fingerprint import Mismatch, compare, model_fingerprints, weights_fingerprint
 from pipeline.errors import CacheError
 
 

@@ -8,8 +8,10 @@ import pytest
 import tiny
 from running import ROOT, deepspeed, tiny_recipe
 
+from data_prep.shards import ShardFolder
 from pipeline.results.status import status
 from pipeline.runtime.checkpoint.files import read_index
+from pipeline.runtime.checkpoint.same_data import data_state
 from pipeline.runtime.folder import read_metrics
 
 KIND, UPDATES, STOPPED = "qwen2_vl", 5, 4
@@ -28,8 +30,10 @@ def ended(tiny_models, tmp_path_factory):
     assert set(status(run)[0][-1].losses) == {"cross_entropy"}, "what else a line has is no loss"
     before, checkpoints = read_metrics(run, "reinforce"), run / "reinforce" / "checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
-    saved = read_index(checkpoints / "update_000000002").parameters
+    index = read_index(checkpoints / "update_000000002")
+    saved = index.parameters
     assert saved and all("lora_" in name for name in saved), "what is frozen is not saved"
+    assert index.state["data"] == data_state(ShardFolder(data), UPDATES)
     _flip_a_bit(checkpoints / "update_000000004" / "rank_00001.safetensors")
     (checkpoints / "update_000000003" / "rank_00000.safetensors").unlink()
     other = ["--set", f"deepspeed={ROOT / 'ds_configs' / 'zero2.json'}"]

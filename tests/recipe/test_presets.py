@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -77,3 +79,46 @@ def test_the_preset_may_still_be_chosen_after_stage_1_and_not_within_stage_2(tmp
         RecipeError, match=r"interact.cross_entropy_weight: the run has 0.0, now 1.0 \(preset clean_answers\)"
     ):
         refuse_changes(second, ["verbalize", "cache", "interact"])
+
+
+FILLED_IN = {key for preset in PRESETS.values() for key in preset.values}
+
+
+def with_preset(values: dict, name: str) -> dict:
+    """The recipe for a preset: without the reinforce section where the preset needs none."""
+    return {k: v for k, v in values.items() if k != "reinforce" or not PRESETS[name].to_the_end} | {"preset": name}
+
+
+def begin(recipe: Path) -> Path:
+    """The recipe.yaml that a run's first job leaves."""
+    resolved = load_recipe(recipe)
+    resolved.recipe.run.mkdir()
+    path = resolved.recipe.run / "recipe.yaml"
+    path.write_text(resolved.to_yaml())
+    return path
+
+
+@pytest.mark.parametrize(("before", "after"), permutations(PRESETS, 2))
+def test_another_preset_after_stage_1_keeps_nothing_of_the_one_before(tmp_path, values, before, after):
+    alone = leaves(load_recipe(write(tmp_path, with_preset(values, after))).recipe)
+    begin(write(tmp_path, with_preset(values, before)))
+    then = load_recipe(write(tmp_path, with_preset(values, after)))
+    found = leaves(then.recipe)
+    assert {key: found[key] for key in FILLED_IN} == {key: alone[key] for key in FILLED_IN}
+    assert not any("stage 1" in then.origins[key] for key in FILLED_IN)
+
+
+@pytest.mark.parametrize(("before", "after"), permutations([name for name in PRESETS if PRESETS[name].to_the_end], 2))
+def test_nor_does_the_run_s_own_recipe_with_another_preset_on_the_command_line(tmp_path, values, before, after):
+    alone = leaves(load_recipe(write(tmp_path, with_preset(values, after))).recipe)
+    own = begin(write(tmp_path, with_preset(values, before)))
+    found = leaves(load_recipe(own, [f"preset={after}"]).recipe)
+    assert {key: found[key] for key in FILLED_IN} == {key: alone[key] for key in FILLED_IN}
+
+
+def test_what_the_recipe_before_set_against_its_preset_stays(tmp_path, values):
+    values = with_preset(values, "clean_answers")
+    begin(write(tmp_path, {**values, "interact": {**values["interact"], "cross_entropy_weight": 0.5}}))
+    then = load_recipe(write(tmp_path, with_preset(values, "wrong_answers")))
+    assert then.recipe.interact.cross_entropy_weight == 0.5
+    assert then.origins["interact.cross_entropy_weight"] == "stage 1"

@@ -106,6 +106,18 @@ def test_data_that_cannot_be_used_at_all_is_no_loss_of_zero(tmp_path, student):
         measuring(bad, engine, short, micro_batch_size=2).measure(engine, Ranks(), workers=0)
 
 
+def test_answers_that_are_cut_are_left_out_and_said_once(held_out, student, capsys):
+    engine, encoder = student
+    short = copy.copy(encoder)
+    short.max_length = min(encoder(k, r["messages"], i).inputs["input_ids"].shape[1] for k, r, i in chats(SAMPLES)) - 2
+    cut = measuring(held_out, engine, short, micro_batch_size=2)
+    first, second = (cut.measure(engine, Ranks(), workers=0) for _ in range(2))
+    assert first == second and set(first) == {"held_out_loss"}, "no answer is whole"
+    *_, said = capsys.readouterr().out.splitlines()
+    why = "samples of data.held_out: the last answer is cut at data.max_length: held_out_exact_match leaves them out"
+    assert said.startswith("warning: reinforce: ") and said.endswith(why)
+
+
 def test_it_is_due_every_so_many_updates_and_at_the_end(held_out, student):
     due = measuring(held_out, *student).is_due
     assert [update for update in range(1, 9) if due(update, 8)] == [3, 6, 8]

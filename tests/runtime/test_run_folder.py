@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
+from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.folder import read_metrics, write_json
+from pipeline.runtime.loop import record_rejected
 from pipeline.runtime.metrics import Metrics
 
 
@@ -26,6 +29,24 @@ def test_a_step_that_jobs_share_keeps_the_lines_of_all(tmp_path):
     first.close()
     second.close()
     assert [line["job"] for line in read_metrics(tmp_path, "cache")] == ["first", "second", "first"]
+
+
+def test_lines_of_jobs_that_share_a_file_wait_for_one_another(tmp_path):
+    """On a disk an append is whole anyway; over NFS only a lock makes it so."""
+    metrics, rejected = Metrics(tmp_path, "cache", None), [Rejected("s1", "000000.tar", "no picture")]
+    appends = {
+        "metrics.jsonl": lambda: metrics.write(1, {}),
+        "rejects.jsonl": lambda: record_rejected(tmp_path, rejected),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        for name, append in appends.items():
+            with (tmp_path / name).open("a") as another:
+                fcntl.flock(another, fcntl.LOCK_EX)
+                appended = pool.submit(append)
+                assert not wait([appended], timeout=0.3).done and not (tmp_path / name).read_text()
+            appended.result()
+            assert len((tmp_path / name).read_text().splitlines()) == 1
+    metrics.close()
 
 
 def test_a_resumed_step_drops_its_own_lines_after_its_checkpoint(tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import chats
+from tiny import chats, turn
 
 from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.processing import ChatEncoder, Encoded, collate, load_processor
@@ -49,9 +50,33 @@ def test_a_batch_of_nothing_but_the_filler_scores_nothing(student):
 
 
 def test_only_the_last_turn_counts():
-    positions = [3, 4, 9, 10, 11, 20, 21, 30]
     all_but = [[place != wrong for place in range(8)] for wrong in range(8)]
     #         two turns of the first sample, one of the second, and a third of a single token
-    found = [right_answers(likeliest, positions, (5, 2, 1)) for likeliest in all_but]
+    found = [right_answers(likeliest, (5, 2, 1), (3, 2, 1)) for likeliest in all_but]
     assert found == [3, 3, 2, 2, 2, 2, 2, 2]
-    assert right_answers([True], [4], (0, 1, 0)) == 1
+    assert right_answers([True], (0, 1, 0), (0, 1, 0)) == 1
+    assert right_answers([True] * 8, (5, 2, 1), (3, 0, 1)) == 2, "an answer that was cut is none"
+
+
+CHAT = [
+    turn("user", "Which colour?"),
+    turn("assistant", "It is red."),
+    turn("user", "Sure?"),
+    turn("assistant", "Yes."),
+]
+
+
+def test_an_answer_that_max_length_cuts_is_not_scored(student):
+    """Neither its beginning nor the turn before it stands for it: both are easier."""
+    model, head, encoder = student
+    whole = encoder("whole", CHAT, [])
+    length = whole.inputs["input_ids"].shape[1]
+    ends = {turn: int(torch.nonzero(whole.turns == turn)[-1]) + 1 for turn in (1, 3)}
+    for max_length in range(ends[1], length + 1):
+        cut = copy.copy(encoder)
+        cut.max_length = max_length
+        batch = collate([with_own_answer(model, cut("cut", CHAT, []))], encoder.filler(), 0)
+        *_, right, answers = score_responses(model, head, batch).tolist()
+        expected = 1 if max_length >= ends[3] else 0
+        assert (right, answers) == (expected, expected), max_length
+    assert collate([whole], encoder.filler(), 0).answers == (int((whole.turns == 3).sum()),)

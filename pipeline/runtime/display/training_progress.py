@@ -43,7 +43,8 @@ class UpdateView:
     def state(self) -> list[str]:
         """What is known besides the losses: held-out data, skipped updates, speed, waiting for data, memory."""
         loss, right = (self.held_out.get(name) for name in HELD_OUT)
-        parts = [] if loss is None or right is None else [f"held out {loss:.3f}, {right:.1%} right"]
+        answers = "" if right is None else f", {right:.1%} right"
+        parts = [] if loss is None else [f"held out {loss:.3f}{answers}"]
         parts += [f"{self.skipped} skipped"] if self.skipped else []
         speed = f"{self.tokens_per_s:,.0f} tokens/s"
         return [*parts, speed, f"data {self.data_wait:.0%}", size_text(self.memory)]
