@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,10 @@ from pipeline.vlm.parts import (
     text_config,
 )
 from pipeline.vlm.verbalizer import VerbFFN
+
+
+_OF_EXPERTS = re.compile(r"(^|\.)experts\.")
+"""Found in the name of a parameter of routed experts; shared ones serve every token."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,23 @@ class PlannedModel:
         """Number of parameters."""
         return sum(tensor.numel() for tensor in self.module.parameters())
 
-    def decoder_elements(self) -> int:
-        """Elements of the decoder layers' matrices, which each token is multiplied with."""
-        return _matrix_elements(decoder_layers(self.module))
+    def decoder_elements(self, trained: bool = False) -> float:
+        """Elements of the decoder layers' matrices that a token is multiplied with: of experts those that it goes to.
+
+        trained: of those that train alone.
+        """
+        share = _routed_share(text_config(self.module))
+        return sum(
+            tensor.numel() * (share if _OF_EXPERTS.search(name) else 1.0)
+            for name, tensor in decoder_layers(self.module).named_parameters()
+            if tensor.dim() > 1 and (tensor.requires_grad or not trained)
+        )
+
+    @property
+    def dense_layers(self) -> int:
+        """Decoder layers without experts."""
+        layers = decoder_layers(self.module)
+        return sum(not any(_OF_EXPERTS.search(name) for name, _ in layer.named_parameters()) for layer in layers)
 
     def verb_ffns(self, form: str, trained: bool) -> list[Parameter]:
         """The parameters of the verb-FFNs of all target layers."""
@@ -117,19 +136,14 @@ class Vision:
 def vision_of(model: PlannedModel) -> Vision:
     """The image encoder's sizes, from the model's vision_config."""
     config: Any = model.module.config.vision_config  # type: ignore[union-attr]
-
-    def first(*names: str) -> int:  # families call the same size by different names
-        size = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
-        return int(size[0] if isinstance(size, (list, tuple)) else size)  # InternVL: [height, width]
-
-    width = first("embed_dim", "hidden_size")
-    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else first("intermediate_size")
-    patch = first("patch_size")
+    width = _size(config, "embed_dim", "hidden_size")
+    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else _size(config, "intermediate_size")
+    patch = _size(config, "patch_size")
     channels = int(getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3)
     projector = sum(_matrix_elements(model.module.get_submodule(name)) for name in parts_of(model.module).projectors)
     tower = sum(_matrix_elements(model.module.get_submodule(name)) for name in _outermost(image_parts(model.module)))
     return Vision(
-        blocks=first("depth", "num_hidden_layers"),
+        blocks=_size(config, "depth", "num_hidden_layers"),
         width=width,
         inner=inner,
         patch_numbers=channels * int(getattr(config, "temporal_patch_size", 1)) * patch * patch,
@@ -171,6 +185,23 @@ def modules_in_order(parameters: list[Parameter]) -> Iterator[int]:
     for parameter in parameters:
         sizes[parameter.module] = sizes.get(parameter.module, 0) + parameter.elements
     yield from sizes.values()
+
+
+def _size(config: Any, *names: str) -> int:
+    """A size that families call by different names: the first that the config has. Raises StopIteration without."""
+    size = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    return int(size[0] if isinstance(size, (list, tuple)) else size)  # InternVL: [height, width]
+
+
+def _routed_share(config: Any) -> float:
+    """Share of a text model's experts that one token goes to; 1 where it has none."""
+    try:
+        chosen = _size(config, "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+        experts = _size(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    except StopIteration:
+        return 1.0
+    # transformers' Llama 4 gives every token to all experts, most of them scaled by 0.
+    return 1.0 if config.model_type == "llama4_text" else chosen / experts
 
 
 def _matrix_elements(part: nn.Module) -> int:

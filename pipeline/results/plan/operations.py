@@ -124,7 +124,7 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
     again = decoder if recipe.gradient_checkpointing else 0.0
     if again and not training.lora_rank:
         again -= _last_products(student, sample)
-    weights = sample.tokens * 2 * sum(p.elements for p in student.parameters() if p.trained and ".layers." in p.module)
+    weights = sample.tokens * 2 * student.decoder_elements(trained=True)
     inputs = sample.tokens * 2 * student.decoder_elements() + 2.5 * attention(student, sample)
     tower = _vision(vision, sample)
     if recipe.trains(training, "vision"):
@@ -135,8 +135,13 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
 
 
 def _last_products(student: PlannedModel, sample: Sample) -> float:
-    """A layer's last product is not run again, where no adapter follows: the backward needs nothing that it gives."""
-    return sample.tokens * 2 * student.width * text_config(student.module).intermediate_size * student.depth
+    """A layer's last product is not run again, where no adapter follows: the backward needs nothing that it gives.
+
+    But the experts' is: the gradient of a token's weights for them needs what they give.
+    """
+    if not (dense := student.dense_layers):
+        return 0.0
+    return sample.tokens * 2 * student.width * text_config(student.module).intermediate_size * dense
 
 
 def _vision(vision: Vision, sample: Sample) -> float:
