@@ -39,6 +39,8 @@ class Samples:
     """Response tokens."""
     image: float
     """Image tokens: what the projector gives to the decoder."""
+    images: float
+    """Images that they belong to; one where none are counted."""
     longest: int
     """Tokens of the longest sample: measured where all are, else no fewer than the sizes of all let expect; at most
     data.max_length."""
@@ -106,6 +108,7 @@ def describe_samples(
         tokens=tokens,
         response=response,
         image=image,
+        images=found.get("images", 1.0),
         longest=longest,
         longest_response=int(found.get("longest_response", longest * share)),
         pixel_bytes=found.get("pixel_bytes", 4 * image * patches_per_token * patch_numbers),
@@ -138,7 +141,7 @@ def _lengths(recipe: Recipe, folder: Path, most: int) -> tuple[dict[str, float],
     """
     data, encoder = ShardFolder(folder), chat_encoder(recipe.student.path, recipe.data)
     count, image_id = min(most, len(data)), getattr(read_config(recipe.student.path), "image_token_id", None)
-    columns: dict[str, list[float]] = {"tokens": [], "response": [], "image": [], "pixel_bytes": []}
+    columns: dict[str, list[float]] = {name: [] for name in ("tokens", "response", "image", "images", "pixel_bytes")}
     probed = []
     for number in (number * len(data) // count for number in range(count)):
         raw = data.read(number)
@@ -149,6 +152,7 @@ def _lengths(recipe: Recipe, folder: Path, most: int) -> tuple[dict[str, float],
         columns["tokens"].append(encoded.inputs["input_ids"].numel())
         columns["response"].append(int(encoded.response.sum()))
         columns["image"].append(_image_tokens(encoded.inputs, image_id))
+        columns["images"].append(len(raw.images))
         columns["pixel_bytes"].append(sum(t.nbytes for t in encoded.inputs.values() if t.is_floating_point()))
         probed.append(Probed(sample_features(data, encoder, number), int(columns["tokens"][-1]), encoded.nbytes()))
     if not columns["tokens"]:

@@ -52,6 +52,7 @@ def test_the_longest_is_found_by_its_size_where_it_is_not_measured(tmp_path, tin
     raw = ShardFolder(tmp_path / "data").read(LONG)
     encoded = chat_encoder(recipe.student.path, recipe.data)(raw.key, raw.record["messages"], raw.images)
     assert whole.longest == encoded.inputs["input_ids"].numel() and len(set(whole.origins.values())) == 1
+    assert whole.images == 20 / COUNT, "every fifth chat has no picture"
     assert max(part.lengths) < whole.longest / 2, "it is not among the measured"
     assert whole.longest <= part.longest <= 1.1 * whole.longest, "and is estimated, not cut at data.max_length"
     assert max(part.lengths) - part.longest < 0 < part.longest_response <= part.longest
