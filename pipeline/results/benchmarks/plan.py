@@ -78,8 +78,8 @@ def _tell_unlimited(models: Mapping[str, Path], limits: PixelLimits) -> None:
     classes = {model_class(folder).name for folder in models.values() if not model_class(folder).pixel_limits}
     if limits != NO_LIMITS and classes:
         say(
-            f"lmms-eval's class {' and '.join(sorted(classes))} takes no limits on pictures: they are not scaled to the "
-            "run's data.max_pixels and data.min_pixels, as they were in training"
+            f"lmms-eval's class {' and '.join(sorted(classes))} takes no limits on pictures: they are not scaled to "
+            "the run's data.max_pixels and data.min_pixels, as they were in training"
         )
 
 
