@@ -52,6 +52,19 @@ def test_it_says_what_the_runs_files_say(run):
     assert "2412.01822" in text
 
 
+def test_it_says_how_large_samples_were_in_training(run):
+    """The processor beside the card is the base's own, with the base's limits."""
+    assert "| limits in training | chats of at most 512 tokens |" in model_card(run)
+    assert "The processor is the base's own" not in model_card(run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["max_pixels"] = 1003520
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = model_card(run)
+    assert "```\n\nIn training, pictures" in text and ")`.\n\n## Evaluation" in text
+    assert "chats of at most 512 tokens, pictures of at most 1,003,520 pixels |" in text
+    assert '`AutoProcessor.from_pretrained("FOLDER_OR_NAME", max_pixels=1003520)`' in text
+
+
 def test_data_that_a_model_answered_is_said_to_be(run, made, tmp_path):
     data = tmp_path / "answers" / "train"
     shutil.copytree(made.root / "shards" / "train", data)
@@ -87,7 +100,7 @@ def test_tables_and_lists_are_whole(run):
     evaluated(run, untouched=run.parent / "x", mine=run / "student")
     blocks = model_card(run).split("\n\n")
     tables = [block for block in blocks if block.startswith("|")]
-    assert [len(table.splitlines()) for table in tables] == [2 + 5, 2 + 2]
+    assert [len(table.splitlines()) for table in tables] == [2 + 6, 2 + 2]
 
 
 def test_it_names_no_folder_of_the_machine(run):

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 TEXT = """
-With --benchmarks, lmms-eval (extra `eval`) runs the field's benchmarks on the models instead, with its own data:
+With --benchmarks, lmms-eval (extra `eval`) runs the field's benchmarks on the models instead, with its own data; with
+--run on pictures within its recipe's data.max_pixels, as the student was trained:
 
   python -m pipeline evaluate --run runs/demo --benchmarks ai2d,chartqa,mmmu,mmb,mmvet
   python -m pipeline evaluate --model Qwen2-VL-2B --benchmarks mmstar,my_task:exact_match --include-path tasks \\

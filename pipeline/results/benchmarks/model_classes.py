@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.vlm.config import read_config
-from pipeline.vlm.image_size import PixelLimits
+from pipeline.vlm.image_size import NO_LIMITS, PixelLimits
 from pipeline.vlm.processing import load_processor
 
 
@@ -55,12 +55,12 @@ def model_class(folder: Path) -> ModelClass:
     return CLASSES[family]
 
 
-def model_arguments(folder: Path) -> dict[str, Any]:
+def model_arguments(folder: Path, limits: PixelLimits = NO_LIMITS) -> dict[str, Any]:
     """The --model_args of a folder's model, less where it runs.
 
-    The pixel limits are the folder's own, so that the model sees pictures as it was trained to: lmms-eval's classes
-    bring lower ones, 602,112 pixels for Qwen2-VL. Raises RecipeError where the path would not survive lmms-eval's
-    syntax, or lmms-eval has no class for the family.
+    limits: a run's, of the pictures that its student was trained on. The model sees pictures as large as then; a limit
+    that the run leaves out is the folder's own, for lmms-eval's classes bring lower ones, 602,112 pixels for Qwen2-VL.
+    Raises RecipeError where the path would not survive lmms-eval's syntax, or lmms-eval has no class for the family.
     """
     chosen, path = model_class(folder), str(folder.absolute())
     if "," in path or "=" in path:
@@ -69,7 +69,8 @@ def model_arguments(folder: Path) -> dict[str, Any]:
         )
     arguments: dict[str, Any] = {"pretrained": path}
     if chosen.pixel_limits:
-        limits = PixelLimits.of(load_processor(folder))
-        if limits is not None:
-            arguments |= {"min_pixels": limits.smallest, "max_pixels": limits.largest}
+        own = PixelLimits.of(load_processor(folder))
+        if own is not None:
+            smallest, largest = limits.smallest or own.smallest, limits.largest or own.largest
+            arguments |= {"min_pixels": smallest, "max_pixels": largest}
     return arguments

@@ -16,6 +16,8 @@ from pipeline.results.benchmarks.harness import Settings, this_python
 from pipeline.results.benchmarks.model_classes import model_class
 from pipeline.results.evaluate.plan import run_models
 from pipeline.results.generate import require_model
+from pipeline.runtime.display.progress import say
+from pipeline.vlm.image_size import NO_LIMITS, PixelLimits
 
 OWN_DATA = ("data", "baseline_data", "against", "max_bad_share", "max_new_tokens")
 """Options of `evaluate` that speak of a shard folder: benchmarks bring their samples and settings along."""
@@ -31,6 +33,8 @@ class Plan:
     output: Path
     """The JSON file of all scores; lmms-eval's own files stand in the folder of its name without .json."""
     processes: int | None
+    limits: PixelLimits = NO_LIMITS
+    """The run's, of pictures; without a run those of each model's folder hold."""
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -42,9 +46,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
                 "their own: leave it out"
             )
     models = named_models(options.model)
-    output = options.output
+    output, limits = options.output, NO_LIMITS
     if options.run is not None:
         recipe = load_recipe(run_recipe(options.run)).recipe
+        limits = PixelLimits(recipe.data.min_pixels, recipe.data.max_pixels)
         models = run_models(options.run, recipe, options.without_teacher) | models
         output = output or options.run / "benchmarks.json"
     elif options.without_teacher:
@@ -63,8 +68,19 @@ def make_plan(options: argparse.Namespace) -> Plan:
                 f"--batch-size {batch_size}: lmms-eval's class {model_class(folder).name} for {folder} takes samples "
                 "one at a time; leave it out"
             )
+    _tell_unlimited(models, limits)
     settings = Settings(options.eval_python or this_python(), options.include_path, options.limit, batch_size)
-    return Plan(models, asked_for(options.benchmarks), settings, output, options.processes)
+    return Plan(models, asked_for(options.benchmarks), settings, output, options.processes, limits)
+
+
+def _tell_unlimited(models: Mapping[str, Path], limits: PixelLimits) -> None:
+    """Say of which models lmms-eval does not scale pictures to the run's limits, as training and `evaluate` do."""
+    classes = {model_class(folder).name for folder in models.values() if not model_class(folder).pixel_limits}
+    if limits != NO_LIMITS and classes:
+        say(
+            f"lmms-eval's class {' and '.join(sorted(classes))} takes no limits on pictures: they are not scaled to "
+            "the run's data.max_pixels and data.min_pixels, as they were in training"
+        )
 
 
 def check_judge(benchmarks: Sequence[Benchmark]) -> None:

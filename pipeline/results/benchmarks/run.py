@@ -65,7 +65,8 @@ def _run_one(plan: Plan, name: str, benchmark: Benchmark, where: Place) -> dict[
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = plan.models[name]
-    words = command(plan.settings, model_class(model).name, model_arguments(model), benchmark, where, folder)
+    arguments = model_arguments(model, plan.limits)
+    words = command(plan.settings, model_class(model).name, arguments, benchmark, where, folder)
     say(f"{name}: {benchmark.name} begins; its output is in {folder / LOG}")
     begun = time.monotonic()
     code = run_to_log(words, folder / LOG)
@@ -87,7 +88,8 @@ def _identities(plan: Plan, installed: Mapping[str, str | None]) -> dict[tuple[s
         common["own_tasks"] = files_fingerprint(files)
     identities = {}
     for name, folder in plan.models.items():
-        arguments = {key: value for key, value in model_arguments(folder).items() if key != "pretrained"}
+        asked = model_arguments(folder, plan.limits)
+        arguments = {key: value for key, value in asked.items() if key != "pretrained"}
         model = {**model_identity(folder), **common, "model_args": json.dumps(arguments)}
         for benchmark in plan.benchmarks:
             task = {"task": benchmark.task, "metrics": " + ".join(benchmark.metrics)}

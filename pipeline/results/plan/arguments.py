@@ -19,7 +19,8 @@ Nothing is loaded: of each model's folder only config.json is read. recipes/conf
 
 The number of samples comes from data.train's manifest, and their lengths from 256 of them, encoded as the student gets
 them. Where the data or the student's tokenizer is not here, give the four numbers. Memory is that of a micro-batch of
-the longest samples; hours are those of the mean sample.
+the longest samples; hours are those of the mean sample. The longest of more than 256 is estimated from the sizes of all
+in the manifest, and the estimate's largest error added; without sizes, and without data, it is data.max_length.
 
 Memory is split into its causes: shards or whole weights as the DeepSpeed config has it, weights gathered for use,
 gradients, optimizer states, activations (from a decoder layer that torch runs without numbers), chunks of logits. Where

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +27,27 @@ from pipeline.vlm.parts import (
     set_trainable,
     text_config,
 )
+from pipeline.vlm.structure import POSITIONS
 from pipeline.vlm.verbalizer import VerbFFN
+
+_OF_EXPERTS = re.compile(r"(^|\.)experts\.")
+"""Found in the name of a parameter of routed experts; shared ones serve every token."""
+_GRID = ("spatial_merge_size", "merge_kernel_size", "merge_size")
+"""Fields of families that take images of any size, and say with it how many patches lie along a side of the square
+that becomes one image token."""
+_SIDES = (
+    *_GRID,
+    "scale_factor",
+    "downsample_factor",
+    "hidden_stride",
+    "projector_pooling_ratio",
+    "pooling_kernel_size",
+)
+"""All fields that say it."""
+_INVERSE_SIDES = ("downsample_ratio", "pixel_shuffle_ratio")
+"""Fields that say the inverse of it."""
+_TOKENS = ("mm_tokens_per_image",)
+"""Fields that say how many image tokens an image has, whose size is always the same then."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +102,23 @@ class PlannedModel:
         """Number of parameters."""
         return sum(tensor.numel() for tensor in self.module.parameters())
 
-    def decoder_elements(self) -> int:
-        """Elements of the decoder layers' matrices, which each token is multiplied with."""
-        return _matrix_elements(decoder_layers(self.module))
+    def decoder_elements(self, trained: bool = False) -> float:
+        """Elements of the decoder layers' matrices that a token is multiplied with: of experts those that it goes to.
+
+        trained: of those that train alone.
+        """
+        share = _routed_share(text_config(self.module))
+        return sum(
+            tensor.numel() * (share if _OF_EXPERTS.search(name) else 1.0)
+            for name, tensor in decoder_layers(self.module).named_parameters()
+            if tensor.dim() > 1 and (tensor.requires_grad or not trained)
+        )
+
+    @property
+    def dense_layers(self) -> int:
+        """Decoder layers without experts."""
+        layers = decoder_layers(self.module)
+        return sum(not any(_OF_EXPERTS.search(name) for name, _ in layer.named_parameters()) for layer in layers)
 
     def verb_ffns(self, form: str, trained: bool) -> list[Parameter]:
         """The parameters of the verb-FFNs of all target layers."""
@@ -112,31 +148,59 @@ class Vision:
     """Elements of the tower's matrices, without the projectors: each patch is multiplied with them."""
     projector_elements: int
     """Elements of the projectors' matrices: each image token is multiplied with them."""
+    spans: tuple[float, ...]
+    """Of each block, the patches among which its attention is at most: those of a tile, or of a window."""
 
 
 def vision_of(model: PlannedModel) -> Vision:
-    """The image encoder's sizes, from the model's vision_config."""
-    config: Any = model.module.config.vision_config  # type: ignore[union-attr]
-
-    def first(*names: str) -> int:  # families call the same size by different names
-        size = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
-        return int(size[0] if isinstance(size, (list, tuple)) else size)  # InternVL: [height, width]
-
-    width = first("embed_dim", "hidden_size")
-    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else first("intermediate_size")
-    patch = first("patch_size")
+    """The image encoder's sizes, from the model's config."""
+    whole: Any = model.module.config
+    config = whole.vision_config
+    width = _size(config, "embed_dim", "hidden_size")
+    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else _size(config, "intermediate_size")
+    patch = _size(config, "patch_size")
     channels = int(getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3)
     projector = sum(_matrix_elements(model.module.get_submodule(name)) for name in parts_of(model.module).projectors)
     tower = sum(_matrix_elements(model.module.get_submodule(name)) for name in _outermost(image_parts(model.module)))
+    blocks = _size(config, "depth", "num_hidden_layers")
     return Vision(
-        blocks=first("depth", "num_hidden_layers"),
+        blocks=blocks,
         width=width,
         inner=inner,
         patch_numbers=channels * int(getattr(config, "temporal_patch_size", 1)) * patch * patch,
-        patches_per_token=int(getattr(config, "spatial_merge_size", 1)) ** 2,
+        patches_per_token=_patches_per_token(whole),
         elements=tower - projector,
         projector_elements=projector,
+        spans=tuple(_span(whole, block) for block in range(blocks)),
     )
+
+
+def _patches_per_token(config: Any) -> int:
+    """Patches that become one image token, from whichever field a family has for that; 1 where it has none."""
+    for part in (config, config.vision_config):
+        if any(getattr(part, name, None) for name in _SIDES):
+            return _size(part, *_SIDES) ** 2
+        for name in _INVERSE_SIDES:
+            if ratio := getattr(part, name, None):
+                return round(ratio**-2)
+        if any(getattr(part, name, None) for name in _TOKENS):
+            return round(_tile(config.vision_config) / _size(part, *_TOKENS))
+    return 1
+
+
+def _span(config: Any, block: int) -> float:
+    """Patches among which a block of the image encoder attends at most: its window, a tile, or an image of any size."""
+    vision = config.vision_config
+    window = getattr(vision, "window_size", None)
+    if window and block not in (getattr(vision, "fullatt_block_indexes", None) or ()):
+        return (window // _size(vision, "patch_size")) ** 2
+    any_size = any(getattr(part, name, None) for part in (config, vision) for name in _GRID)
+    return math.inf if any_size or getattr(vision, "image_size", None) is None else _tile(vision)
+
+
+def _tile(vision: Any) -> int:
+    """Patches of an image, or of a tile of it, of an encoder that takes them in one size."""
+    return (_size(vision, "image_size") // _size(vision, "patch_size")) ** 2
 
 
 def planned_model(role: str, model: Model) -> PlannedModel:
@@ -173,8 +237,27 @@ def modules_in_order(parameters: list[Parameter]) -> Iterator[int]:
     yield from sizes.values()
 
 
+def _size(config: Any, *names: str) -> int:
+    """A size that families call by different names: the first that the config has. Raises StopIteration without."""
+    size = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    return int(size[0] if isinstance(size, (list, tuple)) else size)  # InternVL: [height, width]
+
+
+def _routed_share(config: Any) -> float:
+    """Share of a text model's experts that one token goes to; 1 where it has none."""
+    try:
+        chosen = _size(config, "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+        experts = _size(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    except StopIteration:
+        return 1.0
+    # transformers' Llama 4 gives every token to all experts, most of them scaled by 0.
+    return 1.0 if config.model_type == "llama4_text" else chosen / experts
+
+
 def _matrix_elements(part: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in part.parameters() if tensor.dim() > 1)
+    """Of what its inputs are multiplied with: positions are added."""
+    named = part.named_parameters()
+    return sum(tensor.numel() for name, tensor in named if tensor.dim() > 1 and not POSITIONS.search(name))
 
 
 def _outermost(names: tuple[str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ input's gradient, one for the weight's. Attention counts in full, as torch's cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.recipe.schema import Recipe, StudentTraining
 from pipeline.results.plan.models import PlannedModel, Vision, vision_of
@@ -22,16 +22,22 @@ class Sample:
     tokens: float
     response: float
     image: float
+    images: float = 1.0
+    """Images that the image tokens belong to."""
 
 
 def mean_sample(samples: Samples) -> Sample:
     """The mean over the data."""
-    return Sample(samples.tokens, samples.response, samples.image)
+    return Sample(samples.tokens, samples.response, samples.image, samples.images)
 
 
 def backbone_forward(model: PlannedModel, sample: Sample) -> float:
     """One forward of the image encoder and the decoder layers, without the head."""
-    return _vision(vision_of(model), sample) + sample.tokens * 2 * model.decoder_elements() + attention(model, sample)
+    return (
+        vision_forward(vision_of(model), sample)
+        + sample.tokens * 2 * model.decoder_elements()
+        + attention(model, sample)
+    )
 
 
 def attention(model: PlannedModel, sample: Sample) -> float:
@@ -81,7 +87,7 @@ def interact_operations(
     cached_layers: J, without the last one.
     """
     training, kept = recipe.interact, sample.response * recipe.interact.token_share
-    used = Sample(sample.tokens, kept, sample.image)
+    used = replace(sample, response=kept)
     head = head_product(student, vocab, kept)
     blocks = verb_ffn_forward(student, used) * (3 if training.train_verbalizers else 2)
     supervision = 2 * head * len(student.layers) if training.deep_supervision_weight else 0
@@ -124,9 +130,9 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
     again = decoder if recipe.gradient_checkpointing else 0.0
     if again and not training.lora_rank:
         again -= _last_products(student, sample)
-    weights = sample.tokens * 2 * sum(p.elements for p in student.parameters() if p.trained and ".layers." in p.module)
+    weights = sample.tokens * 2 * student.decoder_elements(trained=True)
     inputs = sample.tokens * 2 * student.decoder_elements() + 2.5 * attention(student, sample)
-    tower = _vision(vision, sample)
+    tower = vision_forward(vision, sample)
     if recipe.trains(training, "vision"):
         tower *= 3
     elif recipe.trains(training, "projector"):
@@ -135,12 +141,18 @@ def _trained_backbone(student: PlannedModel, recipe: Recipe, training: StudentTr
 
 
 def _last_products(student: PlannedModel, sample: Sample) -> float:
-    """A layer's last product is not run again, where no adapter follows: the backward needs nothing that it gives."""
-    return sample.tokens * 2 * student.width * text_config(student.module).intermediate_size * student.depth
+    """A layer's last product is not run again, where no adapter follows: the backward needs nothing that it gives.
+
+    But the experts' is: the gradient of a token's weights for them needs what they give.
+    """
+    if not (dense := student.dense_layers):
+        return 0.0
+    return sample.tokens * 2 * student.width * text_config(student.module).intermediate_size * dense
 
 
-def _vision(vision: Vision, sample: Sample) -> float:
-    """One forward of the image encoder, all images of the sample as one."""
+def vision_forward(vision: Vision, sample: Sample) -> float:
+    """One forward of the image encoder. Attention is within an image, or a tile or window of it."""
     patches = sample.image * vision.patches_per_token
     products = 2 * patches * vision.elements + 2 * sample.image * vision.projector_elements
-    return products + 4 * patches**2 * vision.width * vision.blocks
+    of_one = patches / sample.images if sample.images else 0.0
+    return products + 4 * patches * vision.width * sum(min(of_one, span) for span in vision.spans)

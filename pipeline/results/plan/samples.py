@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from data_prep.storage import is_file
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.lengths import assumed_lengths
+from pipeline.runtime.data.lengths import Probed, feature_count, fit, sample_features
 from pipeline.vlm.assemble import chat_encoder
 from pipeline.vlm.config import read_config
+from pipeline.vlm.processing import ChatEncoder
 
 MEASURED_SAMPLES = 256
 """Samples that are encoded to measure the lengths, evenly over the data."""
@@ -36,10 +39,14 @@ class Samples:
     """Response tokens."""
     image: float
     """Image tokens: what the projector gives to the decoder."""
+    images: float
+    """Images that they belong to; one where none are counted."""
     longest: int
-    """Tokens of the longest sample."""
+    """Tokens of the longest sample: measured where all are, else no fewer than the sizes of all let expect; at most
+    data.max_length."""
     longest_response: int
-    """Response tokens of the sample that has most."""
+    """Response tokens of the sample that has most. Sizes do not tell them: those of samples that are not measured are
+    taken to be longer as much as the samples are."""
     pixel_bytes: float
     """Bytes of a sample's pixels as the model gets them, in float32."""
     shards: int
@@ -101,6 +108,7 @@ def describe_samples(
         tokens=tokens,
         response=response,
         image=image,
+        images=found.get("images", 1.0),
         longest=longest,
         longest_response=int(found.get("longest_response", longest * share)),
         pixel_bytes=found.get("pixel_bytes", 4 * image * patches_per_token * patch_numbers),
@@ -119,17 +127,24 @@ def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float],
     found: dict[str, float] = {"count": manifest["samples"], "shards": len(manifest["shards"])}
     if None not in (given.tokens, given.response, given.image) or not (student / "tokenizer.json").is_file():
         return found, (), {"count": f"{folder}/manifest.json"}
-    numbers, lengths = _lengths(recipe, folder, most)
-    return found | numbers, lengths, dict.fromkeys(("count", *numbers), f"{most} samples of {folder}")
+    numbers, lengths, longest = _lengths(recipe, folder, most)
+    origins = dict.fromkeys(("count", *numbers), f"{most} samples of {folder}")
+    if longest:
+        origins |= dict.fromkeys(("longest", "longest_response"), longest)
+    return found | numbers, lengths, origins
 
 
-def _lengths(recipe: Recipe, folder: Path, most: int) -> tuple[dict[str, float], tuple[float, ...]]:
-    """Means and maxima of a part of the samples, encoded as the student gets them, and the tokens of each."""
+def _lengths(recipe: Recipe, folder: Path, most: int) -> tuple[dict[str, float], tuple[float, ...], str]:
+    """Means of a part of the samples, encoded as the student gets them, and the tokens of each; maxima of all.
+
+    The text is where the maxima come from, empty where every sample was encoded.
+    """
     data, encoder = ShardFolder(folder), chat_encoder(recipe.student.path, recipe.data)
     count, image_id = min(most, len(data)), getattr(read_config(recipe.student.path), "image_token_id", None)
-    columns: dict[str, list[float]] = {"tokens": [], "response": [], "image": [], "pixel_bytes": []}
-    for number in range(count):
-        raw = data.read(number * len(data) // count)
+    columns: dict[str, list[float]] = {name: [] for name in ("tokens", "response", "image", "images", "pixel_bytes")}
+    probed = []
+    for number in (number * len(data) // count for number in range(count)):
+        raw = data.read(number)
         try:
             encoded = encoder(raw.key, raw.record["messages"], raw.images)
         except SampleError:
@@ -137,12 +152,33 @@ def _lengths(recipe: Recipe, folder: Path, most: int) -> tuple[dict[str, float],
         columns["tokens"].append(encoded.inputs["input_ids"].numel())
         columns["response"].append(int(encoded.response.sum()))
         columns["image"].append(_image_tokens(encoded.inputs, image_id))
+        columns["images"].append(len(raw.images))
         columns["pixel_bytes"].append(sum(t.nbytes for t in encoded.inputs.values() if t.is_floating_point()))
+        probed.append(Probed(sample_features(data, encoder, number), int(columns["tokens"][-1]), encoded.nbytes()))
     if not columns["tokens"]:
         raise RecipeError(f"none of {count} samples of {folder} can be encoded; see python -m data_prep lint {folder}")
     means = {name: sum(values) / len(values) for name, values in columns.items()}
-    maxima = {"longest": max(columns["tokens"]), "longest_response": max(columns["response"])}
-    return means | maxima, tuple(columns["tokens"])
+    longest, response, origin = int(max(columns["tokens"])), max(columns["response"]), ""
+    if count < len(data):
+        measured = longest
+        longest, origin = _longest_of_all(data, encoder, probed)
+        response = min(longest, response * longest // measured)
+    maxima = {"longest": longest, "longest_response": response}
+    return means | maxima, tuple(columns["tokens"]), origin
+
+
+def _longest_of_all(data: ShardFolder, encoder: ChatEncoder, probed: Sequence[Probed]) -> tuple[int, str]:
+    """No fewer tokens than the longest sample has, from those of a part, and where that comes from.
+
+    The largest estimate of a run's own length model, more by its largest error on the part.
+    """
+    if not data.has_sizes:
+        return encoder.max_length, "the longest as long as data.max_length lets it be"
+    model = fit(probed, feature_count(data))
+    estimates = (model.estimate(sample_features(data, encoder, number)) for number in range(len(data)))
+    raised = round(max(estimates) * (1 + model.largest_error), 3)  # a fit that is exact must not add a token
+    longest = max(math.ceil(raised), *(one.tokens for one in probed))
+    return min(longest, encoder.max_length), f"the longest by the sizes of all, {model.largest_error:.0%} added"
 
 
 def _image_tokens(inputs: Mapping[str, Tensor], image_id: int | None) -> int:

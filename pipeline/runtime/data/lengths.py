@@ -46,6 +46,10 @@ class LengthModel:
     largest_error: float
     """The largest."""
 
+    def estimate(self, features: Sequence[float]) -> float:
+        """Tokens of a sample with these features, as the linear function gives them: they may be fewer than none."""
+        return sum(weight * feature for weight, feature in zip(self.weights, features, strict=True))
+
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {**asdict(self), "weights": list(self.weights)}
@@ -65,8 +69,7 @@ class Lengths:
 
     def __call__(self, index: SampleIndex) -> float:
         """At least 1, at most the encoder's max_length."""
-        features = sample_features(self._folder, self._encoder, index.sample)
-        estimate = sum(weight * feature for weight, feature in zip(self.model.weights, features, strict=True))
+        estimate = self.model.estimate(sample_features(self._folder, self._encoder, index.sample))
         return min(max(1.0, estimate), float(self._encoder.max_length))
 
 

@@ -15,7 +15,7 @@ from data_prep.schema import DataError, parse_json
 from data_prep.shards import read_manifest, write_file
 from data_prep.storage import is_url
 from pipeline.recipe.resolve import load_recipe
-from pipeline.recipe.schema import Recipe, StudentTraining
+from pipeline.recipe.schema import Data, Recipe, StudentTraining
 from pipeline.runtime.folder import done
 from pipeline.runtime.model_card.base import ModelFacts, folder_name, model_facts
 from pipeline.runtime.versions import read_environment
@@ -65,6 +65,8 @@ def model_card(run: Path) -> str:
         teacher=teacher,
         licence=base.licence,
         trained=list(_trained(run, recipe)),
+        limits=", ".join(_limits(recipe.data)),
+        pixel_arguments=", ".join(f"{name}={value}" for name, value in _pixels(recipe.data).items()),
         evaluation=[_row(run, name, result) for name, result in evaluation.items()],
         held_out=", ".join(dict.fromkeys(_data_name(result) for result in evaluation.values())),
         data=list(_data(recipe)),
@@ -112,6 +114,19 @@ def _trained(run: Path, recipe: Recipe) -> Iterator[tuple[str, str]]:
         how = f", LoRA of rank {settings.lora_rank}, merged" if settings.lora_rank else ""
         unit = "" if isinstance(updates, str) else " updates"
         yield step, "left out" if updates == 0 else f"{updates}{unit} of {settings.batch_size} samples{how}"
+
+
+def _limits(data: Data) -> Iterator[str]:
+    """How large samples were at most, in words."""
+    yield f"chats of at most {data.max_length:,} tokens"
+    for name, value in _pixels(data).items():
+        yield f"pictures of at {'least' if name == 'min_pixels' else 'most'} {value:,} pixels"
+
+
+def _pixels(data: Data) -> dict[str, int]:
+    """The limits that the recipe sets on pictures, under the names that Qwen's processors take, too."""
+    limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    return {name: value for name, value in limits.items() if value is not None}
 
 
 def _evaluation(run: Path) -> Mapping[str, Mapping[str, Any]]:

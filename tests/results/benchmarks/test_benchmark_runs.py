@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import tiny_recipe
 from tiny import write_vlm
 
 from pipeline.__main__ import main
@@ -23,6 +24,7 @@ from pipeline.results.benchmarks.harness import PACKAGES, Place, Settings, comma
 from pipeline.results.benchmarks.model_classes import CLASSES, model_arguments, model_class
 from pipeline.results.benchmarks.outcome import LOG, outcome
 from pipeline.results.benchmarks.table import paper_numbers
+from pipeline.vlm.image_size import PixelLimits
 
 ROOT = Path(__file__).parents[3]
 RECORDED = Path(__file__).with_name("lmms_eval_results.json")
@@ -106,6 +108,10 @@ def test_families_and_their_classes(tiny_models, tmp_path):
     # the folder's own pixel limits, not those of lmms-eval's class
     assert model_arguments(qwen) == {"pretrained": str(qwen), "min_pixels": 784, "max_pixels": 3136}
     assert model_arguments(llava) == {"pretrained": str(llava)}
+    # a run's come first, one by one
+    limits = PixelLimits(largest=2000)
+    assert model_arguments(qwen, limits) == {"pretrained": str(qwen), "min_pixels": 784, "max_pixels": 2000}
+    assert model_arguments(llava, limits) == {"pretrained": str(llava)}
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "idefics3"}')
@@ -232,6 +238,33 @@ def test_scores_are_kept_and_run_again_where_something_changed(stand_in, tmp_pat
     assert "run again: it was run with another weights" in capsys.readouterr().out
     assert evaluate("one:exact_match", "--limit", "6") == 0
     assert "run again: it was run with another limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava"])
+def test_models_of_a_run_see_pictures_as_large_as_the_student_was_trained_on(
+    kind, stand_in, tmp_path, tiny_models, capsys
+):
+    """All of them, as `evaluate` without --benchmarks does; a score under other limits is made again."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def asked(largest: int) -> list[str]:
+        recipe = tiny_recipe(tmp_path, tiny_models, kind, tmp_path / "data", data={"max_pixels": largest})
+        shutil.copy(recipe, run)
+        assert (
+            main(["evaluate", "--run", str(run), "--benchmarks", "one:exact_match", "--eval-python", str(stand_in)])
+            == 0
+        )
+        found = json.loads((run / "benchmarks.json").read_text())
+        assert list(found) == ["teacher", "untouched"]
+        return [found[name]["one:exact_match"]["identity"]["model_args"] for name in found]
+
+    first, second, said = asked(2000), asked(1000), capsys.readouterr().out
+    if kind == "qwen2_vl":
+        assert first == ['{"min_pixels": 784, "max_pixels": 2000}'] * 2
+        assert second == ['{"min_pixels": 784, "max_pixels": 1000}'] * 2 and "with another model_args" in said
+    else:
+        assert first == second == ["{}"] * 2 and "class llava_hf takes no limits on pictures" in said
 
 
 def test_a_judged_benchmark_without_a_key_is_refused_before_anything_is_run(

@@ -2,6 +2,7 @@
 
 import pytest
 from planning import CONFIGS, paper_plan
+from tiny_families import MIXTURE, write_family
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
@@ -39,6 +40,16 @@ def test_counts_are_those_of_the_loaded_model(tiny_models, kind):
     planned = planned_model("teacher", Model(path=folder))
     assert planned.elements() == sum(p.numel() for p in real.parameters())
     assert [p.elements for p in planned.parameters()] == [p.numel() for p in real.parameters()]
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_goes_to_and_memory_has_all_of_them(tmp_path):
+    """Two layers of width 32, by hand: queries, keys, values, output; the router; 2 of 6 experts of three matrices."""
+    planned = planned_model("teacher", Model(path=write_family(tmp_path, "qwen3_vl_moe", 2), layers=(1,)))
+    attention, router, expert = 32 * (32 + 16 + 16 + 32), 6 * 32, 3 * 24 * 32
+    assert (MIXTURE["num_experts_per_tok"], MIXTURE["num_experts"]) == (2, 6)
+    assert planned.decoder_elements() == pytest.approx(2 * (attention + router + 2 * expert))
+    held = sum(p.elements for p in planned.parameters() if ".layers." in p.module and p.module.endswith("experts"))
+    assert held == 2 * 6 * expert and planned.dense_layers == 0
 
 
 @pytest.mark.parametrize(("rank", "targets"), [(0, None), (4, None), (4, ("q_proj", "v_proj"))])

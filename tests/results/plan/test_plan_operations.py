@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from tiny_families import write_family
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.steps.measures import CPU_ATTENTION_FLOPS
@@ -107,6 +108,22 @@ def test_stage_2(folder, batch, rank, checkpointing):
         (losses["matched"].sum() + losses["last"]).backward()
 
     assert COUNT * interact_operations(folder, planned, recipe, sample) == pytest.approx(counted(run), rel=near)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_are_multiplied_with_their_own_experts(tmp_path, checkpointing):
+    """Text alone, through a mixture that all trains; its experts weigh three times what a token is multiplied with."""
+    folder = write_family(tmp_path / "model", "qwen3_vl_moe", 2, 64)
+    student = Model(path=folder, layers=(1,))
+    recipe = recipe_of(tmp_path, gradient_checkpointing=checkpointing).model_copy(update={"student": student})
+    planned = planned_student(student, recipe.reinforce, recipe.train)
+    backbone = load_student(folder, torch.float32, recipe, recipe.reinforce).train()
+    backbone.set_experts_implementation("eager")  # torch's counter does not know the grouped product
+    ids = torch.randint(200, (1, 128))
+    rows = backbone.config.get_text_config().vocab_size
+    expected = operations.reinforce_operations(planned, recipe, Sample(128, 128, 0)) - 6 * 128 * 64 * rows
+    found = counted(lambda: backbone.model(input_ids=ids).last_hidden_state.sum().backward())
+    assert expected == pytest.approx(found, rel=0.03)
 
 
 def interact_operations(folder, student, recipe, sample):
