@@ -23,9 +23,10 @@ Message = Mapping[str, Any]
 PROBES = ([{"type": "image"}, {"type": "text", "text": "What is it?"}], [{"type": "text", "text": "What is it?"}])
 """Questions that a usable template can render, at least the second."""
 
-_INSERTED = re.compile(r"\s+|</?[\w|-]+>|\[/?[A-Z]+\]")
+_TAG = r"</?[\w|-]+>|\[/?[A-Z]+\]"
+_INSERTED = re.compile(rf"\s+|{_TAG}")
 """A piece of what templates insert before an answer: blanks, <think>, </think>, [THINK]."""
-_OPENED = re.compile(rf"(?:{_INSERTED.pattern})*\Z")
+_OPENED = re.compile(rf"(?:\s|{_TAG})*\Z")  # a blank at a time: n in a row as \s+ can be cut in 2^(n-1) ways
 _HALF_A_TAG = re.compile(r"(?:<[\w|/-]*)?\Z")
 
 
