@@ -21,6 +21,27 @@ def share_interval(right: int, asked: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+QUESTIONS = ("data", "samples", "max_length", "decoding", "pixels", "max_new_tokens")
+"""What of a result's identity says what was asked, and how: alike in two results that may be compared."""
+
+
+def asked(result: Mapping[str, Any]) -> dict[str, str]:
+    """What a result of `evaluate` was asked. Of one that was kept without an identity only the path and the number."""
+    identity = result.get("identity")
+    if identity is None:
+        return {"data": str(result.get("data")), "samples": str(result.get("read"))}
+    return {name: identity[name] for name in QUESTIONS if name in identity}
+
+
+def asked_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """In what two results were not asked alike, "name (ours, theirs)" each; empty where they can be compared."""
+    if ("identity" in ours) != ("identity" in theirs):  # then only what both say
+        ours, theirs = ({**one, "identity": None} for one in (ours, theirs))
+    pair = asked(ours), asked(theirs)
+    names = [name for name in QUESTIONS if pair[0].get(name) != pair[1].get(name)]
+    return [f"{name} ({', '.join(one.get(name, 'none')[:24] for one in pair)})" for name in names]
+
+
 @dataclass(frozen=True)
 class Difference:
     """Exact match of one model minus another's, over the samples that both answered."""
@@ -55,10 +76,20 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Difference
 
 
 def sentences(results: Mapping[str, Mapping[str, Any]], against: str) -> Iterator[str]:
-    """What the numbers show, a sentence for each model but `against` itself and the baseline without a model."""
+    """What the numbers show, a sentence for each model but `against` itself and the baseline without a model.
+
+    Models that were not asked alike are not compared: a sample that one was not asked would count as answered by it.
+    """
     theirs = results[against]
     for name, ours in results.items():
         if name == against or "wrong" not in ours:
+            continue
+        if differing := asked_otherwise(ours, theirs):
+            yield (
+                f"{name} and {against} cannot be compared: they were evaluated with other {', '.join(differing)}. "
+                "Evaluate both with the same --data, --limit and --max-new-tokens, and the same limits in data of the "
+                "recipe."
+            )
             continue
         found = difference(ours, theirs)
         points = f"{abs(100 * found.mean):.1f} points"

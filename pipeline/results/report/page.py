@@ -179,6 +179,6 @@ def _comparisons(runs: Sequence[RunFacts]) -> list[str]:
         if "untouched" in run.evaluation:
             found += [f"{run.name}: {line}" for line in sentences(run.evaluation, "untouched")]
     distilled = {run.name: run.evaluation["distilled"] for run in runs if "distilled" in run.evaluation}
-    if len(distilled) > 1 and len({one.get("data") for one in distilled.values()}) == 1:
+    if len(distilled) > 1:
         found += sentences(distilled, next(iter(distilled)))
     return found

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pipeline.results.evaluate.comparison import difference, sentences, share_interval
+from pipeline.results.evaluate.comparison import asked_otherwise, difference, sentences, share_interval
 
 
 def result(wrong, read=10, rejected=()):
@@ -67,3 +67,25 @@ def test_sentences_say_more_less_or_within_chance():
     assert good == "good answers 40.0 points more than plain (95 %: 30.4 to 49.6)."
     assert bad.startswith("bad answers 40.0 points less than plain (95 %: 30.4 to 49.6)")
     assert same == "same and plain differ by 0.0 points: within chance on 100 samples."
+
+
+def identified(wrong, read, **identity):
+    return {**result(wrong, read), "data": "d", "identity": {"weights": str(wrong), "data": "d1", **identity}}
+
+
+def test_models_that_were_not_asked_alike_are_not_compared():
+    """With the missing samples counted as answered, one would answer 80 points more."""
+    whole = identified(range(90), 100, samples="100", max_new_tokens="64")
+    part = identified(range(9), 10, samples="10 evenly spaced", max_new_tokens="64")
+    (said,) = sentences({"whole": whole, "part": part}, "whole")
+    assert said.startswith("part and whole cannot be compared: they were evaluated with other samples (10 evenly")
+    assert "(10 evenly spaced, 100). Evaluate both with the same --data, --limit and --max-new-tokens" in said
+    assert asked_otherwise(whole, whole | {"data": "the same elsewhere"}) == [], "its fingerprint counts"
+    pixels = identified(range(90), 100, samples="100", max_new_tokens="64", pixels="any to 9")
+    assert asked_otherwise(pixels, whole) == ["pixels (any to 9, none)"]
+
+
+def test_results_kept_without_an_identity_are_told_apart_by_path_and_number():
+    old = result("ab", 10) | {"data": "d"}
+    assert asked_otherwise(old, old) == asked_otherwise(old, identified("a", 10, samples="10")) == []
+    assert asked_otherwise(old, result("ab", 20) | {"data": "e"}) == ["data (d, e)", "samples (10, 20)"]
