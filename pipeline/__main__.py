@@ -223,7 +223,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--baseline-data", type=location_argument, metavar="SHARDS",
         help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N samples")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N",
+        help="read only N samples, evenly spaced over the data (with --benchmarks the first N)",
+    )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="samples per batch (default: 32; with --benchmarks 1)"
     )

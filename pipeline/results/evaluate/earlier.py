@@ -28,7 +28,7 @@ def identity_of(plan: Plan, name: str) -> dict[str, str]:
 def questions_of(plan: Plan) -> dict[str, str]:
     """The part of the identity that all models of a plan have in common."""
     asked = question_identity(plan.data, plan.limits, plan.max_new_tokens)
-    return {**asked, "samples": str(len(plan.indices()))}
+    return {**asked, "samples": plan.samples()}
 
 
 def earlier_results(plan: Plan) -> dict[str, dict[str, Any]]:

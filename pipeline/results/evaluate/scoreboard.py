@@ -28,7 +28,9 @@ def show(results: Results, plan: Plan) -> None:
 
 
 def _totals(results: Results, plan: Plan) -> Table:
-    table = Table(title=f"{plan.data.path}: {len(plan.indices())} of {len(plan.data)} samples", title_justify="left")
+    count = len(plan.indices())
+    spaced = ", evenly spaced" if count < len(plan.data) else ""
+    table = Table(title=f"{plan.data.path}: {count} of {len(plan.data)} samples{spaced}", title_justify="left")
     table.add_column("model")
     for heading in ("exact match", "95 %", "perplexity", "samples", "rejected"):
         table.add_column(heading, justify="right")

@@ -9,7 +9,7 @@ from tiny_run import flip_a_bit, typed, write_shards
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe.schema import Data
-from pipeline.results.arguments import batches
+from pipeline.results.arguments import batches, evenly_spaced
 from pipeline.results.evaluate.answers import normalise
 from pipeline.results.evaluate.evaluation import evaluate, score_question_only
 from pipeline.results.evaluate.plan import Plan, make_plan
@@ -140,6 +140,16 @@ def test_a_run_compares_its_models_and_writes_json(made, tmp_path):
     assert results["teacher"]["perplexity"] != results["untouched"]["perplexity"]
     assert results["question_only"]["samples"] == results["teacher"]["samples"] == 5
     assert results["question_only"]["learnt_from"].endswith("train")
+
+
+def test_a_limit_takes_samples_over_the_whole_data(made):
+    """data_prep keeps the input's order, and that is often by question type."""
+    plan = plan_for(made.held_out, limit=4)
+    assert list(plan.indices()) == [0, 2, 5, 7] and plan.samples() == "4 evenly spaced"
+    for limit in (None, 10, 99):
+        whole = plan_for(made.held_out, limit=limit)
+        assert list(whole.indices()) == list(range(10)) and whole.samples() == "10", "results of all stay"
+    assert evenly_spaced(7, 3) == [0, 2, 4] and evenly_spaced(5, 1) == [0]
 
 
 def test_question_only_learns_from_the_sibling_of_the_held_out_data(tmp_path):
