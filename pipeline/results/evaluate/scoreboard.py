@@ -73,6 +73,11 @@ def _notes(results: Results, plan: Plan) -> Iterator[str]:
     else:
         yield f"{QUESTION_ONLY}: left out, for there is nothing to learn it from; give --baseline-data SHARDS"
     for name, result in results.items():
+        if result.get("cut"):
+            yield (
+                f"{name}: {result['cut']:,} of {result['samples']:,} answers were cut at --max-new-tokens "
+                f"{plan.max_new_tokens}, and compared as far as they got; with a larger number they may end"
+            )
         if result.get("rejected"):
             first = result["rejected"][0]
             yield (

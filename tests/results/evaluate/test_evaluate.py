@@ -10,9 +10,10 @@ from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe.schema import Data
 from pipeline.results.arguments import batches, evenly_spaced
-from pipeline.results.evaluate.answers import normalise
+from pipeline.results.evaluate.answers import last_exchange, normalise
 from pipeline.results.evaluate.evaluation import evaluate, score_question_only
 from pipeline.results.evaluate.plan import Plan, make_plan
+from pipeline.results.evaluate.scoreboard import show
 from pipeline.results.evaluate.scoring import Scorer, response_loss, summarize
 from pipeline.results.generate import decode_text, greedy, load
 
@@ -79,6 +80,31 @@ def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
     assert result["wrong"] == [key for key, record, _ in samples if "zz" in str(record["messages"])]
     assert result["by_type"]["easy"] == {"exact_match": expected / 4, "samples": 4}
     assert result["by_type"]["hard"] == {"exact_match": 0.0, "samples": 4}
+
+
+def test_answers_that_had_not_ended_are_counted_and_said(made, teacher, capsys):
+    """Random weights hardly ever end an answer; the model's own first token as its stop id ends that answer at once."""
+    plan = plan_for(made.held_out)
+    ids = greedy(teacher, teacher.encoder.prompt(*asked_first(made)), 6)[0]
+    assert len(ids) == 6 and ids[-1] not in teacher.stop_ids()
+    never = score(teacher, plan)
+    assert never["cut"] == never["samples"] == 10
+    before = teacher.model.generation_config.eos_token_id
+    teacher.model.generation_config.eos_token_id = ids[0]
+    try:
+        ended = score(teacher, plan)
+    finally:
+        teacher.model.generation_config.eos_token_id = before
+    assert 0 < ended["samples"] - ended["cut"]
+    show({"one": never, "two": never | {"cut": 0}}, plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "one: 10 of 10 answers were cut at --max-new-tokens 6," in said and "two: 10 of" not in said
+
+
+def asked_first(made):
+    raw = ShardFolder(made.held_out).read(0)
+    exchange = last_exchange(raw.record, raw.images)
+    return exchange.messages, exchange.images
 
 
 def test_read_equals_used_plus_rejected(tmp_path, teacher):
