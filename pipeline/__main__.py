@@ -70,9 +70,10 @@ stripped, and any of . , ; : ! ? stripped at the end. Articles are kept. The sha
 and, if the data has question types, for each type.
 
 The 95 % interval of a share is Wilson's, in points. --against NAME compares each other model with one of them, on the
-samples that both answered, and says whether the difference is within chance: a 95 % interval of paired differences.
-Both speak of this data, not of training again with another seed. The JSON has the keys that each model answered
-wrongly.
+samples that both answered, and says whether the difference is within chance: by a 95 % interval of paired differences
+and by McNemar's exact test, which is the stricter where few samples differ. All speak of this data, not of training
+again with another seed. The JSON has the keys that each model answered wrongly, and how many answers were cut at
+--max-new-tokens.
 
 Perplexity: exp of the mean cross-entropy (nat) over all response tokens, end-of-turn tokens included; these are the
 tokens that the models are trained on.

@@ -50,18 +50,20 @@ class Difference:
     low: float
     high: float
     samples: int
+    p: float
+    """Two-sided, of McNemar's exact test."""
 
     @property
     def is_sure(self) -> bool:
-        """Whether the 95 % interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the 95 % interval leaves out zero, and p says so too: of few samples the interval is too narrow."""
+        return (self.low > 0 or self.high < 0) and self.p < 0.05
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Difference:
     """Compare two results of `evaluate` on the same data, sample by sample.
 
     The interval is the normal one of paired differences: what both answer alike says nothing about the difference, so
-    it is narrower than the two rows' own intervals suggest.
+    it is narrower than the two rows' own intervals suggest. Where few samples differ it is too narrow: see `is_sure`.
     """
     our_wrong, their_wrong = set(ours["wrong"]), set(theirs["wrong"])
     unusable = {one["key"] for result in (ours, theirs) for one in result.get("rejected", [])}
@@ -69,10 +71,23 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Difference
     only_we = len(their_wrong - our_wrong - unusable)
     only_they = len(our_wrong - their_wrong - unusable)
     if not count:
-        return Difference(0.0, -1.0, 1.0, 0)
+        return Difference(0.0, -1.0, 1.0, 0, 1.0)
     mean = (only_we - only_they) / count
     half = Z * math.sqrt(max(0.0, only_we + only_they - count * mean**2)) / count
-    return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), count)
+    p = mcnemar(only_we, only_they)
+    return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), count, p)
+
+
+def mcnemar(only_we: int, only_they: int) -> float:
+    """Two-sided p that of b + c samples, which one model alone answered, so few are one model's by even chances.
+
+    p = min(1, 2 sum over k <= min(b, c) of C(b + c, k) / 2^(b + c)), after McNemar (1947).
+    """
+    n = only_we + only_they
+    logs = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(only_we, only_they) + 1)
+    )
+    return min(1.0, 2 * math.fsum(math.exp(log - n * math.log(2)) for log in logs))
 
 
 def sentences(results: Mapping[str, Mapping[str, Any]], against: str) -> Iterator[str]:

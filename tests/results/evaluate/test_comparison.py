@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pipeline.results.evaluate.comparison import asked_otherwise, difference, sentences, share_interval
+from pipeline.results.evaluate.comparison import asked_otherwise, difference, mcnemar, sentences, share_interval
 
 
 def result(wrong, read=10, rejected=()):
@@ -35,6 +35,30 @@ def test_a_paired_difference_by_hand():
     assert not found.is_sure
     opposite = difference(result("abcdz"), result("aez"))
     assert (opposite.mean, opposite.low) == (pytest.approx(-0.2), pytest.approx(-0.2 - half))
+
+
+@pytest.mark.parametrize(
+    ("alone", "theirs", "p", "sure"),
+    [
+        (4, 0, 0.125, False),
+        (5, 0, 0.0625, False),
+        (6, 0, 0.03125, True),
+        (0, 6, 0.03125, True),
+        (8, 1, 0.0390625, True),
+    ],
+)
+def test_a_few_samples_that_differ_are_chance(alone, theirs, p, sure):
+    """The normal interval of 4 against 0 of 200 leaves out zero; so many fall to one side in one of 8 tries."""
+    found = difference(result(range(theirs), 200), result(range(100, 100 + alone), 200))
+    assert found.low > 0 or found.high < 0
+    assert (found.p, found.is_sure) == (pytest.approx(p), sure)
+    naive = 2 * sum(math.comb(alone + theirs, k) for k in range(min(alone, theirs) + 1)) / 2 ** (alone + theirs)
+    assert found.p == pytest.approx(naive)
+
+
+def test_many_samples_that_differ_are_no_trouble():
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
+    assert mcnemar(30_000, 30_000) == pytest.approx(1.0) and 0.0 <= mcnemar(30_000, 10_000) < 1e-9
 
 
 def test_samples_that_either_rejected_are_left_out():

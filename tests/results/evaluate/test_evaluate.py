@@ -95,7 +95,7 @@ def test_answers_that_had_not_ended_are_counted_and_said(made, teacher, capsys):
         ended = score(teacher, plan)
     finally:
         teacher.model.generation_config.eos_token_id = before
-    assert 0 < ended["samples"] - ended["cut"]
+    assert ended["samples"] - ended["cut"] > 0
     show({"one": never, "two": never | {"cut": 0}}, plan)
     said = " ".join(capsys.readouterr().out.split())
     assert "one: 10 of 10 answers were cut at --max-new-tokens 6," in said and "two: 10 of" not in said
