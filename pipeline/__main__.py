@@ -76,7 +76,8 @@ again with another seed. The JSON has the keys that each model answered wrongly,
 --max-new-tokens.
 
 Perplexity: exp of the mean cross-entropy (nat) over all response tokens, end-of-turn tokens included; these are the
-tokens that the models are trained on.
+tokens that the models are trained on. Models of different tokenizers have other tokens, and a note says so: their
+perplexities cannot be compared.
 
 The table also has a baseline, `question_only`: the most common answer to the same question in training data, without
 the image. For a question that is not in the training data it is the most common answer overall. What a model gains

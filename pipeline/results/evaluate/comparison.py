@@ -42,6 +42,18 @@ def asked_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[
     return [f"{name} ({', '.join(one.get(name, 'none')[:24] for one in pair)})" for name in names]
 
 
+def perplexity_note(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Says that perplexities cannot be compared, where models have not equally many response tokens; else empty."""
+    counts = {name: one["response_tokens"] for name, one in results.items() if one.get("response_tokens")}
+    if len(set(counts.values())) < 2:
+        return ""
+    of_each = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return (
+        f"perplexity: not to be compared between models of unequally many response tokens ({of_each}): their "
+        "tokenizers or chat templates differ, or the samples that they used."
+    )
+
+
 @dataclass(frozen=True)
 class Difference:
     """Exact match of one model minus another's, over the samples that both answered."""

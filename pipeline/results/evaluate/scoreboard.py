@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.results.evaluate.answers import NORMALISATION
-from pipeline.results.evaluate.comparison import sentences
+from pipeline.results.evaluate.comparison import perplexity_note, sentences
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -65,6 +65,8 @@ def _notes(results: Results, plan: Plan) -> Iterator[str]:
     yield f"exact match: greedy answer to the last question of a chat, compared after: {NORMALISATION}."
     yield "95 %: where the share lies for all such questions (Wilson's interval). Another training run may differ more."
     yield "perplexity: exp of the mean cross-entropy in nat over all response tokens, end of turn included."
+    if note := perplexity_note(results):
+        yield note
     if plan.baseline is not None:
         yield (
             f"{QUESTION_ONLY}: no picture, no model: the commonest answer to the same question in "

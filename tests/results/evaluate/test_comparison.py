@@ -5,7 +5,14 @@ import random
 
 import pytest
 
-from pipeline.results.evaluate.comparison import asked_otherwise, difference, mcnemar, sentences, share_interval
+from pipeline.results.evaluate.comparison import (
+    asked_otherwise,
+    difference,
+    mcnemar,
+    perplexity_note,
+    sentences,
+    share_interval,
+)
 
 
 def result(wrong, read=10, rejected=()):
@@ -95,6 +102,12 @@ def test_sentences_say_more_less_or_within_chance():
 
 def identified(wrong, read, **identity):
     return {**result(wrong, read), "data": "d", "identity": {"weights": str(wrong), "data": "d1", **identity}}
+
+
+def test_perplexities_of_other_tokens_are_told_apart():
+    results = {"teacher": {"response_tokens": 1300}, "student": {"response_tokens": 1411}, "question_only": {}}
+    assert "unequally many response tokens (teacher 1,300, student 1,411)" in perplexity_note(results)
+    assert perplexity_note(results | {"student": {"response_tokens": 1300}}) == ""
 
 
 def test_models_that_were_not_asked_alike_are_not_compared():

@@ -99,6 +99,9 @@ def test_answers_that_had_not_ended_are_counted_and_said(made, teacher, capsys):
     show({"one": never, "two": never | {"cut": 0}}, plan)
     said = " ".join(capsys.readouterr().out.split())
     assert "one: 10 of 10 answers were cut at --max-new-tokens 6," in said and "two: 10 of" not in said
+    assert "not to be compared" not in said
+    show({"one": never, "two": never | {"response_tokens": 1}}, plan)
+    assert "perplexity: not to be compared" in " ".join(capsys.readouterr().out.split())
 
 
 def asked_first(made):
