@@ -8,6 +8,8 @@ from pathlib import Path
 from data_prep.shards import MANIFEST, ShardFolder
 from pipeline.cache.find import open_cache
 from pipeline.cache.fingerprint import (
+    ANY,
+    PIXELS,
     files_fingerprint,
     sample_fingerprints,
     student_fingerprints,
@@ -110,6 +112,7 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     hashes = HashStore(run)
     prints = {
         VOCABULARY: recipe.vocabulary,
+        PIXELS: ANY,  # expected too: a cache of scaled pictures is none of whole ones
         "verbalizers": files_fingerprint([run / "verbalize" / "teacher.safetensors"], hashes),
         **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }

@@ -14,6 +14,7 @@ from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from pipeline.cache.fingerprint import compare
+from pipeline.cache.reader import mismatches
 from pipeline.errors import CacheError, DataError, SampleError, StorageError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime import shared_files
@@ -244,6 +245,24 @@ def test_only_rank_0_hashes(job, monkeypatch):
         verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}
         step._identity(Job(job.recipe, Ranks(rank, 2)), verbalize, encoder)
     assert made[0][0]["weights"] == "bb" and made[1] == [] and len(hashed) == 2
+
+
+@pytest.mark.parametrize(("made", "wanted"), [(3136, None), (None, 3136), (3136, 6272)])
+def test_a_cache_of_pictures_of_another_size_is_refused_either_way(job, made, wanted):
+    """Also where the recipe no longer has the limit that the cache was made under."""
+    mark_done(job.recipe.run / "verbalize", {})
+    (job.recipe.run / "verbalize" / "teacher.safetensors").write_bytes(b"")
+    verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}
+
+    def under(limit):
+        data = job.recipe.data.model_copy(update={"max_pixels": limit})
+        return Job(job.recipe.model_copy(update={"data": data}), Ranks())
+
+    encoder = step.encoders(job.recipe, ["teacher"])["teacher"]
+    identity = step._identity(under(made), verbalize, encoder)
+    assert mismatches(identity, teacher_cache._expected(under(made).recipe), None) == []
+    said = [str(one) for one in mismatches(identity, teacher_cache._expected(under(wanted).recipe), None)]
+    assert said == [f"pixels: expected any to {wanted or 'any'}, found any to {made or 'any'}"]
 
 
 def test_a_cache_of_chats_with_two_bos_tokens_is_not_one_of_chats_with_one(job, monkeypatch):
