@@ -70,12 +70,14 @@ stripped, and any of . , ; : ! ? stripped at the end. Articles are kept. The sha
 and, if the data has question types, for each type.
 
 The 95 % interval of a share is Wilson's, in points. --against NAME compares each other model with one of them, on the
-samples that both answered, and says whether the difference is within chance: a 95 % interval of paired differences.
-Both speak of this data, not of training again with another seed. The JSON has the keys that each model answered
-wrongly.
+samples that both answered, and says whether the difference is within chance: by a 95 % interval of paired differences
+and by McNemar's exact test, which is the stricter where few samples differ. All speak of this data, not of training
+again with another seed. The JSON has the keys that each model answered wrongly, and how many answers were cut at
+--max-new-tokens.
 
 Perplexity: exp of the mean cross-entropy (nat) over all response tokens, end-of-turn tokens included; these are the
-tokens that the models are trained on.
+tokens that the models are trained on. Models of different tokenizers have other tokens, and a note says so: their
+perplexities cannot be compared.
 
 The table also has a baseline, `question_only`: the most common answer to the same question in training data, without
 the image. For a question that is not in the training data it is the most common answer overall. What a model gains
@@ -223,7 +225,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--baseline-data", type=location_argument, metavar="SHARDS",
         help="training data of question_only (default: the run's data.train, or X/train beside X/held_out)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N samples")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N",
+        help="read only N samples, evenly spaced over the data (with --benchmarks the first N)",
+    )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="samples per batch (default: 32; with --benchmarks 1)"
     )

@@ -18,6 +18,8 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_toke
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # JSON keys that do not change the outputs (written by the saving library), or that have a fingerprint of their own.
 INCIDENTAL = ("transformers_version", "_name_or_path", "chat_template")
+PIXELS, ANY = "pixels", "any to any"
+"""A fingerprint of limits on images, and what one is that is not recorded."""
 STUDENT_FINGERPRINTS = ("student_tokenizer", "student_template")
 
 
@@ -78,7 +80,7 @@ def sample_fingerprints(max_length: int, min_pixels: int | None, max_pixels: int
     """What decides how a sample becomes model inputs, besides the models: plain text, not hashes."""
     fingerprints = {"max_length": str(max_length), "decoding": DECODING}
     if min_pixels is not None or max_pixels is not None:
-        fingerprints["pixels"] = f"{min_pixels or 'any'} to {max_pixels or 'any'}"
+        fingerprints[PIXELS] = f"{min_pixels or 'any'} to {max_pixels or 'any'}"
     return fingerprints
 
 

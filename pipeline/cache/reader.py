@@ -19,7 +19,7 @@ from torch import Tensor
 from data_prep.schema import DataError, parse_json
 from data_prep.shards import MANIFEST, ShardFolder, data_fingerprint
 from data_prep.storage import listed, read_bytes
-from pipeline.cache.fingerprint import Mismatch, compare
+from pipeline.cache.fingerprint import ANY, PIXELS, Mismatch, compare
 from pipeline.cache.head import check_head, read_head
 from pipeline.cache.layout import (
     FORMAT,
@@ -239,8 +239,8 @@ class TeacherCache:
 
 def mismatches(identity: CacheIdentity, expected: Mapping[str, str], codec: Mapping[str, Any] | None) -> list[Mismatch]:
     """Where a cache's fingerprints and codec differ from the expected ones. `codec` None: it is not compared."""
-    # A cache that says nothing of its vocabulary is of a shared one.
-    differing = compare(expected, {VOCABULARY: SHARED, **identity.fingerprints})
+    # A cache that says nothing of its vocabulary is of a shared one; one that says nothing of pixels had no limits.
+    differing = compare(expected, {VOCABULARY: SHARED, PIXELS: ANY, **identity.fingerprints})
     if codec is not None and dict(codec) != dict(identity.codec):
         expected_json, found_json = (json.dumps(dict(one), sort_keys=True) for one in (codec, identity.codec))
         differing.append(Mismatch("codec", expected_json, found_json))

@@ -27,7 +27,13 @@ def open_non_empty(folder: Path) -> ShardFolder:
     return shards
 
 
-def batches(indices: range, size: int) -> Iterator[range]:
+def evenly_spaced(total: int, limit: int | None) -> Sequence[int]:
+    """At most `limit` of `total` indices, at equal distances: data may be sorted, by question type say. None: all."""
+    count = total if limit is None else min(limit, total)
+    return [number * total // count for number in range(count)]
+
+
+def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """The indices, `size` at a time."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]

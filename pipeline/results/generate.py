@@ -83,7 +83,7 @@ def load(
     encoder = chat_encoder(folder, data)
     encoder.check()
     dtype = run_dtype(folder) if devices else torch.float32
-    model: Any = load_vlm(folder, dtype, attention, placement(folder, dtype, devices), parts).eval()
+    model: Any = load_vlm(folder, dtype, attention, placement(folder, dtype, devices, parts), parts).eval()
     device = model.get_input_embeddings().weight.device
     check_parts(model, encoder, (), device, dtype)
     return Vlm(model, encoder, device, dtype)
@@ -104,14 +104,19 @@ def run_dtype(folder: Path) -> torch.dtype:
     return read_config(folder).dtype or torch.bfloat16
 
 
-def placement(folder: Path, dtype: torch.dtype, devices: Devices) -> dict[str, int] | None:
-    """Device map of a model on these devices; None on the CPU. Raises RecipeError where they have no room for it."""
+def placement(
+    folder: Path, dtype: torch.dtype, devices: Devices, parts: ModelParts | None = None
+) -> dict[str, int] | None:
+    """Device map of a model on these devices; None on the CPU. parts: those that the recipe names.
+
+    Raises RecipeError where they have no room for it.
+    """
     if not devices:
         return None
     torch.cuda.set_device(devices[0])
     if len(devices) == 1:
         return {"": devices[0]}
-    return device_map(folder, dtype, {device: torch.cuda.mem_get_info(device)[0] for device in devices})
+    return device_map(folder, dtype, {device: torch.cuda.mem_get_info(device)[0] for device in devices}, parts)
 
 
 def move(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from data_prep.shards import ShardFolder, data_fingerprint
 from pipeline.cache.fingerprint import json_fingerprint, sample_fingerprints, teacher_fingerprints
 from pipeline.recipe.schema import Data
 from pipeline.results.generate import run_dtype
+from pipeline.vlm.chat_template import ChatTemplate
 from pipeline.vlm.processing import load_processor
 
 
@@ -17,9 +18,10 @@ def model_identity(folder: Path) -> dict[str, str]:
     Weights are hashed, and their hashes remembered. Raises CacheError where the folder has no safetensors weights or no
     tokenizer.
     """
-    generation = folder / "generation_config.json"
+    generation, processor = folder / "generation_config.json", load_processor(folder)
     return {
-        **teacher_fingerprints(folder, str(load_processor(folder).chat_template)),
+        **teacher_fingerprints(folder, str(processor.chat_template)),
+        **ChatTemplate(processor).fingerprint_of_bos(),
         "end_of_turn": json_fingerprint([generation] if generation.is_file() else []),
         "dtype": str(run_dtype(folder)).removeprefix("torch."),
     }

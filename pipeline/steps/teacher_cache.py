@@ -8,6 +8,8 @@ from pathlib import Path
 from data_prep.shards import MANIFEST, ShardFolder
 from pipeline.cache.find import open_cache
 from pipeline.cache.fingerprint import (
+    ANY,
+    PIXELS,
     files_fingerprint,
     sample_fingerprints,
     student_fingerprints,
@@ -28,6 +30,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.runtime.folder import done
 from pipeline.runtime.loop import Job
 from pipeline.runtime.shared_files import as_first_rank_sees, wait_for_files
+from pipeline.vlm.chat_template import ChatTemplate
 from pipeline.vlm.processing import load_processor
 from pipeline.vocabulary_map import VocabularyMap
 
@@ -109,16 +112,20 @@ def _expected(recipe: Recipe) -> dict[str, str]:
     hashes = HashStore(run)
     prints = {
         VOCABULARY: recipe.vocabulary,
+        PIXELS: ANY,  # expected too: a cache of scaled pictures is none of whole ones
         "verbalizers": files_fingerprint([run / "verbalize" / "teacher.safetensors"], hashes),
         **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
     }
     if recipe.vocabulary == MAPPED:
-        prints |= student_fingerprints(recipe.student.path, str(load_processor(recipe.student.path).chat_template))
+        processor = load_processor(recipe.student.path)
+        prints |= student_fingerprints(recipe.student.path, str(processor.chat_template))
+        prints |= ChatTemplate(processor).fingerprint_of_bos("student_bos")
     folder = recipe.teacher.path
     weights = any(folder.glob("*.safetensors"))
     if weights or (recipe.cache_from is not None and _has_processor(folder)):
-        template = str(load_processor(folder).chat_template)
-        prints |= teacher_fingerprints(folder, template, hashes, weights)
+        processor = load_processor(folder)
+        prints |= teacher_fingerprints(folder, str(processor.chat_template), hashes, weights)
+        prints |= ChatTemplate(processor).fingerprint_of_bos()
     return prints
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from os.path import commonprefix
 from typing import Any
 
@@ -23,9 +24,10 @@ Message = Mapping[str, Any]
 PROBES = ([{"type": "image"}, {"type": "text", "text": "What is it?"}], [{"type": "text", "text": "What is it?"}])
 """Questions that a usable template can render, at least the second."""
 
-_INSERTED = re.compile(r"\s+|</?[\w|-]+>|\[/?[A-Z]+\]")
+_TAG = r"</?[\w|-]+>|\[/?[A-Z]+\]"
+_INSERTED = re.compile(rf"\s+|{_TAG}")
 """A piece of what templates insert before an answer: blanks, <think>, </think>, [THINK]."""
-_OPENED = re.compile(rf"(?:{_INSERTED.pattern})*\Z")
+_OPENED = re.compile(rf"(?:\s|{_TAG})*\Z")  # a blank at a time: n in a row as \s+ can be cut in 2^(n-1) ways
 _HALF_A_TAG = re.compile(r"(?:<[\w|/-]*)?\Z")
 
 
@@ -45,6 +47,25 @@ class ChatTemplate:
         """
         with as_sample_error("the chat template"):
             return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+    def writes_bos(self, text: str) -> bool:
+        """Whether a rendered chat begins with the BOS token, which the tokenizer then must not add once more."""
+        bos = self.processor.tokenizer.bos_token
+        return bool(bos) and text.startswith(bos)
+
+    def fingerprint_of_bos(self, name: str = "bos") -> dict[str, str]:
+        """For the identity of what is made with this template, {name: how many BOS tokens}; mostly {}.
+
+        Not empty where the template writes BOS and the tokenizer adds it: chats had two before, and what was made of
+        such chats must be refused.
+        """
+        tokenizer = self.processor.tokenizer
+        for question in PROBES:
+            with suppress(SampleError):
+                text = self.render([{"role": "user", "content": question}], prompt=True)
+                twice = self.writes_bos(text) and tokenizer(text).input_ids[:2] == 2 * [tokenizer.bos_token_id]
+                return {name: "one (earlier versions: two)"} if twice else {}
+        return {}
 
     def check(self) -> None:
         """Raise RecipeError, with the reason, where not even the simplest chats can be used."""

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.schema import ModelParts
 from pipeline.vlm.config import read_config
-from pipeline.vlm.parts import parts_of
+from pipeline.vlm.parts import recognise
 
 Devices = tuple[int, ...]
 """CUDA devices of one copy of a model; (): the CPU."""
@@ -74,14 +75,16 @@ def check_fits_cpu(weights: int, available: int, copies: int) -> None:
         )
 
 
-def device_map(folder: Path, dtype: torch.dtype, memory: Mapping[int, int]) -> dict[str, int]:
+def device_map(
+    folder: Path, dtype: torch.dtype, memory: Mapping[int, int], parts: ModelParts | None = None
+) -> dict[str, int]:
     """{module name: device} that spreads a model evenly over devices; memory[d]: free memory of device d.
 
-    Decoder layers and the vision tower are never cut. Raises RecipeError where the parts do not fit, though their sum
-    does.
+    parts: those that the recipe names. Decoder layers and the vision tower are never cut. Raises RecipeError where the
+    pieces do not fit, though their sum does.
     """
     model: Any = empty_vlm(folder, dtype)
-    towers = {type(model.get_submodule(name)).__name__ for name in parts_of(model).vision}
+    towers = {type(model.get_submodule(name)).__name__ for name in recognise(model, parts).vision}
     whole = sorted({*model._no_split_modules, *towers})
     room = {device: int(PART_SHARE * free) for device, free in memory.items()}
     balanced = get_balanced_memory(model, max_memory=dict(room), no_split_module_classes=whole)

@@ -183,6 +183,7 @@ class ChatEncoder:
         return [self._pixels.apply(decode_image(data)) for data in images]
 
     def _process(self, text: str, pictures: list[Image.Image]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        once = {"add_special_tokens": False} if self.template.writes_bos(text) else {}
         with as_sample_error("the model's processor"):
             features = dict(
                 self.processor(
@@ -192,6 +193,7 @@ class ChatEncoder:
                     return_offsets_mapping=True,
                     return_text_replacement_offsets=True,
                     return_mm_token_type_ids=True,
+                    **once,
                 )
             )
         replaced = features.pop("text_replacement_offsets", ())

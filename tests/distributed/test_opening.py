@@ -91,7 +91,7 @@ def test_the_length_that_the_data_was_cut_to_is_named(root):
 
 
 def test_the_limits_on_images_are_named(root):
-    with pytest.raises(CacheError, match=r"pixels: expected any to 3136, found none recorded"):
+    with pytest.raises(CacheError, match=r"pixels: expected any to 3136, found any to any"):
         opened(root, "data.max_pixels=3136")
 
 

@@ -103,6 +103,19 @@ def test_tables_and_lists_are_whole(run):
     assert [len(table.splitlines()) for table in tables] == [2 + 6, 2 + 2]
 
 
+def test_perplexities_of_unlike_tokens_are_said_to_be_so(run):
+    said = "do not compare them"
+    evaluated(run, untouched=run.parent / "x", mine=run / "student")
+    assert said not in model_card(run)
+    file = run / "evaluation.json"
+    results = json.loads(file.read_text())
+    file.write_text(json.dumps({name: one | {"response_tokens": len(name)} for name, one in results.items()}))
+    text = model_card(run)
+    assert "| 2.000 | 1,234 |\n\nPerplexities are per token, and these models" in text and f"{said}.\n" in text
+    file.write_text(json.dumps({name: one | {"response_tokens": 9} for name, one in results.items()}))
+    assert said not in model_card(run)
+
+
 def test_it_names_no_folder_of_the_machine(run):
     evaluated(run, mine=run / "student")
     text = model_card(run)

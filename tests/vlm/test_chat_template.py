@@ -111,6 +111,15 @@ def test_a_template_that_could_take_no_chat_is_refused_at_once(template, name):
         template(name).check()
 
 
+@pytest.mark.parametrize("blanks", [200 * " ", 100 * " \n", 40 * "<b> \t\n", 60 * "\n" + "<" + 60 * " "])
+@pytest.mark.parametrize("name", ["plain", "prompt opens thinking", "mistral"])
+def test_a_question_may_end_with_many_blanks(template, name, blanks):
+    """An expression that cuts a run of blanks in every way would not end within a lifetime."""
+    one = template(name)
+    one.check()
+    assert responses(one, [turn("user", f"a table: {blanks}"), CHAT[1]]) == ["a circle<|im_end|>"]
+
+
 texts = st.text(st.sampled_from("aZ1 \n\t.<>/é日'\"{}%") | st.characters(codec="utf-8"), min_size=0, max_size=24)
 answers = texts | st.sampled_from(["<think>", THOUGHT + "b", "assistant", "<b>x</b>", "</think>c", "[INST] a [/INST]"])
 turns = st.one_of(

@@ -7,8 +7,8 @@ import torch
 from tiny import KINDS, MORE_KINDS, png, turn, write_vlm
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.schema import Data
-from pipeline.results.generate import greedy, load
+from pipeline.recipe.schema import Data, ModelParts
+from pipeline.results.generate import greedy, load, placement
 from pipeline.vlm.backbone import load_vlm, run_backbone
 from pipeline.vlm.parts import parts_of
 from pipeline.vlm.placement import check_fits_cpu, device_groups, device_map, weight_bytes
@@ -67,6 +67,17 @@ def test_a_map_names_every_weight_once_and_cuts_no_layer(tmp_path, kind):
     parts = parts_of(model)
     whole = (*parts.vision, *(f"{parts.layers}.{layer}" for layer in range(6)))
     assert not any(part.startswith(f"{name}.") for part in found for name in whole)
+
+
+def test_a_model_is_spread_by_the_parts_that_the_recipe_names(tmp_path, monkeypatch):
+    """Without them a model whose parts are not recognised would run on one device, and on two not at all."""
+    folder = write_vlm(tmp_path, "qwen2_vl", 3, 32)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    size = weight_bytes(folder, torch.float32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
+    assert set(placement(folder, torch.float32, (0, 1), ModelParts(vision=("model.visual",))).values()) == {0, 1}
+    with pytest.raises(RecipeError, match="the recipe names nowhere, and the model has no such module"):
+        load(folder, Data(train="x"), (0, 1), parts=ModelParts(vision=("nowhere",)))
 
 
 def test_parts_that_do_not_fit_are_refused_with_sizes(tmp_path):

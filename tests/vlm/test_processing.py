@@ -9,13 +9,14 @@ import pytest
 import torch
 from running import tiny_recipe
 from tiny import KINDS, MORE_KINDS, chats, png, turn
+from tokenizers.processors import TemplateProcessing
 from transformers.utils import is_torchvision_available
 
 from pipeline.errors import RecipeError, SampleError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.vlm.assemble import encoders
 from pipeline.vlm.backbone import load_vlm
-from pipeline.vlm.processing import ChatEncoder, collate, load_processor
+from pipeline.vlm.processing import ChatEncoder, collate, decode_image, load_processor
 
 
 @pytest.fixture(params=KINDS + MORE_KINDS)
@@ -182,6 +183,48 @@ def test_a_programming_error_is_nobodys_sample(encoder, monkeypatch):
 
 def _chat():
     return [turn("user", "<image>", "what?"), turn("assistant", "x")], [png()]
+
+
+@pytest.fixture
+def doubling(tiny_models):
+    """A processor as Gemma 3's: the chat template writes the BOS token, and the tokenizer adds it."""
+    processor = load_processor(tiny_models["llava", "student"])
+    processor.tokenizer.bos_token = "<|vision_start|>"
+    bos = ("<|vision_start|>", processor.tokenizer.bos_token_id)
+    add = TemplateProcessing(single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]} $B", special_tokens=[bos])
+    processor.tokenizer.backend_tokenizer.post_processor = add
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    return processor
+
+
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_a_bos_token_stands_once(doubling, pictures):
+    """As transformers' own apply_chat_template(tokenize=True) has it."""
+    encoder, bos = ChatEncoder(doubling, 512), doubling.tokenizer.bos_token_id
+    data = [png(seed=1)] * pictures
+    messages = [turn("user", *["<image>"] * pictures, "what?"), turn("assistant", "a red star")]
+    encoded = encoder("k", messages, data)
+    shown = [{"type": "image", "image": decode_image(one)} for one in data]
+    question = {"role": "user", "content": [*shown, {"type": "text", "text": "what?"}]}
+    theirs = doubling.apply_chat_template([question, messages[1]], tokenize=True, return_dict=True, return_tensors="pt")
+    assert encoded.inputs["input_ids"].tolist() == theirs["input_ids"].tolist()
+    prompt = encoder.prompt(messages[:1], data)["input_ids"][0]
+    assert encoded.inputs["input_ids"][0, : len(prompt)].tolist() == prompt.tolist()
+    for ids in (prompt, encoder.filler().inputs["input_ids"][0]):
+        assert (ids == bos).nonzero().tolist() == [[0]]
+    assert response_text(encoder, encoded) == "a red star<|im_end|>"
+
+
+def test_a_bos_token_that_the_template_leaves_to_the_tokenizer_is_added(doubling):
+    doubling.chat_template = doubling.chat_template.removeprefix("{{ bos_token }}")
+    encoder, bos = ChatEncoder(doubling, 512), doubling.tokenizer.bos_token_id
+    ids = encoder.prompt([turn("user", "what?")], [])["input_ids"][0]
+    assert (ids == bos).nonzero().tolist() == [[0]] and encoder.template.fingerprint_of_bos() == {}
+
+
+def test_what_was_made_of_chats_with_two_bos_tokens_has_another_identity(doubling, encoder):
+    assert ChatEncoder(doubling, 512).template.fingerprint_of_bos("mine") == {"mine": "one (earlier versions: two)"}
+    assert encoder.template.fingerprint_of_bos() == {}, "all others keep their caches"
 
 
 def test_no_processor(tmp_path):

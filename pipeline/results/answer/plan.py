@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
-from pipeline.recipe.schema import Data
+from pipeline.recipe.schema import Data, ModelParts
 from pipeline.results.answer.folder import Origin
 from pipeline.results.arguments import open_non_empty, run_recipe
 from pipeline.results.generate import require_model
@@ -54,6 +54,10 @@ class Plan:
     max_new_tokens: int
     processes: int | None = None
     """Largest number of processes that hold the model; None: as many as the GPUs have room for, one on a CPU."""
+    attention: str = "sdpa"
+    """How the model computes its attention, as in the run's recipe."""
+    parts: ModelParts | None = None
+    """Parts that the run's recipe names, of its teacher."""
 
 
 def make_plan(
@@ -70,8 +74,10 @@ def make_plan(
 ) -> Plan:
     """Build a plan from command-line arguments. Raises RecipeError or DataError, before any model is loaded."""
     limits: Data | None = None
+    loading: dict[str, Any] = {}
     if run is not None:
         recipe = load_recipe(run_recipe(run)).recipe
+        loading = {"attention": recipe.attention, "parts": recipe.teacher.parts if model is None else None}
         limits, model, data = recipe.data, model or recipe.teacher.path, data or recipe.data.train
     if model is None:
         raise RecipeError("no model: give --model DIR, or --run RUN for the run's teacher")
@@ -83,7 +89,8 @@ def make_plan(
     limits = limits or Data(train=data)
     if max_bad_share is not None:
         limits = limits.model_copy(update={"max_bad_share": max_bad_share})
-    return Plan(model, open_non_empty(data), output, limits, Part(*part), batch_size, max_new_tokens, processes)
+    sizes = (batch_size, max_new_tokens, processes)
+    return Plan(model, open_non_empty(data), output, limits, Part(*part), *sizes, **loading)
 
 
 def origin_of(plan: Plan) -> Origin:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.shards import MANIFEST, RawSample, ShardFolder, ShardInfo
 from pipeline.errors import DataError, SampleError
-from pipeline.recipe.schema import Data
+from pipeline.recipe.schema import Data, ModelParts
 from pipeline.results.answer.chats import Answerer, record_bytes
 from pipeline.results.answer.folder import REJECTS, AnswerFolder
 from pipeline.results.answer.plan import Plan, origin_of
@@ -64,9 +64,17 @@ class BatchAnswerer:
             return error
 
 
-def load_answerer(model: Path, limits: Data, data: ShardFolder, max_new_tokens: int, devices: Devices) -> BatchAnswerer:
-    """Load a model onto devices, to answer samples with it."""
-    return BatchAnswerer(Answerer(load(model, limits, devices), max_new_tokens), data)
+def load_answerer(
+    model: Path,
+    limits: Data,
+    data: ShardFolder,
+    max_new_tokens: int,
+    attention: str,
+    parts: ModelParts | None,
+    devices: Devices,
+) -> BatchAnswerer:
+    """Load a model onto devices, to answer samples with it; parts: those that a recipe names."""
+    return BatchAnswerer(Answerer(load(model, limits, devices, attention, parts), max_new_tokens), data)
 
 
 class _Job:
@@ -82,7 +90,8 @@ class _Job:
     def answer(self, shards: Sequence[ShardInfo]) -> None:
         """Answer these shards, one after the other."""
         plan, done = self.plan, self.bad_samples.read
-        make = functools.partial(load_answerer, plan.model, plan.limits, plan.data, plan.max_new_tokens)
+        settings = (plan.limits, plan.data, plan.max_new_tokens, plan.attention, plan.parts)
+        make = functools.partial(load_answerer, plan.model, *settings)
         groups = Machine().groups(plan.model, plan.processes)
         self.progress = StepProgress("answer", done + sum(shard.samples for shard in shards), done)
         try:
@@ -96,7 +105,7 @@ class _Job:
         finally:
             self.progress.close()
 
-    def _batches(self, shard: ShardInfo) -> list[range]:
+    def _batches(self, shard: ShardInfo) -> list[Sequence[int]]:
         """Batches end with the shard, so that its bytes do not depend on what else the process answers."""
         return list(batches(range(shard.first, shard.first + shard.samples), self.plan.batch_size))
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.results.evaluate.comparison import asked_otherwise
+
 BEFORE, AFTER = "untouched", "distilled"
 Result = Mapping[str, Any]
 """A model's result in evaluation.json."""
@@ -30,14 +32,14 @@ def read_evaluation(run: Path) -> dict[str, Result]:
 
 
 def compared(run: Path, evaluation: Mapping[str, Result]) -> tuple[Result, Result] | None:
-    """Results of the untouched and of the run's distilled student; None where not both were evaluated on the same data.
+    """Results of the untouched and of the run's distilled student; None where not both were asked alike.
 
     The distilled student is the result of that name, or that of RUN/student under another, as in the demo.
     """
     student = (run / "student").resolve()
     named = (found for found in evaluation.values() if found.get("model") and Path(found["model"]).resolve() == student)
     before, after = evaluation.get(BEFORE, {}), evaluation.get(AFTER) or next(named, {})
-    if "wrong" not in before or "wrong" not in after or before.get("data") != after.get("data"):
+    if "wrong" not in before or "wrong" not in after or asked_otherwise(before, after):
         return None
     return before, after
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.cache.fingerprint import compare
 from pipeline.errors import RecipeError
+from pipeline.results.evaluate.comparison import asked
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 from pipeline.results.evaluate.scoring import bad_samples_of
 from pipeline.results.identity import model_identity, question_identity
@@ -27,7 +28,7 @@ def identity_of(plan: Plan, name: str) -> dict[str, str]:
 def questions_of(plan: Plan) -> dict[str, str]:
     """The part of the identity that all models of a plan have in common."""
     asked = question_identity(plan.data, plan.limits, plan.max_new_tokens)
-    return {**asked, "samples": str(len(plan.indices()))}
+    return {**asked, "samples": plan.samples()}
 
 
 def earlier_results(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -39,12 +40,14 @@ def earlier_results(plan: Plan) -> dict[str, dict[str, Any]]:
     kept = {}
     for name, result in _read(plan).items():
         if name in plan.models:
-            now, found = identity_of(plan, name), result.get("identity", {})
+            now = identity_of(plan, name)
         elif name == QUESTION_ONLY:
             continue  # made anew: it needs no model
         else:
-            now, found = questions_of(plan), result.get("identity", {})
-        differing = [mismatch.name for mismatch in compare(now, found)]
+            now = questions_of(plan)
+        # What the result was asked in addition, such as a limit on pixels that this command does not have, counts too.
+        found = result.get("identity", {})
+        differing = [mismatch.name for mismatch in compare(dict.fromkeys(asked(result), "none") | now, found)]
         if not differing:
             kept[name] = result
         elif name in plan.models:

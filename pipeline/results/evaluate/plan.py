@@ -13,7 +13,7 @@ from pipeline.commands import train_command
 from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Data, ModelParts, Recipe
-from pipeline.results.arguments import named_models, open_non_empty, run_recipe
+from pipeline.results.arguments import evenly_spaced, named_models, open_non_empty, run_recipe
 from pipeline.results.generate import require_model
 from pipeline.runtime.display.progress import say
 
@@ -44,9 +44,14 @@ class Plan:
     processes: int | None = None
     """Largest number of processes that hold a model; None: as many as the GPUs have room for, one on a CPU."""
 
-    def indices(self) -> range:
-        """Indices of the samples that are read."""
-        return range(len(self.data) if self.limit is None else min(self.limit, len(self.data)))
+    def indices(self) -> Sequence[int]:
+        """Indices of the samples that are read: with a limit, at equal distances over the data."""
+        return evenly_spaced(len(self.data), self.limit)
+
+    def samples(self) -> str:
+        """Which samples these are, for a result's identity."""
+        count = len(self.indices())
+        return f"{count} evenly spaced" if count < len(self.data) else str(count)
 
 
 def make_plan(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.results.evaluate.answers import NORMALISATION
-from pipeline.results.evaluate.comparison import sentences
+from pipeline.results.evaluate.comparison import perplexity_note, sentences
 from pipeline.results.evaluate.plan import QUESTION_ONLY, Plan
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -28,7 +28,9 @@ def show(results: Results, plan: Plan) -> None:
 
 
 def _totals(results: Results, plan: Plan) -> Table:
-    table = Table(title=f"{plan.data.path}: {len(plan.indices())} of {len(plan.data)} samples", title_justify="left")
+    count = len(plan.indices())
+    spaced = ", evenly spaced" if count < len(plan.data) else ""
+    table = Table(title=f"{plan.data.path}: {count} of {len(plan.data)} samples{spaced}", title_justify="left")
     table.add_column("model")
     for heading in ("exact match", "95 %", "perplexity", "samples", "rejected"):
         table.add_column(heading, justify="right")
@@ -63,6 +65,8 @@ def _notes(results: Results, plan: Plan) -> Iterator[str]:
     yield f"exact match: greedy answer to the last question of a chat, compared after: {NORMALISATION}."
     yield "95 %: where the share lies for all such questions (Wilson's interval). Another training run may differ more."
     yield "perplexity: exp of the mean cross-entropy in nat over all response tokens, end of turn included."
+    if note := perplexity_note(results):
+        yield note
     if plan.baseline is not None:
         yield (
             f"{QUESTION_ONLY}: no picture, no model: the commonest answer to the same question in "
@@ -71,6 +75,11 @@ def _notes(results: Results, plan: Plan) -> Iterator[str]:
     else:
         yield f"{QUESTION_ONLY}: left out, for there is nothing to learn it from; give --baseline-data SHARDS"
     for name, result in results.items():
+        if result.get("cut"):
+            yield (
+                f"{name}: {result['cut']:,} of {result['samples']:,} answers were cut at --max-new-tokens "
+                f"{plan.max_new_tokens}, and compared as far as they got; with a larger number they may end"
+            )
         if result.get("rejected"):
             first = result["rejected"][0]
             yield (

@@ -33,6 +33,8 @@ class Scored:
     key: str
     question_type: str | None
     right: bool
+    cut: bool
+    """Whether the answer had not ended within max_new_tokens."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Scorer:
         encoded, rejected = _encode(self.vlm, self.data, rows)
         answers = _greedy_answers(self.vlm, encoded, self.max_new_tokens)
         scored = [
-            Scored(sample.chat.key, sample.exchange.question_type, is_right(answer, sample.exchange.answer))
-            for sample, answer in zip(encoded, answers, strict=True)
+            Scored(sample.chat.key, sample.exchange.question_type, is_right(answer, sample.exchange.answer), cut)
+            for sample, (answer, cut) in zip(encoded, answers, strict=True)
         ]
         return BatchScore(scored, rejected, *response_loss(self.vlm, [sample.chat for sample in encoded]))
 
@@ -86,9 +88,10 @@ def summarize(scores: Iterable[BatchScore], plan: Plan, name: str = "") -> dict[
     """One model's exact match, in total and by question type, and its perplexity. read = samples + rejected.
 
     "wrong" has the keys of the samples that it answered wrongly, so that two models can be compared sample by sample.
+    "cut" counts the answers that had not ended within max_new_tokens.
     Raises DataError if the share of unusable samples exceeds max_bad_share, as soon as that is clear.
     """
-    tally, nats, tokens = Tally(), 0.0, 0
+    tally, nats, tokens, cut = Tally(), 0.0, 0, 0
     rejected: list[Rejected] = []
     wrong: list[str] = []
     bad_samples = bad_samples_of(plan)
@@ -99,6 +102,7 @@ def summarize(scores: Iterable[BatchScore], plan: Plan, name: str = "") -> dict[
             rejected += batch.rejected
             for one in batch.scored:
                 tally.count(one.question_type, one.right)
+            cut += sum(one.cut for one in batch.scored)
             wrong += [one.key for one in batch.scored if not one.right]
             nats, tokens = nats + batch.nats, tokens + batch.tokens
             progress.advance(f"exact match {tally.summary()['exact_match']:.1%}", by=batch.read)
@@ -111,6 +115,7 @@ def summarize(scores: Iterable[BatchScore], plan: Plan, name: str = "") -> dict[
         "response_tokens": tokens,
         "read": len(plan.indices()),
         "wrong": wrong,
+        "cut": cut,
         "rejected": [asdict(sample) for sample in rejected],
     }
 
@@ -157,8 +162,10 @@ def _encode(vlm: Vlm, data: ShardFolder, rows: Iterable[int]) -> tuple[list[_Enc
     return encoded, rejected
 
 
-def _greedy_answers(vlm: Vlm, encoded: Sequence[_EncodedSample], max_new_tokens: int) -> list[str]:
+def _greedy_answers(vlm: Vlm, encoded: Sequence[_EncodedSample], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """(answer, whether it was cut at max_new_tokens) of each."""
     if not encoded:
         return []
     inputs = pad_left([sample.prompt for sample in encoded], vlm.encoder.filler(), vlm.pad_id)
-    return [decode_text(vlm, ids) for ids in greedy(vlm, inputs, max_new_tokens)]
+    stops = vlm.stop_ids()
+    return [(decode_text(vlm, ids), ids[-1] not in stops) for ids in greedy(vlm, inputs, max_new_tokens)]

@@ -15,7 +15,7 @@ from data_prep.shards import write_file
 from pipeline.results.cache.info import MEASURES
 from pipeline.results.environment import environment
 from pipeline.results.evaluate.changes import Change, changes, compared
-from pipeline.results.evaluate.comparison import sentences
+from pipeline.results.evaluate.comparison import perplexity_note, sentences
 from pipeline.results.pages.render import render
 from pipeline.results.pages.svg import Views
 from pipeline.results.report.curves import curves
@@ -178,7 +178,9 @@ def _comparisons(runs: Sequence[RunFacts]) -> list[str]:
     for run in runs:
         if "untouched" in run.evaluation:
             found += [f"{run.name}: {line}" for line in sentences(run.evaluation, "untouched")]
+        if note := perplexity_note(run.evaluation):
+            found.append(f"{run.name}: {note}")
     distilled = {run.name: run.evaluation["distilled"] for run in runs if "distilled" in run.evaluation}
-    if len(distilled) > 1 and len({one.get("data") for one in distilled.values()}) == 1:
+    if len(distilled) > 1:
         found += sentences(distilled, next(iter(distilled)))
     return found

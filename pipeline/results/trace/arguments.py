@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", metavar="TEXT", help="read along this answer, not along each model's own")
     parser.add_argument("--sample", metavar="KEY", help="instead of an image: the last question of this sample")
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help="instead: the first N samples, read along their answers"
+        "--limit", type=positive, metavar="N", help="instead: N samples, evenly spaced, read along their answers"
     )
     parser.add_argument(
         "--changed",

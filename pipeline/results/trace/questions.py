@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.schema import BadSample
 from data_prep.shards import ShardFolder
 from pipeline.errors import RecipeError, SampleError
-from pipeline.results.arguments import open_non_empty
+from pipeline.results.arguments import evenly_spaced, open_non_empty
 from pipeline.results.evaluate.answers import last_exchange
 from pipeline.runtime.display.progress import say
 
@@ -51,10 +51,10 @@ def question_from_data(data: Path | None, key: str) -> Question:
 
 
 def questions_from_data(data: Path | None, limit: int) -> list[Question]:
-    """The last questions of the first samples, `limit` at most; one that has none is left out, and said."""
+    """The last questions of `limit` samples at most, evenly spaced; one that has none is left out, and said."""
     folder = open_non_empty(_data_of(data, "--limit"))
     found = []
-    for index in range(min(limit, len(folder))):
+    for index in evenly_spaced(len(folder), limit):
         try:
             found.append(_question(folder, index))
         except (SampleError, BadSample) as error:

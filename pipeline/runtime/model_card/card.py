@@ -68,6 +68,7 @@ def model_card(run: Path) -> str:
         limits=", ".join(_limits(recipe.data)),
         pixel_arguments=", ".join(f"{name}={value}" for name, value in _pixels(recipe.data).items()),
         evaluation=[_row(run, name, result) for name, result in evaluation.items()],
+        unlike=len({one["response_tokens"] for one in evaluation.values() if one.get("response_tokens")}) > 1,
         held_out=", ".join(dict.fromkeys(_data_name(result) for result in evaluation.values())),
         data=list(_data(recipe)),
         recipe=_recipe_text(recipe),

@@ -34,6 +34,7 @@ def mapped_cache(recipe: Recipe, made: Mapping[str, ChatEncoder]) -> MappedCache
     pair = MappedPair(made["teacher"], made["student"])
     ids = mapped_vocabulary(recipe, pair)
     student = student_fingerprints(recipe.student.path, str(made["student"].processor.chat_template))
+    student |= made["student"].template.fingerprint_of_bos("student_bos")
     return MappedCache(pair, ids, {VOCABULARY: MAPPED, MAP: ids.digest, **student})
 
 

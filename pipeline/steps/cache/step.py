@@ -131,6 +131,7 @@ def _identity(
         hashes = HashStore(recipe.run)
         verbalizers = files_fingerprint([recipe.run / "verbalize" / "teacher.safetensors"], hashes)
         teacher = teacher_fingerprints(recipe.teacher.path, str(encoder.processor.chat_template), hashes)
+        teacher |= encoder.template.fingerprint_of_bos()
         data = recipe.data
         of_samples = sample_fingerprints(data.max_length, data.min_pixels, data.max_pixels)
         return [

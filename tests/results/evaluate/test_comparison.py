@@ -5,7 +5,14 @@ import random
 
 import pytest
 
-from pipeline.results.evaluate.comparison import difference, sentences, share_interval
+from pipeline.results.evaluate.comparison import (
+    asked_otherwise,
+    difference,
+    mcnemar,
+    perplexity_note,
+    sentences,
+    share_interval,
+)
 
 
 def result(wrong, read=10, rejected=()):
@@ -35,6 +42,30 @@ def test_a_paired_difference_by_hand():
     assert not found.is_sure
     opposite = difference(result("abcdz"), result("aez"))
     assert (opposite.mean, opposite.low) == (pytest.approx(-0.2), pytest.approx(-0.2 - half))
+
+
+@pytest.mark.parametrize(
+    ("alone", "theirs", "p", "sure"),
+    [
+        (4, 0, 0.125, False),
+        (5, 0, 0.0625, False),
+        (6, 0, 0.03125, True),
+        (0, 6, 0.03125, True),
+        (8, 1, 0.0390625, True),
+    ],
+)
+def test_a_few_samples_that_differ_are_chance(alone, theirs, p, sure):
+    """The normal interval of 4 against 0 of 200 leaves out zero; so many fall to one side in one of 8 tries."""
+    found = difference(result(range(theirs), 200), result(range(100, 100 + alone), 200))
+    assert found.low > 0 or found.high < 0
+    assert (found.p, found.is_sure) == (pytest.approx(p), sure)
+    naive = 2 * sum(math.comb(alone + theirs, k) for k in range(min(alone, theirs) + 1)) / 2 ** (alone + theirs)
+    assert found.p == pytest.approx(naive)
+
+
+def test_many_samples_that_differ_are_no_trouble():
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
+    assert mcnemar(30_000, 30_000) == pytest.approx(1.0) and 0.0 <= mcnemar(30_000, 10_000) < 1e-9
 
 
 def test_samples_that_either_rejected_are_left_out():
@@ -67,3 +98,31 @@ def test_sentences_say_more_less_or_within_chance():
     assert good == "good answers 40.0 points more than plain (95 %: 30.4 to 49.6)."
     assert bad.startswith("bad answers 40.0 points less than plain (95 %: 30.4 to 49.6)")
     assert same == "same and plain differ by 0.0 points: within chance on 100 samples."
+
+
+def identified(wrong, read, **identity):
+    return {**result(wrong, read), "data": "d", "identity": {"weights": str(wrong), "data": "d1", **identity}}
+
+
+def test_perplexities_of_other_tokens_are_told_apart():
+    results = {"teacher": {"response_tokens": 1300}, "student": {"response_tokens": 1411}, "question_only": {}}
+    assert "unequally many response tokens (teacher 1,300, student 1,411)" in perplexity_note(results)
+    assert perplexity_note(results | {"student": {"response_tokens": 1300}}) == ""
+
+
+def test_models_that_were_not_asked_alike_are_not_compared():
+    """With the missing samples counted as answered, one would answer 80 points more."""
+    whole = identified(range(90), 100, samples="100", max_new_tokens="64")
+    part = identified(range(9), 10, samples="10 evenly spaced", max_new_tokens="64")
+    (said,) = sentences({"whole": whole, "part": part}, "whole")
+    assert said.startswith("part and whole cannot be compared: they were evaluated with other samples (10 evenly")
+    assert "(10 evenly spaced, 100). Evaluate both with the same --data, --limit and --max-new-tokens" in said
+    assert asked_otherwise(whole, whole | {"data": "the same elsewhere"}) == [], "its fingerprint counts"
+    pixels = identified(range(90), 100, samples="100", max_new_tokens="64", pixels="any to 9")
+    assert asked_otherwise(pixels, whole) == ["pixels (any to 9, none)"]
+
+
+def test_results_kept_without_an_identity_are_told_apart_by_path_and_number():
+    old = result("ab", 10) | {"data": "d"}
+    assert asked_otherwise(old, old) == asked_otherwise(old, identified("a", 10, samples="10")) == []
+    assert asked_otherwise(old, result("ab", 20) | {"data": "e"}) == ["data (d, e)", "samples (10, 20)"]

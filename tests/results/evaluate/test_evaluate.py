@@ -9,10 +9,11 @@ from tiny_run import flip_a_bit, typed, write_shards
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe.schema import Data
-from pipeline.results.arguments import batches
-from pipeline.results.evaluate.answers import normalise
+from pipeline.results.arguments import batches, evenly_spaced
+from pipeline.results.evaluate.answers import last_exchange, normalise
 from pipeline.results.evaluate.evaluation import evaluate, score_question_only
 from pipeline.results.evaluate.plan import Plan, make_plan
+from pipeline.results.evaluate.scoreboard import show
 from pipeline.results.evaluate.scoring import Scorer, response_loss, summarize
 from pipeline.results.generate import decode_text, greedy, load
 
@@ -81,6 +82,34 @@ def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
     assert result["by_type"]["hard"] == {"exact_match": 0.0, "samples": 4}
 
 
+def test_answers_that_had_not_ended_are_counted_and_said(made, teacher, capsys):
+    """Random weights hardly ever end an answer; the model's own first token as its stop id ends that answer at once."""
+    plan = plan_for(made.held_out)
+    ids = greedy(teacher, teacher.encoder.prompt(*asked_first(made)), 6)[0]
+    assert len(ids) == 6 and ids[-1] not in teacher.stop_ids()
+    never = score(teacher, plan)
+    assert never["cut"] == never["samples"] == 10
+    before = teacher.model.generation_config.eos_token_id
+    teacher.model.generation_config.eos_token_id = ids[0]
+    try:
+        ended = score(teacher, plan)
+    finally:
+        teacher.model.generation_config.eos_token_id = before
+    assert ended["samples"] - ended["cut"] > 0
+    show({"one": never, "two": never | {"cut": 0}}, plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "one: 10 of 10 answers were cut at --max-new-tokens 6," in said and "two: 10 of" not in said
+    assert "not to be compared" not in said
+    show({"one": never, "two": never | {"response_tokens": 1}}, plan)
+    assert "perplexity: not to be compared" in " ".join(capsys.readouterr().out.split())
+
+
+def asked_first(made):
+    raw = ShardFolder(made.held_out).read(0)
+    exchange = last_exchange(raw.record, raw.images)
+    return exchange.messages, exchange.images
+
+
 def test_read_equals_used_plus_rejected(tmp_path, teacher):
     good = chats(4)
     broken = ("broken", {**good[0][1], "id": "broken"}, [b"no image"])
@@ -140,6 +169,16 @@ def test_a_run_compares_its_models_and_writes_json(made, tmp_path):
     assert results["teacher"]["perplexity"] != results["untouched"]["perplexity"]
     assert results["question_only"]["samples"] == results["teacher"]["samples"] == 5
     assert results["question_only"]["learnt_from"].endswith("train")
+
+
+def test_a_limit_takes_samples_over_the_whole_data(made):
+    """data_prep keeps the input's order, and that is often by question type."""
+    plan = plan_for(made.held_out, limit=4)
+    assert list(plan.indices()) == [0, 2, 5, 7] and plan.samples() == "4 evenly spaced"
+    for limit in (None, 10, 99):
+        whole = plan_for(made.held_out, limit=limit)
+        assert list(whole.indices()) == list(range(10)) and whole.samples() == "10", "results of all stay"
+    assert evenly_spaced(7, 3) == [0, 2, 4] and evenly_spaced(5, 1) == [0]
 
 
 def test_question_only_learns_from_the_sibling_of_the_held_out_data(tmp_path):

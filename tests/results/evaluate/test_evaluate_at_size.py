@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from pipeline.__main__ import main
 from pipeline.errors import CacheError, DataError, RecipeError
 from pipeline.results import workers
 from pipeline.results.evaluate import evaluation
+from pipeline.results.evaluate.comparison import QUESTIONS
+from pipeline.results.evaluate.earlier import earlier_results, questions_of
 from pipeline.results.evaluate.evaluation import evaluate
 from pipeline.results.evaluate.plan import make_plan
 
@@ -172,3 +175,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(made, tmp_path, 
     with pytest.raises(RecipeError, match=rf"{made.root}/teacher: there is no GPU, and 1 x .* GB of weights exceed"):
         evaluate(plan_of(made, tmp_path / "evaluation.json"))
     assert loaded == []
+
+
+def test_a_result_with_a_limit_that_this_command_has_not_is_measured_again(made, output):
+    results = json.loads(output.read_text())
+    results["teacher"]["identity"]["pixels"] = "any to 3136"
+    results["other"] = results["teacher"]
+    output.write_text(json.dumps(results))
+    assert set(earlier_results(plan_of(made, output))) == {"untouched", "distilled"}
+
+
+def test_what_is_asked_has_the_names_by_which_results_are_compared(made, output):
+    plan = plan_of(made, output)
+    limits = plan.limits.model_copy(update={"max_pixels": 3136})
+    assert set(questions_of(replace(plan, limits=limits))) == set(QUESTIONS)

@@ -121,6 +121,18 @@ def test_two_runs_show_their_difference_first_and_their_curves_together(run, tmp
     assert "run: distilled and untouched differ by 25.0 points: within chance on 8 samples." in text
 
 
+def test_runs_that_were_evaluated_on_other_samples_are_not_compared(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    file = other / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    evaluation["distilled"] |= {"read": 4, "wrong": ["a"]}
+    file.write_text(json.dumps(evaluation))
+    text = page_of(run, other, "--output", tmp_path / "both.html")
+    assert "other and run cannot be compared: they were evaluated with other samples (4, 8)" in text
+    assert "other answers" not in text
+
+
 def test_answers_that_changed_are_counted_with_one_of_each_kind(tmp_path):
     before = {"wrong": ["b", "c", "d", "x"], "data": "d ata"}
     after = {"wrong": ["a", "d"], "data": "d ata", "rejected": [{"key": "x", "reason": "torn"}]}

@@ -165,6 +165,7 @@ def test_many_questions_get_an_index_with_what_changed_most_first(run, tmp_path)
     pages = [one["href"] for one in Page(index).all("a")]
     assert len(pages) == 4 and sorted(pages) == sorted(one.name for one in folder.iterdir() if one.name != "index.html")
     questions = json.loads(file.read_text())["questions"]
+    assert [one["key"] for one in questions] == ["s00000", "s00002", "s00005", "s00007"], "evenly spaced over all 10"
     moved = [naive_change(*one["models"]) for one in questions]
     order = sorted(range(4), key=lambda number: moved[number], reverse=True)
     assert [int(page[:5]) for page in pages] == order and len(set(moved)) == 4

@@ -13,6 +13,8 @@ from running import tiny_recipe
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
+from pipeline.cache.fingerprint import compare
+from pipeline.cache.reader import mismatches
 from pipeline.errors import CacheError, DataError, SampleError, StorageError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.runtime import shared_files
@@ -20,10 +22,12 @@ from pipeline.runtime.data.bad_samples import BadSamples, Rejected
 from pipeline.runtime.folder import done, mark_done, read_metrics
 from pipeline.runtime.loop import Job
 from pipeline.runtime.ranks import Ranks
+from pipeline.steps import teacher_cache
 from pipeline.steps.cache import step
 from pipeline.steps.cache.estimate import SizeEstimate
 from pipeline.steps.cache.step import _Log
 from pipeline.steps.cache.writing import ShardBatch, WriterThread, WrittenBatch
+from pipeline.vlm.chat_template import ChatTemplate
 
 
 @pytest.fixture
@@ -241,3 +245,38 @@ def test_only_rank_0_hashes(job, monkeypatch):
         verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}
         step._identity(Job(job.recipe, Ranks(rank, 2)), verbalize, encoder)
     assert made[0][0]["weights"] == "bb" and made[1] == [] and len(hashed) == 2
+
+
+@pytest.mark.parametrize(("made", "wanted"), [(3136, None), (None, 3136), (3136, 6272)])
+def test_a_cache_of_pictures_of_another_size_is_refused_either_way(job, made, wanted):
+    """Also where the recipe no longer has the limit that the cache was made under."""
+    mark_done(job.recipe.run / "verbalize", {})
+    (job.recipe.run / "verbalize" / "teacher.safetensors").write_bytes(b"")
+    verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}
+
+    def under(limit):
+        data = job.recipe.data.model_copy(update={"max_pixels": limit})
+        return Job(job.recipe.model_copy(update={"data": data}), Ranks())
+
+    encoder = step.encoders(job.recipe, ["teacher"])["teacher"]
+    identity = step._identity(under(made), verbalize, encoder)
+    assert mismatches(identity, teacher_cache._expected(under(made).recipe), None) == []
+    said = [str(one) for one in mismatches(identity, teacher_cache._expected(under(wanted).recipe), None)]
+    assert said == [f"pixels: expected any to {wanted or 'any'}, found any to {made or 'any'}"]
+
+
+def test_a_cache_of_chats_with_two_bos_tokens_is_not_one_of_chats_with_one(job, monkeypatch):
+    """Both where a cache is made and where it is asked for."""
+    mark_done(job.recipe.run / "verbalize", {})
+    (job.recipe.run / "verbalize" / "teacher.safetensors").write_bytes(b"")
+    encoder = step.encoders(job.recipe, ["teacher"])["teacher"]
+    verbalize = {"vocab": 20, "teacher": {"layers": [1, 2], "depth": 6}}
+
+    def identities():
+        return step._identity(job, verbalize, encoder).fingerprints, teacher_cache._expected(job.recipe)
+
+    before, asked_before = identities()
+    monkeypatch.setattr(ChatTemplate, "fingerprint_of_bos", lambda self, name="bos": {name: "one"})
+    now, asked = identities()
+    assert now == {**before, "bos": "one"} and asked == {**asked_before, "bos": "one"}
+    assert [str(one) for one in compare(asked, before)][-1] == "bos: expected one, found none recorded"
