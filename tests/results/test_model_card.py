@@ -60,7 +60,7 @@ def test_it_says_how_large_samples_were_in_training(run):
     recipe["data"]["max_pixels"] = 1003520
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = model_card(run)
-    assert "```\n\nIn training, pictures" in text and ")`.\n\n## Evaluation" in text
+    assert "package torchvision.\n\nIn training, pictures" in text and ")`.\n\n## Evaluation" in text
     assert "chats of at most 512 tokens, pictures of at most 1,003,520 pixels |" in text
     assert '`AutoProcessor.from_pretrained("FOLDER_OR_NAME", max_pixels=1003520)`' in text
 
