@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
     for axis, cell in zip(axes[0], panels.values(), strict=True):
         _panel(axis, cell, arms)
     axes[0][0].set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(arms) - 0.4, -0.6)  # the first arm at the top
     figure.suptitle(
         "dot: a seed; line: 95 % of the mean; dashed: the teacher; dotted: the untouched student", fontsize=8
     )
@@ -55,5 +56,5 @@ def _panel(axis: Any, cell: dict[str, Any], arms: list) -> None:
         axis.axvline(cell[model]["mean"], color="black", linestyle=style, linewidth=0.8)
     axis.set_xlim(-0.02, 1.02)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_title(cell["text"], fontsize=9)
+    axis.set_title(textwrap.fill(cell["text"], 32), fontsize=9)
     axis.set_xlabel("exact match", fontsize=8)
