@@ -154,6 +154,10 @@ ARMS = (
         interact=1, options={"interact.cross_entropy_weight": 1}, main=True,
     ),
     Arm(
+        "heavier_last", LAYERS, "interaction to the end, the last layer's KL weighs 4",
+        interact=1, options={"interact.last_weight": 4},
+    ),
+    Arm(
         "short_finetune", LAYERS, "nine tenths of interaction, then finetuning",
         interact=0.9, reinforce=0.1, rate_of="paper",
     ),
@@ -169,10 +173,6 @@ ARMS = (
     _variant("earliest", "the shallowest teacher layers", {"interact.matching": "earliest"}),
     _variant("latest", "the deepest teacher layers", {"interact.matching": "latest"}),
     _variant("without_last", "matched layers only", {"interact.last_weight": 0}),
-    Arm(
-        "heavier_last", VARIANTS, "the last layer's KL weighs 4 (with a sweep of its own)",
-        interact=1, options={"interact.last_weight": 4},
-    ),
     _variant("longer_stage_1", "verbalizers trained for three times the updates", {}, {"verbalize.steps": 360}),
     _variant("logit_lens", "no trained verbalizers", {}, {"verbalize.steps": 0}),
     _variant("sparser_layers", "teacher 2, 4, 6; student 2", {}, {"teacher.layers": [2, 4, 6], "student.layers": [2]}),
