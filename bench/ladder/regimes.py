@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot as plt
 
+from bench.ladder.statistics import Interval, interval
+
 ARMS = {
     "finetune": ("#777777", "finetuning"),
     "teacher_answers": ("#d55e00", "on the teacher's answers"),
@@ -54,14 +56,24 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
 
 def _panel(axis: Any, field: str, cells: list[dict[str, Any]]) -> None:
     for name, (colour, label) in ARMS.items():
-        points = [(cell[field], cell["arms"][name]) for cell in cells if name in cell["arms"]]
-        places = [x for x, _ in points]
-        axis.plot(places, [arm["mean"] for _, arm in points], "o-", color=colour, label=label, markersize=4)
-        for x, arm in points:
-            axis.plot([x, x], [arm["low"], arm["high"]], color=colour, alpha=0.5)
+        found = [cell for cell in cells if name in cell["arms"]]
+        places, points = [cell[field] for cell in found], over_shared_seeds([cell["arms"][name] for cell in found])
+        axis.plot(places, [point.mean for point in points], "o-", color=colour, label=label, markersize=4)
+        for x, point in zip(places, points, strict=True):
+            if point.low is not None:
+                axis.plot([x, x], [point.low, point.high], color=colour, alpha=0.5)
     if field != "wrong":
         axis.set_xscale("log")
     axis.set_xticks([cell[field] for cell in cells], [f"{cell[field]:g}" for cell in cells])
     axis.minorticks_off()
     axis.set_ylim(0, 1.02)
     axis.grid(alpha=0.3)
+
+
+def over_shared_seeds(arms: list[dict[str, Any]]) -> list[Interval]:
+    """An arm's mean and interval in each of several cells, over the seeds that all of them have.
+
+    A seed draws the same puzzles in each, so the line shows what changes, not which seeds a cell has.
+    """
+    shared = set.intersection(*(set(arm["seeds"]) for arm in arms)) if arms else set()
+    return [interval([arm["seeds"][seed] for seed in sorted(shared)]) for arm in arms]

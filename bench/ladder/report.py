@@ -26,14 +26,15 @@ COMPARED = (
     ("interaction", "paper"),
     ("interaction_ce", "interaction"),
     ("interaction_ce", "last_layer_ce"),
-    ("interaction_ce", "finetune"),
     ("last_layer", "teacher_answers"),
     ("interaction", "teacher_answers_equal_time"),
     ("interaction", "random"),
     ("interaction", "cold"),
     ("ordered_argmin", "interaction"),
+    ("interaction", "logit_lens"),
+    ("uniform", "distil_lens"),
 )
-"""Arms whose difference is reported beside that from finetuning."""
+"""Arms whose difference is reported beside that from finetuning, which the table has."""
 PUBLISHED = ("cpu", "real")
 """Scales whose cells docs/evidence.md shows."""
 RECALLS = (0.5, 0.8, 0.95, 1.0)
@@ -117,10 +118,10 @@ def with_tables(text: str, cells: dict[str, Results]) -> str:
 
 
 def overview(cells: dict[str, Results]) -> list[str]:
-    """A row for each cell, a column for each arm that runs in all: the mean, in bold within chance of the best.
+    """A row for each cell, a column for each arm that runs in all: the mean, in bold within chance of the row's best.
 
-    Within chance: the 95 % interval of the paired difference from the arm of the highest mean holds 0. One seed has no
-    interval.
+    Within chance: the 95 % interval of the paired difference from the arm of the highest mean holds 0, without a
+    correction. One seed has no interval.
     """
     arms = [arm.name for arm in arms_of(MAIN)]
     lines = [
@@ -211,7 +212,7 @@ def _line(name: str, found: Results) -> str:
     other = found.get("other_task")
     cells = (
         f"`{name}`: {BY_NAME[name].text}",
-        f"**{_exact(found['mean'])}**" + (f" ({_exact(found['low'])} to {_exact(found['high'])})" if several else ""),
+        _exact(found["mean"]) + (f" ({_exact(found['low'])} to {_exact(found['high'])})" if several else ""),
         against,
         str(len(found["seeds"])),
         f"{found['seconds']['total']:.0f}, {before:.0f}",

@@ -2,6 +2,8 @@
 
 import pytest
 
+import pytest
+
 from bench.ladder import regimes
 from bench.ladder.arms import BY_NAME
 from bench.ladder.cells import SCALES
@@ -11,7 +13,7 @@ from bench.ladder.cells import SCALES
 def cells():
     found = {}
     for cell in SCALES["cpu"].cells:
-        arm = {"mean": 0.5 + cell.wrong / 4, "low": 0.4, "high": 0.8}
+        arm = {"seeds": {str(seed): 0.5 + cell.wrong / 4 + seed / 50 for seed in range(cell.seeds)}}
         found[cell.name] = {
             "wrong": cell.wrong, "samples": cell.samples, "updates": cell.updates,
             "arms": {"finetune": arm, "interaction": arm},
@@ -42,3 +44,11 @@ def test_the_file_is_reproducible_and_has_a_panel_for_each_axis(cells, tmp_path)
 def test_one_cell_is_no_regime(cells, tmp_path):
     regimes.draw({"puzzles-40": cells["puzzles-40"]}, tmp_path / "figures" / "none.svg")
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_line_is_of_the_seeds_that_all_its_points_have():
+    five, three = {"seeds": {str(n): n / 10 for n in range(5)}}, {"seeds": {str(n): 0.5 for n in range(3)}}
+    left, right = regimes.over_shared_seeds([five, three])
+    assert left.mean == pytest.approx(0.1) and left.low < 0.1 < left.high and right.mean == 0.5
+    assert regimes.over_shared_seeds([five])[0].mean == pytest.approx(0.2)
+    assert regimes.over_shared_seeds([]) == []

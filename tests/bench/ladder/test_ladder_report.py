@@ -198,7 +198,7 @@ def test_tables_stand_between_their_markers(folder):
     lines = table.splitlines()
     assert "old" not in lines and lines == report.markdown(cells["some"])
     (ours,) = [line for line in lines if line.startswith("| `interaction`:")]
-    assert "| **.850** (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 50, 40 | 0.0 | .250 |")
+    assert "| .850 (" in ours and "| +0.350 (p = .0" in ours and ours.endswith("| 3 | 50, 40 | 0.0 | .250 |")
     assert "Teacher .990, untouched student .200." in lines[0]
     assert report.with_tables(once, cells) == once
 
