@@ -99,7 +99,8 @@ With --run: the run's teacher, on the recipe's data.train, under the recipe's li
 Each assistant turn gets the model's greedy answer as its text, after the model's own earlier answers. Keys, order,
 images and all other fields stay. The record's new field `answered` has, for each assistant turn, the text that was
 given, the natural log of the model's probability of its answer, and the answer's number of tokens, end-of-turn token
-included. The output is an ordinary shard folder: `data.train: data/answered` in a recipe finetunes the student on it.
+included. The output is an ordinary shard folder: `reinforce.train: data/answered` in a recipe finetunes the student on
+it; recipes/teacher_answers.yaml does that alone, without stage 1.
 
 Samples without a usable answer are left out and listed in OUTPUT/rejects.jsonl: too long, not to be decoded, or with an
 answer that is empty, contains a control token, or did not end within --max-new-tokens. read = used + rejected. If their

@@ -2,11 +2,13 @@ import json
 import os
 
 import pytest
+import tiny
 import yaml
 from tiny_run import write_recipe
 
 from pipeline.errors import RecipeError
-from pipeline.results.status import show, size_of, status
+from pipeline.recipe.resolve import load_recipe
+from pipeline.results.status import planned, show, size_of, status
 from pipeline.runtime.folder import clear_requeue, mark_done, write_kernels, write_requeue
 
 
@@ -101,6 +103,17 @@ def test_without_interaction_stage_1_is_not_asked_for(run):
     assert status(run)[1] == f"deepspeed launch/train.py --stage 2 --recipe {run}/recipe.yaml"
     mark_done(run / "interact", {"updates": 0})
     assert status(run)[0][2].progress == "left out (0 updates)"
+
+
+def test_updates_are_counted_in_the_data_that_the_step_reads(run, tmp_path):
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    for step in ("interact", "reinforce"):
+        values[step] |= {"steps": None, "epochs": 3, "batch_size": 4}
+    values["data"]["train"] = str(tiny.write_data(tmp_path / "given", 20))
+    values["reinforce"]["train"] = str(tiny.write_data(tmp_path / "answered", 12))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    assert (planned(recipe, "interact"), planned(recipe, "reinforce")) == (15, 9)
 
 
 def test_the_table_names_parts_losses_and_sizes(run, capsys):

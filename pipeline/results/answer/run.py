@@ -41,7 +41,7 @@ def run(plan: Plan) -> None:
         return
     read, used = folder.finish(_bad_samples(plan))
     say(f"{plan.output}: read {read} = used {used} + rejected {read - used} (listed in {plan.output / REJECTS})")
-    say(f"To finetune on it, set reinforce.train: {plan.output} in a recipe; in all steps, data.train")
+    say(f"To finetune on it, set reinforce.train: {plan.output} in a recipe, as in recipes/teacher_answers.yaml")
 
 
 class BatchAnswerer:

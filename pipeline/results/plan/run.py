@@ -63,8 +63,10 @@ class Planned:
 
     @property
     def steps(self) -> list[str]:
-        """The steps that the recipe runs."""
+        """The steps that the recipe runs: without interaction no stage 1, as in launch.submit."""
         skipped = {step for step in STEPS if step != "cache" and getattr(self.recipe, step).steps == 0}
+        if "interact" in skipped:
+            skipped |= {"verbalize", "cache"}
         skipped |= self.recipe.left_to_another_run().keys()
         return [step for step in STEPS if step not in skipped]
 

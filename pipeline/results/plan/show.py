@@ -103,10 +103,11 @@ def _heading(planned: Planned, machine: Machine) -> list[str]:
         f"{samples.response:,.0f} of a response; the longest {samples.longest:,} ({origin})"
     )
     each = cache.distributions / max(1.0, cache.token_layers)
-    lines.append(
-        f"cache:   {size_text(cache.bytes)} on disk: {_short(cache.token_layers)} token-layers of {each:.1f} bytes "
-        f"({cache.stated})"
-    )
+    if "interact" in planned.steps:
+        lines.append(
+            f"cache:   {size_text(cache.bytes)} on disk: {_short(cache.token_layers)} token-layers of {each:.1f} bytes "
+            f"({cache.stated})"
+        )
     speed = f"{machine.tflops:g} TFLOP/s at {machine.utilisation:.0%}"
     lines.append(
         f"machine: {machine.gpus} GPUs on {machine.nodes} nodes, {machine.gpu_memory:g} GiB each, {speed}, "

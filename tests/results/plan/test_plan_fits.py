@@ -160,6 +160,7 @@ def test_a_measured_speed_takes_the_place_of_the_stated_utilisation():
 def test_steps_that_a_recipe_leaves_out_are_not_planned():
     assert paper_plan("reinforce.epochs=null", "reinforce.steps=0").steps == ["verbalize", "cache", "interact"]
     assert paper_plan("stage_1=runs/other").steps == ["interact", "reinforce"]
+    assert paper_plan("interact.epochs=null", "interact.steps=0").steps == ["reinforce"]
     machine = Machine(64, 80)
     whole, part = (paper_plan(*more).plan("reinforce", machine).memory for more in ((), ("train=[decoder]",)))
     assert part.optimizer < whole.optimizer, "a frozen head and projector have no optimizer states"

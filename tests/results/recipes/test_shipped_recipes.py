@@ -17,6 +17,7 @@ from pipeline.recipe.checks import check_recipe, number_of_layers, target_layers
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.recipe.shipped import shipped_recipe, shipped_recipes
+from pipeline.results.plan.knobs import fits
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.run import Planned
 from pipeline.results.plan.samples import Given, describe_samples
@@ -90,6 +91,19 @@ def test_a_pair_is_valid_and_planned(name, data):
         if step != "cache":
             assert plan.time.micro_steps == 1, "each gathers all weights"
             assert plan.time.real_share > (0.65 if step == "verbalize" else 0.75), step
+
+
+def test_finetuning_on_the_teachers_answers_needs_nothing_of_stage_1(data):
+    folders = [f"{role}.path={folder}" for role, folder in shipped_recipe("teacher_answers").configs().items()]
+    recipe = load_recipe(
+        shipped_recipe("teacher_answers").path,
+        [*folders, f"data.train={data}", "data.held_out=null", f"reinforce.train={data}"],
+    ).recipe
+    check_recipe(recipe, STEPS[2:], world=8)
+    assert load_recipe(shipped_recipe("wrong_answers").path).recipe.interact.epochs == recipe.reinforce.epochs
+    samples = describe_samples(recipe, Given(2_900_000, 900, 150, 650), patches_per_token=4, patch_numbers=1176)
+    planned, machine = Planned(recipe, replace(samples, shards=64)), Machine(64, 80)
+    assert planned.steps == ["reinforce"] and fits(planned.plan("reinforce", machine), machine)
 
 
 @pytest.mark.parametrize(
