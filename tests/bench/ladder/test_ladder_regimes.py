@@ -2,8 +2,6 @@
 
 import pytest
 
-import pytest
-
 from bench.ladder import regimes
 from bench.ladder.arms import BY_NAME
 from bench.ladder.cells import SCALES
