@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ModelParts, Recipe, StudentTraining
 from pipeline.vlm.attention import check_attention, check_family_attention
+from pipeline.vlm.faulty_kernels import avoid_faulty_kernels
 from pipeline.vlm.lora import add_lora
 from pipeline.vlm.parts import decoder_layers, lm_head, parts_of, recognise, set_trainable
 
@@ -64,6 +65,7 @@ def load_vlm(
     if absent:
         raise RecipeError(f"{folder}: {len(absent)} weight(s) missing from its safetensors, first {absent[0]}")
     recognise(model, parts)
+    avoid_faulty_kernels(model)
     _forget_unused_renamings(model)
     return model
 
