@@ -28,7 +28,7 @@ from pipeline.runtime.checkpoint.files import (
     write_problem,
     write_rank_file,
 )
-from pipeline.runtime.checkpoint.trained_state import TrainedState, host_copy
+from pipeline.runtime.checkpoint.trained_state import TrainedState, host_copy, release_copies
 from pipeline.runtime.display.progress import say
 from pipeline.runtime.node import rank_share
 from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready, of_first_rank, sum_over_ranks
@@ -144,6 +144,7 @@ class Checkpoints:
 
     def _conclude(self, writing: _Writing, results: list[RankFile | str | None]) -> None:
         path, self._writing = _path(self.folder, writing.update), None
+        release_copies()
         problems = [result for result in results if isinstance(result, str)]
         files = [result for result in results if isinstance(result, RankFile)]
 

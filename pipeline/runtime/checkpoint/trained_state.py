@@ -177,9 +177,9 @@ def host_copy(state: TrainedState) -> list[Piece]:
         values = {}
         for kind, value in piece.values.items():
             if value.numel() > room.numel():
-                on_device = value.device.type != "cpu"  # pinned where a GPU copies into it
+                pinned = value.device.type != "cpu"  # where a GPU copies into it
                 elements = max(min(ROOM, missing), value.numel())
-                room = torch.empty(elements, dtype=torch.float32, pin_memory=on_device)
+                room, on_device = torch.empty(elements, dtype=torch.float32, pin_memory=pinned), on_device or pinned
             own, room = room.tensor_split([value.numel()])
             values[kind] = own.copy_(value, non_blocking=True)
             missing -= value.numel()
@@ -187,3 +187,13 @@ def host_copy(state: TrainedState) -> list[Piece]:
     if on_device:
         torch.accelerator.synchronize()
     return copies
+
+
+def release_copies() -> None:
+    """Give the memory of written copies back to the host.
+
+    torch keeps pinned memory, and the next save would see it as memory in use, without room for a copy. Older torch
+    cannot give it back.
+    """
+    if torch.accelerator.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
