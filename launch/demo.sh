@@ -43,6 +43,8 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
 [ -t 1 ] || export COLUMNS=140 TERM=dumb  # wide enough for the trace; mpirun gives its ranks a terminal even where there is none: no colours into files
 LAUNCH=(deepspeed -q --num_accelerators "$RANKS")
+# which would take the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || LAUNCH=(deepspeed -q --include "localhost:$(cut -d, -f1-"$RANKS" <<< "$CUDA_VISIBLE_DEVICES")")
 MPI=(mpirun -n "$RANKS")
 [ "$RANKS" -gt 1 ] || MPI=()  # one rank needs no MPI
 TIMES=() REPORTED=()

@@ -65,7 +65,9 @@ def deepspeed(ranks: int, script: str, *arguments: object, check: int | None = 0
         return _warm([_rank(rank, ranks, port) for rank in range(ranks)], program, check)
     if not launcher:
         return _on_ranks(ranks, port, program, check)
-    start = [_beside("deepspeed"), "-q", "--num_accelerators", str(ranks)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:ranks]  # --num_accelerators ignores it
+    which = ["--include", f"localhost:{','.join(visible)}"] if visible[0] else ["--num_accelerators", str(ranks)]
+    start = [_beside("deepspeed"), "-q", *which]
     return run([*start, "--master_port", port, *program], check)
 
 

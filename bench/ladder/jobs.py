@@ -107,9 +107,10 @@ def environment(threads: int = 1, device: str = "cpu") -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return {
         **os.environ,
-        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
+        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else first,
         **{"DS_ACCELERATOR": device, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
         **{"TOKENIZERS_PARALLELISM": "false", "TERM": "dumb"},
         # What DeepSpeed's launcher would set for one process.

@@ -32,12 +32,13 @@ def main() -> None:
     folder = options.folder / options.scale
     if scale.device == "cuda" and not options.tables_only and not torch.cuda.is_available():
         sys.exit(f"error: --scale {options.scale} needs a CUDA device, and torch finds none; --scale cpu takes hours")
+    workers = options.workers or _default_workers(scale.device)
     failed = []
     for cell in cells if not options.tables_only else ():
         seeds = min(options.seeds or cell.seeds, cell.seeds)
         try:
-            run_jobs(_models(cell), options.workers, f"{cell.name}: models", scale.device)
-            run_cell(folder, cell, scale, options.workers, options.arms, seeds)
+            run_jobs(_models(cell), workers, f"{cell.name}: models", scale.device)
+            run_cell(folder, cell, scale, workers, options.arms, seeds)
         except JobsFailed as error:
             failed.append(f"{cell.name}: {error}")
         report.write(folder, scale, options.scale)
@@ -67,6 +68,12 @@ def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[s
     run_jobs(_jobs(folder, cell, quoted, other_task=True), workers, f"{cell.name}: seeds", scale.device)
 
 
+def _default_workers(device: str) -> int:
+    """On a GPU the jobs share its memory, of which each needs a few GiB: hosts have more cores than it has room."""
+    cores = os.cpu_count() or 1
+    return cores if device == "cpu" else min(cores, 8)
+
+
 def _models(cell: Cell) -> list[Job]:
     """What makes its models, where they do not come from elsewhere."""
     return [Job(Path(cell.task.models, role), command) for role, command in cell.task.made_by.items()]
@@ -88,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="these cells only")
     parser.add_argument("--arms", nargs="+", choices=BY_NAME, metavar="ARM", help="these arms only")
     parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of each cell only")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="arms side by side (default: the cores)")
+    parser.add_argument("--workers", type=int, help="arms side by side (default: the cores; on a GPU 8 at most)")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/ladder"), help="where runs go (default: build/ladder)"
     )

@@ -50,7 +50,9 @@ def _spans(stamps: list[dict[str, list[float]]], before: str, phase: str) -> dic
 
 def _start(recipe: Path, stamps: Path) -> dict[str, list[float]]:
     shutil.rmtree(load_recipe(recipe).recipe.run / "interact", ignore_errors=True)
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators", "1"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    device = ["--include", f"localhost:{visible.split(',')[0]}"] if visible else ["--num_accelerators", "1"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", *device]
     port = ["--master_port", one_rank()["MASTER_PORT"]]
     begun = time.clock_gettime(time.CLOCK_BOOTTIME)
     _run(

@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered in subtract"),  # lanes beyond the vocabulary
 ]
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+ATOL = 1e-6 if DEVICE == "cpu" else 5e-6
+"""On a card exp and division are approximate by two units in the last place each."""
 HEADS = [{}, {"padding": 5, "bias": True}, {"scale": 0.3}, {"scale": 1.7, "softcap": 4.0}]
 
 
@@ -65,7 +67,7 @@ def test_exponentials_without_the_most_likely_id(vocab, options, dtype):
     expected = logits.log_softmax(1).gather(1, top_id)
     torch.testing.assert_close(top_log_q.double(), expected, rtol=1e-6, atol=2e-6)
     e = ((logits - logits.amax(1, keepdim=True)).exp() * slope).scatter(1, top_id, 0.0)
-    torch.testing.assert_close(products.double(), e, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(products.double(), e, rtol=torch.finfo(dtype).eps, atol=ATOL)
 
 
 @every_case
@@ -76,7 +78,7 @@ def test_the_softmax_minus_the_label(vocab, options, dtype):
     expected = logits.log_softmax(1).gather(1, labels[:, None])
     torch.testing.assert_close(log_q.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
     gradient = logits.softmax(1).scatter_add(1, labels[:, None], torch.full_like(expected, -1.0)) * slope
-    torch.testing.assert_close(products.double(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(products.double(), gradient, rtol=torch.finfo(dtype).eps, atol=ATOL)
 
 
 @pytest.mark.parametrize("label", [-100, 31])

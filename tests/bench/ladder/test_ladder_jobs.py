@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.ladder.jobs import Job, JobsFailed, run_jobs, settings
+from bench.ladder.jobs import Job, JobsFailed, environment, run_jobs, settings
 
 
 @pytest.fixture
@@ -86,6 +86,15 @@ def test_jobs_side_by_side_are_one_process_each_on_a_cpu(tmp_path):
     assert found[0].pop("MASTER_PORT") != found[1].pop("MASTER_PORT")
     expected = {"RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     assert found == [{**expected, "OMP_NUM_THREADS": "1"}] * 2
+
+
+@pytest.mark.parametrize(("visible", "first"), [("5,6", "5"), (None, "0")])
+def test_jobs_on_a_gpu_see_the_first_one_alone(monkeypatch, visible, first):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment(device="cuda")["CUDA_VISIBLE_DEVICES"] == first
+    assert environment()["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_settings_are_values_of_yaml():
