@@ -79,7 +79,7 @@ def _the_larger(before: Results, now: Results) -> Results:
         return now
     if now:
         print(f"{now['name']}: fewer seeds of {', '.join(fewer)} here than in the file, which stays as it is")
-    return before
+    return with_comparisons(before)
 
 
 def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
@@ -87,14 +87,25 @@ def cell_results(folder: Path, cell: Cell, scale: Scale) -> Results:
     arms = {arm.name: found for arm in ARMS if (found := _arm(folder, cell, scale, arm))}
     if not arms:
         return {}
-    against = _differences(arms, [(name, BASELINE) for name in arms if name != BASELINE])
-    for (name, _), found in against.items():
-        arms[name][f"minus_{BASELINE}"] = found
     models = {name: _untrained(folder, cell, name) for name in ("teacher", "untouched")}
-    compared = {f"{ours} minus {theirs}": one for (ours, theirs), one in _differences(arms, COMPARED).items()}
     suspects = {"suspects": found} if (found := _suspects(folder, cell)) else {}
     made = {"commits": _commits(folder / cell.name), "reported": machine()}
-    return {**asdict(cell), "made": made, **models, **suspects, "compared": compared, "arms": arms}
+    return with_comparisons({**asdict(cell), "made": made, **models, **suspects, "arms": arms})
+
+
+def with_comparisons(cell: Results) -> Results:
+    """A cell, as it ran or as the file has it, with the differences of its arms from finetuning and of COMPARED."""
+    arms = cell["arms"]
+    against = _differences(arms, [(name, BASELINE) for name in arms if name != BASELINE])
+    compared = _differences(arms, COMPARED)
+    return {
+        **cell,
+        "compared": {f"{ours} minus {theirs}": found for (ours, theirs), found in compared.items()},
+        "arms": {
+            name: {**arm, **({f"minus_{BASELINE}": against[name, BASELINE]} if (name, BASELINE) in against else {})}
+            for name, arm in arms.items()
+        },
+    }
 
 
 def _commits(folder: Path) -> list[str]:
