@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="the run's YAML (recipes/)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override values of the recipe, in all jobs",
+        help="override values of the recipe, in the jobs of stage 1, cache and stage 2",
     )  # fmt: skip
     parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="nodes of stage 1 and stage 2")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs, and ranks (default: 8)")

@@ -303,7 +303,7 @@ class Recipe(Section):
     """Number format of weights and activations. The optimizer states are float32 in both cases."""
     deepspeed: Path = Path("ds_configs/zero3.json")
     """DeepSpeed config file (JSON) of the steps that name none. Values that the recipe sets, such as batch_size, must
-    be "auto" there or absent. docs/running_on_a_cluster.md says which file is for what."""
+    be "auto" there or absent. docs/choosing_for_gpus.md says which file is for what."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """How both models compute their attention, in all steps, in evaluate --run and in trace. This changes speed and
     memory, and the results only by rounding. Where it cannot be had, that is an error before anything is loaded.

@@ -120,7 +120,7 @@ def read_kernels(run: Path) -> str | None:
 def write_requeue(run: Path, why: str) -> None:
     """Say in the run folder that its newest invocation stopped when it was asked to, and is to be started again.
 
-    For job scripts whose launcher has its own exit code (docs/running_on_a_cluster.md).
+    For job scripts whose launcher has its own exit code (docs/when_it_fails.md).
     """
     write_json(run / REQUEUE, {"why": why})
 
