@@ -19,6 +19,9 @@ LOCK = ".lock"
 """In the output folder while a run writes it; holds the process and its host."""
 
 POLL_S = 0.2
+DEAD_HOST_S = 150.0
+"""How long to wait, at least, for a lock that another host holds: NFSv4 keeps a dead host's for its lease, mostly 90 s,
+NFSv3 until that host is up again."""
 
 ANOTHER_OUTPUT = (
     "give another --output. Where one launcher started both, it is not MPI: use mpirun -n N, or srun --mpi=pmix"
@@ -48,13 +51,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def lock_file(path: Path, subject: str, advice: str, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock that stands at `path` while it is held. Its folder must be there.
 
-    wait_s: how long to wait for another process that holds it; a killed job's last processes may need a moment.
+    wait_s: how long to wait for another process that holds it; a killed job's last processes may need a moment. One of
+    another host is waited for DEAD_HOST_S at least, and named meanwhile, with the file to remove if that host is dead.
 
     The lock is the operating system's (flock), so it ends with its process, however that ends; a file that a killed
     process left behind locks nothing. Raises DataError, with both processes, where another one holds it. The message
     says that `subject` is being written and, besides to wait, what to do: `advice`.
     """
-    file = _acquire(path, subject, advice, time.monotonic() + wait_s)
+    file = _acquire(path, subject, advice, wait_s)
     try:
         if file is not None:
             os.ftruncate(file, 0)
@@ -66,20 +70,27 @@ def lock_file(path: Path, subject: str, advice: str, wait_s: float = 0.0) -> Ite
             os.close(file)
 
 
-def _acquire(path: Path, subject: str, advice: str, until: float) -> int | None:
-    """The locked file; None where the file system has no locks. until: in time.monotonic()'s seconds."""
+def _acquire(path: Path, subject: str, advice: str, wait_s: float) -> int | None:
+    """The locked file; None where the file system has no locks."""
+    begun, is_said = time.monotonic(), False
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError:
             owner = os.pread(file, 1000, 0).decode(errors="replace")
             os.close(file)
-            if isinstance(error, BlockingIOError) and time.monotonic() < until:
-                time.sleep(POLL_S)
-                continue
-            if isinstance(error, BlockingIOError):
-                raise DataError(_in_use(subject, owner, advice)) from None
+            way_out = "" if owner.endswith(_here()) else f". If that host is dead, remove {path}"
+            wait_for_s = max(wait_s, DEAD_HOST_S) if way_out else wait_s
+            if time.monotonic() - begun >= wait_for_s:
+                raise DataError(_in_use(subject, owner, advice) + way_out) from None
+            if way_out and owner and not is_said:  # a moment after it is held, and longer over NFS, no owner is read
+                print(f"note: {subject}: waiting up to {wait_for_s:.0f} s for {owner}{way_out}", file=sys.stderr)
+                is_said = True
+            time.sleep(POLL_S)
+            continue
+        except OSError as error:
+            os.close(file)
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             print(f"note: {subject} cannot be locked ({error.strerror}): let no other run write it", file=sys.stderr)
@@ -101,4 +112,8 @@ def _in_use(subject: str, owner: str, advice: str) -> str:
 
 
 def _process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    return f"process {os.getpid()}{_here()}"
+
+
+def _here() -> str:
+    return f" on {socket.gethostname()}"

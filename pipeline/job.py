@@ -36,7 +36,8 @@ ANOTHER_RUN = "end it; or give this job a folder of its own: --set run=FOLDER"
 """What to do, besides to wait, where two jobs want one step of one run."""
 
 LAST_RANKS_S = 15.0
-"""How long a start waits for the ranks of a job that was killed: they end within seconds."""
+"""How long a start waits for the ranks of a job that was killed: they end within seconds. See also
+lock.DEAD_HOST_S."""
 
 
 def run_steps(

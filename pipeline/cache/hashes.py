@@ -18,8 +18,9 @@ from pipeline.errors import CacheError
 IN_RUN = "sha256.json"
 """A run's own store, in its folder: its jobs share it on any machine, also where users' homes are not shared."""
 
-WAIT_S = 2 * 3600.0
-"""How long a job waits for another one that hashes the same files: 145 GB at 50 MB/s take 50 minutes."""
+WAIT_S = 3600.0
+"""How long a job waits for another one that hashes the same files: 145 GB at 50 MB/s take 50 minutes. It is less than
+what a rank may take for it unless hang_minutes is set lower: 80 minutes."""
 
 
 class HashStore:

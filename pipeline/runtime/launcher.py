@@ -25,8 +25,11 @@ LAUNCHERS = {
     "mpirun",
     "mpiexec",
     "orted",
+    "prterun",
+    "prted",
 }
-"""Programs and modules that start ranks and stay until these end."""
+"""Programs and modules that start ranks and stay until these end. Open MPI 5's mpirun becomes prterun; on other hosts
+prted starts them, before version 5 orted."""
 POLL_S = 1.0
 GRACE_S = 60.0
 """How long a rank without launcher has for the end of its update and a checkpoint."""

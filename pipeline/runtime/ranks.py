@@ -65,7 +65,7 @@ def of_first_rank(value: Item) -> Item:
 
 
 def gather_when_ready(ranks: Ranks, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
-    """gather_lists(make()) where `make` takes long, such as hashing.
+    """gather_lists(make()) where `make` takes long, such as hashing: up to watch.LONG times hang_minutes.
 
     what: a description that rank 0 prints while the ranks wait. Raises what `make` raised.
     """
@@ -78,18 +78,28 @@ def of_first_rank_when_ready(ranks: Ranks, what: str, make: Callable[[], Item]) 
 
 
 def _made(ranks: Ranks, what: str, make: Callable[[], Item]) -> Item:
-    """make(), in a thread. The ranks meet every HEARTBEAT_S seconds meanwhile, so that no collective times out."""
-    begun = time.monotonic()
+    """make(), in a thread. The ranks meet every HEARTBEAT_S seconds meanwhile, so that no collective times out.
+
+    That they meet is no progress: to the watch a rank stands still until its own `make` is done.
+    """
+    begun, before = time.monotonic(), watch.now()
+
+    def made() -> Item:
+        item = make()
+        watch.doing(f"{what}: done here, waiting for the other ranks", long=True)
+        return item
+
+    watch.doing(what, long=True)
     with ThreadPoolExecutor(1) as pool:
-        making = pool.submit(make)
+        making = pool.submit(made)
         while not all(gather_lists([_is_ready(making)])):
-            watch.doing(what, long=True)
             say(f"{what}, {time.monotonic() - begun:.0f} s", ranks.first)
+    watch.doing(before, long=True)
     return making.result()
 
 
 def on_first_rank(ranks: Ranks, what: str, work: Callable[[], object]) -> None:
-    """Call work() on rank 0, however long it takes. The other ranks wait without a timeout: see gather_when_ready.
+    """Call work() on rank 0, and wait for it on the others, for as long as gather_when_ready does.
 
     All ranks must call. Raises what `work` raised, on rank 0.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from faulty_input import REPOSITORY, command, content_of, shard
 
+from data_prep import lock
 from data_prep.lock import LOCK, lock_file, lock_folder
 from data_prep.schema import DataError
 
@@ -44,7 +45,7 @@ def test_the_second_refuses_with_both_processes(
     assert shard(*PUZZLES, "--output", tmp_path) == 2
     said = capsys.readouterr().err
     assert f"is being written by process {holder.pid} on " in said and f"this is process {os.getpid()} on " in said
-    assert "use mpirun -n N" in said and "Traceback" not in said
+    assert "use mpirun -n N" in said and "Traceback" not in said and "dead" not in said
     assert content_of(tmp_path) == before
 
 
@@ -66,6 +67,26 @@ def test_who_waits_gets_the_lock_of_a_process_that_ends(tmp_path: Path, holder: 
         with pytest.raises(DataError, match="it is being written"), lock_file(tmp_path / LOCK, "it", "-", wait_s=0.5):
             pass
         assert time.monotonic() - began >= 0.5
+
+
+def test_a_lock_of_a_dead_host_is_waited_for_and_can_be_removed(
+    tmp_path: Path, holder: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NFS keeps it for a lease or longer: runs were refused meanwhile, and no way out was named."""
+    path, owner = tmp_path / LOCK, (tmp_path / LOCK).read_text()
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    way_out = f"If that host is dead, remove {path}"
+    with monkeypatch.context() as impatient, pytest.raises(DataError) as refused:
+        impatient.setattr(lock, "DEAD_HOST_S", 1.0)
+        with lock_file(path, "it", "end it"):
+            pass
+    assert str(refused.value).startswith(f"it is being written by {owner}; this is process {os.getpid()} on elsewhere.")
+    assert str(refused.value).endswith(f" Wait for it, or end it. {way_out}")
+    assert capsys.readouterr().err == f"note: it: waiting up to 1 s for {owner}. {way_out}\n"
+    threading.Timer(0.5, path.unlink).start()
+    with lock_file(path, "it", "end it"):
+        assert path.read_text() == f"process {os.getpid()} on elsewhere"
+    assert capsys.readouterr().err == f"note: it: waiting up to 150 s for {owner}. {way_out}\n"
 
 
 def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ time.sleep(60)
         "/usr/bin/python3 -u /usr/local/bin/torchrun launch/train.py",
         "mpirun -n 2 python launch/train.py",
         "/usr/bin/orted -mca ess env",
+        "/usr/bin/prted --prtemca ess env",
     ],
 )
 def test_launchers_are_known_by_their_program(command):
@@ -89,15 +90,33 @@ def test_a_process_without_launcher_is_left_alone():
     assert launchers(psutil.Process(os.getpid())) == []
 
 
-@pytest.mark.parametrize("code", [0, 75])
-def test_mpirun_ends_with_the_code_its_ranks_leave_with(code):
-    """Ranks that had called MPI_Init and left by os._exit(0) were taken for failed: mpirun ended with 1."""
+@pytest.fixture
+def mpirun():
+    """Run a program as two ranks; returns how it ended."""
     beside = Path(sys.executable).with_name("mpirun")
     program = str(beside) if beside.is_file() else shutil.which("mpirun")
     if program is None:
         pytest.skip("no mpirun: pip install -e '.[mpi]'")
-    rank = f"from mpi4py import MPI; from pipeline.runtime.launcher import leave; leave({code})"
     root = {"RANK": "0", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [program, "-n", "2", "--oversubscribe", sys.executable, "-c", rank]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | root, capture_output=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr.decode()
+
+    def run(rank: str) -> subprocess.CompletedProcess[str]:
+        command = [program, "-n", "2", "--oversubscribe", sys.executable, "-c", rank]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | root, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_mpirun_ends_with_the_code_its_ranks_leave_with(mpirun, code):
+    """Ranks that had called MPI_Init and left by os._exit(0) were taken for failed: mpirun ended with 1."""
+    done = mpirun(f"from mpi4py import MPI; from pipeline.runtime.launcher import leave; leave({code})")
+    assert done.returncode == code, done.stderr
+
+
+def test_a_rank_knows_the_mpirun_that_is_installed(mpirun):
+    """Open MPI 5's is prterun by the time its ranks look: they watched no launcher at all."""
+    look = "from pipeline.runtime.launcher import launchers; import psutil; print(len(launchers(psutil.Process())))"
+    done = mpirun(look)
+    assert done.stdout.split() == ["1", "1"], done.stdout + done.stderr

@@ -1,13 +1,15 @@
-"""A rank's share of its machine, whatever binds ranks to cores, and the loader workers that follow from it."""
+"""A rank's share of its machine, whatever binds ranks to cores, the loader workers that follow from it, and memory."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.runtime import node
-from pipeline.runtime.node import Machine, Share, loader_workers, share_of, this_machine
+from pipeline.runtime.node import Machine, Share, available_memory, loader_workers, share_of, this_machine
 
 ANYWHERE = math.inf
 
@@ -52,3 +54,44 @@ def test_the_quota_of_a_control_group(tmp_path, monkeypatch, limit, cores):
         (tmp_path / "cpu.max").write_text(limit)
     monkeypatch.setattr(node, "CPU_QUOTA", tmp_path / "cpu.max")
     assert this_machine().quota == cores and this_machine().cores
+
+
+NODE, CACHED = 1000, 30
+V1 = {"memory.limit_in_bytes": "500", "memory.usage_in_bytes": "400", "memory.stat": "cache 0\ntotal_active_file 10\n"
+      "total_inactive_file 20\n"}  # fmt: skip
+"""A group of version 1: of its 500 bytes 400 are in use, CACHED of them by its page cache."""
+
+
+def v2(limit: object, used: int) -> dict[str, str]:
+    """The files of a group of version 2 with a page cache of CACHED."""
+    stat = "anon 7\nactive_file 10\ninactive_file 20\n"
+    return {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "available"),
+    [
+        ("0::/slurm/job_7/step_0\n", {"slurm/job_7/step_0": v2("max", 90), "slurm/job_7": v2(500, 400)}, 100 + CACHED),
+        ("0::/slurm/job_7/step_0\n", {"slurm/job_7/step_0": v2(200, 150), "slurm/job_7": v2(500, 100)}, 50 + CACHED),
+        ("4:memory:/slurm/job_7\n1:cpu:/\n0::/\n", {"memory/slurm/job_7": V1}, 100 + CACHED),
+        ("0::/as/the/host/has/it\n", {"": v2(500, 400)}, 100 + CACHED),  # a container sees its own group at the top
+        ("0::/\n", {"": v2(100, 190)}, 0),  # its limit was lowered
+        ("0::/\n", {"": v2("max", 400)}, NODE),
+        ("0::/\n", {"": v2(5000, 400)}, NODE),
+        ("0::/\n", {"": {"memory.max": "500", "memory.current": "odd"}}, NODE),
+        ("1:cpu:/slurm\n", {"cpu/slurm": V1}, NODE),
+        (None, {}, NODE),
+    ],
+)
+def test_memory_ends_where_the_node_or_a_control_group_has_no_more(tmp_path: Path, monkeypatch, own, groups, available):
+    """Only the node's was asked: a job with less than the node was killed at each checkpoint's copy."""
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    for group, files in groups.items():
+        (tmp_path / "groups" / group).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / "groups" / group / name).write_text(text)
+    monkeypatch.setattr(node, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(node, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(node.psutil, "virtual_memory", lambda: SimpleNamespace(available=NODE))
+    assert available_memory() == available

@@ -35,3 +35,10 @@ def test_the_message_names_the_work_its_size_and_the_fields():
     assert "gradient_checkpointing: true" in said and "ds_configs/zero3_offload.json" in said
     said = what_helps(MemoryError(), "cache: after 3 samples of 9, a batch: 8 x 512 tokens")
     assert "MemoryError" in said and "a smaller cache.batch_tokens" in said and "gradient_checkpointing" not in said
+
+
+def test_what_is_no_step_is_not_taken_for_one():
+    """It named a field waiting until all hosts see runs/a/interact/student.micro_batch_tokens."""
+    doing = "waiting until all hosts see runs/a/interact/student: done here, waiting for the other ranks"
+    said = what_helps(MemoryError(), doing)
+    assert f"at {doing}: MemoryError. What needs less: a smaller STEP.micro_batch_tokens (or .micro_batch_size)" in said

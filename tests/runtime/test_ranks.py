@@ -66,3 +66,14 @@ def test_what_makes_one_rank_fail_is_raised(monkeypatch, capsys):
     with pytest.raises(CacheError, match="found none"):
         gather_when_ready(Ranks(), "cache: hashing the teacher", fail)
     assert "cache: hashing the teacher, 0 s" in capsys.readouterr().out
+
+
+def test_that_the_ranks_meet_is_no_progress_of_what_one_of_them_makes(monkeypatch):
+    """It was said again at each meeting: a rank whose `make` stood still was never found to hang."""
+    said = []
+    monkeypatch.setattr(ranks.watch, "doing", lambda what, long: said.append((what, long)))
+    monkeypatch.setattr(ranks.watch, "now", lambda: "cache: opening data and models")
+    monkeypatch.setattr(ranks, "HEARTBEAT_S", 0.01)
+    assert gather_when_ready(Ranks(), "hashing", lambda: time.sleep(0.1) or [7]) == [7]
+    words = ["hashing", "hashing: done here, waiting for the other ranks", "cache: opening data and models"]
+    assert said == [(what, True) for what in words]

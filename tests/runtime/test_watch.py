@@ -13,8 +13,9 @@ import pytest
 import torch.distributed as dist
 from running import free_port
 
+from pipeline.runtime import ranks
 from pipeline.runtime.faults import watch
-from pipeline.runtime.faults.watch import Failure, Watch
+from pipeline.runtime.faults.watch import LONG, Failure, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 BEAT_S, HANG_S = 0.02, 0.3
@@ -96,6 +97,20 @@ def test_progress_long_work_and_an_orderly_end_are_no_hang():
     for one in group.watches:
         one.close()
     assert not group.ends
+
+
+def test_a_rank_that_makes_something_for_too_long_is_blamed_though_all_ranks_meet_meanwhile(monkeypatch):
+    group = Group(2, hang_s=HANG_S / LONG)
+    monkeypatch.setattr(watch, "_watch", group.watches[0])
+    monkeypatch.setattr(ranks, "HEARTBEAT_S", BEAT_S)
+    for what in ("cache: hashing", "cache: hashing: done here, waiting for the other ranks"):
+        group.watches[1].doing(what, long=True)
+    group.start()
+    ranks.gather_when_ready(ranks.Ranks(), "cache: hashing", lambda: group.wait(2) or [])
+    assert len(group.ends) == 2, "both end"
+    ((failure, _),) = [end for end in group.ends.values() if end[1]]
+    assert failure.text.startswith("no progress for 0 s: rank 0 on ") and "rank 1" not in failure.text
+    assert "at 'cache: hashing'. Of the other ranks 1 wait at 'cache: hashing: done here, waiting" in failure.text
 
 
 def test_the_first_failure_is_the_one_that_all_ranks_end_with():

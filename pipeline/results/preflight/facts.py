@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from data_prep.storage import read_bytes
 from pipeline.recipe.schema import Recipe
+from pipeline.runtime.node import available_memory
 from pipeline.runtime.versions import commit, packages
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -39,7 +39,7 @@ class Facts:
     disk_free: int | None
     """Bytes that the user may still write in the run's folder; None where it cannot be told."""
     memory: int
-    """Bytes of the node's memory that are available."""
+    """Bytes of the node's memory that this rank's control groups, such as the job's, let it take."""
     shared_memory: int
     """Bytes free in /dev/shm."""
     device: str
@@ -64,7 +64,7 @@ def look(recipe: Recipe, paths: Mapping[str, Path], rank: int, device: str) -> F
         versions={"python": platform.python_version(), **packages()},
         paths={key: _fingerprint(path) for key, path in paths.items()},
         disk_free=_free(_existing(recipe.run)),
-        memory=psutil.virtual_memory().available,
+        memory=available_memory(),
         shared_memory=_free(SHARED_MEMORY) or 0,
         device=name,
         device_id=number,

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from pipeline.errors import CheckpointError
@@ -30,14 +29,15 @@ from pipeline.runtime.checkpoint.files import (
 )
 from pipeline.runtime.checkpoint.trained_state import TrainedState, host_copy, release_copies
 from pipeline.runtime.display.progress import say
-from pipeline.runtime.node import rank_share
+from pipeline.runtime.node import available_memory, rank_share
 from pipeline.runtime.ranks import Ranks, gather_lists, gather_when_ready, of_first_rank, sum_over_ranks
 from pipeline.runtime.shared_files import wait_for_files
 
 Result = TypeVar("Result")
 
 SHARE_OF_MEMORY = 0.5
-"""Share of a machine's free memory that its ranks may take for copies of what they write."""
+"""Share of a machine's free memory, or of what their control group has left, that its ranks may take for copies of what
+they write."""
 
 OLDER_FORMAT = "whole"
 """In the checkpoints of older versions, which are pickles, and in no other."""
@@ -199,7 +199,7 @@ class Checkpoints:
     def _has_memory(self, nbytes: int) -> bool:
         if self._ranks_here is None:
             self._ranks_here = rank_share().ranks
-        return nbytes * self._ranks_here <= SHARE_OF_MEMORY * psutil.virtual_memory().available
+        return nbytes * self._ranks_here <= SHARE_OF_MEMORY * available_memory()
 
     def _bytes_of_all(self, state: TrainedState) -> int:
         return int(sum_over_ranks(torch.tensor(file_size(state.spans()), device=self.ranks.device)))

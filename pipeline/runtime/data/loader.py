@@ -14,13 +14,14 @@ from pipeline.errors import DataError, SampleError
 from pipeline.runtime.data.bad_samples import Rejected
 from pipeline.runtime.data.batches import ChatDataset, LoadedBatch, SampleIndex, encoded_nbytes, map_unique
 from pipeline.runtime.display.progress import size_text
+from pipeline.runtime.faults import watch
 from pipeline.runtime.faults.stop import leave_signals_to_parent
 from pipeline.vlm.processing import Batch, ChatEncoder, Encoded, collate
 
 Sample = TypeVar("Sample")
 
 STALLED_S = 300
-"""A loader that gives nothing for so long is stuck."""
+"""A loader that gives nothing for so long is stuck. In a rank that is watched it is the watch that finds that."""
 SHARED_MEMORY = Path("/dev/shm")
 """Worker processes hand their tensors over through files here, on Linux."""
 WAITING_BYTES = 2 * 2**30
@@ -119,7 +120,7 @@ def _load(
         collate_fn=functools.partial(_collate_or_error, collate),
         pin_memory=device != "cpu",
         worker_init_fn=_begin_worker,
-        timeout=STALLED_S if workers else 0,
+        timeout=max(STALLED_S, watch.limit_s()) if workers else 0,
     )
     try:
         batches = iter(loader)  # starts the workers

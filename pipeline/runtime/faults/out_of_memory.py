@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.recipe.schema import STEPS
+
 SAID_BY_LIBRARIES = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
 """Of errors that have no type of their own: torch's CPU allocator, cuBLAS, NCCL."""
 
@@ -18,7 +20,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def what_helps(error: BaseException, doing: str) -> str:
     """The message for the user. doing: what the rank did, with its sizes (watch.now)."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    step = doing.split(":")[0]
+    said = doing.split(":")[0]
+    step = said if said in STEPS else "STEP"
     smaller = "cache.batch_tokens" if step == "cache" else f"{step}.micro_batch_tokens (or .micro_batch_size)"
     stage_2 = "gradient_checkpointing: true; " if step in ("interact", "reinforce") else ""
     return (

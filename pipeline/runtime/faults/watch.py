@@ -81,7 +81,7 @@ class Watch:
 
         end: called with the failure that ends all ranks, and whether this rank is the first to say it.
         """
-        self._store, self._rank, self._world, self._hang_s = store, rank, world, hang_s
+        self._store, self._rank, self._world, self.hang_s = store, rank, world, hang_s
         self._end, self._beat_s = end, beat_s
         own = psutil.Process()
         self._own = Beat(rank, socket.gethostname(), own.pid, own.create_time(), 0, 0, "starting", True)
@@ -176,12 +176,12 @@ class Watch:
         self._found(f"no progress for {_time(self._still_s)}: {named}{answer}. {waiting}{self._advice()}")
 
     def _limit(self, beat: Beat) -> float:
-        return self._hang_s * (LONG if beat.long else 1)
+        return self.hang_s * (LONG if beat.long else 1)
 
     def _advice(self) -> str:
         return (
             "All ranks end; the same command goes on from the last checkpoint. Look at that host: its file systems, "
-            f"its GPUs (dmesg, nvidia-smi). If it was only slow, set hang_minutes higher than {self._hang_s / 60:g}"
+            f"its GPUs (dmesg, nvidia-smi). If it was only slow, set hang_minutes higher than {self.hang_s / 60:g}"
         )
 
     def _found(self, text: str) -> None:
@@ -221,8 +221,13 @@ _watch: Watch | None = None
 
 
 def limit_minutes(hang_minutes: float) -> float:
-    """Minutes after which a collective may end by itself: later than a hang is found in whatever may take long."""
+    """Minutes after which a collective or a loader may end by itself: later than a hang is found in what takes long."""
     return LONG * hang_minutes + 5
+
+
+def limit_s() -> float:
+    """limit_minutes in this process, in seconds; 0 where nobody watches."""
+    return 0.0 if _watch is None else 60 * limit_minutes(_watch.hang_s / 60)
 
 
 def start(rank: int, world: int, hang_minutes: float) -> None:

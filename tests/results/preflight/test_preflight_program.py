@@ -14,6 +14,7 @@ from data_prep.storage import listed, location
 from launch import preflight
 from pipeline.errors import REQUEUE_EXIT, RecipeError
 from pipeline.recipe.resolve import load_recipe
+from pipeline.results.preflight import facts
 from pipeline.results.preflight.needs import needs
 from pipeline.results.preflight.together import JOINING, Deadline, share_folder
 from pipeline.runtime.ranks import Ranks
@@ -32,6 +33,11 @@ def test_two_ranks_look_at_their_machine_and_sum(recipe, tmp_path):
     assert [line[6:].partition(":")[0] for line in lines] == LINES and all(line.startswith("ok ") for line in lines)
     assert re.search(r"all-reduce: +33.6 MB over 2 ranks by gloo, \d+\.\d\d GB/s a rank", said)
     assert list((tmp_path / "run").iterdir()) == []  # no file of it is left
+
+
+def test_the_memory_of_a_machine_is_what_the_job_may_take_of_it(recipe, monkeypatch):
+    monkeypatch.setattr(facts, "available_memory", lambda: 7)
+    assert facts.look(load_recipe(recipe).recipe, {}, 0, "cpu").memory == 7
 
 
 def test_what_is_wrong_comes_with_exit_code_2_and_all_at_once(recipe, tmp_path):

@@ -84,17 +84,17 @@ def equal(ours: list, theirs: list) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("share", [module.SHARE_OF_MEMORY, 0.0], ids=["beside training", "no memory for a copy"])
-def test_what_is_read_is_what_was_when_it_was_saved(tmp_path, monkeypatch, share):
+@pytest.mark.parametrize("available", [2**30, 0], ids=["beside training", "no memory for a copy"])
+def test_what_is_read_is_what_was_when_it_was_saved(tmp_path, monkeypatch, available):
     trained_on = threading.Event()
-    if not share:
+    if not available:
         trained_on.set()  # it is written before `save` returns
 
     def late(*arguments):
         assert trained_on.wait(60)
         return write_rank_file(*arguments)
 
-    monkeypatch.setattr(module, "SHARE_OF_MEMORY", share)
+    monkeypatch.setattr(module, "available_memory", lambda: available)
     monkeypatch.setattr(module, "write_rank_file", late)
     checkpoints, training = Checkpoints(tmp_path, 2, Ranks()), Training()
     training.update()
@@ -102,7 +102,7 @@ def test_what_is_read_is_what_was_when_it_was_saved(tmp_path, monkeypatch, share
     checkpoints.save(training.state(), 1, {"averages": {"loss": 0.1 + 0.2}})
     training.update()
     checkpoints.publish()
-    assert index_file(tmp_path, 1).exists() != bool(share), "it counts once it is whole"
+    assert index_file(tmp_path, 1).exists() != bool(available), "it counts once it is whole"
     trained_on.set()
     checkpoints.finish()
     resumed = Training()

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import write_data
 
 from data_prep.shards import ShardFolder
 from pipeline.errors import DataError
 from pipeline.runtime.data import loader
 from pipeline.runtime.data.batches import ChatDataset, SampleIndex
+from pipeline.runtime.faults import watch
+from pipeline.runtime.faults.watch import Watch
 from pipeline.vlm.processing import ChatEncoder, load_processor
 
 Usage = namedtuple("Usage", "total used free")
@@ -80,6 +83,17 @@ def test_workers_may_be_started_without_a_fork(dataset, monkeypatch):
     )
     there = [one.batches["student"].inputs["input_ids"] for one in loader.load(dataset, INDICES, 1, "cpu")]
     assert len(there) == 2 and all(map(torch.equal, here, there))
+
+
+def test_a_watched_rank_is_found_to_hang_before_its_loader_gives_up(dataset, monkeypatch):
+    """It gave up after five minutes whatever hang_minutes was, with the exit code of what the user has to put right."""
+    given = []
+    monkeypatch.setattr(loader, "DataLoader", lambda *_, timeout, **more: given.append(timeout) or iter(()))
+    for watched in (None, Watch(dist.HashStore(), 0, 1, 60 * 20, 2.0, print)):
+        monkeypatch.setattr(watch, "_watch", watched)
+        for workers in (0, 1):
+            assert list(loader.load(dataset, INDICES, workers, "cpu")) == []
+    assert given == [0, 300, 0, 60 * (10 * 20 + 5)]
 
 
 IN_A_CONTAINER = """
