@@ -30,6 +30,11 @@ def test_articles_and_inner_punctuation_are_kept():
     assert normalise("3,5") != normalise("35")
 
 
+def test_punctuation_alone_is_an_answer_of_its_own():
+    assert is_right(" ? ", "?")
+    assert not any(is_right(*pair) for pair in (("", "?"), ("!", "?"), ("...", ":"), ("?", "")))
+
+
 def test_last_exchange_gives_the_earlier_turns_and_their_images():
     chat = record(("one?", "1"), ("two?", "2"), question_type="count")
     exchange = last_exchange(chat, [b"a", b"b"])
