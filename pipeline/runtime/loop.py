@@ -78,7 +78,7 @@ class StepOutput:
     sums: Mapping[str, Tensor]
     """Scalars, each summed over this rank's response tokens; logged as averages over the global batch."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Logged as they are; the same on all ranks."""
+    """Logged as they are, of one micro-step of an update; the same on all ranks."""
 
 
 class Stopped(Exception):
@@ -216,19 +216,23 @@ class _Loop:
     def _micro_steps(
         self, at: str, update: int, micros: list[LoadedBatch], tokens: int
     ) -> tuple[dict[str, Tensor], list[Tensor], Mapping[str, Any]]:
-        """Forward and backward of each micro-batch: (sums over them, their losses, the last one's values)."""
+        """Forward and backward of each micro-batch: (sums over them, their losses, the values of one of them).
+
+        That one is drawn by the update: the last has the shortest samples (data/cutting.py), always.
+        """
         # Anything that draws at random (dropout) draws the same after a resume.
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         values: Mapping[str, Any] = {}
+        logged = derived_seed(self.job.recipe.seed, self.name, "logged", update) % len(micros)
         for micro, one in enumerate(micros):
             watch.doing(f"{at}, micro-step {micro + 1} of {len(micros)}: {one.sizes()}")
             step_output = self.forward(one, MicroStep(update, micro))
             self.engine.backward(step_output.loss, tokens, last=micro == len(micros) - 1)
             sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
             losses.append(step_output.loss.detach().double())
-            values = step_output.values
+            values = step_output.values if micro == logged else values
         return sums, losses, values
 
     def _measure(self, update: int, workers: int) -> dict[str, float]:
