@@ -181,7 +181,11 @@ class _Loop:
         refuse_other_data(self.name, field, dataset.folder, saved, self.data, self.checkpoints.folder)
 
     def run_update(self, update: int, feed: Feed) -> int | None:
-        """One update; returns how many images its global batch had, None where it was skipped: see SkippedUpdates."""
+        """One update; returns how many images its global batch had, None where it was skipped.
+
+        It is where losses or gradients are not finite (SkippedUpdates), and where no token carries loss: AdamW would
+        move the weights all the same, by momentum and decay.
+        """
         begun = time.monotonic()
         at = f"{self.name}: update {update + 1} of {self.total}"
         watch.doing(f"{at}, loading its micro-batches")
@@ -198,7 +202,7 @@ class _Loop:
         sums, losses, values = self._micro_steps(at, update, micros, counts.tokens)
         watch.doing(f"{at}, optimizer step")
         averages, finite = _averages(sums, losses, counts.tokens)
-        moved = self.engine.step(rate, discard=not finite)
+        moved = self.engine.step(rate, discard=not finite or not counts.tokens)
         own: dict[str, Any] = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
         own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
         own |= {"checkpoint_s": round(self.waited_for_checkpoint, 4)}
@@ -207,8 +211,9 @@ class _Loop:
             self.skips.moved()
             own |= {**averages, **values, "gradient_norm": self.engine.gradient_norm()}
         else:
-            self.job.say(self.skips.skipped(update + 1, micros, losses))
-            own["skipped"] = True  # and no losses, for they are not finite
+            nothing = f"{self.name}: update {update + 1} was skipped, for none of its samples has a response token"
+            self.job.say(self.skips.skipped(update + 1, micros, losses) if counts.tokens else nothing)
+            own["skipped"] = True  # and no losses, for they are not finite, or of nothing
         took = time.monotonic() - begun
         self._report(update + 1, {**own, **self._measure(update + 1, feed.workers)}, took, waited)
         return counts.images if moved else None

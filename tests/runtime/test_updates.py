@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.data.batches import LoadedBatch
+from pipeline.runtime.folder import read_metrics
 from pipeline.runtime.loop import Job, MicroStep, StepOutput, _Loop
 from pipeline.runtime.ranks import Ranks
 from pipeline.vlm.processing import Batch
@@ -24,6 +26,15 @@ class PlainEngine:
 
     def __init__(self) -> None:
         self.module, self.device = nn.Linear(1, 1), torch.device("cpu")
+
+        self.discarded: list[bool] = []
+
+    def step(self, learning_rate: float, discard: bool = False) -> bool:
+        self.discarded.append(discard)
+        return not discard
+
+    def gradient_norm(self) -> None:
+        return None
 
     def backward(self, local_sum: torch.Tensor, global_count: int, last: bool = True) -> None:
         local_sum.backward()
@@ -71,3 +82,16 @@ def test_the_match_of_each_micro_step_is_logged_as_often_and_the_same_on_every_r
     assert all(abs(found.count(micro) - UPDATES / 4) < 4 * (UPDATES * 3 / 16) ** 0.5 for micro in range(4))
     assert found != logged(recipe.model_copy(update={"seed": 1}), 4)
     assert set(logged(recipe, 1)) == {0}
+
+
+def test_an_update_without_a_response_token_takes_no_step_and_logs_no_loss(recipe, capsys):
+    """All of its samples are rejected, or interact.token_share has left none of their tokens."""
+    with loop_of(recipe) as loop:
+        feed = SimpleNamespace(next_update=iter([[loaded(3)] * 2, [loaded(0)] * 2]).__next__, workers=0)
+        assert [loop.run_update(update, feed) for update in range(2)] == [0, None]
+        assert loop.engine.discarded == [False, True]
+        assert loop.skips.state() == {"total": 0, "in_a_row": 0}, "it has not diverged"
+    first, second = read_metrics(recipe.run)
+    assert "last" in first and "skipped" not in first
+    assert second["skipped"] and not {"last", "match"} & set(second)
+    assert "interact: update 2 was skipped, for none of its samples has a response" in capsys.readouterr().out
