@@ -96,11 +96,12 @@ def train(
     may_be_unused: tuple[str, ...] = (),
     image_parts: tuple[str, ...] = (),
     held_out: HeldOut | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
 
-    may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. The last update is
-    checkpointed too: what comes after it, such as an export, may fail.
+    may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. sources: see
+    data_state. The last update is checkpointed too: what comes after it, such as an export, may fail.
 
     Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad,
     RecipeError where a step that begins would end in its warm-up.
@@ -111,7 +112,7 @@ def train(
         if loop.resumed_from is None:
             check_warmup(name, training, total)
         check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
-        feed = loop.resume_and_load(dataset)
+        feed = loop.resume_and_load(dataset, sources)
         for update in range(loop.first, total):
             images = loop.run_update(update, feed)
             if images is not None:
@@ -155,9 +156,9 @@ class _Loop:
         self.progress = TrainingProgress(name, total, self.first, shown=job.ranks.first)
         self.notice = DataWaitNotice(name)
 
-    def resume_and_load(self, dataset: ChatDataset) -> Feed:
+    def resume_and_load(self, dataset: ChatDataset, sources: Mapping[str, str] | None = None) -> Feed:
         state: Mapping[str, Any] = {}
-        self.data = data_state(dataset.folder, self.total)
+        self.data = data_state(dataset.folder, self.total, sources)
         if self.resumed_from is not None:
             self._refuse_other_data(dataset, self.resumed_from.state)
         trained = self.engine.trained_state()
