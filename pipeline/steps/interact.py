@@ -167,7 +167,12 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     unused = (*may_be_unused(student.backbone), *_unreached(student, recipe.interact))
     images = image_parts(student.backbone)
     held_out = open_held_out(
-        NAME, recipe.interact, recipe.data.held_out, chat_encoders["student"], lambda batch: engine(batch)["scores"]
+        NAME,
+        recipe.interact,
+        recipe.data.held_out,
+        chat_encoders["student"],
+        lambda batch: engine(batch)["scores"],
+        ids,
     )
     averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images, held_out, sources)
     if recipe.interact.train_verbalizers:
