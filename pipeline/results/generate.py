@@ -217,8 +217,8 @@ def unwritable_ids(vlm: Vlm) -> list[int]:
 
 
 def decode_text(vlm: Vlm, ids: Sequence[int]) -> str:
-    """Decode ids to text without special tokens."""
-    return vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    """Decode ids to an answer's text, without special tokens and a thinking block of the chat template's."""
+    return vlm.encoder.template.answer_in(vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip())
 
 
 def _truncate_at_stop(row: list[int], stops: list[int]) -> list[int]:

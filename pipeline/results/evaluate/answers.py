@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import SampleError
 from pipeline.results.evaluate.comparison import share_interval
+from pipeline.vlm.chat_template import after_thinking
 
 NORMALISATION = (
     "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end "
@@ -25,8 +26,8 @@ def normalise(text: str) -> str:
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer equals the reference answer after normalisation."""
-    return normalise(answer) == normalise(reference)
+    """Whether an answer equals the reference answer after normalisation, or what follows the reference's thinking."""
+    return normalise(answer) in (normalise(reference), normalise(after_thinking(reference) or reference))
 
 
 @dataclass(frozen=True)
