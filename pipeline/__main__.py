@@ -66,8 +66,8 @@ too large for one GPU is spread over several. --processes N sets a lower number,
 
 Exact match: each model answers the last question of each chat greedily, with all earlier turns as input. An answer is
 correct if it equals the reference answer after both are normalised: Unicode NFKC, lower case, white space collapsed and
-stripped, and any of . , ; : ! ? stripped at the end. Articles are kept. The share of correct answers is shown in total
-and, if the data has question types, for each type.
+stripped, and any of . , ; : ! ? stripped at the end unless nothing else is left. Articles are kept. The share of
+correct answers is shown in total and, if the data has question types, for each type.
 
 The 95 % interval of a share is Wilson's, in points. --against NAME compares each other model with one of them, on the
 samples that both answered, and says whether the difference is within chance: by a 95 % interval of paired differences

@@ -25,6 +25,10 @@ CHAT = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {% endif %}"""
 QWEN_CHAT = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 LLAVA_CHAT = CHAT.replace("IMAGE", "<image>\n")
+THINKING_CHAT = QWEN_CHAT.replace(
+    "{{ m['role'] }}\n", "{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+).replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+"""Opens a thinking block in its generation prompt, and inserts an empty one before an answer, as Qwen3's do."""
 KINDS = ("qwen2_vl", "llava_onevision")
 """Families whose tiny pairs run through both stages."""
 MORE_KINDS = ("qwen2_5_vl", "qwen3_vl", "llava")

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from scipy import stats
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9
+"""Differences this near one another are equal: what parts them is the rounding of floats, and a t-test takes it for a
+spread."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     found = interval(differences)
     if len(differences) < 2:
         return Difference(found, None)
-    if max(differences) == min(differences):
-        return Difference(found, 1.0 if differences[0] == 0 else None)
+    if max(differences) - min(differences) < ROUNDING:
+        return Difference(found, 1.0 if abs(found.mean) < ROUNDING else None)
     return Difference(found, float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 

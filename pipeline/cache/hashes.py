@@ -76,18 +76,20 @@ class HashStore:
             yield
 
 
-def check_sha256(path: Path, expected: str | None, repair: str) -> None:
-    """Read a file and compare. Raises CacheError, which ends in `repair`, where it is gone or was changed.
+def check_sha256(path: Path, expected: str | None, repair: str) -> str:
+    """Read a file and compare; returns its SHA-256. Raises CacheError, which ends in `repair`, where it is gone or was
+    changed.
 
     A disk that flips a bit changes neither size nor time, so what is remembered does not serve here. expected: None for
     a file from before its hash was kept.
     """
     try:
-        found = expected and file_sha256(path)
+        found = file_sha256(path)
     except FileNotFoundError:
         raise CacheError(f"{path} is gone. {repair}") from None
-    if found != expected:
+    if expected is not None and found != expected:
         raise CacheError(f"{path} is damaged: expected SHA-256 {expected}, found {found}. {repair}")
+    return found
 
 
 def file_sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,14 @@ class Vlm:
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: those of generation_config.json and the tokenizer's own."""
+        """Ids that end an answer: those of generation_config.json, the tokenizer's own, and the chat template's."""
         configured = self.model.generation_config.eos_token_id
-        ids = set(configured if isinstance(configured, list) else [configured]) | {self.tokenizer.eos_token_id}
-        return sorted(ids - {None})
+        ids = set(configured if isinstance(configured, list) else [configured])
+        return sorted((ids | {self.tokenizer.eos_token_id, self._end_of_turn}) - {None})
+
+    @cached_property
+    def _end_of_turn(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.encoder.template.end_of_turn())
 
     def placeholder_ids(self) -> list[int]:
         """Placeholder ids of images and videos. They must not be generated: the model could not read its own answer."""
@@ -212,8 +217,8 @@ def unwritable_ids(vlm: Vlm) -> list[int]:
 
 
 def decode_text(vlm: Vlm, ids: Sequence[int]) -> str:
-    """Decode ids to text without special tokens."""
-    return vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    """Decode ids to an answer's text, without special tokens and a thinking block of the chat template's."""
+    return vlm.encoder.template.answer_in(vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip())
 
 
 def _truncate_at_stop(row: list[int], stops: list[int]) -> list[int]:

@@ -15,13 +15,16 @@ from pipeline.vlm.processing import load_processor
 def model_identity(folder: Path) -> dict[str, str]:
     """What a model answers with: weights, config, tokenizer, processor, chat template, end of turn and dtype.
 
-    Weights are hashed, and their hashes remembered. Raises CacheError where the folder has no safetensors weights or no
+    Where the template thinks, also that the thinking is left out of answers: earlier versions kept it. Weights are
+    hashed, and their hashes remembered. Raises CacheError where the folder has no safetensors weights or no
     tokenizer.
     """
     generation, processor = folder / "generation_config.json", load_processor(folder)
+    template = ChatTemplate(processor)
     return {
         **teacher_fingerprints(folder, str(processor.chat_template)),
-        **ChatTemplate(processor).fingerprint_of_bos(),
+        **template.fingerprint_of_bos(),
+        **({"thinking": "left out"} if template.thinks() else {}),
         "end_of_turn": json_fingerprint([generation] if generation.is_file() else []),
         "dtype": str(run_dtype(folder)).removeprefix("torch."),
     }

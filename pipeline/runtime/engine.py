@@ -132,11 +132,15 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def train(self) -> None:
-        """Switch to training mode.
+        """Switch to training mode, but for frozen parts: there dropout would be noise, and BatchNorm would move.
 
-        Models from from_pretrained are in eval mode, where gradient checkpointing does nothing.
+        Models from from_pretrained are in eval mode, where gradient checkpointing does nothing. So layers that are run
+        again stay in training mode themselves: below a frozen decoder something may train, such as the projector.
         """
         self._engine.train()
+        for _, frozen in _frozen_parts(self.module):
+            for part in frozen.modules():
+                part.training = part.training and getattr(part, "gradient_checkpointing", False)
 
     def eval(self) -> None:
         """Switch to eval mode."""
@@ -245,8 +249,11 @@ class Engine:
         return whole
 
     def fingerprints(self) -> dict[str, int]:
-        """For each frozen parameter, the sum of the bits of what this rank has of it."""
+        """The sum of the bits of what this rank has of each frozen parameter, and of each buffer of a frozen part."""
         frozen: Any = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        kept = self.module.state_dict().keys()  # others are computed anew: rotary frequencies, masks
+        for start, part in _frozen_parts(self.module):
+            frozen += [(start + name, buffer) for name, buffer in part.named_buffers() if start + name in kept]
         return {name: _bits(p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()) for name, p in frozen}
 
     def with_gradient(self) -> set[str]:
@@ -255,12 +262,22 @@ class Engine:
         return {piece.span.name for piece in pieces if piece.values["exp_avg"].any()}
 
 
+def _frozen_parts(module: nn.Module, start: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(what their names begin with, the largest parts that have parameters of which none trains)."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    if any(trains):
+        for name, child in module.named_children():
+            yield from _frozen_parts(child, f"{start}{name}.")
+    elif trains:
+        yield start, module
+
+
 def _bits(values: Tensor) -> int:
     """Eight bytes at a time where they divide so: a CPU sums billions of two-byte numbers for minutes."""
     flat = values.contiguous().view(-1)
     size = flat.element_size()
     whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
-    kind = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    kind = torch.int64 if whole else {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     return int(flat.view(kind).sum(dtype=torch.int64))
 
 

@@ -32,8 +32,8 @@ class FirstUpdatesCheck:
         image_parts: names of submodules that text alone does not reach, such as "model.visual".
         """
         self.engine, self.may_be_unused, self.image_parts = engine, tuple(may_be_unused), tuple(image_parts)
-        self.names = [name for name, _ in engine.module.named_parameters()]
         self.before = engine.fingerprints()
+        self.names = list(dict.fromkeys([name for name, _ in engine.module.named_parameters()] + list(self.before)))
         self._updates = self._with_images = 0
 
     def after_update(self, images: int) -> None:

@@ -34,10 +34,14 @@ class HeldOut:
         folder: Path,
         encoder: ChatEncoder,
         score: Callable[[Batch], Tensor],
+        ids: int | None = None,
     ):
-        """folder: of shards. score: the sums of vlm.response_scores for a batch, through the engine's forward."""
+        """folder: of shards. score: the sums of vlm.response_scores for a batch, through the engine's forward.
+
+        ids: how many the head is cut to, where it is.
+        """
         self.name, self.training, self.score = name, training, score
-        self.dataset = ChatDataset(ShardFolder(folder), {"student": encoder})
+        self.dataset = ChatDataset(ShardFolder(folder), {"student": encoder}, ids={"student": ids} if ids else None)
         self._micro_batches: list[list[SampleIndex]] | None = None
         self._said = False
 
@@ -99,9 +103,14 @@ class HeldOut:
 
 
 def open_held_out(
-    name: str, training: StudentTraining, folder: Path | None, encoder: ChatEncoder, score: Callable[[Batch], Tensor]
+    name: str,
+    training: StudentTraining,
+    folder: Path | None,
+    encoder: ChatEncoder,
+    score: Callable[[Batch], Tensor],
+    ids: int | None = None,
 ) -> HeldOut | None:
     """As HeldOut; None where the recipe does not ask for it."""
     if not training.evaluate_every or folder is None:
         return None
-    return HeldOut(name, training, folder, encoder, score)
+    return HeldOut(name, training, folder, encoder, score, ids)

@@ -78,7 +78,7 @@ class StepOutput:
     sums: Mapping[str, Tensor]
     """Scalars, each summed over this rank's response tokens; logged as averages over the global batch."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Logged as they are; the same on all ranks."""
+    """Logged as they are, of one micro-step of an update; the same on all ranks."""
 
 
 class Stopped(Exception):
@@ -96,11 +96,12 @@ def train(
     may_be_unused: tuple[str, ...] = (),
     image_parts: tuple[str, ...] = (),
     held_out: HeldOut | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Run a step's updates from its newest checkpoint to `total`; returns the last update's averages.
 
-    may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. The last update is
-    checkpointed too: what comes after it, such as an export, may fail.
+    may_be_unused, image_parts: see FirstUpdatesCheck. held_out: what is measured between updates. sources: see
+    data_state. The last update is checkpointed too: what comes after it, such as an export, may fail.
 
     Raises Stopped at --stop-after, Requeue when a rank is asked to stop, DataError when too many samples are bad,
     RecipeError where a step that begins would end in its warm-up.
@@ -111,7 +112,7 @@ def train(
         if loop.resumed_from is None:
             check_warmup(name, training, total)
         check = FirstUpdatesCheck(engine, may_be_unused, image_parts)
-        feed = loop.resume_and_load(dataset)
+        feed = loop.resume_and_load(dataset, sources)
         for update in range(loop.first, total):
             images = loop.run_update(update, feed)
             if images is not None:
@@ -155,9 +156,9 @@ class _Loop:
         self.progress = TrainingProgress(name, total, self.first, shown=job.ranks.first)
         self.notice = DataWaitNotice(name)
 
-    def resume_and_load(self, dataset: ChatDataset) -> Feed:
+    def resume_and_load(self, dataset: ChatDataset, sources: Mapping[str, str] | None = None) -> Feed:
         state: Mapping[str, Any] = {}
-        self.data = data_state(dataset.folder, self.total)
+        self.data = data_state(dataset.folder, self.total, sources)
         if self.resumed_from is not None:
             self._refuse_other_data(dataset, self.resumed_from.state)
         trained = self.engine.trained_state()
@@ -181,7 +182,11 @@ class _Loop:
         refuse_other_data(self.name, field, dataset.folder, saved, self.data, self.checkpoints.folder)
 
     def run_update(self, update: int, feed: Feed) -> int | None:
-        """One update; returns how many images its global batch had, None where it was skipped: see SkippedUpdates."""
+        """One update; returns how many images its global batch had, None where it was skipped.
+
+        It is where losses or gradients are not finite (SkippedUpdates), and where no token carries loss: AdamW would
+        move the weights all the same, by momentum and decay.
+        """
         begun = time.monotonic()
         at = f"{self.name}: update {update + 1} of {self.total}"
         watch.doing(f"{at}, loading its micro-batches")
@@ -198,7 +203,7 @@ class _Loop:
         sums, losses, values = self._micro_steps(at, update, micros, counts.tokens)
         watch.doing(f"{at}, optimizer step")
         averages, finite = _averages(sums, losses, counts.tokens)
-        moved = self.engine.step(rate, discard=not finite)
+        moved = self.engine.step(rate, discard=not finite or not counts.tokens)
         own: dict[str, Any] = {"learning_rate": rate, "tokens": counts.tokens, "micro_steps": len(micros)}
         own |= {"real_share": round(counts.real_share, 4), "loader_workers": feed.workers}
         own |= {"checkpoint_s": round(self.waited_for_checkpoint, 4)}
@@ -207,8 +212,9 @@ class _Loop:
             self.skips.moved()
             own |= {**averages, **values, "gradient_norm": self.engine.gradient_norm()}
         else:
-            self.job.say(self.skips.skipped(update + 1, micros, losses))
-            own["skipped"] = True  # and no losses, for they are not finite
+            nothing = f"{self.name}: update {update + 1} was skipped, for none of its samples has a response token"
+            self.job.say(self.skips.skipped(update + 1, micros, losses) if counts.tokens else nothing)
+            own["skipped"] = True  # and no losses, for they are not finite, or of nothing
         took = time.monotonic() - begun
         self._report(update + 1, {**own, **self._measure(update + 1, feed.workers)}, took, waited)
         return counts.images if moved else None
@@ -216,19 +222,23 @@ class _Loop:
     def _micro_steps(
         self, at: str, update: int, micros: list[LoadedBatch], tokens: int
     ) -> tuple[dict[str, Tensor], list[Tensor], Mapping[str, Any]]:
-        """Forward and backward of each micro-batch: (sums over them, their losses, the last one's values)."""
+        """Forward and backward of each micro-batch: (sums over them, their losses, the values of one of them).
+
+        That one is drawn by the update: the last has the shortest samples (data/cutting.py), always.
+        """
         # Anything that draws at random (dropout) draws the same after a resume.
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.name, "forward", update, self.job.ranks.rank))
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         values: Mapping[str, Any] = {}
+        logged = derived_seed(self.job.recipe.seed, self.name, "logged", update) % len(micros)
         for micro, one in enumerate(micros):
             watch.doing(f"{at}, micro-step {micro + 1} of {len(micros)}: {one.sizes()}")
             step_output = self.forward(one, MicroStep(update, micro))
             self.engine.backward(step_output.loss, tokens, last=micro == len(micros) - 1)
             sums = {key: sums.get(key, 0) + value.detach().double() for key, value in step_output.sums.items()}
             losses.append(step_output.loss.detach().double())
-            values = step_output.values
+            values = step_output.values if micro == logged else values
         return sums, losses, values
 
     def _measure(self, update: int, workers: int) -> dict[str, float]:

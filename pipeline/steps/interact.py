@@ -154,7 +154,7 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     view, chat_encoders = open_cache_view(job, data), encoders(recipe, ["student"])
     verb_ffns = recipe.student_stage_1 / "verbalize" / "student.safetensors"
     wait_for_files(job.ranks, [verb_ffns])
-    _check(job, verb_ffns)
+    sources = {"teacher cache": view.cache.identity.digest, "student's verbalizers": _check(job, verb_ffns)}
     ids = view.cache.identity.student_ids if view.ids is None else view.ids
     with sharded_loading(recipe, recipe.interact) as add_to:
         student = student_with_verbalizers(recipe, ids, dtype_of(recipe), verb_ffns, add_to)
@@ -167,25 +167,31 @@ def run(job: Job, module: Callable[[VerbalizedVLM, nn.Module | None], Interactio
     unused = (*may_be_unused(student.backbone), *_unreached(student, recipe.interact))
     images = image_parts(student.backbone)
     held_out = open_held_out(
-        NAME, recipe.interact, recipe.data.held_out, chat_encoders["student"], lambda batch: engine(batch)["scores"]
+        NAME,
+        recipe.interact,
+        recipe.data.held_out,
+        chat_encoders["student"],
+        lambda batch: engine(batch)["scores"],
+        ids,
     )
-    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images, held_out)
+    averages = train(job, NAME, recipe.interact, total, engine, dataset, forward, unused, images, held_out, sources)
     if recipe.interact.train_verbalizers:
         _save_verb_ffns(job, engine, student)  # before done.json, which says that all of the step's files are there
     folders = recipe.student.path, folder / "student"
     finish(job, NAME, engine, student.backbone, folders, {"updates": total, "losses": averages})
 
 
-def _check(job: Job, verb_ffns: Path) -> None:
-    """Raise CacheError, on all ranks, where stage 1's verbalizers of the student are no longer as it left them."""
+def _check(job: Job, verb_ffns: Path) -> str:
+    """SHA-256 of stage 1's verbalizers of the student. Raises CacheError, on all ranks, where they are no longer as it
+    left them."""
     recipe = verb_ffns.parents[1] / "recipe.yaml"
     repair = f"Bring it back, or make it again: rm -r {verb_ffns.parent} && {train_command(1, recipe)}"
 
-    def check() -> None:
+    def check() -> str:
         summary = done(verb_ffns.parent) or {}
-        check_sha256(verb_ffns, summary.get("sha256", {}).get("student"), repair)
+        return check_sha256(verb_ffns, summary.get("sha256", {}).get("student"), repair)
 
-    as_first_rank_sees(job.ranks, f"{NAME}: checking {verb_ffns}", check)
+    return as_first_rank_sees(job.ranks, f"{NAME}: checking {verb_ffns}", check)
 
 
 def _save_verb_ffns(job: Job, engine: Engine, student: VerbalizedVLM) -> None:

@@ -28,6 +28,7 @@ _TAG = r"</?[\w|-]+>|\[/?[A-Z]+\]"
 _INSERTED = re.compile(rf"\s+|{_TAG}")
 """A piece of what templates insert before an answer: blanks, <think>, </think>, [THINK]."""
 _OPENED = re.compile(rf"(?:\s|{_TAG})*\Z")  # a blank at a time: n in a row as \s+ can be cut in 2^(n-1) ways
+END_OF_THINKING = "</think>"
 _HALF_A_TAG = re.compile(r"(?:<[\w|/-]*)?\Z")
 
 
@@ -84,6 +85,22 @@ class ChatTemplate:
         text = self.render(chat)
         ((_, end),) = self.response_spans(text, chat)
         return next(token for token in self._control_tokens if text[:end].endswith(token))
+
+    def thinks(self) -> bool:
+        """Whether it opens a thinking block in its generation prompt, or inserts one before an answer."""
+        for question in PROBES:
+            chat = [{"role": "user", "content": question}, turn("A cat.")]
+            with suppress(SampleError):
+                text = self.render(chat[:1], prompt=True) + self.render(chat)
+                return "<think>" in text or END_OF_THINKING in text
+        return False
+
+    def answer_in(self, generated: str) -> str:
+        """The answer in a text that a model has generated: of a template that thinks, what follows the last block.
+
+        That is a part of the response, so the student has learnt to generate it too.
+        """
+        return after_thinking(generated) if END_OF_THINKING in generated and self.thinks() else generated
 
     def refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """Raise SampleError where the text of a chat contains one of the tokenizer's control tokens."""
@@ -157,6 +174,11 @@ def text_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last thinking block of a text; all of it where it has none."""
+    return text.rpartition(END_OF_THINKING)[2].strip()
 
 
 def turn(answer: str) -> Message:

@@ -151,3 +151,69 @@ def test_a_step_that_rounding_hides_is_told_from_a_lost_gradient(warmed_up, case
         said, still = of_rank[case]
         assert still, "float32 has nothing between 1 and 1 - 6e-8"
         assert "1 of 5 trained tensors have had no gradient (first: unused.weight)" in said
+
+
+class Tower(nn.Module):
+    """Frozen, with running statistics and dropout; one of its layers is run again in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.layer = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Sequential(nn.Linear(4, 4))
+        self.layer.gradient_checkpointing = True
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.layer(self.drop(self.norm(x)))
+
+
+class OnTower(nn.Module):
+    """What trains, with dropout of its own, on a frozen tower."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.drop, self.decoder = Tower(), nn.Dropout(0.5), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.decoder(self.drop(self.tower(x))).pow(2).sum()
+
+
+def over_a_frozen_tower(ranks, zero: str) -> tuple[list[str], bool, str]:
+    """The modules in training mode; whether the tower gives what it gives in eval mode; what the check says of one
+    whose statistics move."""
+    from pipeline.runtime.engine import Engine
+    from pipeline.runtime.first_updates import FirstUpdatesCheck, TrainableMismatch
+
+    torch.manual_seed(0)
+    recipe = small_recipe(zero)
+    engine = Engine(OnTower(), recipe, recipe.interact, ranks)
+    seen, x = [], torch.randn(8, 4)
+    engine.module.tower.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
+
+    def update() -> None:
+        engine.backward(engine(x), 8)
+        engine.step(1e-3)
+
+    engine.eval()
+    engine(x)
+    engine.train()
+    training = [name for name, module in engine.module.named_modules() if module.training]
+    check = FirstUpdatesCheck(engine)
+    for _ in range(2):
+        update()
+        check.after_update(images=0)
+    engine.module.tower.norm.train()
+    check, said = FirstUpdatesCheck(engine), ""
+    try:
+        for _ in range(2):
+            update()
+            check.after_update(images=0)
+    except TrainableMismatch as error:
+        said = str(error)
+    return training, torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]), said
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero3_cpu"])
+def test_a_frozen_part_is_in_eval_mode_and_its_statistics_are_watched(tmp_path, zero):
+    ((training, as_in_eval, said),) = on_ranks(1, tmp_path, over_a_frozen_tower, zero)
+    assert training == ["", "tower.layer", "drop", "decoder"] and as_in_eval
+    assert "and 3 of 7 frozen ones have moved (first: tower.norm.running_mean, tower.norm.running_var, " in said

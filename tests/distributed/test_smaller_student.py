@@ -18,6 +18,7 @@ from pipeline.vlm.backbone import load_vlm
 from pipeline.vlm.processing import collate
 
 KIND, SAMPLES = "qwen2_vl", 8
+LONG = 5 * "ab"
 ROWS = {"teacher": 300, "first": 290, "smaller": 270}
 
 
@@ -61,3 +62,33 @@ def test_its_loss_is_over_the_ids_that_it_has_in_common_with_the_teacher(tmp_pat
     first_update = next(line for line in lines if line["step"] == "interact")
     assert first_update["last"] == pytest.approx(float(kl), rel=1e-4)
     assert load_file(run / "student" / "model.safetensors")["lm_head.weight"].shape[0] == 270
+
+
+def test_a_sample_with_a_token_that_the_teacher_lacks_is_left_out(tmp_path):
+    """In verbalize on another run's cache, where the student is alone, and in interaction's held-out data."""
+    data = tiny.write_data(tmp_path / "data", SAMPLES, shards=2)
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.add_tokens([LONG])
+    made = {
+        name: tiny.write_vlm(tmp_path / name, KIND, depth, 32, seed=depth, rows=300, tokenizer=of)
+        for name, depth, of in (("teacher", 6, None), ("first", 3, None), ("own", 3, tokenizer))
+    }
+    models = {(KIND, "teacher"): made["teacher"], (KIND, "student"): made["first"]}
+    few = {"steps": 2, "batch_size": 8}
+    measured = few | {"evaluate_every": 1}
+    first = tiny_recipe(
+        tmp_path, models, KIND, data, verbalize=few, interact=measured, reinforce={"steps": 0},
+        data={"max_bad_share": 1.0, "held_out": str(data)},
+    )  # fmt: skip
+    deepspeed(1, "train.py", "--stage", 1, "--recipe", first)
+    run = tmp_path / "own_run"
+    own = ["--set", f"run={run}", f"cache_from={tmp_path / 'run'}", f"student.path={made['own']}"]
+    deepspeed(1, "train.py", "--stage", 1, "--recipe", first, *own)
+    said = " ".join(deepspeed(1, "train.py", "--stage", 2, "--recipe", run / "recipe.yaml").split())
+    long = [key for key, record, _ in tiny.chats(SAMPLES) if LONG in record["messages"][1]["content"][0]["text"]]
+    assert 0 < len(long) < SAMPLES
+    rejected = [json.loads(line) for line in (run / "rejects.jsonl").read_text().splitlines()]
+    by_reason = {one["key"]: one["reason"] for one in rejected[: len(long)]}
+    assert by_reason == dict.fromkeys(long, "the response has token 265; teacher and student share the first 265 alone")
+    assert f"{len(long)} of {SAMPLES} samples of data.held_out cannot be used and are not measured on; first" in said
+    assert (run / "interact" / "done.json").is_file()

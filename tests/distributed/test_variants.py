@@ -11,8 +11,9 @@ import tiny
 import torch
 import yaml
 from running import cache_folder, deepspeed, tiny_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from pipeline.cache.hashes import file_sha256
 from pipeline.vlm.backbone import load_vlm
 
 KIND = "qwen2_vl"
@@ -177,6 +178,22 @@ def test_a_second_run_uses_the_first_one_s_stage_1_and_a_preset_ends_it_with_int
     for place, student in enumerate((1, 2)):
         matched = pairs[student, followed[0]["match"][place]]
         assert not one_micro_step or matched == pytest.approx(followed[0][f"layer/{student}"], abs=1e-4)
+
+
+def test_an_interaction_goes_on_with_the_verbalizers_that_it_began_with_or_says_why_not(stage_1, tmp_path):
+    run = Path(yaml.safe_load(stage_1.read_text())["run"])
+    other = shutil.copytree(run, tmp_path / "other")
+    weights, summary = other / "verbalize" / "student.safetensors", other / "verbalize" / "done.json"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    found = {"old": json.loads(summary.read_text())["sha256"]["student"], "new": file_sha256(weights)}
+    summary.write_text(summary.read_text().replace(found["old"], found["new"]))
+    recipe = second_run(stage_1, tmp_path, preset="wrong_answers", reinforce=None)
+    program = ["train.py", "--stage", 2, "--recipe", recipe]
+    deepspeed(1, *program, "--stop-after", 1)
+    said = " ".join(deepspeed(1, *program, "--set", f"stage_1={other}", check=2).split())
+    expected = f"made with another student's verbalizers: expected SHA-256 {found['old']}, found {found['new']}."
+    assert f"interact: the step's checkpoint was {expected}" in said
+    deepspeed(1, *program, "--stop-after", 1)
 
 
 def test_a_cache_made_with_another_student_trains_this_one_as_its_own_would(stage_1, followed, tiny_models, tmp_path):

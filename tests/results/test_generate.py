@@ -57,6 +57,15 @@ def test_an_answer_ends_with_its_end_of_turn(vlm):
     assert ended == usual[: usual.index(usual[1]) + 1]
 
 
+def test_the_end_of_turn_of_the_chat_template_ends_an_answer_whatever_the_folder_says(vlm):
+    """Chat models without generation_config.json whose tokenizer's end of text is another token."""
+    vlm.model.generation_config.eos_token_id, vlm.tokenizer.eos_token = None, "<|endoftext|>"
+    try:
+        assert vlm.stop_ids() == sorted(vlm.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+    finally:
+        vlm.model.generation_config.eos_token_id, vlm.tokenizer.eos_token = 256, "<|im_end|>"
+
+
 def test_a_folders_own_sampling_settings_are_not_used(vlm):
     prompt = prompts(vlm, True)[0]
     usual = greedy(vlm, prompt, 6)

@@ -22,5 +22,6 @@ def test_any_one_bit_changes_the_sum(dtype, size, offset):
 
 def test_a_tensor_of_many_dimensions_and_none_of_any_size():
     assert _bits(torch.zeros(0)) == 0
+    assert _bits(torch.tensor([True, True, False])) == 2, "a buffer may be a mask"
     values = torch.randn(3, 4, 5)
     assert _bits(values.transpose(0, 2)) == _bits(values.transpose(0, 2).contiguous())

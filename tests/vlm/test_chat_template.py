@@ -81,6 +81,20 @@ def test_what_stands_after_the_generation_prompt_is_generated(template):
     assert last == (THOUGHT + "yes<|im_end|>").removeprefix("<think>\n")
 
 
+@pytest.mark.parametrize(
+    "name", ["plain", "mistral", "prompt opens thinking", "inserts empty thinking", "opens and inserts"]
+)
+@pytest.mark.parametrize("chat", [CHAT, THINKING])
+def test_the_answer_in_what_is_generated_is_what_follows_the_thinking_of_the_template(template, name, chat):
+    one = template(name)
+    *_, last = responses(one, chat)
+    generated, thinks = last.removesuffix("<|im_end|>"), name not in ("plain", "mistral")
+    assert one.thinks() == thinks
+    assert one.answer_in(generated) == ("yes" if thinks or chat is CHAT else THOUGHT + "yes")
+    assert one.answer_in("yes") == "yes" and one.answer_in("<think> red") == "<think> red", "cut in its thinking"
+    assert one.answer_in("red</think> ") == ("" if thinks else "red</think> ")
+
+
 def test_a_turn_that_lost_its_reasoning_as_history_is_context(template):
     """The model is asked for the reasoning there, and the text does not have it."""
     text = template("strips history").render(THINKING)

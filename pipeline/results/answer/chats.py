@@ -61,11 +61,12 @@ class Answerer:
         if not answer.ended:
             raise SampleError(f"answer not finished within --max-new-tokens {self.max_new_tokens} tokens")
         # Not decode_text, which drops control tokens: training would refuse them, and silence is no answer.
-        text = self.vlm.tokenizer.decode(answer.ids[:-1], skip_special_tokens=False).strip()
+        template = self.vlm.encoder.template
+        text = template.answer_in(self.vlm.tokenizer.decode(answer.ids[:-1], skip_special_tokens=False).strip())
         if not text:
             raise SampleError("empty answer")
         try:
-            self.vlm.encoder.template.refuse_control_tokens([{"role": "assistant", "content": text}])
+            template.refuse_control_tokens([{"role": "assistant", "content": text}])
         except SampleError as error:
             raise SampleError(f"unusable answer: {error}") from None
         return text

@@ -10,21 +10,24 @@ from typing import Any
 
 from pipeline.errors import SampleError
 from pipeline.results.evaluate.comparison import share_interval
+from pipeline.vlm.chat_template import after_thinking
 
 NORMALISATION = (
-    "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end"
+    "Unicode NFKC, lower case, white space collapsed and stripped, one or more of . , ; : ! ? stripped at the end "
+    "unless nothing else is left"
 )
 """What `normalise` does, as the help text and the table state it."""
 
 
 def normalise(text: str) -> str:
     """Normalise an answer for comparison; see NORMALISATION. Articles are kept."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".,;:!? ")
+    text = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return text.rstrip(".,;:!? ") or text
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer equals the reference answer after normalisation."""
-    return normalise(answer) == normalise(reference)
+    """Whether an answer equals the reference answer after normalisation, or what follows the reference's thinking."""
+    return normalise(answer) in (normalise(reference), normalise(after_thinking(reference) or reference))
 
 
 @dataclass(frozen=True)

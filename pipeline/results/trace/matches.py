@@ -28,7 +28,7 @@ def has_matches(line: Mapping[str, Any]) -> bool:
 def read_matches(run: Path) -> Matches | None:
     """The matches of a run's interaction, as far as it is; None where it has none.
 
-    Of an update with several micro-steps the last one's match counts: the log has one an update.
+    Of an update with several micro-steps the match of one, drawn at random, counts: the log has one an update.
     """
     lines = [line for line in read_metrics(run) if line["step"] == "interact" and has_matches(line)]
     if not lines:

@@ -155,13 +155,16 @@ class ChatDataset(Dataset):
         attach: Callable[[SampleIndex, Encoded], tuple[Encoded, Any]] | None = None,
         memory: int = 0,
         align: Align | None = None,
+        ids: Mapping[str, int] | None = None,
     ):
         """attach returns a sample's form and what is handed over with it, such as its record in the teacher cache.
 
         It may reduce the tokens that carry loss. It works with a single encoder only. memory: bytes of encoded samples
         that are kept for later epochs. align: for models whose tokenizers differ: chooses the tokens of each that carry
-        loss, and may hand something over. Without it, their response tokens have to be equal.
+        loss, and may hand something over. Without it, their response tokens have to be equal. ids: of each encoder's
+        model, how many its head is cut to: a sample with another response token cannot be used.
         """
+        self.ids = dict(ids or {})
         self.folder, self.encoders, self.attach, self.align = folder, dict(encoders), attach, align
         self._kept: dict[int, tuple[dict[str, Encoded], Any]] = {}
         self._room = memory
@@ -206,6 +209,9 @@ class ChatDataset(Dataset):
 
     def _keep(self, sample: int) -> tuple[dict[str, Encoded], Any]:
         encoded, extra = self._encode(sample)
+        for role, ids in self.ids.items():
+            if (highest := int(encoded[role].response_ids.max())) >= ids:
+                raise SampleError(f"the response has token {highest}; teacher and student share the first {ids} alone")
         size = encoded_nbytes(encoded)
         if size <= self._room:
             self._kept[sample] = encoded, extra

@@ -38,6 +38,10 @@ def test_a_paired_difference_is_scipy_s():
 def test_equal_differences_have_a_certain_p():
     assert paired([0.5, 0.25], [0.5, 0.25]).p == 1.0
     assert paired([0.75, 0.5], [0.5, 0.25]).p is None  # no spread, no test
+    rounded = [0.3, 0.4], [0.2, 0.3]
+    assert len({a - b for a, b in zip(*rounded, strict=True)}) == 2, "equal but for the rounding of floats"
+    assert paired(*rounded).p is None
+    assert paired([0.1 + 0.2, 0.4], [0.3, 0.4]).p == 1.0
 
 
 def test_holm_multiplies_the_smallest_by_all_and_keeps_the_order():

@@ -6,17 +6,19 @@ import math
 import pytest
 import torch
 from ending_vlm import write_ending_vlm
-from tiny import KINDS, chats, png, turn, write_vlm
+from tiny import KINDS, THINKING_CHAT, chats, png, turn, write_vlm
 from torch import Tensor
 
 from data_prep.shards import RawSample
 from pipeline.errors import SampleError
 from pipeline.recipe.schema import Data
+from pipeline.results.answer import chats as answering
 from pipeline.results.answer.chats import Answerer
-from pipeline.results.generate import Vlm, greedy_with_log_probs, load, unwritable_ids
+from pipeline.results.generate import Generated, Vlm, greedy_with_log_probs, load, unwritable_ids
 from pipeline.vlm.processing import TOKEN_KEYS
 
 NEW = 16
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -179,6 +181,20 @@ def test_an_answer_of_nothing_is_rejected(vlm):
         assert [str(one) for one in Answerer(vlm, NEW)(samples(3))] == ["empty answer"] * 3
     finally:
         config.eos_token_id = usual
+
+
+def test_the_thinking_block_of_the_chat_template_is_no_part_of_the_answer(vlm, monkeypatch):
+    template = vlm.encoder.processor.chat_template
+    image = template.partition("=='image' %}")[2].partition("{%")[0]
+    monkeypatch.setattr(vlm.encoder.processor, "chat_template", THINKING_CHAT.replace(IMAGE, image))
+    for said, expected in (("\n</think>\n\nred", "red"), ("hm\n</think>\n\na</think> b", "b"), ("red", "red")):
+        generated = Generated(vlm.tokenizer(f"{said}<|im_end|>").input_ids, -1.0, ended=True)
+        monkeypatch.setattr(answering, "greedy_with_log_probs", lambda *_, made=generated: [made])
+        (result,) = Answerer(vlm, NEW)(samples(1))
+        assert result["messages"][-1] == turn("assistant", expected), said
+    empty = Generated(vlm.tokenizer("hm\n</think>\n\n<|im_end|>").input_ids, -1.0, ended=True)
+    monkeypatch.setattr(answering, "greedy_with_log_probs", lambda *_: [empty])
+    assert str(Answerer(vlm, NEW)(samples(1))[0]) == "empty answer"
 
 
 def test_outputs_that_are_not_finite_are_rejected(vlm):

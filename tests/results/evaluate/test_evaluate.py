@@ -1,21 +1,24 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from tiny import chats, png, turn
+from tiny import QWEN_CHAT, THINKING_CHAT, chats, png, turn
 from tiny_run import flip_a_bit, typed, write_shards
 
 from data_prep.shards import FORMAT, ShardFolder, write_manifest
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe.schema import Data
 from pipeline.results.arguments import batches, evenly_spaced
+from pipeline.results.evaluate import scoring
 from pipeline.results.evaluate.answers import last_exchange, normalise
 from pipeline.results.evaluate.evaluation import evaluate, score_question_only
 from pipeline.results.evaluate.plan import Plan, make_plan
 from pipeline.results.evaluate.scoreboard import show
 from pipeline.results.evaluate.scoring import Scorer, response_loss, summarize
 from pipeline.results.generate import decode_text, greedy, load
+from pipeline.results.identity import model_identity
 
 SIZES = {"limit": None, "batch_size": 4, "max_new_tokens": 6}
 
@@ -80,6 +83,35 @@ def test_right_answers_are_counted_in_total_and_by_type(tmp_path, teacher):
     assert result["wrong"] == [key for key, record, _ in samples if "zz" in str(record["messages"])]
     assert result["by_type"]["easy"] == {"exact_match": expected / 4, "samples": 4}
     assert result["by_type"]["hard"] == {"exact_match": 0.0, "samples": 4}
+
+
+@pytest.mark.parametrize("template", [QWEN_CHAT, THINKING_CHAT])
+def test_a_student_that_generates_what_it_was_trained_on_is_right(made, teacher, monkeypatch, template):
+    """Where the template opens and inserts a thinking block, that is the end of the block and then the answer."""
+    monkeypatch.setattr(teacher.encoder.processor, "chat_template", template)
+    plan = plan_for(made.held_out)
+    learnt = {}
+    for raw in map(plan.data.read, plan.indices()):
+        exchange = last_exchange(raw.record, raw.images)
+        prompt = teacher.encoder.prompt(exchange.messages, exchange.images)["input_ids"][0]
+        chat = teacher.encoder(raw.key, raw.record["messages"], raw.images)
+        learnt[tuple(prompt.tolist())] = chat.inputs["input_ids"][0, chat.turns == chat.answer].tolist()
+
+    def as_learnt(vlm, inputs, max_new_tokens):
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        return [learnt[tuple(row[mask].tolist())] for row, mask in rows]
+
+    monkeypatch.setattr(scoring, "greedy", as_learnt)
+    result = score(teacher, plan)
+    assert (result["exact_match"], result["wrong"], result["cut"]) == (1.0, [], 0)
+
+
+def test_results_under_a_template_that_thinks_are_none_of_earlier_versions(made, tmp_path):
+    """These compared the thinking block too, and found every answer wrong."""
+    folder = shutil.copytree(made.root / "student", tmp_path / "student")
+    assert "thinking" not in model_identity(folder)
+    (folder / "chat_template.jinja").write_text(THINKING_CHAT)
+    assert model_identity(folder)["thinking"] == "left out"
 
 
 def test_answers_that_had_not_ended_are_counted_and_said(made, teacher, capsys):

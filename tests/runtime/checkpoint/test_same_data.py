@@ -48,12 +48,12 @@ def write(folder: Path, samples: int) -> None:
     write_data(folder, samples, shards=samples // A_SHARD)
 
 
-def resumed(recipe: Recipe, total: int = UPDATES, step: str = "reinforce") -> Iterator[_Loop]:
+def resumed(recipe: Recipe, total: int = UPDATES, step: str = "reinforce", **sources: str) -> Iterator[_Loop]:
     """A step that stands at its newest checkpoint, then at one of update STOPPED."""
     folder = recipe.reinforce.train or recipe.data.train
     loop = _Loop(Job(recipe, Ranks()), step, recipe.reinforce, total, PlainEngine(), None, None)  # type: ignore[arg-type]
     try:
-        feed = loop.resume_and_load(ChatDataset(ShardFolder(folder), {}))
+        feed = loop.resume_and_load(ChatDataset(ShardFolder(folder), {}), sources)
         yield loop
         loop._save(STOPPED, feed)
         loop.checkpoints.finish()
@@ -119,6 +119,22 @@ def test_a_step_whose_updates_are_all_made_may_end(recipe, tmp_path):
     stop(recipe, total=STOPPED)
     write(tmp_path / "data", SAMPLES + A_SHARD)
     assert first_update(recipe, total=STOPPED) == STOPPED
+
+
+def test_another_cache_is_refused_and_one_of_which_the_checkpoint_says_nothing_is_not(recipe, tmp_path):
+    stop(recipe, step="interact", cache="ab", verbalizers="cd")
+    assert first_update(recipe, step="interact", cache="ab", verbalizers="cd", more="ef") == STOPPED
+    with pytest.raises(CheckpointError) as error:
+        first_update(recipe, step="interact", cache="ab", verbalizers="ef")
+    message = str(error.value)
+    expected = "made with another verbalizers: expected SHA-256 cd, found ef. A step ends with what it began with"
+    assert message.startswith(f"interact: the step's checkpoint was {expected}")
+    assert "Put stage_1 and cache_from of the recipe back, or remove " in message
+    (checkpoint,) = (tmp_path / "run" / "interact" / "checkpoints").iterdir()
+    index = read_index(checkpoint)
+    index.state["data"].pop("sources")
+    write_index(checkpoint, index)
+    assert first_update(recipe, step="interact", cache="no", verbalizers="no") == STOPPED
 
 
 def test_a_checkpoint_of_before_that_says_nothing_of_its_data_is_resumed(recipe, tmp_path):

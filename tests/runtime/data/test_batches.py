@@ -133,6 +133,15 @@ def test_a_flipped_bit_costs_one_sample_and_names_its_shard(encoder, tmp_path):
     assert (bad.key, bad.shard) == ("s00003", "000001.tar") and "do not match their checksum" in bad.reason
 
 
+def test_a_response_token_beyond_the_head_costs_the_sample(encoder, tmp_path):
+    folder, end = ShardFolder(write_data(tmp_path / "train", 4)), encoder.processor.tokenizer.eos_token_id
+    for ids, used in ((end + 1, 4), (end, 0)):
+        dataset = ChatDataset(folder, {"student": encoder}, ids={"student": ids})
+        (one,) = load(dataset, [[SampleIndex(i) for i in range(4)]], 0, "cpu")
+        assert (len(one.batches["student"].keys), len(one.rejected)) == (used, 4 - used)
+    assert one.rejected[0].reason == f"the response has token {end}; teacher and student share the first {end} alone"
+
+
 def test_models_with_one_encoder_share_a_batch(encoder, tmp_path):
     chats = ChatDataset(ShardFolder(write_data(tmp_path / "train", 4)), {"teacher": encoder, "student": encoder})
     for workers in (0, 1):
