@@ -10,6 +10,8 @@ REQUEUE_EXIT=75                         # pipeline.errors.REQUEUE_EXIT
 WARNED_EARLY=138                        # ended by SIGUSR1: SLURM's warning came before the program could take it
 MAX_REQUEUES=${MAX_REQUEUES:-100}       # how often a job may have gone back to the queue; the site file's max_requeues
 ANSWER_S=60
+REQUEUE_TRIES=10                        # of scontrol, REQUEUE_WAIT_S apart: a busy slurmctld does not answer for minutes
+REQUEUE_WAIT_S=30
 LAST_RANKS_S=60                         # how long the other ranks may take to end once one has
 
 command -v deepspeed >/dev/null || [ "${#in_container[@]}" != 0 ] || export PATH="$PWD/.venv/bin:$PATH"
@@ -36,8 +38,17 @@ or_requeue() { # COMMAND...: ranks that were asked to end write a checkpoint and
     return "$code"
   fi
   echo "job $SLURM_JOB_ID goes back to the queue"
-  scontrol requeue "$SLURM_JOB_ID"
-  sleep 120  # SLURM ends this script; to end by itself would be to fail
+  local tries=1
+  until scontrol requeue "$SLURM_JOB_ID"; do
+    if [ "$tries" -ge "$REQUEUE_TRIES" ]; then
+      echo "error: SLURM did not take job $SLURM_JOB_ID back in $tries tries; what is done stays. Submit it again"
+      return "$code"
+    fi
+    tries=$((tries + 1))
+    sleep "$REQUEUE_WAIT_S"
+  done
+  sleep 120  # SLURM ends this script; to end by itself is to fail, and never to end well: jobs wait for that
+  return "$code"
 }
 
 every_node_answers() { # SLURM itself notices a dead node after minutes only, when the ranks have failed for it long since
