@@ -96,9 +96,9 @@ def job_states(jobs: Sequence[Job]) -> list[JobState]:
 
 
 def output_of(job: Job, state: JobState) -> Path:
-    """The output file of a job or of an array's task."""
+    """The output file of a job or of an array's task; of an array as a whole with * for each task."""
     number, _, task = state.id.partition("_")
-    return Path(job.output.replace("%j", number).replace("%A", number).replace("%a", task))
+    return Path(job.output.replace("%j", number).replace("%A", number).replace("%a", task or "*"))
 
 
 def last_error(path: Path) -> str:
@@ -125,21 +125,23 @@ def _squeue(ids: Sequence[str]) -> list[JobState]:
     layout = ",".join(f"{field}:{SEPARATOR}" for field in fields)
     text = _ask(["squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(ids)}", f"--Format={layout}"])
     states = []
-    for line in text.splitlines():
+    for line in (text or "").splitlines():
         number, state, reason, restarts, time, code = line.split(SEPARATOR)[: len(fields)]
         states.append(JobState("", number, state, _reason(state, reason, code), int(restarts or 0), time))
     return states
 
 
 def _sacct(ids: Sequence[str]) -> list[JobState]:
-    """Without accounting sacct fails, and nothing is known."""
-    text = _ask(
-        ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}",
-         "--format=JobID,State,Elapsed,ExitCode,Restarts"],
-    )  # fmt: skip
+    """Without accounting sacct fails, and nothing is known. It fails as well where it is asked for a field that it does
+    not have: that of SLURM 22.05 has no Restarts.
+    """
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}"]
+    fields = "--format=JobID,State,Elapsed,ExitCode"
+    if (text := _ask([*command, f"{fields},Restarts"])) is None:
+        text = _ask([*command, fields])
     states = []
-    for line in text.splitlines():
-        number, state, time, code, restarts = line.split("|")
+    for line in (text or "").splitlines():
+        number, state, time, code, restarts = [*line.split("|"), ""][:5]
         word = state.split()[0] if state else ""  # "CANCELLED by 1000"
         states.append(JobState("", number, word, _reason(word, "", code.split(":")[0]), int(restarts or 0), time))
     return states
@@ -159,8 +161,9 @@ def _exit_status(code: str) -> int:
     return number >> 8 if number >= 256 else number
 
 
-def _ask(command: Iterable[str]) -> str:
+def _ask(command: Iterable[str]) -> str | None:
+    """What a command of SLURM's prints; None where it fails or does not answer."""
     try:
         return subprocess.run(list(command), capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None

@@ -42,6 +42,9 @@ def _why(job: Job, state: JobState) -> str:
     output = output_of(job, state)
     if state.failed:
         return ": ".join(filter(None, [state.reason, last_error(output) or f"see {output}"]))
+    if not state.state:
+        errors = filter(None, map(last_error, sorted(output.parent.glob(output.name))))
+        return next((f"the last error of its output: {error}" for error in errors), "")
     return "the job before it" if state.reason == "Dependency" else state.reason
 
 

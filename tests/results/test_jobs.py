@@ -96,6 +96,30 @@ def test_what_squeue_has_forgotten_sacct_knows(slurm, run):
     assert states["7"].state == "CANCELLED" and states["8_0"].state == "TIMEOUT" and states["8_0"].restarts == 1
 
 
+# SLURM 22.05, which refuses a command that asks for a field that it does not have.
+OLD_SACCT = """#!/usr/bin/env bash
+[[ "$*" != *Restarts* ]] || { echo 'sacct: fatal: Invalid field requested: "Restarts"' >&2; exit 1; }
+echo "7|FAILED|00:10:00|2:0"
+"""
+
+
+def test_a_sacct_that_does_not_count_restarts_tells_the_rest(slurm, run):
+    (slurm / "sacct").write_text(OLD_SACCT)
+    queue(slurm, ("9", "RUNNING", "None", "0", "1:00", "0"))
+    (state,) = [state for state in job_states(read_jobs(run)) if state.id == "7"]
+    assert (state.state, state.reason, state.restarts, state.time) == ("FAILED", "exit code 2", 0, "00:10:00")
+
+
+def test_where_slurm_no_longer_knows_a_job_its_output_does(slurm, run):
+    (run / "jobs" / "stage1-7.out").write_text("loading\nerror: no room: 3 GB needed\n")
+    (run / "jobs" / "cache-8_0.out").write_text("cache: complete\n")
+    (run / "jobs" / "cache-8_1.out").write_text("rank 1 failed: OutOfMemoryError: x\n")
+    queue(slurm, ("9", "RUNNING", "None", "0", "1:00", "0"))
+    stage1, cache = [line for line in shown(run).splitlines() if "SLURM no longer knows it" in line]
+    assert "the last error of its output: error: no room: 3 GB needed" in stage1
+    assert "the last error of its output: rank 1 failed: OutOfMemoryError: x" in cache
+
+
 def test_without_slurm_the_jobs_are_shown_as_not_known(run, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "SLURM no longer knows it" in shown(run)
