@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,10 @@ FOLDER = "jobs"
 ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "STAGE_OUT", "RESIZING")
 """States of SLURM that are not the end."""
 ENDED_WELL = "COMPLETED"
+NO_ANSWER = "NO_ANSWER"
+"""Our word for the state where SLURM's commands fail, do not answer in time, or are not there."""
+NO_SUCH_JOB = "Invalid job id specified"
+"""With it squeue fails where it is asked for one job alone, which it has forgotten."""
 ANSWER_S = 30
 """How long SLURM's commands may take to answer."""
 SEPARATOR = "\x1f"
@@ -41,7 +44,7 @@ class JobState:
     id: str
     """NUMBER, or NUMBER_TASK."""
     state: str
-    """SLURM's word in upper case; "" where SLURM no longer knows the job."""
+    """SLURM's word in upper case; "" where SLURM no longer knows the job, NO_ANSWER where it does not say."""
     reason: str = ""
     """Why it waits, or why it failed."""
     restarts: int = 0
@@ -55,9 +58,14 @@ class JobState:
         return self.state.startswith(ACTIVE)
 
     @property
+    def known(self) -> bool:
+        """Whether SLURM has told the state."""
+        return self.state not in ("", NO_ANSWER)
+
+    @property
     def failed(self) -> bool:
         """Whether it has ended, and not well."""
-        return bool(self.state) and not self.active and self.state != ENDED_WELL
+        return self.known and not self.active and self.state != ENDED_WELL
 
 
 def write_jobs(run: Path, jobs: Sequence[Job]) -> None:
@@ -81,17 +89,19 @@ def read_jobs(run: Path) -> list[Job]:
 
 def job_states(jobs: Sequence[Job]) -> list[JobState]:
     """What SLURM says of each job and array task: squeue of those it holds in memory, sacct of those before."""
-    if not jobs or shutil.which("squeue") is None:
-        return [JobState(job.name, job.id, "") for job in jobs]
-    found = _squeue([job.id for job in jobs])
+    if not jobs:
+        return []
+    answered = _squeue([job.id for job in jobs])
+    found = answered or []
     known = {state.id.partition("_")[0] for state in found}
     if forgotten := [job.id for job in jobs if job.id not in known]:
         found += _sacct(forgotten)
+    unknown = NO_ANSWER if answered is None else ""
     names = {job.id: job.name for job in jobs}
     states = []
     for job in jobs:
         own = [state for state in found if state.id.partition("_")[0] == job.id]
-        states += own or [JobState(job.name, job.id, "")]
+        states += own or [JobState(job.name, job.id, unknown)]
     return [_named(state, names[state.id.partition("_")[0]]) for state in states]
 
 
@@ -120,12 +130,15 @@ def _named(state: JobState, name: str) -> JobState:
     return JobState(name, state.id, state.state, state.reason, state.restarts, state.time)
 
 
-def _squeue(ids: Sequence[str]) -> list[JobState]:
+def _squeue(ids: Sequence[str]) -> list[JobState] | None:
+    """None where it does not answer."""
     fields = ("JobArrayID", "State", "Reason", "RestartCnt", "TimeUsed", "exit_code")
     layout = ",".join(f"{field}:{SEPARATOR}" for field in fields)
     text = _ask(["squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(ids)}", f"--Format={layout}"])
+    if text is None:
+        return None
     states = []
-    for line in (text or "").splitlines():
+    for line in text.splitlines():
         number, state, reason, restarts, time, code = line.split(SEPARATOR)[: len(fields)]
         states.append(JobState("", number, state, _reason(state, reason, code), int(restarts or 0), time))
     return states
@@ -165,5 +178,7 @@ def _ask(command: Iterable[str]) -> str | None:
     """What a command of SLURM's prints; None where it fails or does not answer."""
     try:
         return subprocess.run(list(command), capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        return "" if NO_SUCH_JOB in error.stderr else None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -22,7 +22,8 @@ echo "$@" >> "$(dirname "$0")/calls.txt"
 wc -l < "$(dirname "$0")/calls.txt"
 """
 SQUEUE = """#!/usr/bin/env bash
-cat "$(dirname "$0")/queue.txt" 2>/dev/null
+[ -z "${SAYS:-}" ] || { echo "slurm_load_jobs error: $SAYS" >&2; exit 1; }
+cat "$(dirname "$0")/queue.txt" 2>/dev/null || true
 """
 ASKED = ["--nodes", "4", "--time", "24:00:00"]
 
@@ -212,6 +213,21 @@ def test_a_second_chain_on_a_run_is_refused(slurm, recipe, capsys):
     assert "has jobs in the queue already: cache 2_0 (RUNNING). Wait for them, or end them: scancel 2_0" in (
         capsys.readouterr().err
     )
+
+
+def test_a_second_chain_is_refused_where_slurm_does_not_say_what_is_in_the_queue(
+    slurm, recipe, tmp_path, capsys, monkeypatch
+):
+    assert run(recipe) == 0
+    sent = read_jobs(tmp_path / "run")
+    monkeypatch.setenv("SAYS", "Socket timed out on send/recv operation")
+    assert run(recipe) == 2
+    said = capsys.readouterr().err
+    assert "SLURM does not say whether" in said and "stage1 1, cache 2, stage2 3, evaluate 4" in said
+    assert "again when squeue answers" in said and f"remove {tmp_path / 'run' / 'jobs' / 'jobs.json'} before" in said
+    assert read_jobs(tmp_path / "run") == sent
+    monkeypatch.setenv("SAYS", "Invalid job id specified")  # of one job alone: it is gone
+    assert run(recipe) == 0
 
 
 def test_what_slurm_refuses_is_said_with_what_is_in_the_queue(slurm, recipe, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from tiny_run import write_recipe
 from pipeline.__main__ import main
 from pipeline.errors import RecipeError
 from pipeline.results import jobs_table
-from pipeline.results.jobs import Job, job_states, last_error, output_of, read_jobs, write_jobs
+from pipeline.results.jobs import NO_ANSWER, Job, job_states, last_error, output_of, read_jobs, write_jobs
 from pipeline.results.status import duration_text, status
 
 SAY = '#!/usr/bin/env bash\ncat "$(dirname "$0")/$(basename "$0").txt" 2>/dev/null || exit 1\n'
@@ -121,8 +121,23 @@ def test_where_slurm_no_longer_knows_a_job_its_output_does(slurm, run):
 
 
 def test_without_slurm_the_jobs_are_shown_as_not_known(run, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "SLURM no longer knows it" in shown(run)
+    (run / "jobs" / "stage1-7.out").write_text("error: no room: 3 GB needed\n")
+    monkeypatch.setenv("PATH", str(run))
+    text = shown(run)
+    assert text.count("SLURM does not answer") == 3 and "error: no room: 3 GB needed" in text
+
+
+def test_a_squeue_that_does_not_answer_is_told_from_a_job_that_is_gone(slurm, run, monkeypatch):
+    jobs = read_jobs(run)
+    (slurm / "sacct.txt").write_text("7|COMPLETED|00:10:00|0:0|0\n")
+    states = job_states(jobs)  # the stand-in for squeue fails
+    assert [state.state for state in states] == ["COMPLETED", NO_ANSWER, NO_ANSWER]
+    assert not any(state.active or state.failed for state in states)
+    monkeypatch.setattr("pipeline.results.jobs.ANSWER_S", 0.2)
+    (slurm / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    assert [state.state for state in job_states(jobs[1:])] == [NO_ANSWER, NO_ANSWER]
+    (slurm / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    assert [state.state for state in job_states(jobs[1:2])] == [""]
 
 
 def test_the_last_error_of_an_output_is_the_one_that_ended_it(tmp_path):
