@@ -12,6 +12,8 @@ from launch.site_file import Container, Site
 from pipeline.results.jobs import FOLDER
 
 SLURM_SCRIPTS = Path(__file__).parent / "slurm"
+PREFLIGHT = 'ranks "$LAUNCH/preflight.py" '
+"""How the line of a plain script begins that a site may leave out."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def output_pattern(run: Path, job: ChainJob) -> Path:
 def render(job: ChainJob, time: str, request: Request) -> str:
     """The script. It may be read, changed and submitted by hand with sbatch."""
     plain = (SLURM_SCRIPTS / SCRIPTS[job.name]).read_text(encoding="utf-8").splitlines()
+    if not request.site.preflight:
+        plain = [line for line in plain if not line.startswith(PREFLIGHT)]
     last_option = max(i for i, line in enumerate(plain) if line.startswith("#SBATCH"))
     heading = [
         "#!/usr/bin/env bash",

@@ -116,6 +116,16 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     assert f"--container-image=lab/vlsi:1 --container-mounts={os.getcwd()}:{os.getcwd()},/data:/data,/a:/b" in text
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_site_may_leave_the_preflight_out(recipe, tmp_path, wanted):
+    """Its judgement must not keep a cluster from training."""
+    (tmp_path / "site.yaml").write_text(f"preflight: {str(wanted).lower()}\n")
+    assert run(recipe, "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    for name in ("stage1", "cache", "stage2"):
+        assert ("preflight.py" in script(tmp_path, name)) == wanted
+        assert '\nranks "$LAUNCH/' in script(tmp_path, name)
+
+
 def test_the_shipped_site_file_is_taken_and_reaches_the_jobs(recipe, tmp_path):
     assert run(recipe, "--site", str(ROOT / "site.example.yaml"), "--dry-run") == 0
     text = script(tmp_path, "stage2")
