@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.results.preflight.facts import Facts
 from pipeline.results.preflight.needs import Needs
@@ -23,11 +23,14 @@ class Finding:
     right: bool
     found: str
     fix: str = ""
-    """What to do where it is wrong."""
+    """What to do where it is wrong, or to be noted."""
+    noted: bool = False
+    """Right, but not as expected: worth a look, and no reason not to begin."""
 
     def __str__(self) -> str:
-        fix = f"; {self.fix}" if not self.right else ""
-        return f"{'ok    ' if self.right else 'WRONG '}{self.what + ':':<15}{self.found}{fix}"
+        level = "note" if self.noted else "ok" if self.right else "WRONG"
+        fix = f"; {self.fix}" if level != "ok" else ""
+        return f"{level:<6}{self.what + ':':<15}{self.found}{fix}"
 
 
 def judge(facts: Sequence[Facts], needed: Needs | None) -> list[Finding]:
@@ -131,7 +134,10 @@ def _devices(facts: Sequence[Facts]) -> Finding:
     if shared := _shared_device(facts):
         fix = "each rank needs a GPU of its own: no more ranks of a node than GPUs, and no CUDA_VISIBLE_DEVICES of one"
         return Finding("devices", False, shared, fix)
-    return _same("devices", facts, [f.device for f in facts], "leave the odd nodes out, or the slowest sets the pace")
+    same = _same("devices", facts, [f.device for f in facts], "leave the odd nodes out, or the slowest sets the pace")
+    if not same.right and "cpu" not in {f.device for f in facts}:  # two names of GPUs, such as H100 SXM and H100 PCIe
+        return replace(same, right=True, noted=True)
+    return same
 
 
 def _shared_device(facts: Sequence[Facts]) -> str:
