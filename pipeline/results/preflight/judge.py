@@ -45,6 +45,11 @@ def judge(facts: Sequence[Facts], needed: Needs | None) -> list[Finding]:
     return [*found, _devices(facts)]
 
 
+ONE_ENVIRONMENT = (
+    "use one environment on all nodes: a shared disk or a container; PATH chooses it: in .deepspeed_env for deepspeed "
+    "--hostfile, by -x PATH for mpirun, in each node's shell for torchrun, in the shell that submits for SLURM, or in "
+    "modules and environment of launch.submit's site file"
+)
 MORE_DISK = "make room, or move the run: --set run=FOLDER"
 
 
@@ -71,8 +76,7 @@ def _versions(facts: Sequence[Facts]) -> Finding:
     compared = {name: _same(name, facts, [f.versions.get(name, "none") for f in facts], "") for name in names}
     differing = [f"{name}: {finding.found}" for name, finding in compared.items() if not finding.right]
     if differing:
-        fix = "use one environment on all nodes: a shared disk or a container; PATH in .deepspeed_env chooses it"
-        return Finding("versions", False, "; ".join(differing), fix)
+        return Finding("versions", False, "; ".join(differing), ONE_ENVIRONMENT)
     shown = ", ".join(f"{name} {facts[0].versions.get(name)}" for name in ("python", "torch", "deepspeed"))
     return Finding("versions", True, f"{shown}; {len(names)} packages the same everywhere")
 

@@ -70,6 +70,13 @@ def test_each_fault_is_one_line_with_its_mend(fault, what, text):
     assert re.search(text, str(found[0])), str(found[0])
 
 
+def test_other_versions_name_what_chooses_them_under_each_launcher():
+    """.deepspeed_env alone was named, which only DeepSpeed's launcher reads."""
+    (found,) = wrong(ranks(versions={"python": "3.11", "torch": "2.7"}))
+    for launcher in (".deepspeed_env for deepspeed --hostfile", "-x PATH for mpirun", "for torchrun", "for SLURM"):
+        assert launcher in found.fix
+
+
 def test_gpus_of_two_names_are_noted_and_stop_no_job():
     facts = ranks(device="H100 PCIe")
     assert wrong(facts) == []
