@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,10 @@ def script_path(run: Path, job: ChainJob) -> Path:
     return run / FOLDER / f"{job.name}.sbatch"
 
 
-def output_pattern(run: Path, job: ChainJob) -> Path:
-    """Where its output goes; SLURM puts numbers for %A, %a and %j."""
-    return run / FOLDER / f"{job.name}-{'%A_%a' if job.tasks else '%j'}.out"
+def output_pattern(run: Path, job: ChainJob) -> str:
+    """Where its output goes; SLURM puts numbers for %A, %a and %j, and one % for two."""
+    folder = str(run / FOLDER).replace("%", "%%")
+    return f"{folder}/{job.name}-{'%A_%a' if job.tasks else '%j'}.out"
 
 
 def render(job: ChainJob, time: str, request: Request) -> str:
@@ -51,7 +53,7 @@ def render(job: ChainJob, time: str, request: Request) -> str:
     heading = [
         "#!/usr/bin/env bash",
         f"# Written by launch.submit for {request.run}, from {SLURM_SCRIPTS / SCRIPTS[job.name]}",
-        *(f"#SBATCH {option}" for option in options(job, time, request)),
+        *(f"#SBATCH {_quoted(option)}" for option in options(job, time, request)),
     ]
     site = ["", f"# From the site file and the command line of launch.submit: {job.machines}", *_settings(job, request)]
     return "\n".join([*heading, *site, *plain[last_option + 1 :]]) + "\n"
@@ -71,6 +73,18 @@ def options(job: ChainJob, time: str, request: Request) -> list[str]:
     # SLURM tells job steps only, and the data job's mpirun is none.
     found += [] if job.name == "data" else [f"--signal=USR1@{site.warning_s}"]
     return [*found, *site.sbatch]
+
+
+def _quoted(option: str) -> str:
+    """--NAME=VALUE as sbatch reads it in a script: an unquoted value ends at a space and at #.
+
+    A value that the site file has in quotes of its own stays as it is.
+    """
+    name, _, value = option.partition("=")
+    if value.startswith(('"', "'")) or not re.search(r"""[\s#"'\\]""", value):
+        return option
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return f'{name}="{escaped}"'
 
 
 def _settings(job: ChainJob, request: Request) -> list[str]:

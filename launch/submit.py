@@ -153,7 +153,7 @@ def _send(run: Path, jobs: Sequence) -> dict[str, str]:
         if done.returncode:
             raise RecipeError(_refused(job.name, command, done.stderr, sent))
         number = done.stdout.strip().partition(";")[0]  # with federated clusters: ID;CLUSTER
-        sent.append(Job(job.name, number, str(output_pattern(run, job))))
+        sent.append(Job(job.name, number, output_pattern(run, job)))
         write_jobs(run, sent)
     return {job.name: job.id for job in sent}
 

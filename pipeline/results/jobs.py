@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ class Job:
     id: str
     """SLURM's number."""
     output: str
-    """Its output file's pattern, as given to sbatch: %j, %A and %a stand for numbers."""
+    """Its output file's pattern, as given to sbatch: %j, %A and %a stand for numbers, %% for %."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def job_states(jobs: Sequence[Job]) -> list[JobState]:
 def output_of(job: Job, state: JobState) -> Path:
     """The output file of a job or of an array's task; of an array as a whole with * for each task."""
     number, _, task = state.id.partition("_")
-    return Path(job.output.replace("%j", number).replace("%A", number).replace("%a", task or "*"))
+    stands_for = {"%j": number, "%A": number, "%a": task or "*", "%%": "%"}
+    return Path(re.sub("%.", lambda sign: stands_for.get(sign[0], sign[0]), job.output))
 
 
 def last_error(path: Path) -> str:

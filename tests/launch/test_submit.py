@@ -1,6 +1,7 @@
 """launch.submit: the scripts it writes, what it leaves out, what it asks for and what it refuses."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiny import write_data
 
 from launch import submit
 from launch.job_times import seconds
-from pipeline.results.jobs import read_jobs
+from pipeline.results.jobs import JobState, output_of, read_jobs
 from pipeline.runtime.folder import mark_done
 
 # Each call's arguments become a line of calls.txt; the id is the line's number.
@@ -114,6 +115,28 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     assert run(recipe, "--site", str(site), "--dry-run") == 0
     text = script(tmp_path, "stage2")
     assert f"--container-image=lab/vlsi:1 --container-mounts={os.getcwd()}:{os.getcwd()},/data:/data,/a:/b" in text
+
+
+def sbatch_reads(line: str) -> list[str]:
+    """The options of an #SBATCH line, by sbatch's own rules: a backslash keeps the next character, also in quotes."""
+    words = re.findall(r"""(?:\\.|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^\s#"'\\])+|#.*""", line.removeprefix("#SBATCH"))
+    return [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words if not word.startswith("#")]
+
+
+def test_sbatch_reads_paths_and_options_with_odd_characters(slurm, recipe, tmp_path, monkeypatch):
+    odd = tmp_path / 'my "odd" #1 \\ folder'
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    (odd / "site.yaml").write_text(
+        "account: 'my lab'\nsbatch: ['--comment=two words', '--constraint=\"[a|b]\"', '-C ib', --exclusive]\n"
+    )
+    assert run(recipe, "--site", str(odd / "site.yaml"), "--set", f"run={tmp_path}/a run of 5%job") == 0
+    text = (tmp_path / "a run of 5%job" / "jobs" / "cache.sbatch").read_text()
+    options = [option for line in text.splitlines() if line.startswith("#SBATCH") for option in sbatch_reads(line)]
+    wanted = {f"--chdir={odd}", f"--output={tmp_path}/a run of 5%%job/jobs/cache-%A_%a.out", "--account=my lab"}
+    assert wanted | {"--comment=two words", "--constraint=[a|b]", "-C", "ib", "--exclusive"} <= set(options)
+    (cache,) = [job for job in read_jobs(tmp_path / "a run of 5%job") if job.name == "cache"]
+    assert output_of(cache, JobState("cache", "2_1", "")) == tmp_path / "a run of 5%job" / "jobs" / "cache-2_1.out"
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_run import write_recipe
 from pipeline.__main__ import main
 from pipeline.errors import RecipeError
 from pipeline.results import jobs_table
-from pipeline.results.jobs import NO_ANSWER, Job, job_states, last_error, output_of, read_jobs, write_jobs
+from pipeline.results.jobs import NO_ANSWER, Job, JobState, job_states, last_error, output_of, read_jobs, write_jobs
 from pipeline.results.status import duration_text, status
 
 SAY = '#!/usr/bin/env bash\ncat "$(dirname "$0")/$(basename "$0").txt" 2>/dev/null || exit 1\n'
@@ -152,6 +153,11 @@ def test_an_arrays_task_has_its_own_output(slurm, run):
     job = read_jobs(run)[1]
     (state,) = [state for state in job_states([job]) if state.id == "8_3"]
     assert output_of(job, state).name == "cache-8_3.out"
+
+
+def test_a_percent_sign_of_a_runs_name_is_no_number():
+    job = Job("cache", "8", "/runs/100%%job %%a/jobs/cache-%A_%a.out")  # as sbatch gets it
+    assert output_of(job, JobState("cache", "8_3", "FAILED")) == Path("/runs/100%job %a/jobs/cache-8_3.out")
 
 
 def test_a_damaged_file_is_named(run):
