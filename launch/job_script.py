@@ -89,7 +89,8 @@ def _quoted(option: str) -> str:
 
 def _settings(job: ChainJob, request: Request) -> list[str]:
     site = request.site
-    lines = [f"module load {shlex.quote(module)}" for module in site.modules]
+    lines = ["unset MASTER_ADDR MASTER_PORT  # sbatch hands on the submitting shell's; those of the site file count"]
+    lines += [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += _container_lines(site.container, request.folder) if site.container else [_path_line(request.python)]
     lines += [f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}", f"MAX_REQUEUES={site.max_requeues}"]
@@ -103,6 +104,7 @@ def _variables(job: ChainJob, request: Request) -> list[str]:
     if job.name == "evaluate":
         return [f"RUN={shlex.quote(str(request.run))}"]
     lines = [f"RECIPE={shlex.quote(str(request.recipe))}"]
+    lines += {"stage1": ["ONLY='--only verbalize'"], "cache": [f"TASKS={job.tasks}"]}.get(job.name, [])
     return [*lines, f"overrides=(--set {shlex.join(request.overrides)})"] if request.overrides else lines
 
 

@@ -88,11 +88,39 @@ def test_the_scripts_are_the_plain_ones_with_this_runs_header(recipe, tmp_path, 
         assert "--signal=USR1@600" in options
     stage1 = script(tmp_path, "stage1")
     assert "#SBATCH --nodes=4\n" in stage1 and "#SBATCH --array" not in stage1
-    assert f"RECIPE={recipe}\noverrides=(--set seed=3 'teacher.layers=[1, 2]')\n" in stage1
+    assert f"RECIPE={recipe}\nONLY='--only verbalize'\noverrides=(--set seed=3 'teacher.layers=[1, 2]')\n" in stage1
     plain = (Path(submit.__file__).parent / "slurm" / "stage1.sbatch").read_text()
     assert stage1.endswith(plain.partition("\nset -euo pipefail\n")[2])
     assert "#SBATCH --nodes=1\n" in script(tmp_path, "cache") and "#SBATCH --array=0-3\n" in script(tmp_path, "cache")
     assert "without --dry-run" in capsys.readouterr().out and read_jobs(tmp_path / "run") == []
+
+
+# Keeps what the ranks would get; prints a range of shards where it is asked for one.
+SRUN = """#!/usr/bin/env bash
+echo "$MASTER_ADDR ${MASTER_PORT:-none} $*" >> "$(dirname "$0")/started.txt"
+echo 0-0
+"""
+
+
+def run_job(folder, script, **exported) -> str:
+    """What a rendered script starts through srun, with the variables of the shell that submitted it."""
+    for command, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\necho node1\n")):
+        (folder / command).write_text(text)
+        (folder / command).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", **exported}
+    subprocess.run(["bash", script], env=os.environ | variables, check=True, stdout=subprocess.DEVNULL)
+    return (folder / "started.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("stage1", "--only verbalize"), ("cache", "--tasks 4"), ("stage2", "--stage 2")]
+)
+def test_variables_of_the_shell_that_submits_change_no_job(slurm, recipe, tmp_path, name, told):
+    """sbatch hands them on: with TASKS=16 from an earlier day four jobs made a quarter of the cache, and ended well."""
+    assert run(recipe, "--dry-run") == 0
+    exported = {"TASKS": "16", "ONLY": "", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+    started = run_job(slurm, tmp_path / "run" / "jobs" / f"{name}.sbatch", **exported)
+    assert told in started and all(line.startswith("node1 none ") for line in started.splitlines()), started
 
 
 def test_a_site_file_reaches_every_job(recipe, tmp_path):
