@@ -23,7 +23,7 @@ from shard_range import shard_range  # noqa: E402  (a script beside the job scri
 SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* || "$1" == bash || "$1" == */as_rank.sh ]]; do shift; done
 case "$*" in
-  *shard_range.py*) exec "$@" ;;
+  *shard_range.py*) [ -z "${FIRST:-}" ] || exit "$FIRST"; exec "$@" ;;
   true) exit "${NODES_GONE:-0}" ;;
   *) echo "$@"; case "$*" in *preflight*) exit 0 ;; *) exit "${CODE:-0}" ;; esac ;;
 esac
@@ -119,6 +119,13 @@ def test_a_failure_with_a_node_gone_brings_the_job_back(tmp_path):
     output, code = run_script(tmp_path, "stage2.sbatch", CODE="233", NODES_GONE="1")
     assert "not every node of the job runs as much as 'true': a node is gone" in output
     assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15
+
+
+@pytest.mark.parametrize(("left_with", "nodes_gone"), [(128 + signal.SIGUSR1, "0"), (1, "1")])
+def test_so_does_the_first_command_of_a_cache_job(tmp_path, left_with, nodes_gone):
+    task = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "16"}
+    output, code = run_script(tmp_path, "cache_array.sbatch", FIRST=str(left_with), NODES_GONE=nodes_gone, **task)
+    assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15 and "--shards" not in output
 
 
 @pytest.mark.parametrize(("left_with", "nodes_gone"), [(REQUEUE_EXIT, "0"), (233, "1")])
