@@ -90,7 +90,7 @@ def _quoted(option: str) -> str:
 def _settings(job: ChainJob, request: Request) -> list[str]:
     site = request.site
     lines = ["unset MASTER_ADDR MASTER_PORT  # sbatch hands on the submitting shell's; those of the site file count"]
-    lines += [f"module load {shlex.quote(module)}" for module in site.modules]
+    lines += [_module_line(module) for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += _container_lines(site.container, request.folder) if site.container else [_path_line(request.python)]
     lines += [f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}", f"MAX_REQUEUES={site.max_requeues}"]
@@ -106,6 +106,12 @@ def _variables(job: ChainJob, request: Request) -> list[str]:
     lines = [f"RECIPE={shlex.quote(str(request.recipe))}"]
     lines += {"stage1": ["ONLY='--only verbalize'"], "cache": [f"TASKS={job.tasks}"]}.get(job.name, [])
     return [*lines, f"overrides=(--set {shlex.join(request.overrides)})"] if request.overrides else lines
+
+
+def _module_line(module: str) -> str:
+    """`set -e` stands behind these lines: module systems are shell functions, not written for it."""
+    said = shlex.quote(f"error: module load {module}, of the site file's modules, has failed")
+    return f"module load {shlex.quote(module)} || {{ echo {said}; exit 1; }}"
 
 
 def _path_line(python: Path) -> str:

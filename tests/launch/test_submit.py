@@ -135,7 +135,8 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     text = script(tmp_path, "stage2")
     for option in ("account=lab", "qos=long", "partition=h100", "constraint=ib", "signal=USR1@300"):
         assert f"#SBATCH --{option}\n" in text
-    assert "module load cuda/12.8\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
+    assert "\nmodule load cuda/12.8 || " in text
+    assert "\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
     assert "\nMAX_REQUEUES=7\n" in text
     inside = f"in_container=(apptainer exec --nv --bind {os.getcwd()} --bind /data /images/vlsi.sif)\n"
     assert inside in text and str(Path(sys.executable).parent) not in text
@@ -165,6 +166,18 @@ def test_sbatch_reads_paths_and_options_with_odd_characters(slurm, recipe, tmp_p
     assert wanted | {"--comment=two words", "--constraint=[a|b]", "-C", "ib", "--exclusive"} <= set(options)
     (cache,) = [job for job in read_jobs(tmp_path / "a run of 5%job") if job.name == "cache"]
     assert output_of(cache, JobState("cache", "2_1", "")) == tmp_path / "a run of 5%job" / "jobs" / "cache-2_1.out"
+
+
+def test_a_module_that_does_not_load_ends_the_job_with_its_name(recipe, tmp_path):
+    (tmp_path / "site.yaml").write_text("modules: [gcc/13, cuda/13.0]\n")
+    assert run(recipe, "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    modules = 'module() { [ "$2" = gcc/13 ]; }; export -f module; exec bash "$1"'
+    done = subprocess.run(
+        ["bash", "-c", modules, "-", tmp_path / "run" / "jobs" / "stage2.sbatch"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == "error: module load cuda/13.0, of the site file's modules, has failed\n"
 
 
 @pytest.mark.parametrize("wanted", [True, False])
