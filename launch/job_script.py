@@ -94,6 +94,7 @@ def _settings(job: ChainJob, request: Request) -> list[str]:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += _container_lines(site.container, request.folder) if site.container else [_path_line(request.python)]
     lines += [f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}", f"MAX_REQUEUES={site.max_requeues}"]
+    lines += ["REQUEUES_SET_BY='max_requeues of the site file'"]
     lines += _variables(job, request)
     return lines
 

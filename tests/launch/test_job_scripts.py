@@ -134,7 +134,7 @@ def test_a_job_that_comes_back_for_ever_is_ended(tmp_path, left_with, nodes_gone
     counts = {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}
     output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(left_with), NODES_GONE=nodes_gone, **counts)
     assert code == left_with and "scontrol requeue" not in output
-    said = "error: job 7 has gone back to the queue 3 times, as often as max_requeues of the site file allows"
+    said = "error: job 7 has gone back to the queue 3 times, as often as the variable MAX_REQUEUES allows"
     assert said in output and last_error_of(output, tmp_path).startswith(said)  # what `status` shows
     counts["MAX_REQUEUES"] = "4"
     (tmp_path / "once_more").mkdir()

@@ -137,7 +137,7 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
         assert f"#SBATCH --{option}\n" in text
     assert "\nmodule load cuda/12.8 || " in text
     assert "\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
-    assert "\nMAX_REQUEUES=7\n" in text
+    assert "\nMAX_REQUEUES=7\nREQUEUES_SET_BY='max_requeues of the site file'\n" in text
     inside = f"in_container=(apptainer exec --nv --bind {os.getcwd()} --bind /data /images/vlsi.sif)\n"
     assert inside in text and str(Path(sys.executable).parent) not in text
     site.write_text("container: {runtime: enroot, image: lab/vlsi:1, mounts: ['/data', '/a:/b']}\n")
