@@ -13,6 +13,8 @@ from launch.site_file import Container, Site
 from pipeline.results.jobs import FOLDER
 
 SLURM_SCRIPTS = Path(__file__).parent / "slurm"
+CHECKOUT = SLURM_SCRIPTS.parents[1]
+"""Or the folder of the installed packages."""
 PREFLIGHT = 'ranks "$LAUNCH/preflight.py" '
 """How the line of a plain script begins that a site may leave out."""
 
@@ -93,6 +95,7 @@ def _settings(job: ChainJob, request: Request) -> list[str]:
     lines += [_module_line(module) for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += _container_lines(site.container, request.folder) if site.container else [_path_line(request.python)]
+    lines += _code_lines(site.container)
     lines += [f"LAUNCH={shlex.quote(str(SLURM_SCRIPTS.parent))}", f"MAX_REQUEUES={site.max_requeues}"]
     lines += ["REQUEUES_SET_BY='max_requeues of the site file'"]
     lines += _variables(job, request)
@@ -117,6 +120,16 @@ def _module_line(module: str) -> str:
 
 def _path_line(python: Path) -> str:
     return f'export PATH={shlex.quote(str(python.parent))}:"$PATH"'
+
+
+def _code_lines(container: Container | None) -> list[str]:
+    """Ranks import this checkout: `python LAUNCH/train.py` would take what is installed, of any version."""
+    if not (CHECKOUT / "setup.cfg").is_file():
+        return []
+    export = f'export PYTHONPATH={shlex.quote(str(CHECKOUT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    # Inside once more: an image, or an option of its runtime, may not let variables through.
+    inside = shlex.join(["sh", "-c", f'{export}; exec "$@"', "sh"])
+    return [export, *([f"in_container+=({inside})"] if container else [])]
 
 
 def _container_lines(container: Container, folder: Path) -> list[str]:

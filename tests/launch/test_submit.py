@@ -26,7 +26,17 @@ SQUEUE = """#!/usr/bin/env bash
 [ -z "${SAYS:-}" ] || { echo "slurm_load_jobs error: $SAYS" >&2; exit 1; }
 cat "$(dirname "$0")/queue.txt" 2>/dev/null || true
 """
+SCONTROL = """#!/usr/bin/env bash
+echo node1
+"""
 ASKED = ["--nodes", "4", "--time", "24:00:00"]
+
+
+def put(folder, **commands: str) -> None:
+    """Stand-ins for commands, by name."""
+    for name, text in commands.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
 
 
 @pytest.fixture
@@ -34,9 +44,7 @@ def slurm(tmp_path, monkeypatch):
     """Stand-ins for SLURM's commands; the folder that they lie in."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
+    put(folder, sbatch=SBATCH, squeue=SQUEUE)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
 
@@ -104,9 +112,7 @@ echo 0-0
 
 def run_job(folder, script, **exported) -> str:
     """What a rendered script starts through srun, with the variables of the shell that submitted it."""
-    for command, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\necho node1\n")):
-        (folder / command).write_text(text)
-        (folder / command).chmod(0o755)
+    put(folder, srun=SRUN, scontrol=SCONTROL)
     variables = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", **exported}
     subprocess.run(["bash", script], env=os.environ | variables, check=True, stdout=subprocess.DEVNULL)
     return (folder / "started.txt").read_text()
@@ -178,6 +184,44 @@ def test_a_module_that_does_not_load_ends_the_job_with_its_name(recipe, tmp_path
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stdout == "error: module load cuda/13.0, of the site file's modules, has failed\n"
+
+
+# Runs what srun would; with INSIDE in a container, which lets no variable through.
+SRUN_IN_CONTAINER = """#!/usr/bin/env bash
+while [[ "$1" == --* || "$1" == bash || "$1" == */as_rank.sh ]]; do shift; done
+PATH="$(dirname "$0"):$PATH"
+[ -n "${INSIDE:-}" ] || exec "$@"
+exec env -i PATH="$PATH" PYTHONPATH=/in/image "$@"
+"""
+APPTAINER = """#!/usr/bin/env bash
+until [[ "$1" == *.sif ]]; do shift; done
+exec env -i PATH="$PATH" PYTHONPATH=/in/image "${@:2}"
+"""
+PYTHON = """#!/usr/bin/env bash
+echo "$PYTHONPATH" >> "$(dirname "$0")/paths.txt"
+"""
+
+
+@pytest.mark.parametrize(
+    ("container", "inside", "behind"),
+    [("", "", "/own"), ("apptainer, image: /i.sif", "", "/in/image"), ("enroot, image: lab/i", "1", "/in/image")],
+)
+def test_ranks_import_the_checkout_also_in_an_image_that_has_the_packages(
+    slurm, recipe, tmp_path, container, inside, behind
+):
+    """The programs came from the checkout and what they import from the image: two versions at once."""
+    (tmp_path / "site.yaml").write_text(f"container: {{runtime: {container}}}" if container else "")
+    assert run(recipe, "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    put(slurm, srun=SRUN_IN_CONTAINER, apptainer=APPTAINER, python=PYTHON, scontrol=SCONTROL)
+    variables = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7", "PYTHONPATH": "/own", "INSIDE": inside}
+    subprocess.run(["bash", tmp_path / "run" / "jobs" / "stage2.sbatch"], env=os.environ | variables, check=True)
+    assert (slurm / "paths.txt").read_text() == f"{ROOT}:{behind}\n" * 2  # the preflight and the training
+
+
+def test_installed_packages_are_those_of_the_python_that_runs(recipe, tmp_path, monkeypatch):
+    """Their folder has torch and all else beside them, which an image brings itself."""
+    monkeypatch.setattr("launch.job_script.CHECKOUT", tmp_path)
+    assert run(recipe, "--dry-run") == 0 and "PYTHONPATH" not in script(tmp_path, "stage2")
 
 
 @pytest.mark.parametrize("wanted", [True, False])
