@@ -1,5 +1,6 @@
 """launch.submit: the scripts it writes, what it leaves out, what it asks for and what it refuses."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,8 +14,12 @@ from tiny import write_data
 
 from launch import submit
 from launch.job_times import seconds
+from pipeline.cache.find import codec_and_layers, recipe_fingerprints
+from pipeline.cache.hashes import HashStore
+from pipeline.cache.layout import CacheIdentity
+from pipeline.recipe.resolve import load_recipe
 from pipeline.results.jobs import JobState, output_of, read_jobs
-from pipeline.runtime.folder import mark_done
+from pipeline.runtime.folder import done, mark_done
 
 # Each call's arguments become a line of calls.txt; the id is the line's number.
 SBATCH = """#!/usr/bin/env bash
@@ -251,9 +256,22 @@ def test_a_site_file_with_a_slip_is_refused_whole(recipe, tmp_path, capsys):
     assert "warning_s: " in said and "container.runtime: " in said
 
 
-def test_what_is_done_is_left_out(slurm, recipe, tmp_path, capsys):
-    folder = tmp_path / "run"
-    mark_done(folder / "verbalize", {"updates": 3})
+@pytest.fixture
+def stage_1_done(recipe, tmp_path):
+    """A run with verbalizers and a cache of two shards, as its cache.json and done.json tell; the run's folder."""
+    folder, values = tmp_path / "run", load_recipe(recipe).recipe
+    mark_done(folder / "verbalize", {"updates": 3, "teacher": {"layers": [1, 2], "depth": 4}})
+    (folder / "verbalize" / "teacher.safetensors").write_bytes(b"verbalizers")
+    codec, layers = codec_and_layers(values, done(folder / "verbalize"), None)
+    identity = CacheIdentity(codec, layers, 20, recipe_fingerprints(values, HashStore()))
+    (folder / "cache" / "sampled-1").mkdir(parents=True)
+    (folder / "cache" / "sampled-1" / "cache.json").write_text(json.dumps(identity.to_json()))
+    mark_done(folder / "cache", {"folder": "sampled-1", "shards": 3, "bytes": 1})
+    return folder
+
+
+def test_what_is_done_is_left_out(slurm, recipe, stage_1_done, capsys):
+    folder = stage_1_done
     mark_done(folder / "cache", {"folder": "sampled-1", "shards": 2, "bytes": 1})
     assert run(recipe) == 0
     assert [job.name for job in read_jobs(folder)] == ["cache", "stage2", "evaluate"]  # a third shard has come
@@ -266,6 +284,23 @@ def test_what_is_done_is_left_out(slurm, recipe, tmp_path, capsys):
     (folder / "evaluation.json").write_text('{"untouched": {}, "distilled": {}}')
     capsys.readouterr()
     assert run(recipe) == 0 and "nothing to do: all is done" in capsys.readouterr().out
+
+
+def test_a_cache_that_stage_2_would_refuse_is_made_again(slurm, recipe, stage_1_done):
+    def jobs(*more):
+        assert run(recipe, *more) == 0
+        return [job.name for job in read_jobs(stage_1_done)]
+
+    assert jobs() == ["stage2", "evaluate"]
+    for value in ("cache.codec.points=32", "seed=3", "data.max_length=1000", "interact.teacher_layers=[1, 3]"):
+        assert jobs("--set", value) == ["cache", "stage2", "evaluate"], value
+    assert jobs("--set", "interact.teacher_layers=[2]") == ["stage2", "evaluate"]
+    (stage_1_done / "verbalize" / "teacher.safetensors").write_bytes(b"others")
+    assert jobs() == ["cache", "stage2", "evaluate"]
+    (stage_1_done / "cache" / "sampled-1" / "cache.json").unlink()  # moved aside
+    assert jobs() == ["cache", "stage2", "evaluate"]
+    mark_done(stage_1_done / "interact", {"updates": 3})  # what is left needs none
+    assert jobs() == ["stage2", "evaluate"]
 
 
 def test_data_is_made_first_where_it_is_asked_for(slurm, recipe, tmp_path, capsys):
