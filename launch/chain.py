@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError
@@ -106,9 +109,19 @@ def _stage_1_left_out(recipe: Recipe) -> dict[str, str]:
         return dict.fromkeys(("stage1", "cache"), "not needed: interact.steps is 0")
     left = recipe.left_to_another_run()
     found = {job: f"in {left[step][0]}: {left[step][1]}" for job, (step, *_) in STEPS_OF.items() if step in left}
-    if "stage1" not in found and done(recipe.run / "verbalize"):
+    if "stage1" not in found and (verbalize := done(recipe.run / "verbalize")):
         found["stage1"] = f"done: {recipe.run / 'verbalize'}"
-        cache = done(recipe.run / "cache")
-        if cache and cache["shards"] == planned(recipe, "cache"):
-            found["cache"] = f"done: {own_caches(recipe) / cache['folder']}"
+        if cache := _finished_cache(recipe, verbalize):
+            found["cache"] = f"done: {cache}"
     return found
+
+
+def _finished_cache(recipe: Recipe, verbalize: Mapping[str, Any]) -> Path | None:
+    """The cache that was finished last, where it has all shards and interact would take it, or needs it no more."""
+    from pipeline.cache.find import may_serve
+
+    finished = done(recipe.run / "cache")
+    if finished is None or finished["shards"] != planned(recipe, "cache"):
+        return None
+    path = own_caches(recipe) / finished["folder"]
+    return path if done(recipe.run / "interact") or may_serve(path, recipe, verbalize) else None

@@ -7,7 +7,8 @@
 Start it as the training is started: by deepspeed, torchrun, mpirun or srun; alone it looks at this machine only. It
 joins the ranks, compares commits and versions, looks at and writes to the shared paths, holds disk, memory, /dev/shm
 and GPU memory against the plan, lets each GPU compute, and sums over all ranks. One line each; the exit code is 2 where
-a line says WRONG. It takes under a minute once all ranks are there, for which it waits as long as a training does.
+a line says WRONG; one that says note stops nothing. It takes under a minute once all ranks are there, for which it
+waits as long as a training does.
 """
 
 from __future__ import annotations

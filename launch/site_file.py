@@ -52,6 +52,9 @@ class Site(_Section):
     max_requeues: PositiveInt = 100
     """How often a job may go back to the queue, for whatever reason, before its script no longer sends it there: then
     it fails. A job that never gets beyond loading would come back for ever."""
+    preflight: bool = True
+    """Whether the jobs of stage 1, cache and stage 2 begin with launch/preflight.py, which ends a job where a line says
+    WRONG. false: for a cluster that it judges wrongly."""
     gpu_tflops: PositiveFloat = 989.0
     """Peak of one GPU in bf16, 10^12 operations a second, for times from the plan. 989: H100 and H200; A100: 312."""
     network: PositiveFloat = 50.0

@@ -118,14 +118,21 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _refuse_a_second_chain(run: Path) -> None:
-    from pipeline.results.jobs import job_states, read_jobs
+    from pipeline.results.jobs import FOLDER, NO_ANSWER, job_states, read_jobs
 
     if shutil.which("sbatch") is None:
         raise RecipeError(
             "no sbatch here: run this on a login node of a SLURM cluster, add --dry-run to see the scripts, or start "
             "the steps without SLURM: deepspeed --hostfile hostfile launch/train.py --stage 1 --recipe RECIPE"
         )
-    if active := [state for state in job_states(read_jobs(run)) if state.active]:
+    states = job_states(read_jobs(run))
+    if unanswered := [f"{state.name} {state.id}" for state in states if state.state == NO_ANSWER]:
+        raise RecipeError(
+            f"SLURM does not say whether {run} has jobs in the queue: {', '.join(unanswered)}. "
+            "A second chain beside them would train the same run. Run the same command again when squeue answers; if "
+            f"they are surely gone, remove {run / FOLDER / 'jobs.json'} before"
+        )
+    if active := [state for state in states if state.active]:
         numbers = " ".join(state.id for state in active)
         raise RecipeError(
             f"{run} has jobs in the queue already: {', '.join(f'{s.name} {s.id} ({s.state})' for s in active)}. "
@@ -146,7 +153,7 @@ def _send(run: Path, jobs: Sequence) -> dict[str, str]:
         if done.returncode:
             raise RecipeError(_refused(job.name, command, done.stderr, sent))
         number = done.stdout.strip().partition(";")[0]  # with federated clusters: ID;CLUSTER
-        sent.append(Job(job.name, number, str(output_pattern(run, job))))
+        sent.append(Job(job.name, number, output_pattern(run, job)))
         write_jobs(run, sent)
     return {job.name: job.id for job in sent}
 

@@ -75,6 +75,13 @@ def test_every_requirement_is_in_the_lock_within_its_range():
         assert one.specifier.contains(version), f"{one} is {version} in constraints.txt: make lock"
 
 
+def test_what_the_first_steps_leave_goes_neither_into_git_nor_into_an_image():
+    """The cluster's page puts 160 GB of weights into models/."""
+    for file in (".gitignore", ".dockerignore"):
+        ignored = {line.strip("/") for line in (ROOT / file).read_text().splitlines()}
+        assert {"models", "data", "runs", "build", "site.yaml"} <= ignored, file
+
+
 def test_the_launchers_options_stand_before_the_script_and_ours_behind_it():
     given = shlex.split("--num_gpus 2 --stage 2 --hostfile h --recipe R --set a=2 b=2 -q --include node1:0,1")
     launcher, *rest = console.command(train, given)

@@ -14,14 +14,18 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from data_prep.schema import DataError
 from data_prep.shards import ShardFolder, data_fingerprint
 from data_prep.storage import listed
-from pipeline.cache.fingerprint import text_fingerprint
-from pipeline.cache.layout import CacheIdentity, command_to_move_aside, read_identity, read_sidecars
+from pipeline.cache.fingerprint import ANY, PIXELS, files_fingerprint, sample_fingerprints, text_fingerprint
+from pipeline.cache.hashes import HashStore
+from pipeline.cache.layout import CacheIdentity, codec_params, command_to_move_aside, read_identity, read_sidecars
+from pipeline.cache.mapping import VOCABULARY
 from pipeline.cache.paths import cache_folders
 from pipeline.cache.reader import TeacherCache, mismatches
 from pipeline.commands import cache_command
 from pipeline.errors import CacheError
+from pipeline.recipe.schema import Recipe
 
 
 def folder_for(root: Path, identity: CacheIdentity, data: ShardFolder) -> Path:
@@ -76,6 +80,43 @@ def open_cache(
     raise CacheError(f"{max(reversed(rejected), key=itemgetter(0))[1]}{others}")
 
 
+def recipe_fingerprints(recipe: Recipe, hashes: HashStore) -> dict[str, str]:
+    """Fingerprints that a recipe's cache must have, but for those of the models' folders. OSError: no verbalizers."""
+    data = recipe.data
+    return {
+        VOCABULARY: recipe.vocabulary,
+        PIXELS: ANY,  # expected too: a cache of scaled pictures is none of whole ones
+        "verbalizers": files_fingerprint([recipe.teacher_stage_1 / "verbalize" / "teacher.safetensors"], hashes),
+        **sample_fingerprints(data.max_length, data.min_pixels, data.max_pixels),
+    }
+
+
+def codec_and_layers(
+    recipe: Recipe, verbalize: Mapping[str, Any], asked: Sequence[int] | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """(the codec, the layers that a cache must have: `asked` or all that have verbalizers, then the last).
+
+    verbalize: the step's summary.
+    """
+    layers = (*(asked or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
+    return codec_params(recipe.cache.codec.model_dump(), recipe.seed), layers
+
+
+def may_serve(path: Path, recipe: Recipe, verbalize: Mapping[str, Any]) -> bool:
+    """Whether interact would take a cache, by its cache.json. The models are not compared: to hash them takes long."""
+    try:
+        identity, expected = read_identity(path), recipe_fingerprints(recipe, HashStore(recipe.teacher_stage_1))
+    except (CacheError, DataError, OSError):  # gone or damaged, or its store does not answer
+        return False
+    return _is_asked_for(identity, expected, *codec_and_layers(recipe, verbalize, recipe.interact.teacher_layers))
+
+
+def _is_asked_for(
+    identity: CacheIdentity, expected: Mapping[str, str], codec: Mapping[str, Any], layers: Sequence[int]
+) -> bool:
+    return not mismatches(identity, expected, codec) and set(layers) <= set(identity.layers)
+
+
 def _has_identity(path: Path, identity: CacheIdentity) -> bool:
     try:
         return not identity.differences(read_identity(path))
@@ -91,7 +132,7 @@ def _closeness(
         identity = read_identity(path)
     except CacheError:
         return 0
-    if mismatches(identity, expected, codec) or not set(layers) <= set(identity.layers):
+    if not _is_asked_for(identity, expected, codec, layers):
         return 0
     return 1 if _conflicts_with_data(path, identity, data) else 2
 

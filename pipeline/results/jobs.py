@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +16,10 @@ FOLDER = "jobs"
 ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "STAGE_OUT", "RESIZING")
 """States of SLURM that are not the end."""
 ENDED_WELL = "COMPLETED"
+NO_ANSWER = "NO_ANSWER"
+"""Our word for the state where SLURM's commands fail, do not answer in time, or are not there."""
+NO_SUCH_JOB = "Invalid job id specified"
+"""With it squeue fails where it is asked for one job alone, which it has forgotten."""
 ANSWER_S = 30
 """How long SLURM's commands may take to answer."""
 SEPARATOR = "\x1f"
@@ -30,7 +34,7 @@ class Job:
     id: str
     """SLURM's number."""
     output: str
-    """Its output file's pattern, as given to sbatch: %j, %A and %a stand for numbers."""
+    """Its output file's pattern, as given to sbatch: %j, %A and %a stand for numbers, %% for %."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class JobState:
     id: str
     """NUMBER, or NUMBER_TASK."""
     state: str
-    """SLURM's word in upper case; "" where SLURM no longer knows the job."""
+    """SLURM's word in upper case; "" where SLURM no longer knows the job, NO_ANSWER where it does not say."""
     reason: str = ""
     """Why it waits, or why it failed."""
     restarts: int = 0
@@ -55,9 +59,14 @@ class JobState:
         return self.state.startswith(ACTIVE)
 
     @property
+    def known(self) -> bool:
+        """Whether SLURM has told the state."""
+        return self.state not in ("", NO_ANSWER)
+
+    @property
     def failed(self) -> bool:
         """Whether it has ended, and not well."""
-        return bool(self.state) and not self.active and self.state != ENDED_WELL
+        return self.known and not self.active and self.state != ENDED_WELL
 
 
 def write_jobs(run: Path, jobs: Sequence[Job]) -> None:
@@ -81,24 +90,27 @@ def read_jobs(run: Path) -> list[Job]:
 
 def job_states(jobs: Sequence[Job]) -> list[JobState]:
     """What SLURM says of each job and array task: squeue of those it holds in memory, sacct of those before."""
-    if not jobs or shutil.which("squeue") is None:
-        return [JobState(job.name, job.id, "") for job in jobs]
-    found = _squeue([job.id for job in jobs])
+    if not jobs:
+        return []
+    answered = _squeue([job.id for job in jobs])
+    found = answered or []
     known = {state.id.partition("_")[0] for state in found}
     if forgotten := [job.id for job in jobs if job.id not in known]:
         found += _sacct(forgotten)
+    unknown = NO_ANSWER if answered is None else ""
     names = {job.id: job.name for job in jobs}
     states = []
     for job in jobs:
         own = [state for state in found if state.id.partition("_")[0] == job.id]
-        states += own or [JobState(job.name, job.id, "")]
+        states += own or [JobState(job.name, job.id, unknown)]
     return [_named(state, names[state.id.partition("_")[0]]) for state in states]
 
 
 def output_of(job: Job, state: JobState) -> Path:
-    """The output file of a job or of an array's task."""
+    """The output file of a job or of an array's task; of an array as a whole with * for each task."""
     number, _, task = state.id.partition("_")
-    return Path(job.output.replace("%j", number).replace("%A", number).replace("%a", task))
+    stands_for = {"%j": number, "%A": number, "%a": task or "*", "%%": "%"}
+    return Path(re.sub("%.", lambda sign: stands_for.get(sign[0], sign[0]), job.output))
 
 
 def last_error(path: Path) -> str:
@@ -120,10 +132,13 @@ def _named(state: JobState, name: str) -> JobState:
     return JobState(name, state.id, state.state, state.reason, state.restarts, state.time)
 
 
-def _squeue(ids: Sequence[str]) -> list[JobState]:
+def _squeue(ids: Sequence[str]) -> list[JobState] | None:
+    """None where it does not answer."""
     fields = ("JobArrayID", "State", "Reason", "RestartCnt", "TimeUsed", "exit_code")
     layout = ",".join(f"{field}:{SEPARATOR}" for field in fields)
     text = _ask(["squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(ids)}", f"--Format={layout}"])
+    if text is None:
+        return None
     states = []
     for line in text.splitlines():
         number, state, reason, restarts, time, code = line.split(SEPARATOR)[: len(fields)]
@@ -132,14 +147,16 @@ def _squeue(ids: Sequence[str]) -> list[JobState]:
 
 
 def _sacct(ids: Sequence[str]) -> list[JobState]:
-    """Without accounting sacct fails, and nothing is known."""
-    text = _ask(
-        ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}",
-         "--format=JobID,State,Elapsed,ExitCode,Restarts"],
-    )  # fmt: skip
+    """Without accounting sacct fails, and nothing is known. It fails as well where it is asked for a field that it does
+    not have: that of SLURM 22.05 has no Restarts.
+    """
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}"]
+    fields = "--format=JobID,State,Elapsed,ExitCode"
+    if (text := _ask([*command, f"{fields},Restarts"])) is None:
+        text = _ask([*command, fields])
     states = []
-    for line in text.splitlines():
-        number, state, time, code, restarts = line.split("|")
+    for line in (text or "").splitlines():
+        number, state, time, code, restarts = [*line.split("|"), ""][:5]
         word = state.split()[0] if state else ""  # "CANCELLED by 1000"
         states.append(JobState("", number, word, _reason(word, "", code.split(":")[0]), int(restarts or 0), time))
     return states
@@ -159,8 +176,11 @@ def _exit_status(code: str) -> int:
     return number >> 8 if number >= 256 else number
 
 
-def _ask(command: Iterable[str]) -> str:
+def _ask(command: Iterable[str]) -> str | None:
+    """What a command of SLURM's prints; None where it fails or does not answer."""
     try:
         return subprocess.run(list(command), capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        return "" if NO_SUCH_JOB in error.stderr else None
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None

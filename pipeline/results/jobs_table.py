@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from pipeline.results.jobs import Job, JobState, job_states, last_error, output_of
+from pipeline.results.jobs import NO_ANSWER, Job, JobState, job_states, last_error, output_of
 
-WORDS = {"PENDING": "queued", "RUNNING": "running", "COMPLETED": "done", "": "SLURM no longer knows it"}
+WORDS = {"PENDING": "queued", "RUNNING": "running", "COMPLETED": "done"}
+WORDS |= {"": "SLURM no longer knows it", NO_ANSWER: "SLURM does not answer"}
 """SLURM's state -> ours; other states keep their name, in lower case."""
 
 
@@ -42,6 +43,9 @@ def _why(job: Job, state: JobState) -> str:
     output = output_of(job, state)
     if state.failed:
         return ": ".join(filter(None, [state.reason, last_error(output) or f"see {output}"]))
+    if not state.known:
+        errors = filter(None, map(last_error, sorted(output.parent.glob(output.name))))
+        return next((f"the last error of its output: {error}" for error in errors), "")
     return "the job before it" if state.reason == "Dependency" else state.reason
 
 

@@ -6,19 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.shards import MANIFEST, ShardFolder
-from pipeline.cache.find import open_cache
-from pipeline.cache.fingerprint import (
-    ANY,
-    PIXELS,
-    files_fingerprint,
-    sample_fingerprints,
-    student_fingerprints,
-    teacher_fingerprints,
-)
+from pipeline.cache.find import codec_and_layers, open_cache, recipe_fingerprints
+from pipeline.cache.fingerprint import student_fingerprints, teacher_fingerprints
 from pipeline.cache.hashes import HashStore
 from pipeline.cache.head import HEAD
-from pipeline.cache.layout import codec_params
-from pipeline.cache.mapping import MAPPED, MAPPING, VOCABULARY
+from pipeline.cache.mapping import MAPPED, MAPPING
 from pipeline.cache.order import ORDER
 from pipeline.cache.paths import IDENTITY
 from pipeline.cache.reader import TeacherCache
@@ -50,8 +42,7 @@ def open_teacher_cache(
         raise CacheError(f"no verbalizers in {run / 'verbalize'}; run: {train_command(1, run / 'recipe.yaml')}")
     what = f"{step}: hashing what the cache was made from"
     expected = as_first_rank_sees(job.ranks, what, lambda: _expected(recipe))
-    layers = (*(asked or verbalize["teacher"]["layers"]), verbalize["teacher"]["depth"])
-    codec = codec_params(recipe.cache.codec.model_dump(), recipe.seed)
+    codec, layers = codec_and_layers(recipe, verbalize, asked)
     wanted = (data, expected, codec, layers, run / "recipe.yaml")
     root = (
         own_caches(recipe)
@@ -108,14 +99,8 @@ def _expected(recipe: Recipe) -> dict[str, str]:
 
     The teacher's are included as far as its files are still there; stage 2 does not need them.
     """
-    run = recipe.teacher_stage_1
-    hashes = HashStore(run)
-    prints = {
-        VOCABULARY: recipe.vocabulary,
-        PIXELS: ANY,  # expected too: a cache of scaled pictures is none of whole ones
-        "verbalizers": files_fingerprint([run / "verbalize" / "teacher.safetensors"], hashes),
-        **sample_fingerprints(recipe.data.max_length, recipe.data.min_pixels, recipe.data.max_pixels),
-    }
+    hashes = HashStore(recipe.teacher_stage_1)
+    prints = recipe_fingerprints(recipe, hashes)
     if recipe.vocabulary == MAPPED:
         processor = load_processor(recipe.student.path)
         prints |= student_fingerprints(recipe.student.path, str(processor.chat_template))

@@ -23,16 +23,21 @@ from shard_range import shard_range  # noqa: E402  (a script beside the job scri
 SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* || "$1" == bash || "$1" == */as_rank.sh ]]; do shift; done
 case "$*" in
-  *shard_range.py*) exec "$@" ;;
+  *shard_range.py*) [ -z "${FIRST:-}" ] || exit "$FIRST"; exec "$@" ;;
   true) exit "${NODES_GONE:-0}" ;;
   *) echo "$@"; case "$*" in *preflight*) exit 0 ;; *) exit "${CODE:-0}" ;; esac ;;
 esac
 """
-# SLURM ends a job's script when the job goes back to the queue.
+# SLURM ends a job's script when the job goes back to the queue. The first BUSY times it does not answer.
 SCONTROL = """#!/usr/bin/env bash
 case "$1" in
   show) echo node1 ;;
-  requeue) echo "scontrol $*"; kill -TERM "$PPID" ;;
+  requeue)
+    echo >> "$0.tries"
+    [ "$(wc -l < "$0.tries")" -gt "${BUSY:-0}" ] || { echo "Socket timed out on send/recv operation"; exit 1; }
+    echo "scontrol $*"
+    [ -n "${OUTLIVED:-}" ] || kill -TERM "$PPID"
+    ;;
 esac
 """
 
@@ -56,7 +61,7 @@ def test_a_task_outside_its_array_is_refused():
 def run_script(tmp_path, script: str, shards: int = 16, **variables: str) -> tuple[str, int]:
     """(output, exit code) of a job script, with stand-ins for srun and scontrol."""
     (tmp_path / "bin").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("deepspeed", "")):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("deepspeed", ""), ("sleep", "#!/bin/sh\n")):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{}] * shards}))
@@ -116,13 +121,20 @@ def test_a_failure_with_a_node_gone_brings_the_job_back(tmp_path):
     assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15
 
 
+@pytest.mark.parametrize(("left_with", "nodes_gone"), [(128 + signal.SIGUSR1, "0"), (1, "1")])
+def test_so_does_the_first_command_of_a_cache_job(tmp_path, left_with, nodes_gone):
+    task = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "16"}
+    output, code = run_script(tmp_path, "cache_array.sbatch", FIRST=str(left_with), NODES_GONE=nodes_gone, **task)
+    assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15 and "--shards" not in output
+
+
 @pytest.mark.parametrize(("left_with", "nodes_gone"), [(REQUEUE_EXIT, "0"), (233, "1")])
 def test_a_job_that_comes_back_for_ever_is_ended(tmp_path, left_with, nodes_gone):
     """One that needs longer to load than its time limit would otherwise never stop."""
     counts = {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}
     output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(left_with), NODES_GONE=nodes_gone, **counts)
     assert code == left_with and "scontrol requeue" not in output
-    said = "error: job 7 has gone back to the queue 3 times, as often as max_requeues of the site file allows"
+    said = "error: job 7 has gone back to the queue 3 times, as often as the variable MAX_REQUEUES allows"
     assert said in output and last_error_of(output, tmp_path).startswith(said)  # what `status` shows
     counts["MAX_REQUEUES"] = "4"
     (tmp_path / "once_more").mkdir()
@@ -130,6 +142,26 @@ def test_a_job_that_comes_back_for_ever_is_ended(tmp_path, left_with, nodes_gone
         tmp_path / "once_more", "stage2.sbatch", CODE=str(left_with), NODES_GONE=nodes_gone, **counts
     )
     assert output.splitlines()[-1] == "scontrol requeue 7"
+
+
+@pytest.mark.parametrize("job", ["stage2.sbatch", "evaluate.sbatch"])
+def test_a_busy_slurm_is_asked_again_to_take_the_job_back(tmp_path, job):
+    """A job that fails because of one socket that timed out takes the chain behind it along."""
+    output, code = run_script(tmp_path, job, CODE=str(REQUEUE_EXIT), BUSY="3")
+    assert output.count("Socket timed out") == 3
+    assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15
+
+
+def test_a_slurm_that_never_takes_the_job_back_is_said_with_the_ranks_code(tmp_path):
+    output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(REQUEUE_EXIT), BUSY="99")
+    assert code == REQUEUE_EXIT and output.count("Socket timed out") == 10
+    assert last_error_of(output, tmp_path).startswith("error: SLURM did not take job 7 back in 10 tries")
+
+
+def test_a_script_that_slurm_does_not_end_has_not_ended_well(tmp_path):
+    """With exit code 0 the jobs behind it would begin, on half of its work."""
+    output, code = run_script(tmp_path, "stage2.sbatch", CODE=str(REQUEUE_EXIT), OUTLIVED="1")
+    assert output.splitlines()[-1] == "scontrol requeue 7" and code == REQUEUE_EXIT
 
 
 def last_error_of(output: str, folder: Path) -> str:

@@ -1,65 +1,24 @@
 """launch.submit: the scripts it writes, what it leaves out, what it asks for and what it refuses."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from running import ROOT, tiny_recipe
+from submitting import run, script
 from tiny import write_data
 
 from launch import submit
 from launch.job_times import seconds
+from pipeline.cache.find import codec_and_layers, recipe_fingerprints
+from pipeline.cache.hashes import HashStore
+from pipeline.cache.layout import CacheIdentity
+from pipeline.recipe.resolve import load_recipe
 from pipeline.results.jobs import read_jobs
-from pipeline.runtime.folder import mark_done
-
-# Each call's arguments become a line of calls.txt; the id is the line's number.
-SBATCH = """#!/usr/bin/env bash
-echo "$@" >> "$(dirname "$0")/calls.txt"
-[ -z "${FAIL:-}" ] || [[ "$*" != *$FAIL* ]] || { echo "sbatch: error: Invalid qos specification" >&2; exit 1; }
-wc -l < "$(dirname "$0")/calls.txt"
-"""
-SQUEUE = """#!/usr/bin/env bash
-cat "$(dirname "$0")/queue.txt" 2>/dev/null
-"""
-ASKED = ["--nodes", "4", "--time", "24:00:00"]
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """Stand-ins for SLURM's commands; the folder that they lie in."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    write_data(tmp_path / "data", 3, shards=3)
-    values = {
-        "run": str(tmp_path / "run"),
-        "data": {"train": str(tmp_path / "data"), "held_out": str(tmp_path / "held_out")},
-        "teacher": {"path": "t"},
-        "student": {"path": "s"},
-    }
-    values |= {step: {"steps": 3, "batch_size": 4} for step in ("verbalize", "interact", "reinforce")}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def script(tmp_path, name):
-    return (tmp_path / "run" / "jobs" / f"{name}.sbatch").read_text()
-
-
-def run(recipe, *more):
-    return submit.main(["--recipe", str(recipe), *ASKED, *more])
+from pipeline.runtime.folder import done, mark_done
 
 
 def test_each_job_follows_the_one_before(slurm, recipe, tmp_path, capsys):
@@ -86,7 +45,7 @@ def test_the_scripts_are_the_plain_ones_with_this_runs_header(recipe, tmp_path, 
         assert "--signal=USR1@600" in options
     stage1 = script(tmp_path, "stage1")
     assert "#SBATCH --nodes=4\n" in stage1 and "#SBATCH --array" not in stage1
-    assert f"RECIPE={recipe}\noverrides=(--set seed=3 'teacher.layers=[1, 2]')\n" in stage1
+    assert f"RECIPE={recipe}\nONLY='--only verbalize'\noverrides=(--set seed=3 'teacher.layers=[1, 2]')\n" in stage1
     plain = (Path(submit.__file__).parent / "slurm" / "stage1.sbatch").read_text()
     assert stage1.endswith(plain.partition("\nset -euo pipefail\n")[2])
     assert "#SBATCH --nodes=1\n" in script(tmp_path, "cache") and "#SBATCH --array=0-3\n" in script(tmp_path, "cache")
@@ -105,14 +64,25 @@ def test_a_site_file_reaches_every_job(recipe, tmp_path):
     text = script(tmp_path, "stage2")
     for option in ("account=lab", "qos=long", "partition=h100", "constraint=ib", "signal=USR1@300"):
         assert f"#SBATCH --{option}\n" in text
-    assert "module load cuda/12.8\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
-    assert "\nMAX_REQUEUES=7\n" in text
+    assert "\nmodule load cuda/12.8 || " in text
+    assert "\nexport NCCL_SOCKET_IFNAME=ib0\nexport MESSAGE='two words'\n" in text
+    assert "\nMAX_REQUEUES=7\nREQUEUES_SET_BY='max_requeues of the site file'\n" in text
     inside = f"in_container=(apptainer exec --nv --bind {os.getcwd()} --bind /data /images/vlsi.sif)\n"
     assert inside in text and str(Path(sys.executable).parent) not in text
     site.write_text("container: {runtime: enroot, image: lab/vlsi:1, mounts: ['/data', '/a:/b']}\n")
     assert run(recipe, "--site", str(site), "--dry-run") == 0
     text = script(tmp_path, "stage2")
     assert f"--container-image=lab/vlsi:1 --container-mounts={os.getcwd()}:{os.getcwd()},/data:/data,/a:/b" in text
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_site_may_leave_the_preflight_out(recipe, tmp_path, wanted):
+    """Its judgement must not keep a cluster from training."""
+    (tmp_path / "site.yaml").write_text(f"preflight: {str(wanted).lower()}\n")
+    assert run(recipe, "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    for name in ("stage1", "cache", "stage2"):
+        assert ("preflight.py" in script(tmp_path, name)) == wanted
+        assert '\nranks "$LAUNCH/' in script(tmp_path, name)
 
 
 def test_the_shipped_site_file_is_taken_and_reaches_the_jobs(recipe, tmp_path):
@@ -132,9 +102,22 @@ def test_a_site_file_with_a_slip_is_refused_whole(recipe, tmp_path, capsys):
     assert "warning_s: " in said and "container.runtime: " in said
 
 
-def test_what_is_done_is_left_out(slurm, recipe, tmp_path, capsys):
-    folder = tmp_path / "run"
-    mark_done(folder / "verbalize", {"updates": 3})
+@pytest.fixture
+def stage_1_done(recipe, tmp_path):
+    """A run with verbalizers and a cache of two shards, as its cache.json and done.json tell; the run's folder."""
+    folder, values = tmp_path / "run", load_recipe(recipe).recipe
+    mark_done(folder / "verbalize", {"updates": 3, "teacher": {"layers": [1, 2], "depth": 4}})
+    (folder / "verbalize" / "teacher.safetensors").write_bytes(b"verbalizers")
+    codec, layers = codec_and_layers(values, done(folder / "verbalize"), None)
+    identity = CacheIdentity(codec, layers, 20, recipe_fingerprints(values, HashStore()))
+    (folder / "cache" / "sampled-1").mkdir(parents=True)
+    (folder / "cache" / "sampled-1" / "cache.json").write_text(json.dumps(identity.to_json()))
+    mark_done(folder / "cache", {"folder": "sampled-1", "shards": 3, "bytes": 1})
+    return folder
+
+
+def test_what_is_done_is_left_out(slurm, recipe, stage_1_done, capsys):
+    folder = stage_1_done
     mark_done(folder / "cache", {"folder": "sampled-1", "shards": 2, "bytes": 1})
     assert run(recipe) == 0
     assert [job.name for job in read_jobs(folder)] == ["cache", "stage2", "evaluate"]  # a third shard has come
@@ -147,6 +130,23 @@ def test_what_is_done_is_left_out(slurm, recipe, tmp_path, capsys):
     (folder / "evaluation.json").write_text('{"untouched": {}, "distilled": {}}')
     capsys.readouterr()
     assert run(recipe) == 0 and "nothing to do: all is done" in capsys.readouterr().out
+
+
+def test_a_cache_that_stage_2_would_refuse_is_made_again(slurm, recipe, stage_1_done):
+    def jobs(*more):
+        assert run(recipe, *more) == 0
+        return [job.name for job in read_jobs(stage_1_done)]
+
+    assert jobs() == ["stage2", "evaluate"]
+    for value in ("cache.codec.points=32", "seed=3", "data.max_length=1000", "interact.teacher_layers=[1, 3]"):
+        assert jobs("--set", value) == ["cache", "stage2", "evaluate"], value
+    assert jobs("--set", "interact.teacher_layers=[2]") == ["stage2", "evaluate"]
+    (stage_1_done / "verbalize" / "teacher.safetensors").write_bytes(b"others")
+    assert jobs() == ["cache", "stage2", "evaluate"]
+    (stage_1_done / "cache" / "sampled-1" / "cache.json").unlink()  # moved aside
+    assert jobs() == ["cache", "stage2", "evaluate"]
+    mark_done(stage_1_done / "interact", {"updates": 3})  # what is left needs none
+    assert jobs() == ["stage2", "evaluate"]
 
 
 def test_data_is_made_first_where_it_is_asked_for(slurm, recipe, tmp_path, capsys):
@@ -212,6 +212,21 @@ def test_a_second_chain_on_a_run_is_refused(slurm, recipe, capsys):
     assert "has jobs in the queue already: cache 2_0 (RUNNING). Wait for them, or end them: scancel 2_0" in (
         capsys.readouterr().err
     )
+
+
+def test_a_second_chain_is_refused_where_slurm_does_not_say_what_is_in_the_queue(
+    slurm, recipe, tmp_path, capsys, monkeypatch
+):
+    assert run(recipe) == 0
+    sent = read_jobs(tmp_path / "run")
+    monkeypatch.setenv("SAYS", "Socket timed out on send/recv operation")
+    assert run(recipe) == 2
+    said = capsys.readouterr().err
+    assert "SLURM does not say whether" in said and "stage1 1, cache 2, stage2 3, evaluate 4" in said
+    assert "again when squeue answers" in said and f"remove {tmp_path / 'run' / 'jobs' / 'jobs.json'} before" in said
+    assert read_jobs(tmp_path / "run") == sent
+    monkeypatch.setenv("SAYS", "Invalid job id specified")  # of one job alone: it is gone
+    assert run(recipe) == 0
 
 
 def test_what_slurm_refuses_is_said_with_what_is_in_the_queue(slurm, recipe, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_run import write_recipe
 from pipeline.__main__ import main
 from pipeline.errors import RecipeError
 from pipeline.results import jobs_table
-from pipeline.results.jobs import Job, job_states, last_error, output_of, read_jobs, write_jobs
+from pipeline.results.jobs import NO_ANSWER, Job, JobState, job_states, last_error, output_of, read_jobs, write_jobs
 from pipeline.results.status import duration_text, status
 
 SAY = '#!/usr/bin/env bash\ncat "$(dirname "$0")/$(basename "$0").txt" 2>/dev/null || exit 1\n'
@@ -96,9 +97,48 @@ def test_what_squeue_has_forgotten_sacct_knows(slurm, run):
     assert states["7"].state == "CANCELLED" and states["8_0"].state == "TIMEOUT" and states["8_0"].restarts == 1
 
 
+# SLURM 22.05, which refuses a command that asks for a field that it does not have.
+OLD_SACCT = """#!/usr/bin/env bash
+[[ "$*" != *Restarts* ]] || { echo 'sacct: fatal: Invalid field requested: "Restarts"' >&2; exit 1; }
+echo "7|FAILED|00:10:00|2:0"
+"""
+
+
+def test_a_sacct_that_does_not_count_restarts_tells_the_rest(slurm, run):
+    (slurm / "sacct").write_text(OLD_SACCT)
+    queue(slurm, ("9", "RUNNING", "None", "0", "1:00", "0"))
+    (state,) = [state for state in job_states(read_jobs(run)) if state.id == "7"]
+    assert (state.state, state.reason, state.restarts, state.time) == ("FAILED", "exit code 2", 0, "00:10:00")
+
+
+def test_where_slurm_no_longer_knows_a_job_its_output_does(slurm, run):
+    (run / "jobs" / "stage1-7.out").write_text("loading\nerror: no room: 3 GB needed\n")
+    (run / "jobs" / "cache-8_0.out").write_text("cache: complete\n")
+    (run / "jobs" / "cache-8_1.out").write_text("rank 1 failed: OutOfMemoryError: x\n")
+    queue(slurm, ("9", "RUNNING", "None", "0", "1:00", "0"))
+    stage1, cache = [line for line in shown(run).splitlines() if "SLURM no longer knows it" in line]
+    assert "the last error of its output: error: no room: 3 GB needed" in stage1
+    assert "the last error of its output: rank 1 failed: OutOfMemoryError: x" in cache
+
+
 def test_without_slurm_the_jobs_are_shown_as_not_known(run, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "SLURM no longer knows it" in shown(run)
+    (run / "jobs" / "stage1-7.out").write_text("error: no room: 3 GB needed\n")
+    monkeypatch.setenv("PATH", str(run))
+    text = shown(run)
+    assert text.count("SLURM does not answer") == 3 and "error: no room: 3 GB needed" in text
+
+
+def test_a_squeue_that_does_not_answer_is_told_from_a_job_that_is_gone(slurm, run, monkeypatch):
+    jobs = read_jobs(run)
+    (slurm / "sacct.txt").write_text("7|COMPLETED|00:10:00|0:0|0\n")
+    states = job_states(jobs)  # the stand-in for squeue fails
+    assert [state.state for state in states] == ["COMPLETED", NO_ANSWER, NO_ANSWER]
+    assert not any(state.active or state.failed for state in states)
+    monkeypatch.setattr("pipeline.results.jobs.ANSWER_S", 0.2)
+    (slurm / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    assert [state.state for state in job_states(jobs[1:])] == [NO_ANSWER, NO_ANSWER]
+    (slurm / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    assert [state.state for state in job_states(jobs[1:2])] == [""]
 
 
 def test_the_last_error_of_an_output_is_the_one_that_ended_it(tmp_path):
@@ -113,6 +153,11 @@ def test_an_arrays_task_has_its_own_output(slurm, run):
     job = read_jobs(run)[1]
     (state,) = [state for state in job_states([job]) if state.id == "8_3"]
     assert output_of(job, state).name == "cache-8_3.out"
+
+
+def test_a_percent_sign_of_a_runs_name_is_no_number():
+    job = Job("cache", "8", "/runs/100%%job %%a/jobs/cache-%A_%a.out")  # as sbatch gets it
+    assert output_of(job, JobState("cache", "8_3", "FAILED")) == Path("/runs/100%job %a/jobs/cache-8_3.out")
 
 
 def test_a_damaged_file_is_named(run):

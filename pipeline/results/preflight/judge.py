@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.results.preflight.facts import Facts
 from pipeline.results.preflight.needs import Needs
@@ -23,11 +23,14 @@ class Finding:
     right: bool
     found: str
     fix: str = ""
-    """What to do where it is wrong."""
+    """What to do where it is wrong, or to be noted."""
+    noted: bool = False
+    """Right, but not as expected: worth a look, and no reason not to begin."""
 
     def __str__(self) -> str:
-        fix = f"; {self.fix}" if not self.right else ""
-        return f"{'ok    ' if self.right else 'WRONG '}{self.what + ':':<15}{self.found}{fix}"
+        level = "note" if self.noted else "ok" if self.right else "WRONG"
+        fix = f"; {self.fix}" if level != "ok" else ""
+        return f"{level:<6}{self.what + ':':<15}{self.found}{fix}"
 
 
 def judge(facts: Sequence[Facts], needed: Needs | None) -> list[Finding]:
@@ -42,6 +45,11 @@ def judge(facts: Sequence[Facts], needed: Needs | None) -> list[Finding]:
     return [*found, _devices(facts)]
 
 
+ONE_ENVIRONMENT = (
+    "use one environment on all nodes: a shared disk or a container; PATH chooses it: in .deepspeed_env for deepspeed "
+    "--hostfile, by -x PATH for mpirun, in each node's shell for torchrun, in the shell that submits for SLURM, or in "
+    "modules and environment of launch.submit's site file"
+)
 MORE_DISK = "make room, or move the run: --set run=FOLDER"
 
 
@@ -68,8 +76,7 @@ def _versions(facts: Sequence[Facts]) -> Finding:
     compared = {name: _same(name, facts, [f.versions.get(name, "none") for f in facts], "") for name in names}
     differing = [f"{name}: {finding.found}" for name, finding in compared.items() if not finding.right]
     if differing:
-        fix = "use one environment on all nodes: a shared disk or a container; PATH in .deepspeed_env chooses it"
-        return Finding("versions", False, "; ".join(differing), fix)
+        return Finding("versions", False, "; ".join(differing), ONE_ENVIRONMENT)
     shown = ", ".join(f"{name} {facts[0].versions.get(name)}" for name in ("python", "torch", "deepspeed"))
     return Finding("versions", True, f"{shown}; {len(names)} packages the same everywhere")
 
@@ -131,7 +138,10 @@ def _devices(facts: Sequence[Facts]) -> Finding:
     if shared := _shared_device(facts):
         fix = "each rank needs a GPU of its own: no more ranks of a node than GPUs, and no CUDA_VISIBLE_DEVICES of one"
         return Finding("devices", False, shared, fix)
-    return _same("devices", facts, [f.device for f in facts], "leave the odd nodes out, or the slowest sets the pace")
+    same = _same("devices", facts, [f.device for f in facts], "leave the odd nodes out, or the slowest sets the pace")
+    if not same.right and "cpu" not in {f.device for f in facts}:  # two names of GPUs, such as H100 SXM and H100 PCIe
+        return replace(same, right=True, noted=True)
+    return same
 
 
 def _shared_device(facts: Sequence[Facts]) -> str:

@@ -57,7 +57,7 @@ def test_like_machines_with_room_are_right():
         ({"device_free": 50 * GB}, "GPU memory", r"50.0 GB free, 70.0 GB needed by verbalize, on node2; end what else"),
         ({"device_problem": "uncorrectable ECC error"}, "devices",
          r"H100 1 of node2: uncorrectable ECC error; .*--exclude=node2"),
-        ({"device": "A100"}, "devices", r"H100 on node1, node2, A100 on node2"),
+        ({"device": "cpu"}, "devices", r"H100 on node1, node2, cpu on node2"),
         ({"device_id": "GPU-node2-2"}, "devices", r"ranks 2 and 3 of node2 have the same GPU"),
     ],
 )  # fmt: skip
@@ -68,6 +68,20 @@ def test_each_fault_is_one_line_with_its_mend(fault, what, text):
     assert [finding.what for finding in found] == [what]
     assert found[0].fix and str(found[0]).startswith("WRONG ")
     assert re.search(text, str(found[0])), str(found[0])
+
+
+def test_other_versions_name_what_chooses_them_under_each_launcher():
+    """.deepspeed_env alone was named, which only DeepSpeed's launcher reads."""
+    (found,) = wrong(ranks(versions={"python": "3.11", "torch": "2.7"}))
+    for launcher in (".deepspeed_env for deepspeed --hostfile", "-x PATH for mpirun", "for torchrun", "for SLURM"):
+        assert launcher in found.fix
+
+
+def test_gpus_of_two_names_are_noted_and_stop_no_job():
+    facts = ranks(device="H100 PCIe")
+    assert wrong(facts) == []
+    (noted,) = [finding for finding in judge(facts, NEEDED) if finding.noted]
+    assert str(noted).startswith("note  devices:       H100 on node1, node2, H100 PCIe on node2; leave the odd nodes")
 
 
 def test_many_hosts_are_not_all_named():
