@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 MAIN, MATCHINGS, ALL = "main", "matchings", "all"
@@ -123,7 +123,7 @@ ARMS = (
     ),
     Arm(
         "generalised_ce", NO_TEACHER, "finetuning with generalised cross-entropy, q = .7",
-        reinforce=1, options={"reinforce.loss_power": 0.7}, main=True,
+        reinforce=1, options={"reinforce.loss_power": 0.7},
     ),
     Arm(
         "deep_supervision", NO_TEACHER, "cross-entropy of the student's own verbalizers too, to the end",
@@ -145,7 +145,7 @@ ARMS = (
     ),
     Arm(
         "last_layer_ce", LAST, "with cross-entropy beside it, to the end",
-        interact=1, options={**_LAST_ONLY, "interact.cross_entropy_weight": 1}, main=True,
+        interact=1, options={**_LAST_ONLY, "interact.cross_entropy_weight": 1},
     ),
     Arm("paper", LAYERS, "the paper's order: interaction, then finetuning", interact=0.5, reinforce=0.5, main=True),
     Arm("interaction", LAYERS, "interaction to the end", interact=1, main=True),
@@ -191,6 +191,9 @@ ARMS = (
 BY_NAME = {arm.name: arm for arm in ARMS}
 
 
-def arms_of(which: str) -> list[Arm]:
-    """The arms of a cell: MAIN, MATCHINGS or ALL."""
-    return [arm for arm in ARMS if which == ALL or arm.main or (which == MATCHINGS and arm.matches_otherwise)]
+def arms_of(which: str, also: Collection[str] = ()) -> list[Arm]:
+    """The arms of a cell: MAIN, MATCHINGS or ALL; and the named ones."""
+    matchings = which == MATCHINGS
+    return [
+        arm for arm in ARMS if which == ALL or arm.main or (matchings and arm.matches_otherwise) or arm.name in also
+    ]

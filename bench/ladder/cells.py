@@ -90,6 +90,8 @@ class Cell:
     seeds: int = 5
     """Of the arms that are compared; variants have fewer (bench/ladder/arms.py)."""
     arms: str = MAIN
+    also: tuple[str, ...] = ()
+    """Names of further arms."""
     stage_1: int | None = None
     """Updates of the verbalizers; None: the recipe's."""
 
@@ -110,13 +112,24 @@ class Scale:
     """What its jobs run on: cpu, or cuda, the first GPU."""
 
 
+FEW_UPDATES = ("last_layer_ce", "heavier_last")
+"""Arms in which the last layer weighs more, or the answers beside it, where there are few updates."""
+
 SCALES: Mapping[str, Scale] = {
     "cpu": Scale(
         cells=(
             Cell("puzzles-40", "puzzles, 40 % wrong answers", "puzzles", 0.4, arms=ALL),
-            Cell("puzzles-0", "puzzles, clean answers", "puzzles", 0.0),
+            Cell("puzzles-0", "puzzles, clean answers", "puzzles", 0.0, also=("generalised_ce", "last_layer_ce")),
             Cell("easy-vqa-40", "easy-VQA (shapes, yes-no), 40 % wrong answers", "easy-vqa", 0.4, arms=ALL),
-            Cell("puzzles-40-few-updates", "puzzles, 40 % wrong, 100 updates", "puzzles", 0.4, updates=100, seeds=3),
+            Cell(
+                "puzzles-40-few-updates",
+                "puzzles, 40 % wrong, 100 updates",
+                "puzzles",
+                0.4,
+                updates=100,
+                seeds=3,
+                also=FEW_UPDATES,
+            ),
             Cell(
                 "easy-vqa-40-few-updates",
                 "easy-VQA (shapes, yes-no), 40 % wrong, 75 updates",
@@ -124,6 +137,7 @@ SCALES: Mapping[str, Scale] = {
                 0.4,
                 updates=75,
                 seeds=3,
+                also=FEW_UPDATES,
             ),
             Cell("puzzles-40-many-updates", "puzzles, 40 % wrong, 900 updates", "puzzles", 0.4, updates=900, seeds=3),
             Cell("puzzles-40-few-samples", "puzzles, 40 % wrong, 300 samples", "puzzles", 0.4, samples=300, seeds=3),
@@ -131,7 +145,7 @@ SCALES: Mapping[str, Scale] = {
             Cell("puzzles-20", "puzzles, 20 % wrong answers", "puzzles", 0.2, seeds=3),
             Cell("puzzles-60", "puzzles, 60 % wrong answers", "puzzles", 0.6, seeds=3),
             Cell("easy-vqa-0", "easy-VQA (shapes, yes-no), clean answers", "easy-vqa", 0.0, seeds=3),
-            Cell("puzzles-deep-40", "deep puzzles, 40 % wrong answers", "puzzles-deep", 0.4, arms=MATCHINGS),
+            Cell("puzzles-deep-40", "deep puzzles, 40 % wrong answers", "puzzles-deep", 0.4, seeds=3, arms=MATCHINGS),
         ),
         learning_rates=(1.5e-3, 3e-3, 6e-3),
     ),

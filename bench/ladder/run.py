@@ -50,7 +50,7 @@ def main() -> None:
 
 def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[str] | None, seeds: int) -> None:
     """The sweep of a cell, then its first seeds with the settings that were best there. names: some of its arms."""
-    arms = [BY_NAME[name] for name in names] if names else arms_of(cell.arms)
+    arms = [BY_NAME[name] for name in names] if names else arms_of(cell.arms, cell.also)
     tried = [
         setting
         for arm in {swept_arm(arm).name: swept_arm(arm) for arm in arms}.values()

@@ -56,7 +56,7 @@ def test_the_wide_pair_trains_and_every_arm_of_the_gpu_scale_is_a_recipe_of_it(t
     for cell in SCALES["gpu"].cells:
         common = dict(cell.task.common) | {f"{role}.path": str(tmp_path / role) for role in ("teacher", "student")}
         data = {"run": str(tmp_path / "run"), "data.train": str(tmp_path), "data.held_out": str(tmp_path)}
-        for arm in arms_of(cell.arms):
+        for arm in arms_of(cell.arms, cell.also):
             values = common | data | arm.settings(cell.updates, 3e-3, 1.0)
             recipe = load_recipe(ROOT / cell.task.recipe, settings(values)[1:]).recipe
             check_recipe(recipe, ("verbalize", "cache", "interact", "reinforce"))
@@ -140,6 +140,12 @@ def test_a_cell_s_recipe_is_about_its_models(cell):
     recipe = yaml.safe_load((ROOT / cell.task.recipe).read_text())
     for role in ("teacher", "student"):
         assert recipe[role]["path"] == f"demo/models/{cell.data}/{role}"
+
+
+def test_further_arms_of_a_cell_are_arms():
+    named = {name for scale in SCALES.values() for cell in scale.cells for name in cell.also}
+    assert named and named <= set(BY_NAME)
+    assert [arm.name for arm in arms_of(MAIN, ("heavier_last",)) if not arm.main] == ["heavier_last"]
 
 
 def test_a_deep_cell_asks_deep_questions(tmp_path):
