@@ -32,7 +32,7 @@ def check_recipe(recipe: Recipe, steps: Iterable[str], world: int = 1) -> None:
     needs_student = asked != {"cache"} or recipe.vocabulary == "mapped"  # the cache is for its tokenizer
     steps = [step for step in STEPS if step in asked and (step == "cache" or not _is_skipped(getattr(recipe, step)))]
     needs_teacher = {"verbalize", "cache"} & set(steps)
-    problems = _data_problems(recipe) + _other_run_problems(recipe, needs_teacher)
+    problems = _data_problems(recipe, steps) + _other_run_problems(recipe, needs_teacher)
     problems += _held_out_problems(recipe, steps) + _logger_problems(recipe) if needs_student else []
     if recipe.cache_from is not None:
         steps = [step for step in steps if step != "cache"]
@@ -135,13 +135,15 @@ def _other_run_problems(recipe: Recipe, asked: set[str]) -> list[str]:
     return []
 
 
-def _data_problems(recipe: Recipe) -> list[str]:
-    data, problems = recipe.data, []
-    if not is_file(data.train / "manifest.json"):
-        problems.append(
-            f"data.train: no {data.train}/manifest.json; expected a shard folder: "
-            "python -m data_prep shard --help says how to make one"
-        )
+def _data_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
+    data = recipe.data
+    own = {f"{step}.train": folder for step in steps if (folder := recipe.samples_of(step)) != data.train}
+    problems = [
+        f"{field}: no {folder}/manifest.json; expected a shard folder: python -m data_prep shard --help says how to "
+        "make one, python -m pipeline answer makes one of the teacher's answers"
+        for field, folder in {"data.train": data.train, **own}.items()
+        if not is_file(folder / "manifest.json")
+    ]
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         problems.append(f"data.min_pixels: {data.min_pixels} is above data.max_pixels: {data.max_pixels}")
     return problems
@@ -261,11 +263,6 @@ def _interact_problems(interact: Interact) -> list[str]:
 
 def _reinforce_problems(reinforce: Reinforce) -> list[str]:
     problems = []
-    if reinforce.train is not None and not (reinforce.train / "manifest.json").is_file():
-        problems.append(
-            f"reinforce.train: no {reinforce.train}/manifest.json; expected a shard folder, such as "
-            "python -m pipeline answer makes"
-        )
     if reinforce.label_smoothing and reinforce.loss_power:
         problems.append("reinforce: expected one of label_smoothing and loss_power, found both")
     return problems

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from data_prep.storage import is_url
 from pipeline.errors import RecipeError
 from pipeline.recipe.presets import PRESETS, check_preset, preset_values
-from pipeline.recipe.schema import STEPS, Recipe, leaves
+from pipeline.recipe.schema import STEPS, Recipe
 
 CHECKPOINTING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 
@@ -203,6 +204,20 @@ def _refuse_other_values(field: str, who: str, run: Path, its: Recipe, recipe: R
         raise RecipeError(
             f"{field} is a run of another {who}:\n" + "\n".join(lines) + f"\nSet the same values, or leave {field} out."
         )
+
+
+def leaves(section: BaseModel, prefix: str = "") -> dict[str, object]:
+    """A recipe as flat keys: {"interact.steps": 150, ...}. Tuples become lists, and paths become strings."""
+    flat: dict[str, object] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            flat |= leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            flat[prefix + name] = list(value)
+        else:
+            flat[prefix + name] = str(value) if isinstance(value, Path) or is_url(value) else value
+    return flat
 
 
 def _with_shipped_configs(recipe: Recipe) -> Recipe:

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.storage import is_url
 from pipeline.recipe.location import Location
 
 Positive = Annotated[int, Field(gt=0)]
@@ -31,8 +30,8 @@ class Data(Section):
     """The instruction data, made by `python -m data_prep shard`."""
 
     train: Location
-    """Folder of shards (with manifest.json), or its URL (docs/storage.md). Every step trains on it, and the teacher
-    cache is made for it."""
+    """Folder of shards (with manifest.json), or its URL (docs/storage.md). Every step trains on it that names
+    no other, and the teacher cache is made for it."""
     held_out: Location | None = None
     """Folder of shards, or its URL, that no step trains on. `python -m pipeline evaluate` uses it when --data is not
     given, and evaluate_every of interact and reinforce measures on it."""
@@ -108,7 +107,8 @@ class Training(Section):
     steps: Count | None = None
     """Number of optimizer updates. Set either steps or epochs. 0: skip this step."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Number of passes over data.train; it may be a fraction. Set either epochs or steps. Not stated in the paper."""
+    """Number of passes over the step's samples; it may be a fraction. Set either epochs or steps. Not stated in the
+    paper."""
     batch_size: Positive
     """Global batch size: samples in one optimizer update, over all ranks and all accumulated micro-batches. It must be
     a multiple of micro_batch_size x ranks, unless micro_batch_tokens is set. Paper: 512 for its 2B and 7B students,
@@ -149,6 +149,14 @@ class Training(Section):
     room for one more. If the newest is damaged, a run goes on from the one before it."""
     deepspeed: Path | None = None
     """DeepSpeed config file (JSON) of this step. Left out: the recipe's own deepspeed."""
+
+
+class Verbalize(Training):
+    """Stage 1a: the verbalizers of both models are trained."""
+
+    train: Location | None = None
+    """Folder of shards, or its URL, to train the verbalizers on. Left out: data.train, as in the paper. What the
+    teacher's layers then say, and so what interaction learns from them, depends on it (docs/evidence.md)."""
 
 
 class StudentTraining(Training):
@@ -347,7 +355,7 @@ class Recipe(Section):
     """The small model, which stage 2 trains."""
     verbalizer: Verbalizer = Verbalizer()
     """The form of the verb-FFN, for both models."""
-    verbalize: Training
+    verbalize: Verbalize
     """Stage 1a: trains the verbalizers of both models."""
     cache: Cache = Cache()
     """Stage 1b: writes the teacher's distributions to disk."""
@@ -361,6 +369,10 @@ class Recipe(Section):
     def trains(self, training: StudentTraining, part: Part) -> bool:
         """Whether a step trains a part's own weights: adapters take the place of all of them."""
         return not training.lora_rank and part in self.train
+
+    def samples_of(self, step: str) -> Path:
+        """The folder of shards, or its URL, that a step trains on or, for cache, is made for."""
+        return getattr(getattr(self, step), "train", None) or self.data.train
 
     def deepspeed_of(self, section: Training | Cache) -> Path:
         """The DeepSpeed config file of a step, given its section."""
@@ -384,17 +396,3 @@ class Recipe(Section):
 
 STEPS = ("verbalize", "cache", "interact", "reinforce")
 """The steps in running order. These names are also sections of the recipe and folders of the run."""
-
-
-def leaves(section: BaseModel, prefix: str = "") -> dict[str, object]:
-    """A recipe as flat keys: {"interact.steps": 150, ...}. Tuples become lists, and paths become strings."""
-    flat: dict[str, object] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            flat |= leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, tuple):
-            flat[prefix + name] = list(value)
-        else:
-            flat[prefix + name] = str(value) if isinstance(value, Path) or is_url(value) else value
-    return flat

@@ -236,9 +236,8 @@ def planned(recipe: Recipe, name: str) -> int | str:
     training = getattr(recipe, name)
     if getattr(training, "steps", None) is not None:
         return training.steps
-    own = recipe.reinforce.train if name == "reinforce" else None
     try:
-        manifest = read_manifest(own or recipe.data.train)
+        manifest = read_manifest(recipe.samples_of(name))
     except DataError:
         return "?"
     return len(manifest["shards"]) if name == "cache" else number_of_steps(training, manifest["samples"])

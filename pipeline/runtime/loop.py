@@ -177,8 +177,8 @@ class _Loop:
         saved = state.get("data", self.data)
         if saved["updates"] == self.first == self.total:
             return  # all updates are made: what is left is the step's result
-        own = self.name == "reinforce" and self.job.recipe.reinforce.train is not None
-        field = "reinforce.train" if own else "data.train"
+        own = self.job.recipe.samples_of(self.name) != self.job.recipe.data.train
+        field = f"{self.name}.train" if own else "data.train"
         refuse_other_data(self.name, field, dataset.folder, saved, self.data, self.checkpoints.folder)
 
     def run_update(self, update: int, feed: Feed) -> int | None:

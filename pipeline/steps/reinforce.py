@@ -81,7 +81,7 @@ def run(job: Job) -> None:
     name, loss = loss_of(recipe.reinforce)
     engine = Engine(Finetuned(backbone, vocabulary_rows(begun_from), loss), recipe, recipe.reinforce, job.ranks)
     check_parts(backbone, chat_encoders["student"], (), engine.device, engine.dtype)
-    data = ShardFolder(recipe.reinforce.train or recipe.data.train)
+    data = ShardFolder(recipe.samples_of(NAME))
     dataset = ChatDataset(data, chat_encoders, memory=recipe.data.memory_mb * MB)
     total = number_of_steps(recipe.reinforce, len(dataset))
     forward, unused, images = _forward(engine, name), may_be_unused(backbone), image_parts(backbone)

@@ -54,7 +54,8 @@ def run(job: Job) -> Engine | None:
     for role, side in sides.items():
         check_parts(side.backbone, chat_encoders[role], side.layers, engine.device, engine.dtype)
     heads = {role: ids[role] for role in chat_encoders}
-    dataset = ChatDataset(data, chat_encoders, memory=recipe.data.memory_mb * MB, align=align, ids=heads)
+    samples = ShardFolder(recipe.samples_of(NAME))
+    dataset = ChatDataset(samples, chat_encoders, memory=recipe.data.memory_mb * MB, align=align, ids=heads)
     total = number_of_steps(recipe.verbalize, len(dataset))
     forward = _forward(engine)
     averages = train(job, NAME, recipe.verbalize, total, engine, dataset, forward)

@@ -55,6 +55,22 @@ def test_bfloat16_with_a_tied_student_and_unequal_vocabularies(tied_models, data
     assert lines(run, "interact")[-1]["last"] < lines(run, "interact")[0]["last"]
 
 
+def test_verbalizers_may_learn_from_other_samples_than_the_cache_is_of(tiny_models, data, tmp_path):
+    other = tiny.write_data(tmp_path / "other", 12, seed=1)
+    mixed = tiny_recipe(tmp_path / "mixed", tiny_models, KIND, data, verbalize={**SHORT, "train": str(other)})
+    alike = tiny_recipe(tmp_path / "alike", tiny_models, KIND, other, verbalize=SHORT)
+    for recipe in (mixed, alike):
+        deepspeed(2, "train.py", "--stage", 1, "--recipe", recipe)
+    ours, theirs = (tmp_path / name / "run" for name in ("mixed", "alike"))
+    for role in ("teacher", "student"):
+        trained, same = (load_file(run / "verbalize" / f"{role}.safetensors") for run in (ours, theirs))
+        assert all(torch.equal(trained[name], same[name]) for name in trained)
+    samples = [json.loads((cache_folder(run) / "manifest.json").read_text())["samples"] for run in (ours, theirs)]
+    assert samples == [16, 12]
+    deepspeed(2, "train.py", "--stage", 2, "--recipe", mixed)
+    assert (ours / "student" / "model.safetensors").is_file()
+
+
 def test_recomputed_layers_and_a_trained_tower_change_no_loss_of_the_first_update(tiny_models, data, tmp_path):
     plain = {"interact": {"steps": 0}, "reinforce": SHORT}
     found = []

@@ -14,8 +14,8 @@ import yaml
 
 from docs.site import commands, pages, recipe_fields
 from docs.site.__main__ import main
-from pipeline.recipe.resolve import load_recipe
-from pipeline.recipe.schema import Recipe, leaves
+from pipeline.recipe.resolve import leaves, load_recipe
+from pipeline.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

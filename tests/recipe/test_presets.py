@@ -12,8 +12,8 @@ from recipe_file import STEPS, write
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe
 from pipeline.recipe.presets import PRESETS
-from pipeline.recipe.resolve import SHIPPED, load_recipe, refuse_changes
-from pipeline.recipe.schema import Recipe, leaves
+from pipeline.recipe.resolve import SHIPPED, leaves, load_recipe, refuse_changes
+from pipeline.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -7,8 +7,8 @@ from recipe_file import STEPS, write
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import number_of_steps
-from pipeline.recipe.resolve import load_recipe, refuse_changes
-from pipeline.recipe.schema import Recipe, Section, Training, leaves
+from pipeline.recipe.resolve import leaves, load_recipe, refuse_changes
+from pipeline.recipe.schema import Recipe, Section, Training
 
 
 def test_every_field_has_a_description():

@@ -12,8 +12,8 @@ from recipe_file import STEPS, write
 from pipeline.errors import RecipeError
 from pipeline.recipe import checks
 from pipeline.recipe.checks import check_recipe, target_layers
-from pipeline.recipe.resolve import load_recipe, refuse_changes
-from pipeline.recipe.schema import Model, leaves
+from pipeline.recipe.resolve import leaves, load_recipe, refuse_changes
+from pipeline.recipe.schema import Model
 
 
 def test_all_cross_field_problems_are_reported_at_once(tmp_path, values):
@@ -96,12 +96,14 @@ def test_a_mapped_vocabulary_is_refused_with_states_that_only_the_teachers_head_
 def test_options_that_contradict_each_other_are_refused(tmp_path, values):
     values["interact"] |= {"matching": "last_only", "last_weight": 0, "temperature": 0.1}
     values["reinforce"] |= {"label_smoothing": 0.1, "loss_power": 0.5, "train": str(tmp_path / "answers")}
+    values["verbalize"]["train"] = str(tmp_path / "others")
     with pytest.raises(RecipeError) as error:
         check_recipe(load_recipe(write(tmp_path, values)).recipe, STEPS)
     message = str(error.value)
-    assert message.startswith("4 problem(s)")
+    assert message.startswith("5 problem(s)")
     assert "interact.temperature: 0.1 is that of the draw of matching: adaptive; last_only has none" in message
     assert "interact: nothing to train: matching is last_only, and last_weight" in message
+    assert "verbalize.train: no" in message and "data_prep shard" in message
     assert "reinforce.train: no" in message and "python -m pipeline answer" in message
     assert "expected one of label_smoothing and loss_power, found both" in message
 

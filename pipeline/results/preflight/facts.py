@@ -80,8 +80,8 @@ def paths_of(recipe: Recipe, steps: list[str]) -> dict[str, Path]:
         found["teacher.path"] = recipe.teacher.path / "config.json"
     for key, other in recipe.left_to_another_run().values():
         found[key] = other / "recipe.yaml"
-    if "reinforce" in steps and recipe.reinforce.train is not None:
-        found["reinforce.train"] = recipe.reinforce.train / "manifest.json"
+    own = {step: folder for step in steps if (folder := recipe.samples_of(step)) != recipe.data.train}
+    found |= {f"{step}.train": folder / "manifest.json" for step, folder in own.items()}
     for step in steps:
         config = recipe.deepspeed_of(getattr(recipe, step))
         found[config.name] = config

@@ -21,8 +21,7 @@ from demo.training import TrainingPlan, train
 from demo.vocabulary import INPUTS, build_tokenizer, write_processor
 from pipeline.errors import RecipeError
 from pipeline.recipe.checks import check_recipe
-from pipeline.recipe.resolve import load_recipe
-from pipeline.recipe.schema import leaves
+from pipeline.recipe.resolve import leaves, load_recipe
 
 CELL = SCALES["smoke"].cells[0]
 

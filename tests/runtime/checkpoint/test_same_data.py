@@ -50,7 +50,7 @@ def write(folder: Path, samples: int) -> None:
 
 def resumed(recipe: Recipe, total: int = UPDATES, step: str = "reinforce", **sources: str) -> Iterator[_Loop]:
     """A step that stands at its newest checkpoint, then at one of update STOPPED."""
-    folder = recipe.reinforce.train or recipe.data.train
+    folder = recipe.samples_of(step)
     loop = _Loop(Job(recipe, Ranks()), step, recipe.reinforce, total, PlainEngine(), None, None)  # type: ignore[arg-type]
     try:
         feed = loop.resume_and_load(ChatDataset(ShardFolder(folder), {}), sources)
@@ -96,15 +96,17 @@ def test_another_step_may_begin_with_more(recipe, tmp_path):
     assert first_update(recipe) == 0
 
 
-def test_as_many_samples_with_other_content_are_other_data(recipe, tmp_path):
-    own = recipe.reinforce.model_copy(update={"train": tmp_path / "answered"})
-    recipe = recipe.model_copy(update={"reinforce": own})
+@pytest.mark.parametrize("step", ["verbalize", "reinforce"])
+def test_as_many_samples_with_other_content_are_other_data(recipe, tmp_path, step):
+    """Also those of a step that has its own."""
+    own = getattr(recipe, step).model_copy(update={"train": tmp_path / "answered"})
+    recipe = recipe.model_copy(update={step: own})
     write(tmp_path / "answered", SAMPLES)
-    stop(recipe)
+    stop(recipe, step=step)
     shutil.rmtree(tmp_path / "answered")
     write_data(tmp_path / "answered", SAMPLES, seed=1)
-    with pytest.raises(CheckpointError, match=r"answered \(reinforce.train\) has changed .* 8 samples .* 8 samples"):
-        first_update(recipe)
+    with pytest.raises(CheckpointError, match=rf"answered \({step}.train\) has changed .* 8 samples .* 8 samples"):
+        first_update(recipe, step=step)
 
 
 def test_another_number_of_updates_is_refused(recipe):
