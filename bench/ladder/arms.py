@@ -30,6 +30,8 @@ class Arm:
     """Other values of the recipe, for stage 2."""
     stage_1: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Values of the recipe for stage 1. Arms with equal ones share its verbalizers and cache."""
+    verbalizers_wrong: float | None = None
+    """Share of wrong answers in the samples that its verbalizers learn from; None: those of the cell."""
     answers: bool = False
     """Whether finetuning is on the teacher's answers."""
     factors: tuple[float, ...] = (1.0,)
@@ -48,8 +50,9 @@ class Arm:
     @property
     def stage_1_name(self) -> str:
         """Name of the folder of its stage 1: that of the first arm with the same settings, unless it has none."""
-        first = next((arm for arm in ARMS if arm.stage_1 == self.stage_1), self)
-        return f"stage-1-{first.name}" if self.stage_1 else "stage-1"
+        ours = self.stage_1, self.verbalizers_wrong
+        first = next((arm for arm in ARMS if (arm.stage_1, arm.verbalizers_wrong) == ours), self)
+        return "stage-1" if ours == ({}, None) else f"stage-1-{first.name}"
 
     @property
     def uses_stage_1(self) -> bool:
@@ -154,6 +157,10 @@ ARMS = (
         interact=1, options={"interact.cross_entropy_weight": 1}, main=True,
     ),
     Arm(
+        "wrong_verbalizers", LAYERS, "interaction to the end, verbalizers of 40 % wrong answers",
+        interact=1, verbalizers_wrong=0.4,
+    ),
+    Arm(
         "heavier_last", LAYERS, "interaction to the end, the last layer's KL weighs 4",
         interact=1, options={"interact.last_weight": 4},
     ),
@@ -192,8 +199,10 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 
 
 def arms_of(which: str, also: Collection[str] = ()) -> list[Arm]:
-    """The arms of a cell: MAIN, MATCHINGS or ALL; and the named ones."""
-    matchings = which == MATCHINGS
-    return [
-        arm for arm in ARMS if which == ALL or arm.main or (matchings and arm.matches_otherwise) or arm.name in also
-    ]
+    """The arms of a cell: MAIN, MATCHINGS or ALL; and the named ones, as those must be that bring data of their own."""
+
+    def runs(arm: Arm) -> bool:
+        of_all = which == ALL and arm.verbalizers_wrong is None
+        return of_all or arm.main or (which == MATCHINGS and arm.matches_otherwise) or arm.name in also
+
+    return [arm for arm in ARMS if runs(arm)]

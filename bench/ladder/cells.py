@@ -112,6 +112,9 @@ class Scale:
     """What its jobs run on: cpu, or cuda, the first GPU."""
 
 
+CLEAN = ("finetune_equal_time", "wrong_verbalizers")
+"""Arms that a cell without wrong answers has beside the main ones."""
+
 FEW_UPDATES = ("last_layer_ce", "heavier_last")
 """Arms in which the last layer weighs more, or the answers beside it, where there are few updates."""
 
@@ -119,7 +122,13 @@ SCALES: Mapping[str, Scale] = {
     "cpu": Scale(
         cells=(
             Cell("puzzles-40", "puzzles, 40 % wrong answers", "puzzles", 0.4, arms=ALL),
-            Cell("puzzles-0", "puzzles, clean answers", "puzzles", 0.0, also=("generalised_ce", "last_layer_ce")),
+            Cell(
+                "puzzles-0",
+                "puzzles, clean answers",
+                "puzzles",
+                0.0,
+                also=("generalised_ce", "last_layer_ce", *CLEAN),
+            ),
             Cell("easy-vqa-40", "easy-VQA (shapes, yes-no), 40 % wrong answers", "easy-vqa", 0.4, arms=ALL),
             Cell(
                 "puzzles-40-few-updates",
@@ -144,7 +153,7 @@ SCALES: Mapping[str, Scale] = {
             Cell("puzzles-40-many-samples", "puzzles, 40 % wrong, 4,000 samples", "puzzles", 0.4, 4000, seeds=3),
             Cell("puzzles-20", "puzzles, 20 % wrong answers", "puzzles", 0.2, seeds=3),
             Cell("puzzles-60", "puzzles, 60 % wrong answers", "puzzles", 0.6, seeds=3),
-            Cell("easy-vqa-0", "easy-VQA (shapes, yes-no), clean answers", "easy-vqa", 0.0, seeds=3),
+            Cell("easy-vqa-0", "easy-VQA (shapes, yes-no), clean answers", "easy-vqa", 0.0, also=CLEAN),
             Cell("puzzles-deep-40", "deep puzzles, 40 % wrong answers", "puzzles-deep", 0.4, seeds=3, arms=MATCHINGS),
         ),
         learning_rates=(1.5e-3, 3e-3, 6e-3),

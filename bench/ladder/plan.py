@@ -45,7 +45,7 @@ class SeedFolder:
         tried = list(tried)
         jobs = {job.path: job for one in tried for job in self._training(one)}
         jobs |= {job.path: job for job in self._evaluation([one.name for one in tried])}
-        if self.cell.wrong and any(one.arm.uses_stage_1 and not one.arm.stage_1 for one in tried):
+        if self.cell.wrong and any(one.arm.stage_1_name == "stage-1" and one.arm.uses_stage_1 for one in tried):
             jobs[self._suspects().path] = self._suspects()
         return list(jobs.values())
 
@@ -95,16 +95,20 @@ class SeedFolder:
     def _training(self, one: Tried) -> Iterator[Job]:
         yield self._data()
         if one.arm.uses_stage_1:
+            if one.arm.verbalizers_wrong is not None:
+                yield self._data(one.arm.verbalizers_wrong)
             yield self._stage_1(one.arm)
         if one.arm.answers:
             yield self._answers()
         yield self._train_job(one)
 
-    def _data(self) -> Job:
+    def _data(self, wrong: float | None = None) -> Job:
+        """wrong: the share of wrong answers, the cell's by default. Questions and right answers are the same."""
         cell, task = self.cell, self.cell.task
-        return Job(self.folder / "data", _shard(
-            self.folder / "data", task, self.seed, cell.samples, cell.held_out, "--noise", str(cell.wrong),
-            *task.questions,
+        folder = self.folder / ("data" if wrong is None else f"data-{100 * wrong:g}")
+        return Job(folder, _shard(
+            folder, task, self.seed, cell.samples, cell.held_out,
+            "--noise", str(cell.wrong if wrong is None else wrong), *task.questions,
         ))  # fmt: skip
 
     def _other(self) -> Job:
@@ -112,7 +116,7 @@ class SeedFolder:
         return Job(folder, _shard(folder, task, self.seed, 0, OTHER_TASK, *task.other_questions))
 
     def _stage_1(self, arm: Arm) -> Job:
-        run = self.folder / arm.stage_1_name
+        run, needs = self.folder / arm.stage_1_name, [self._data()]
         steps = {} if self.cell.stage_1 is None else {"verbalize.steps": self.cell.stage_1}
         values = {
             **self._common(run),
@@ -120,7 +124,11 @@ class SeedFolder:
             **steps,
             **arm.stage_1,
         }
-        return Job(run, self._train(1, values), (self._data().path,))
+        if arm.verbalizers_wrong is not None:
+            others = self._data(arm.verbalizers_wrong)
+            values["verbalize.train"] = str(others.path / "train")
+            needs.append(others)
+        return Job(run, self._train(1, values), tuple(job.path for job in needs))
 
     def _ranking(self) -> Path:
         return self.folder / "suspects.jsonl"

@@ -114,8 +114,24 @@ def test_stage_1_is_named_after_the_first_arm_with_its_settings():
         "features_l2": "stage-1-features_l2",
         "distil_lens": "stage-1-features_l2",
     }
-    assert {arm.stage_1_name for arm in ARMS if not arm.stage_1} == {"stage-1"}
+    others = {arm.name: arm.stage_1_name for arm in ARMS if not arm.stage_1 and arm.stage_1_name != "stage-1"}
+    assert others == {"wrong_verbalizers": "stage-1-wrong_verbalizers"}
     assert Arm("new", "", "", stage_1={"verbalize.steps": 1}).stage_1_name == "stage-1-new"
+
+
+def test_verbalizers_of_wrong_answers_learn_from_data_of_their_own_and_the_cache_is_of_the_cell_s(tmp_path):
+    cell = Cell("small", "", "puzzles", 0.0, samples=5, held_out=4)
+    arms = [Tried(BY_NAME[name], 3e-3) for name in ("interaction", "wrong_verbalizers")]
+    jobs = {job.path.name: job for job in SeedFolder(tmp_path, cell, 0, other_task=False).jobs(arms)}
+    noise = {
+        name: job.command[job.command.index("--noise") + 1] for name, job in jobs.items() if "--noise" in job.command
+    }
+    assert noise == {"data": "0.0", "data-40": "0.4"}
+    stage_1 = jobs["stage-1-wrong_verbalizers"]
+    assert {path.name for path in stage_1.needs} == {"data", "data-40"}
+    own = [value for value in stage_1.command if value.startswith("verbalize.train=")]
+    assert own and own[0].endswith('data-40/train"') and set(stage_1.command) - set(jobs["stage-1"].command) > set(own)
+    assert not any("data-40" in value for value in jobs["wrong_verbalizers-0.003"].command)
 
 
 def test_a_program_takes_the_place_of_stage_2_alone(tmp_path):

@@ -48,6 +48,7 @@ def test_variants_run_on_three_seeds_and_what_they_are_compared_with_on_all(aske
     seeds = {arm.name: sorted(path.parent.name for path in runs if path.name == f"{arm.name}-0.003") for arm in ARMS}
     few, all_five = [f"seed-{seed}" for seed in range(3)], [f"seed-{seed}" for seed in range(5)]
     assert seeds.pop("finetune_early") == [], "its rate has a factor beside it"
+    assert seeds.pop("wrong_verbalizers") == [], "a cell has to name it"
     assert seeds == {name: few if BY_NAME[name].group == VARIANTS else all_five for name in seeds}
 
 
