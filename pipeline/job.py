@@ -150,7 +150,7 @@ def _run(resolved: Resolved, steps, stop_after, shards, only_missing, verbose) -
 def _data_folders(recipe: Recipe, steps: Sequence[str]) -> list[Path]:
     """The shard folders that the steps read."""
     measures = any(getattr(getattr(recipe, step), "evaluate_every", 0) for step in steps)
-    folders = (recipe.data.train, *map(recipe.samples_of, steps), recipe.data.held_out if measures else None)
+    folders = (*map(recipe.samples_of, steps), recipe.data.held_out if measures else None)
     return [folder for folder in dict.fromkeys(folders) if folder is not None]
 
 

@@ -137,7 +137,7 @@ def _other_run_problems(recipe: Recipe, asked: set[str]) -> list[str]:
 
 def _data_problems(recipe: Recipe, steps: Iterable[str]) -> list[str]:
     data = recipe.data
-    own = {f"{step}.train": folder for step in steps if (folder := recipe.samples_of(step)) != data.train}
+    own = {f"{step}.train": folder for step, folder in recipe.own_folders().items() if step in steps}
     problems = [
         f"{field}: no {folder}/manifest.json; expected a shard folder: python -m data_prep shard --help says how to "
         "make one, python -m pipeline answer makes one of the teacher's answers"

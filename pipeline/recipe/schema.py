@@ -176,8 +176,7 @@ class StudentTraining(Training):
     """Share of an adapter's inputs that are set to zero while it trains, others each time. With it, another number of
     ranks gives other numbers, though a resumed run gives the same. Not stated in the paper."""
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Names of the decoder's linear layers that get an adapter, such as [q_proj, v_proj]. Left out: all of them.
-    Not stated in the paper."""
+    """Names of the decoder's linear layers with an adapter, as in [q_proj, v_proj]. Left out: all. Paper: not said."""
 
 
 class Codec(Section):
@@ -325,8 +324,7 @@ class Recipe(Section):
     torch: plain torch; slower on a GPU.
     triton: the Triton kernel, and an error where it cannot be used."""
     gradient_checkpointing: bool = False
-    """Whether stage 2 recomputes the student's layers in the backward pass. This needs less memory and more time; the
-    results do not change. Paper: true."""
+    """Whether stage 2 recomputes the student's layers in the backward pass: less memory, more time. Paper: true."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where else the lines of RUN/metrics.jsonl are shown while a step trains; [] for nowhere. Nothing leaves the
     machine unless a variable of the environment says so.
@@ -373,6 +371,10 @@ class Recipe(Section):
     def samples_of(self, step: str) -> Path:
         """The folder of shards, or its URL, that a step trains on or, for cache, is made for."""
         return getattr(getattr(self, step), "train", None) or self.data.train
+
+    def own_folders(self) -> dict[str, Path]:
+        """{step: its samples} of the steps that train on others than data.train."""
+        return {step: self.samples_of(step) for step in STEPS if self.samples_of(step) != self.data.train}
 
     def deepspeed_of(self, section: Training | Cache) -> Path:
         """The DeepSpeed config file of a step, given its section."""

@@ -177,8 +177,7 @@ class _Loop:
         saved = state.get("data", self.data)
         if saved["updates"] == self.first == self.total:
             return  # all updates are made: what is left is the step's result
-        own = self.job.recipe.samples_of(self.name) != self.job.recipe.data.train
-        field = f"{self.name}.train" if own else "data.train"
+        field = f"{self.name}.train" if self.name in self.job.recipe.own_folders() else "data.train"
         refuse_other_data(self.name, field, dataset.folder, saved, self.data, self.checkpoints.folder)
 
     def run_update(self, update: int, feed: Feed) -> int | None:

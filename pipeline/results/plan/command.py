@@ -12,7 +12,7 @@ from pipeline.results.plan import show
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.models import planned_model, vision_of
 from pipeline.results.plan.run import Planned
-from pipeline.results.plan.samples import Given, describe_samples
+from pipeline.results.plan.samples import Given, describe_samples, own_samples
 
 
 def run(
@@ -28,8 +28,10 @@ def run(
     if unknown := sorted(set(machine.measured) - set(STEPS)):
         raise RecipeError(f"--tokens-per-second: expected STEP=N with one of {', '.join(STEPS)}, found {unknown[0]}")
     vision = vision_of(planned_model("student", loaded.student))
-    samples = describe_samples(loaded, given, vision.patches_per_token, vision.patch_numbers)
-    planned = Planned(loaded, samples, bytes_per_token_layer)
+    patches = vision.patches_per_token, vision.patch_numbers
+    planned = Planned(
+        loaded, describe_samples(loaded, given, *patches), bytes_per_token_layer, own_samples(loaded, *patches)
+    )
     if as_json:
         print(show.to_json(planned, machine))
     else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.recipe.schema import STEPS, Recipe
@@ -44,9 +44,15 @@ class StepPlan:
 class Planned:
     """A recipe with its models built on the meta device; plans for any machine come from it."""
 
-    def __init__(self, recipe: Recipe, samples: Samples, bytes_per_token_layer: float | None = None):
-        """Raises RecipeError where a model's config.json is missing."""
-        self.recipe, self.samples = recipe, samples
+    def __init__(
+        self,
+        recipe: Recipe,
+        samples: Samples,
+        bytes_per_token_layer: float | None = None,
+        own: Mapping[str, Samples] | None = None,
+    ):
+        """own: of the steps that train on others than data.train. Raises RecipeError where a config.json is missing."""
+        self.recipe, self.samples, self.own = recipe, samples, own or {}
         self._bytes_per_token_layer = bytes_per_token_layer
         self.teacher = planned_model("teacher", recipe.teacher)
         self.student = planned_model("student", recipe.student)
@@ -54,12 +60,13 @@ class Planned:
 
     def with_recipe(self, recipe: Recipe) -> Planned:
         """The same data under another recipe, which may cut it shorter."""
-        samples, limit = self.samples, recipe.data.max_length
-        if limit < samples.longest:
-            response = samples.longest_response * limit // samples.longest
-            lengths = tuple(min(length, limit) for length in samples.lengths)
-            samples = replace(samples, longest=limit, longest_response=response, lengths=lengths)
-        return Planned(recipe, samples, self._bytes_per_token_layer)
+        limit = recipe.data.max_length
+        own = {step: samples.cut(limit) for step, samples in self.own.items()}
+        return Planned(recipe, self.samples.cut(limit), self._bytes_per_token_layer, own)
+
+    def samples_of(self, step: str) -> Samples:
+        """What a step trains on."""
+        return self.own.get(step, self.samples)
 
     @property
     def steps(self) -> list[str]:
@@ -94,13 +101,14 @@ class Planned:
 
     def plan(self, step: str, machine: Machine) -> StepPlan:
         """One step's plan."""
-        work = Workload(self.recipe, self.zero(step), machine.gpus, self.samples, self.vocab)
+        samples = self.samples_of(step)
+        work = Workload(self.recipe, self.zero(step), machine.gpus, samples, self.vocab)
         frozen, passed = self.parameters(step)
         per_node = min(machine.gpus, machine.gpus_per_node)
         return StepPlan(
             name=step,
             memory=self.memory(step, work),
-            host=host_memory(self.recipe, step, [*frozen, *passed], work.zero, machine.gpus, per_node, self.samples),
+            host=host_memory(self.recipe, step, [*frozen, *passed], work.zero, machine.gpus, per_node, samples),
             disk=disk_use(self.recipe, step, passed, self.saved(step), round(self.cache().bytes)),
             time=self._time(step, machine, traffic(frozen, passed, work.zero, machine.gpus, work.dtype.itemsize)),
             problem=self._problem(step, machine.gpus),
@@ -148,7 +156,7 @@ class Planned:
 
     def operations(self, step: str) -> float:
         """Floating-point operations of the mean sample."""
-        sample = operations.mean_sample(self.samples)
+        sample = operations.mean_sample(self.samples_of(step))
         if step == "verbalize":
             return operations.verbalize_operations(self.verbalized, self.vocab, sample)
         if step == "cache":
@@ -168,7 +176,7 @@ class Planned:
         each = self.operations(step)
         if step == "cache":
             return schedule.cache_time(self.recipe, self.samples, machine, each, moved)
-        return schedule.train_time(self.recipe, step, self.samples, machine, each, moved)
+        return schedule.train_time(self.recipe, step, self.samples_of(step), machine, each, moved)
 
     def _problem(self, step: str, ranks: int) -> str:
         if step == "cache":

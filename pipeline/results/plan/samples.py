@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from data_prep.schema import DataError
 from data_prep.shards import ShardFolder, read_manifest
 from data_prep.storage import is_file
 from pipeline.errors import RecipeError, SampleError
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import STEPS, Recipe
 from pipeline.results.plan.lengths import assumed_lengths
 from pipeline.runtime.data.lengths import Probed, feature_count, fit, sample_features
 from pipeline.vlm.assemble import chat_encoder
@@ -55,6 +55,14 @@ class Samples:
     """Tokens of some samples, measured or assumed: what padding and waiting depend on."""
     origins: Mapping[str, str]
     """Field -> "data.train", "command line", ... ."""
+
+    def cut(self, limit: int) -> Samples:
+        """The same under another data.max_length, which may be shorter."""
+        if limit >= self.longest:
+            return self
+        response = self.longest_response * limit // self.longest
+        lengths = tuple(min(length, limit) for length in self.lengths)
+        return replace(self, longest=limit, longest_response=response, lengths=lengths)
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,25 @@ def describe_samples(
         lengths=lengths,
         origins=origins,
     )
+
+
+def own_samples(
+    recipe: Recipe,
+    patches_per_token: float,
+    patch_numbers: int,
+    most: int = MEASURED_SAMPLES,
+    steps: Collection[str] = STEPS,
+) -> dict[str, Samples]:
+    """{step: the numbers of its data} of those steps that train on others than data.train, where they can be measured.
+
+    patches_per_token, patch_numbers, most: as for describe_samples. Raises RecipeError where data cannot be read.
+    """
+    found = {}
+    for step, folder in recipe.own_folders().items():
+        if step in steps and is_file(folder / "manifest.json") and (recipe.student.path / "tokenizer.json").is_file():
+            with_it = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": folder})})
+            found[step] = describe_samples(with_it, Given(), patches_per_token, patch_numbers, most)
+    return found
 
 
 def _measure(recipe: Recipe, given: Given, most: int) -> tuple[dict[str, float], tuple[float, ...], dict[str, str]]:

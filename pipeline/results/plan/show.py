@@ -14,6 +14,7 @@ from rich.table import Table
 from pipeline.results.plan.knobs import applied, fits, remedy
 from pipeline.results.plan.machine import GIB, Machine
 from pipeline.results.plan.run import Planned, StepPlan
+from pipeline.results.plan.samples import Samples
 from pipeline.results.plan.speed import faster
 from pipeline.runtime.display.progress import size_text
 
@@ -57,6 +58,7 @@ def to_json(planned: Planned, machine: Machine) -> str:
     whole = {
         "machine": asdict(machine) | {"usable_bytes": machine.usable},
         "samples": asdict(planned.samples),
+        "own_samples": {step: asdict(samples) for step, samples in planned.own.items()},
         "parameters": _parameters(planned),
         "cache": asdict(planned.cache()) | {"bytes": planned.cache().bytes},
         "steps": [_step_json(plan) | _remedies(planned, plan, machine) for plan in plans],
@@ -97,11 +99,11 @@ def _heading(planned: Planned, machine: Machine) -> list[str]:
         f"{_short(counts[side.role + '_verbalizers'])} in verbalizers on {len(side.layers)} layers"
         for side in (planned.teacher, planned.student)
     ]
-    origin = ", ".join(sorted(set(samples.origins.values())))
-    lines.append(
-        f"data:    {samples.count:,} samples of {samples.tokens:,.0f} tokens, {samples.image:,.0f} of an image and "
-        f"{samples.response:,.0f} of a response; the longest {samples.longest:,} ({origin})"
-    )
+    lines.append(f"data:    {_lengths(samples)}")
+    for step, folder in planned.recipe.own_folders().items():
+        its = planned.own.get(step)
+        found = f"counted as if it were data.train: {folder} cannot be measured here" if its is None else _lengths(its)
+        lines += [f"         {step}.train: {found}"] if step in planned.steps else []
     each = cache.distributions / max(1.0, cache.token_layers)
     if "interact" in planned.steps:
         lines.append(
@@ -114,6 +116,14 @@ def _heading(planned: Planned, machine: Machine) -> list[str]:
         f"{machine.network:g} GB/s a GPU between nodes"
     )
     return lines
+
+
+def _lengths(samples: Samples) -> str:
+    origin = ", ".join(sorted(set(samples.origins.values())))
+    return (
+        f"{samples.count:,} samples of {samples.tokens:,.0f} tokens, {samples.image:,.0f} of an image and "
+        f"{samples.response:,.0f} of a response; the longest {samples.longest:,} ({origin})"
+    )
 
 
 def _memory_table(plans: Sequence[StepPlan], machine: Machine) -> Table:

@@ -97,4 +97,4 @@ def _with(planned: Planned, change: Change) -> Planned:
 
 
 def _cuts(planned: Planned, step: str, machine: Machine) -> Cuts:
-    return training_cuts(getattr(planned.recipe, step), machine.gpus, planned.samples.lengths)
+    return training_cuts(getattr(planned.recipe, step), machine.gpus, planned.samples_of(step).lengths)

@@ -80,7 +80,7 @@ def paths_of(recipe: Recipe, steps: list[str]) -> dict[str, Path]:
         found["teacher.path"] = recipe.teacher.path / "config.json"
     for key, other in recipe.left_to_another_run().values():
         found[key] = other / "recipe.yaml"
-    own = {step: folder for step in steps if (folder := recipe.samples_of(step)) != recipe.data.train}
+    own = {step: folder for step, folder in recipe.own_folders().items() if step in steps}
     found |= {f"{step}.train": folder / "manifest.json" for step, folder in own.items()}
     for step in steps:
         config = recipe.deepspeed_of(getattr(recipe, step))

@@ -12,7 +12,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.models import planned_model, vision_of
 from pipeline.results.plan.run import Planned, StepPlan
-from pipeline.results.plan.samples import Given, describe_samples
+from pipeline.results.plan.samples import Given, describe_samples, own_samples
 from pipeline.results.status import size_of
 from pipeline.runtime.folder import done
 
@@ -40,8 +40,10 @@ class Needs:
 def needs(recipe: Recipe, steps: Sequence[str], gpus: int, gpus_per_node: int) -> Needs:
     """Raises RecipeError where the data, the tokenizer or a model's config.json is missing."""
     vision = vision_of(planned_model("student", recipe.student))
-    samples = describe_samples(recipe, Given(), vision.patches_per_token, vision.patch_numbers, MEASURED)
-    planned = Planned(recipe, samples)
+    patches = vision.patches_per_token, vision.patch_numbers
+    samples = describe_samples(recipe, Given(), *patches, MEASURED)
+    own = own_samples(recipe, *patches, MEASURED, steps)
+    planned = Planned(recipe, samples, own=own)
     machine = Machine(gpus, ANY_MEMORY, gpus_per_node)
     plans = {step: planned.plan(step, machine) for step in steps if step in planned.steps}
     return Needs(

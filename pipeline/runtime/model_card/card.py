@@ -15,7 +15,7 @@ from data_prep.schema import DataError, parse_json
 from data_prep.shards import read_manifest, write_file
 from data_prep.storage import is_url
 from pipeline.recipe.resolve import load_recipe
-from pipeline.recipe.schema import STEPS, Data, Recipe, StudentTraining
+from pipeline.recipe.schema import Data, Recipe, StudentTraining
 from pipeline.runtime.folder import done
 from pipeline.runtime.model_card.base import ModelFacts, folder_name, model_facts
 from pipeline.runtime.versions import read_environment
@@ -159,7 +159,7 @@ def _data_name(result: Mapping[str, Any]) -> str:
 
 def _data(recipe: Recipe) -> Iterator[str]:
     """A line for each folder of training data: its source and counts, as its manifest has them."""
-    for folder in dict.fromkeys((recipe.data.train, *map(recipe.samples_of, STEPS))):
+    for folder in (recipe.data.train, *dict.fromkeys(recipe.own_folders().values())):
         name = "/".join(folder.parts[-2:])
         try:
             manifest = read_manifest(folder)

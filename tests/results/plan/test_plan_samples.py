@@ -12,9 +12,11 @@ from running import tiny_recipe
 from data_prep.shards import FORMAT, ShardFolder, shard_name, write_manifest, write_shard
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe
+from pipeline.results.plan.machine import Machine
 from pipeline.results.plan.memory import Workload
 from pipeline.results.plan.run import Planned
-from pipeline.results.plan.samples import Given, Samples, describe_samples
+from pipeline.results.plan.samples import Given, Samples, describe_samples, own_samples
+from pipeline.results.plan.show import show
 from pipeline.vlm.assemble import chat_encoder
 
 COUNT, MEASURED, LONG = 24, 12, 5
@@ -76,3 +78,26 @@ def test_memory_is_that_of_the_longest_and_a_smaller_max_length_lowers_it(tmp_pa
     assert total(part) == pytest.approx(total(whole), rel=0.2)
     shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 256})})
     assert part.with_recipe(shorter).samples.longest == 256 and total(part.with_recipe(shorter)) < total(part)
+
+
+def test_a_step_with_samples_of_its_own_is_planned_by_them(tmp_path, tiny_models, capsys):
+    """Such as the teacher's answers, which may be of any length."""
+    recipe = recipe_of(tmp_path, tiny_models)
+    answers = tiny.write_data(tmp_path / "answers", 6)
+    absent = tmp_path / "absent"
+    sections = {"reinforce": {"train": answers}, "verbalize": {"train": absent}}
+    changes = {name: getattr(recipe, name).model_copy(update=update) for name, update in sections.items()}
+    recipe = recipe.model_copy(update=changes)
+    samples, own = described(recipe, COUNT), own_samples(recipe, 4, 1176)
+    assert list(own) == ["reinforce"] and own["reinforce"].count == 6
+    assert own_samples(recipe, 4, 1176, steps=["verbalize"]) == {}
+    plain, planned = Planned(recipe, samples), Planned(recipe, samples, own=own)
+    assert planned.operations("reinforce") == Planned(recipe, own["reinforce"]).operations("reinforce")
+    assert planned.operations("reinforce") != plain.operations("reinforce")
+    assert planned.operations("interact") == plain.operations("interact")
+    machine = Machine(2, 80)
+    assert planned.plan("reinforce", machine).memory != plain.plan("reinforce", machine).memory
+    show(planned, machine)
+    said = capsys.readouterr().out
+    assert f"reinforce.train: 6 samples of {own['reinforce'].tokens:.0f} tokens" in said
+    assert f"verbalize.train: counted as if it were data.train: {absent} cannot be measured here" in said
