@@ -3,9 +3,10 @@
 # on the first node. What launch/submit.py writes above it may set: LAUNCH, MAX_REQUEUES, REQUEUES_SET_BY, srun_options,
 # in_container, overrides.
 LAUNCH=${LAUNCH:-launch}  # the folder of train.py and cache.py
-[ -v srun_options ] || srun_options=()  # for a container that srun starts (Enroot): --container-image=...
-[ -v in_container ] || in_container=()  # for one that a program starts (Apptainer): apptainer exec --nv IMAGE
-[ -v overrides ] || overrides=()        # values of the recipe: --set KEY=VALUE
+is_array() { [[ $(declare -p "$1" 2> /dev/null) == "declare -a"* ]]; }  # a user's exported variable is none
+is_array srun_options || srun_options=()  # for a container that srun starts (Enroot): --container-image=...
+is_array in_container || in_container=()  # for one that a program starts (Apptainer): apptainer exec --nv IMAGE
+is_array overrides || overrides=()        # values of the recipe: --set KEY=VALUE
 REQUEUE_EXIT=75                         # pipeline.errors.REQUEUE_EXIT
 WARNED_EARLY=138                        # ended by SIGUSR1: SLURM's warning came before the program could take it
 MAX_REQUEUES=${MAX_REQUEUES:-100}       # how often a job may have gone back to the queue

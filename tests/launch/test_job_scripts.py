@@ -108,6 +108,14 @@ def test_ranks_that_were_asked_to_end_bring_their_job_back(tmp_path, job, left_w
     assert output.splitlines()[-1] == "scontrol requeue 7" and code == -15  # ended by SLURM, not by itself
 
 
+def test_variables_that_a_user_has_exported_are_no_lists_of_the_scripts(tmp_path):
+    """SLURM gives a job the environment that it was submitted from."""
+    exported = {"overrides": "--set run=other", "in_container": "apptainer", "srun_options": "--overlap"}
+    output, code = run_script(tmp_path, "stage2.sbatch", **exported)
+    assert code == 0 and "launch/train.py --stage 2" in output
+    assert not any(word in output for word in ("other", "apptainer", "overlap"))
+
+
 @pytest.mark.parametrize("code", [1, 2, 137, 143])
 def test_ranks_that_have_failed_do_not(tmp_path, code):
     output, found = run_script(tmp_path, "stage2.sbatch", CODE=str(code))
