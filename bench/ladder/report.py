@@ -1,4 +1,4 @@
-"""What has run so far as JSON, as the tables of docs/evidence.md and as a figure."""
+"""What has run so far as JSON, as the tables of docs/evidence.md and docs/evidence_regimes.md, and as figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from bench.ladder.statistics import holm, interval, paired
 from bench.ladder.sweep import choose, sweep, swept_arm
 from bench.timing import machine, read_results, write_results
 
-EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("evidence.md", "evidence_regimes.md")
+"""Those with tables."""
 BASELINE = "finetune"
 MODELS = (("Teacher", "teacher"), ("untouched student", "untouched"))
 COMPARED = (
@@ -36,14 +38,14 @@ COMPARED = (
 COMPARED_AFTERWARDS = (("interaction", "logit_lens"), ("uniform", "distil_lens"), ("features_l2", "uniform"))
 """Further ones, chosen when results had been seen: corrected apart, so that the others keep their p."""
 PUBLISHED = ("cpu", "real")
-"""Scales whose cells docs/evidence.md shows."""
+"""Scales whose cells PAGES show."""
 RECALLS = (0.5, 0.8, 0.95, 1.0)
 
 Results = dict[str, Any]
 
 
 def write(folder: Path, scale: Scale, name: str) -> None:
-    """Write bench/results/ladder_NAME.json; at the scales in PUBLISHED also the tables and figures of docs/evidence.md.
+    """Write bench/results/ladder_NAME.json; at the scales in PUBLISHED also the tables of PAGES, and figures.
 
     A cell of which less has run here than the file has stays as it is there: cells may be made one by one, on several
     machines.
@@ -56,13 +58,14 @@ def write(folder: Path, scale: Scale, name: str) -> None:
         "cells": {cell: found for cell, found in now.items() if found},
     }
     print(f"written to {write_results(f'ladder_{name}', results)}")
-    if name in PUBLISHED and EVIDENCE.exists():
+    if name in PUBLISHED:
         from bench.ladder import figure, regimes
 
         small, real = (read_results(f"ladder_{scale}").get("cells", {}) for scale in PUBLISHED)
-        figure.draw(small, EVIDENCE.parent / "figures" / "ladder.svg")
-        regimes.draw(small, EVIDENCE.parent / "figures" / "regimes.svg")
-        EVIDENCE.write_text(with_tables(EVIDENCE.read_text(), {**small, **real}))
+        figure.draw(small, DOCS / "figures" / "ladder.svg")
+        regimes.draw(small, DOCS / "figures" / "regimes.svg")
+        for page in map(DOCS.joinpath, PAGES):
+            page.write_text(with_tables(page.read_text(), {**small, **real}))
 
 
 def _the_larger(before: Results, now: Results) -> Results:

@@ -164,11 +164,13 @@ def test_the_number_of_an_evaluation_is_never_taken_again(folder):
 
 def test_the_published_scales_write_tables_and_figures(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report, "EVIDENCE", tmp_path / "docs" / "evidence.md")
-    report.EVIDENCE.parent.mkdir()
-    report.EVIDENCE.write_text("<!-- ladder some -->\n<!-- end -->\n")
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
+    report.DOCS.mkdir()
+    pages = [report.DOCS / name for name in report.PAGES]
+    for page in pages:
+        page.write_text("<!-- ladder some -->\n<!-- end -->\n")
     report.write(folder, SCALE, "cpu")
-    assert "| `interaction`" in report.EVIDENCE.read_text()
+    assert all("| `interaction`" in page.read_text() for page in pages)
 
 
 def test_the_overview_has_a_row_for_each_cell(folder):
