@@ -35,7 +35,14 @@ COMPARED = (
     ("ordered_argmin", "interaction"),
 )
 """Arms whose difference is reported beside that from finetuning, which the table has."""
-COMPARED_AFTERWARDS = (("interaction", "logit_lens"), ("uniform", "distil_lens"), ("features_l2", "uniform"))
+COMPARED_AFTERWARDS = (
+    ("interaction", "logit_lens"),
+    ("uniform", "distil_lens"),
+    ("features_l2", "uniform"),
+    ("wrong_verbalizers", "interaction"),
+    ("wrong_verbalizers", "finetune_equal_time"),
+    ("interaction_ce", "finetune_equal_time"),
+)
 """Further ones, chosen when results had been seen: corrected apart, so that the others keep their p."""
 PUBLISHED = ("cpu", "real")
 """Scales whose cells PAGES show."""
