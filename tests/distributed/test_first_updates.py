@@ -32,17 +32,17 @@ def work(rank: int, port: int, zero: str, results: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(ROOT)
-    from pipeline.recipe.schema import Model, Recipe, Training
+    from pipeline.recipe.schema import Model, Recipe
     from pipeline.runtime import engine
     from pipeline.runtime.first_updates import FirstUpdatesCheck, TrainableMismatch
 
-    training = Training(steps=2, batch_size=2)
+    training = {"steps": 2, "batch_size": 2}
     parts = {"data": {"train": "x"}, "teacher": Model(path="x"), "student": Model(path="x")}
-    steps = {"verbalize": training, "interact": training.model_dump(), "reinforce": training.model_dump()}
+    steps = dict.fromkeys(("verbalize", "interact", "reinforce"), training)
     recipe = Recipe(run="x", precision="fp32", deepspeed=f"ds_configs/{zero}.json", **parts, **steps)
     ranks = engine.start()
     torch.manual_seed(0)
-    ours = engine.Engine(Half(), recipe, training, ranks)
+    ours = engine.Engine(Half(), recipe, recipe.verbalize, ranks)
     lenient, strict = FirstUpdatesCheck(ours, may_be_unused=("unused.weight",)), FirstUpdatesCheck(ours)
     waiting = FirstUpdatesCheck(ours, image_parts=("unused",))
     said = []
