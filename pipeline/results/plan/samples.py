@@ -76,17 +76,22 @@ class Given:
 
 
 def describe_samples(
-    recipe: Recipe, given: Given, patches_per_token: float, patch_numbers: int, most: int = MEASURED_SAMPLES
+    recipe: Recipe,
+    given: Given,
+    patches_per_token: float,
+    patch_numbers: int,
+    most: int = MEASURED_SAMPLES,
+    field: str = "data.train",
 ) -> Samples:
     """The data's numbers: the command line's, else measured on data.train.
 
-    patches_per_token, patch_numbers: of the student's image encoder. most: samples that are measured. Raises
-    RecipeError for what neither can tell, and where data.train cannot be read.
+    patches_per_token, patch_numbers: of the student's image encoder. most: samples that are measured. field: where the
+    recipe names the data, for errors. Raises RecipeError for what neither can tell, and where it cannot be read.
     """
     try:
         found, lengths, origins = _measure(recipe, given, most)
     except DataError as error:
-        raise RecipeError(f"data.train: {error}") from None
+        raise RecipeError(f"{field}: {error}") from None
     values = {"count": given.samples, "tokens": given.tokens, "response": given.response, "image": given.image}
     flags = {"count": "--samples", "tokens": "--tokens-per-sample", "response": "--response-tokens"}
     flags["image"] = "--image-tokens"
@@ -141,7 +146,9 @@ def own_samples(
     for step, folder in recipe.own_folders().items():
         if step in steps and is_file(folder / "manifest.json") and (recipe.student.path / "tokenizer.json").is_file():
             with_it = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": folder})})
-            found[step] = describe_samples(with_it, Given(), patches_per_token, patch_numbers, most)
+            found[step] = describe_samples(
+                with_it, Given(), patches_per_token, patch_numbers, most, field=f"{step}.train"
+            )
     return found
 
 

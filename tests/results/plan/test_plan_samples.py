@@ -10,6 +10,7 @@ import tiny
 from running import tiny_recipe
 
 from data_prep.shards import FORMAT, ShardFolder, shard_name, write_manifest, write_shard
+from pipeline.errors import RecipeError
 from pipeline.recipe.resolve import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.results.plan.machine import Machine
@@ -101,3 +102,6 @@ def test_a_step_with_samples_of_its_own_is_planned_by_them(tmp_path, tiny_models
     said = capsys.readouterr().out
     assert f"reinforce.train: 6 samples of {own['reinforce'].tokens:.0f} tokens" in said
     assert f"verbalize.train: counted as if it were data.train: {absent} cannot be measured here" in said
+    (answers / "manifest.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"^reinforce\.train: "):
+        own_samples(recipe, 4, 1176)
