@@ -11,6 +11,7 @@ import pytest
 from running import ROOT, free_port, tiny_recipe
 from tiny import write_data
 
+from pipeline.runtime.faults.watch import BEAT_S
 from pipeline.runtime.folder import done, read_metrics
 
 pytestmark = pytest.mark.cluster
@@ -96,6 +97,7 @@ def test_under_pdsh_a_rank_that_is_killed_ends_those_of_the_other_host(two_hosts
     while len(read_metrics(tmp_path / "run")) < 8:
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    time.sleep(2 * BEAT_S)  # what a rank does is known from its beats
     started = ranks_of(recipe)
     started["1"].kill()
     output, codes = ended(job)
