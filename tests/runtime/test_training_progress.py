@@ -50,7 +50,7 @@ def panel_of(view, updates: int) -> TrainingPanel:
     panel = TrainingPanel("interact", Pace(150, 0))
     for update in range(1, updates + 1):
         one = view(update)
-        panel.add(one.losses, one.match, "   ".join(one.state()))
+        panel.add(one.followed, one.match, "   ".join(one.state()))
     return panel
 
 
@@ -71,6 +71,15 @@ def test_the_panel_fits_the_terminal_and_shows_all(view, width):
         assert f"{group.mean:.3f}" in line and (
             not group.layers or f"{group.layers[-1]}: {group.values[-1]:.3f}" in line
         )
+
+
+def test_layers_that_follow_none_are_not_shown_with_a_loss_of_zero():
+    losses = {f"layer/{layer}": 0.0 for layer in STUDENT[:-1]} | {"last": 0.5}
+    view = UpdateView(losses, 1234.5, 0.5, 2_000_000_000, [None] * 7)
+    assert view.text().startswith("last 0.500  1,234 tokens/s")
+    assert "layer" not in view.values() and view.values()["last"] == 0.5 and view.values()["match"] == [None] * 7
+    shown = drawn(panel_of(lambda _: view, 3), 80)
+    assert "\nlast " in shown and "\nlayer " not in shown and "match" not in shown
 
 
 def test_the_matches_are_counted():

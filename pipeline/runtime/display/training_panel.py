@@ -56,8 +56,8 @@ class TrainingPanel:
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         """The panel, no wider than the console."""
         parts: list[RenderableType] = [self._head(), self._loss_table(options.max_width)]
-        if self._matches:
-            parts += [self._match_title(), Columns(list(self._match_rows()), padding=(0, 3))]
+        if self._matches and (rows := list(self._match_rows())):
+            parts += [self._match_title(), Columns(rows, padding=(0, 3))]
         if self._below:
             parts.append(Text(self._below, no_wrap=True, overflow="ellipsis"))
         yield Group(*parts)

@@ -35,9 +35,16 @@ class UpdateView:
     held_out: Mapping[str, float] = field(default_factory=dict)
     """{name of HELD_OUT: value} of the newest measurement; empty before there is one."""
 
+    @property
+    def followed(self) -> Mapping[str, float]:
+        """The losses without those of student layers, where none follows any (`last_only`): their 0 is not learnt."""
+        if not self.match or any(layer is not None for layer in self.match):
+            return self.losses
+        return {name: value for name, value in self.losses.items() if not name.startswith("layer/")}
+
     def text(self) -> str:
         """The line: of each kind of losses the shallowest layer, the deepest and the mean."""
-        parts = [group.text() for group in loss_groups(self.losses)]
+        parts = [group.text() for group in loss_groups(self.followed)]
         return "  ".join([*parts, *self.state()])
 
     def state(self) -> list[str]:
@@ -51,7 +58,7 @@ class UpdateView:
 
     def values(self) -> dict[str, Any]:
         """The same for a line of JSON."""
-        values: dict[str, Any] = {group.name: group.summary() for group in loss_groups(self.losses)}
+        values: dict[str, Any] = {group.name: group.summary() for group in loss_groups(self.followed)}
         values |= {**self.held_out, **({"match": list(self.match)} if self.match else {})}
         speed = {"tokens_per_s": round(self.tokens_per_s, 1), "data_wait": round(self.data_wait, 4)}
         return {**values, **speed, "memory": self.memory, "skipped": self.skipped}
@@ -74,7 +81,7 @@ class TrainingProgress:
         """One update more."""
         self._pace.done += 1
         if self._live is not None:
-            self._panel.add(update.losses, update.match, "   ".join(update.state()))
+            self._panel.add(update.followed, update.match, "   ".join(update.state()))
         elif self._shown and self._pace.is_due():
             line = f"{self.name}  {self._pace.done}/{self._pace.total}  eta {self._pace.eta()}  {update.text()}"
             say_progress(line, {**self._pace.values(self.name), **update.values()})
