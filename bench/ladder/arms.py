@@ -9,10 +9,6 @@ MAIN, MATCHINGS, ALL = "main", "matchings", "all"
 """Which arms a cell runs: the main ones, these and those that match other layers, or all."""
 
 
-VARIANT_SEEDS = 3
-"""Variants say where to look: they have fewer seeds than the arms that are quoted."""
-
-
 @dataclass(frozen=True)
 class Arm:
     """One way to train the student, in multiples of a cell's number of updates."""
@@ -43,9 +39,9 @@ class Arm:
     main: bool = False
     """Whether it runs in every cell."""
 
-    def seeds(self, of_cell: int) -> range:
-        """The seeds that it runs on in a cell: all of them, but of a variant at most VARIANT_SEEDS."""
-        return range(min(of_cell, VARIANT_SEEDS) if self.group == VARIANTS else of_cell)
+    def seeds(self, of_cell: int, of_variants: int) -> range:
+        """The seeds that it runs on in a cell: all of them, but of a variant at most `of_variants`."""
+        return range(min(of_cell, of_variants) if self.group == VARIANTS else of_cell)
 
     @property
     def stage_1_name(self) -> str:

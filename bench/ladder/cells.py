@@ -88,7 +88,9 @@ class Cell:
     updates: int = 300
     held_out: int = 500
     seeds: int = 5
-    """Of the arms that are compared; variants have fewer (bench/ladder/arms.py)."""
+    """Of the arms that are compared."""
+    variant_seeds: int = 3
+    """Of the variants, which say where to look."""
     arms: str = MAIN
     also: tuple[str, ...] = ()
     """Names of further arms."""
@@ -154,7 +156,15 @@ SCALES: Mapping[str, Scale] = {
             Cell("puzzles-20", "puzzles, 20 % wrong answers", "puzzles", 0.2, seeds=3),
             Cell("puzzles-60", "puzzles, 60 % wrong answers", "puzzles", 0.6, seeds=3),
             Cell("easy-vqa-0", "easy-VQA (shapes, yes-no), clean answers", "easy-vqa", 0.0, also=CLEAN),
-            Cell("puzzles-deep-40", "deep puzzles, 40 % wrong answers", "puzzles-deep", 0.4, seeds=3, arms=MATCHINGS),
+            Cell(
+                "puzzles-deep-40",
+                "deep puzzles, 40 % wrong answers",
+                "puzzles-deep",
+                0.4,
+                seeds=8,
+                variant_seeds=8,  # three had hinted that the matching matters: five fresh ones test it
+                arms=MATCHINGS,
+            ),
         ),
         learning_rates=(1.5e-3, 3e-3, 6e-3),
     ),

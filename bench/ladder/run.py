@@ -64,7 +64,9 @@ def run_cell(folder: Path, cell: Cell, scale: Scale, workers: int, names: list[s
             scale.device,
         )
     chosen = [choose(folder, cell, scale, arm) for arm in arms]
-    quoted = {seed: [one for one in chosen if seed in one.arm.seeds(seeds)] for seed in range(seeds)}
+    quoted = {
+        seed: [one for one in chosen if seed in one.arm.seeds(seeds, cell.variant_seeds)] for seed in range(seeds)
+    }
     run_jobs(_jobs(folder, cell, quoted, other_task=True), workers, f"{cell.name}: seeds", scale.device)
 
 

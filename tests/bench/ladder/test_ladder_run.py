@@ -39,14 +39,15 @@ def test_every_rate_is_tried_on_the_sweeps_seed_and_one_on_the_quoted_ones(asked
     assert len(reports) == 1
 
 
-def test_variants_run_on_three_seeds_and_what_they_are_compared_with_on_all(asked, monkeypatch):
+@pytest.mark.parametrize("variants", [3, 5])
+def test_variants_run_on_the_cells_seeds_for_them_and_what_they_are_compared_with_on_all(asked, monkeypatch, variants):
     jobs, _, start = asked
-    cell = Cell("all", "all", "puzzles", 0.4, seeds=5, arms=ALL)
+    cell = Cell("all", "all", "puzzles", 0.4, seeds=5, variant_seeds=variants, arms=ALL)
     monkeypatch.setitem(SCALES, "cpu", Scale((cell,), learning_rates=(3e-3,)))
     start()
     runs = [job.path for job in dict(jobs)["all: seeds"]]
     seeds = {arm.name: sorted(path.parent.name for path in runs if path.name == f"{arm.name}-0.003") for arm in ARMS}
-    few, all_five = [f"seed-{seed}" for seed in range(3)], [f"seed-{seed}" for seed in range(5)]
+    few, all_five = [f"seed-{seed}" for seed in range(variants)], [f"seed-{seed}" for seed in range(5)]
     assert seeds.pop("finetune_early") == [], "its rate has a factor beside it"
     assert seeds.pop("wrong_verbalizers") == [], "a cell has to name it"
     assert seeds == {name: few if BY_NAME[name].group == VARIANTS else all_five for name in seeds}
